@@ -1,0 +1,1 @@
+//! The backup client: reads disks, decides what to send, restores.

@@ -1,0 +1,1 @@
+//! The router before the backup servers.

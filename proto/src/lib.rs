@@ -1,0 +1,18 @@
+//! The wire contract of Janus Backup, and what every program does with it the same way.
+//!
+//! `pb` holds the generated bindings of `proto/schema`. Beside them stand the ids, the one place that computes
+//! hashes, the table of error reasons, and the TLS and HTTP/2 settings of every connection.
+
+/// Generated bindings of package `janus.v1`; written only by `cargo xtask bindings`.
+#[allow(missing_docs, clippy::all)]
+pub mod pb {
+    include!("gen/janus.v1.rs");
+    /// Encoded `FileDescriptorSet` of the package, for reflection.
+    pub const DESCRIPTORS: &[u8] = include_bytes!("gen/descriptors.bin");
+}
+
+pub mod error;
+pub mod hash;
+pub mod ids;
+pub mod metadata;
+pub mod model;

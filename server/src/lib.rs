@@ -1,0 +1,1 @@
+//! The backup server: owns images and chains.
