@@ -1,1 +1,19 @@
-//! The router before the backup servers.
+//! The router before the backup servers: each new backup goes to the server that its machine used longest ago, what
+//! follows to the server it belongs to, and a server that can't be reached is skipped.
+//!
+//! It forwards HTTP/2 requests untouched and keeps nothing that it can't lose. `serve` wires everything up; `balance`
+//! and `selection` are usable alone.
+
+pub mod balance;
+pub mod catalog;
+mod clock;
+pub mod config;
+pub mod fleet;
+mod health;
+pub mod info;
+pub mod registry;
+pub mod report;
+pub mod router;
+pub mod selection;
+pub mod serve;
+pub mod upstream;

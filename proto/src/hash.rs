@@ -203,7 +203,7 @@ mod tests {
     #[test]
     fn lanes_agree_with_plain_hashing() {
         let data: Vec<u8> = (0..BLOCK * 77 + 513)
-            .map(|i| if i / BLOCK % 5 == 3 { 0 } else { (i * i >> 7) as u8 })
+            .map(|i| if i / BLOCK % 5 == 3 { 0 } else { ((i * i) >> 7) as u8 })
             .collect();
         let mut hashes = Vec::new();
         hash_blocks(&data, &mut hashes);

@@ -11,8 +11,12 @@ pub mod pb {
     pub const DESCRIPTORS: &[u8] = include_bytes!("gen/descriptors.bin");
 }
 
+pub mod channel;
 pub mod error;
 pub mod hash;
 pub mod ids;
+pub mod listener;
 pub mod metadata;
 pub mod model;
+pub mod settings;
+pub mod tls;

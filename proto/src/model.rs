@@ -161,6 +161,11 @@ impl Batch {
         &self.extents
     }
 
+    /// The hashes, 32 bytes each, of all blocks of extents that are not zero.
+    pub fn hashes(&self) -> &[u8] {
+        &self.hashes
+    }
+
     /// Bytes of data before packing.
     pub fn data_len(&self) -> usize {
         self.data.len()

@@ -1,1 +1,35 @@
 //! The backup server: owns images and chains.
+//!
+//! Blocks come in through [`backup`], are kept by [`session`] until [`runs`] commits them into [`chain`]s of
+//! [`image`]s, and go out through [`restore`]. [`serve`] wires it all.
+
+pub mod backup;
+pub mod caller;
+pub mod catalog;
+pub mod chain;
+pub mod config;
+pub mod image;
+pub mod info;
+pub mod pki;
+pub mod report;
+pub mod restore;
+pub mod runs;
+pub mod serve;
+pub mod session;
+pub mod status;
+pub mod storage;
+
+use janus_proto::error::{ErrorReason, status};
+
+/// Runs work that blocks on a thread meant for it.
+///
+/// # Errors
+/// `STORE_FAILED` when it panicked, which is a bug.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, tonic::Status> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| {
+        tracing::error!(%error, "a task failed");
+        status(ErrorReason::StoreFailed, "the server failed inside; its log says more")
+    })
+}

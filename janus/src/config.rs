@@ -1,0 +1,180 @@
+//! Settings of janus.
+
+use std::{path::PathBuf, time::Duration};
+
+use janus_proto::{channel::Target, settings::Loader};
+use serde::{Deserialize, Serialize};
+
+use crate::{router::StartRule, selection::InitialBackups};
+
+/// Settings as they stand in the file; see `janus.example.toml`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Address and port to listen on.
+    pub listen: String,
+    /// The servers; the order decides where new machines go first.
+    pub server_urls: Vec<String>,
+    /// This janus' certificate (PEM).
+    pub cert: PathBuf,
+    /// Its private key (PEM).
+    pub key: PathBuf,
+    /// Certificate of the group's authority (PEM).
+    pub ca: PathBuf,
+    /// Kept for the catalog of unreachable servers across restarts; nothing is written yet.
+    pub view_file: String,
+    /// Whether servers get first full backups of a machine by themselves.
+    pub initial_backups: InitialBackups,
+    /// First backups that one server takes at once before others are preferred.
+    pub max_initial_runs: u32,
+    /// How long a server may take to answer a probe.
+    pub probe_ms: u64,
+    /// Hard limit for calls in progress after SIGTERM.
+    pub drain_seconds: u64,
+    /// Log filter.
+    pub log: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:7420".into(),
+            server_urls: Vec::new(),
+            cert: "cert.pem".into(),
+            key: "key.pem".into(),
+            ca: "ca.pem".into(),
+            view_file: String::new(),
+            initial_backups: InitialBackups::Allow,
+            max_initial_runs: 2,
+            probe_ms: 1000,
+            drain_seconds: 10,
+            log: "info".into(),
+        }
+    }
+}
+
+/// A setting that can't be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("setting {key}: {reason}")]
+pub struct ConfigError {
+    /// The key.
+    pub key: &'static str,
+    /// What is wrong with it, and the way out.
+    pub reason: String,
+}
+
+/// Loads settings from file, environment and flags.
+pub fn loader() -> Loader<Settings> {
+    Loader::new("JANUS").ignore_variables(&["JANUS_SERVER_", "JANUS_CLIENT_"]).describe(&[
+        ("listen", "Address and port to listen on"),
+        ("server_urls", "The servers, local one first"),
+        ("cert", "This janus' certificate, PEM"),
+        ("key", "Its private key, PEM"),
+        ("ca", "The CA's certificate, PEM"),
+        ("view_file", "Not used yet; leave it empty"),
+        ("initial_backups", "First full backups to a server in their turn: allow, or hold"),
+        (
+            "max_initial_runs",
+            "First backups that one server takes at once before others are preferred",
+        ),
+        ("probe_ms", "How long a server may take to answer a probe"),
+        ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
+        ("log", "Log filter, such as info or janus=debug"),
+    ])
+}
+
+impl Settings {
+    /// Checks what types can't.
+    ///
+    /// # Errors
+    /// Names the key and the way out.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let invalid = |key, reason: &str| Err(ConfigError { key, reason: reason.to_string() });
+        if !(10..=60_000).contains(&self.probe_ms) {
+            return invalid("probe_ms", "must be 10 to 60000");
+        }
+        if self.max_initial_runs == 0 {
+            return invalid(
+                "max_initial_runs",
+                "must be at least 1; to keep first backups back, set initial_backups",
+            );
+        }
+        if !self.view_file.is_empty() {
+            return invalid("view_file", "is not supported yet: leave it empty");
+        }
+        let targets = self.targets()?;
+        if targets.is_empty() {
+            return invalid(
+                "server_urls",
+                "is empty; name the servers, such as [\"https://backup-a.example:7421\"]",
+            );
+        }
+        for (at, target) in targets.iter().enumerate() {
+            if targets[..at].contains(target) {
+                return invalid("server_urls", &format!("{target} is there twice"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The servers' addresses.
+    ///
+    /// # Errors
+    /// When a URL is wrong.
+    pub fn targets(&self) -> Result<Vec<Target>, ConfigError> {
+        let read = |url: &String| {
+            Target::parse(url)
+                .map_err(|error| ConfigError { key: "server_urls", reason: error.to_string() })
+        };
+        self.server_urls.iter().map(read).collect()
+    }
+
+    /// The probe deadline.
+    pub fn probe(&self) -> Duration {
+        Duration::from_millis(self.probe_ms)
+    }
+
+    /// How starts are spread.
+    pub fn start_rule(&self) -> StartRule {
+        StartRule { initial_backups: self.initial_backups, max_initial_runs: self.max_initial_runs }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_shows_every_key() {
+        let text = include_str!("../janus.example.toml");
+        let example: Settings = toml::from_str(text).unwrap();
+        example.check().unwrap();
+        let toml::Value::Table(known) = toml::Value::try_from(Settings::default()).unwrap() else {
+            panic!("a table")
+        };
+        for key in known.keys() {
+            assert!(
+                text.lines()
+                    .any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} ="))),
+                "{key}"
+            );
+        }
+    }
+
+    #[test]
+    fn wrong_settings_are_named() {
+        let servers = |urls: &[&str]| Settings {
+            server_urls: urls.iter().map(ToString::to_string).collect(),
+            ..Settings::default()
+        };
+        assert_eq!(servers(&[]).check().unwrap_err().key, "server_urls");
+        assert_eq!(servers(&["http://a:1"]).check().unwrap_err().key, "server_urls");
+        assert_eq!(
+            servers(&["https://a:1", "https://a:1"]).check().unwrap_err().key,
+            "server_urls"
+        );
+        let good = servers(&["https://a:1", "https://b:1"]);
+        good.check().unwrap();
+        assert_eq!(Settings { probe_ms: 0, ..good }.check().unwrap_err().key, "probe_ms");
+    }
+}

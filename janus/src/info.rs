@@ -1,0 +1,107 @@
+//! Who this janus is, and what it knows of its servers.
+
+use std::{sync::atomic::Ordering, time::Duration};
+
+use janus_proto::{
+    ids::ServerId,
+    pb::{
+        GetRouterStatusRequest, GetRouterStatusResponse, GetServerInfoRequest,
+        GetServerInfoResponse, ServerStatus,
+        server_info_service_server::{ServerInfoService, ServerInfoServiceServer},
+    },
+};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    clock::unix_ms,
+    fleet::Fleet,
+    upstream::{Need, Upstream},
+};
+
+/// Answers for this janus.
+#[derive(Debug, Clone)]
+pub struct Info {
+    id: ServerId,
+    fleet: Fleet,
+}
+
+impl Info {
+    /// The service of the janus named `id`.
+    pub fn service(id: ServerId, fleet: Fleet) -> ServerInfoServiceServer<Self> {
+        ServerInfoServiceServer::new(Self { id, fleet })
+    }
+
+    fn report_age_ms(&self, server: Option<&ServerId>) -> i64 {
+        let age = server.and_then(|server| self.fleet.registry().report_age(server));
+        age.map_or(-1, millis)
+    }
+
+    fn line(&self, upstream: &Upstream) -> ServerStatus {
+        let server = upstream.server();
+        let down = upstream.stand(Need::Starts).err();
+        let counters = upstream.counters();
+        ServerStatus {
+            report_age_ms: self.report_age_ms(server.as_ref()),
+            server_id: server.map(String::from).unwrap_or_default(),
+            url: upstream.url(),
+            ready: down.is_none(),
+            since_ms: down.as_ref().map_or_else(|| upstream.changed_ms(), |down| down.since_ms),
+            reason: down.map(|down| down.reason).unwrap_or_default(),
+            starts: counters.starts.load(Ordering::Relaxed),
+            bytes_sent: counters.bytes_sent.load(Ordering::Relaxed),
+            bytes_received: counters.bytes_received.load(Ordering::Relaxed),
+        }
+    }
+
+    /// A server that reports here but that no call can be sent to.
+    fn stranger(&self, server: &ServerId) -> ServerStatus {
+        ServerStatus {
+            server_id: server.to_string(),
+            reason: "reports to this janus but is not in its server_urls".into(),
+            report_age_ms: self.report_age_ms(Some(server)),
+            ..Default::default()
+        }
+    }
+}
+
+fn millis(age: Duration) -> i64 {
+    i64::try_from(age.as_millis()).unwrap_or(i64::MAX)
+}
+
+#[tonic::async_trait]
+impl ServerInfoService for Info {
+    async fn get_server_info(
+        &self,
+        _: Request<GetServerInfoRequest>,
+    ) -> Result<Response<GetServerInfoResponse>, Status> {
+        Ok(Response::new(GetServerInfoResponse {
+            server_id: self.id.to_string(),
+            role: "janus".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            now_ms: unix_ms(),
+            ..Default::default()
+        }))
+    }
+
+    async fn get_router_status(
+        &self,
+        _: Request<GetRouterStatusRequest>,
+    ) -> Result<Response<GetRouterStatusResponse>, Status> {
+        self.fleet.first_look().await;
+        let mut servers: Vec<ServerStatus> =
+            self.fleet.servers().iter().map(|server| self.line(server)).collect();
+        // While a server of server_urls was never reached, its name isn't known, so it may be the one that reports.
+        let all_named = servers.iter().all(|line| !line.server_id.is_empty());
+        for server in self.fleet.registry().reporting().iter().filter(|_| all_named) {
+            if servers.iter().all(|line| line.server_id != server.as_str()) {
+                servers.push(self.stranger(server));
+            }
+        }
+        let version = env!("CARGO_PKG_VERSION").into();
+        Ok(Response::new(GetRouterStatusResponse {
+            janus_id: self.id.to_string(),
+            version,
+            servers,
+        }))
+    }
+}

@@ -1,0 +1,398 @@
+//! What is known of all servers: how machines have used them, what they report, which runs they have.
+//!
+//! Nothing here is durable and nothing can be lost: servers report all of it again. Use counters are Lamport counters,
+//! merged by maximum, so that the order of reports doesn't matter and no clock takes part in a selection. Everything
+//! is behind one lock, held for microseconds and never across an await.
+
+mod runs;
+mod state;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use janus_proto::{
+    ids::{BackupId, DiskId, MachineKey, ServerId, SnapshotId},
+    pb,
+};
+use tokio::time::Instant;
+
+use self::{
+    runs::Runs,
+    state::{Chain, ServerState, Told, Version},
+};
+
+/// Servers remembered, reporting or used.
+const MAX_SERVERS: usize = 64;
+
+/// A report that isn't taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReportRefused {
+    /// A newer stream of this server is open.
+    #[error("a newer report stream of server {server} is open")]
+    Superseded {
+        /// The server.
+        server: ServerId,
+    },
+    /// The server has reported a later start of its own: this stream is of an older process.
+    #[error(
+        "server {server} has reported start epoch {known} already, this stream is of epoch {epoch}"
+    )]
+    OldEpoch {
+        /// The server.
+        server: ServerId,
+        /// Highest epoch known.
+        known: u64,
+        /// Epoch of this stream.
+        epoch: u64,
+    },
+    /// Too many servers report.
+    #[error("this janus takes reports of at most {MAX_SERVERS} servers")]
+    TooMany,
+}
+
+/// How one machine stands with one server, for the selection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Known {
+    /// Counter of the newest start; 0: never.
+    pub use_counter: u64,
+    /// The server holds a chain of the machine, or is about to.
+    pub has_chain: bool,
+    /// Machines whose newest start is there.
+    pub last_starts: usize,
+    /// First backups that run there now.
+    pub initial_runs: u32,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    servers: BTreeMap<ServerId, ServerState>,
+    /// Starts on their way: they count as used.
+    claims: HashMap<u64, (MachineKey, ServerId, u64)>,
+    next_number: u64,
+    runs: Runs,
+}
+
+/// Shared by all parts of janus; cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Registry(Arc<Mutex<Inner>>);
+
+impl Registry {
+    /// An empty registry.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic elsewhere can't leave a half-made change that matters: every change is one assignment.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is known of `machine` on each of `servers`; an unknown server counts as never used.
+    pub fn known(&self, machine: Option<&MachineKey>, servers: &[Option<ServerId>]) -> Vec<Known> {
+        let inner = self.lock();
+        let last_starts = inner.last_starts();
+        let now = Instant::now();
+        servers
+            .iter()
+            .map(|server| {
+                let Some(server) = server else { return Known::default() };
+                let used = machine.map(|machine| inner.used(machine, server)).unwrap_or_default();
+                Known {
+                    use_counter: used.counter,
+                    has_chain: used.chain != Chain::Absent,
+                    last_starts: last_starts.get(server).copied().unwrap_or(0),
+                    initial_runs: inner.initial_runs(server, now),
+                }
+            })
+            .collect()
+    }
+
+    /// Counter that a start of `machine` carries: above all that is known, and at least what the caller says.
+    pub fn next_use(&self, machine: &MachineKey, asked: u64) -> u64 {
+        self.lock().highest_use(machine).saturating_add(1).max(asked)
+    }
+
+    /// Counts a start that is about to be sent as used, until the claim is dropped or accepted.
+    pub fn claim(&self, machine: &MachineKey, server: &ServerId) -> Claim {
+        let mut inner = self.lock();
+        let counter = inner.highest_use(machine).saturating_add(1);
+        let number = inner.number();
+        inner.claims.insert(number, (machine.clone(), server.clone(), counter));
+        Claim { registry: self.clone(), number }
+    }
+
+    /// Server that a run belongs to, if this janus has seen it.
+    pub fn server_of_run(&self, run: BackupId) -> Option<ServerId> {
+        self.lock().runs.server_of(run)
+    }
+
+    /// A call of `run` begins at `server`; it is over when the guard is dropped.
+    pub fn run_call(
+        &self,
+        run: BackupId,
+        server: &ServerId,
+        machine: Option<&MachineKey>,
+    ) -> RunCall {
+        self.lock().runs.begin(run, server, machine, Instant::now());
+        RunCall { registry: self.clone(), run }
+    }
+
+    /// Opens a report stream of `server`; older streams of it are out from now on.
+    ///
+    /// # Errors
+    /// When it is of an older process than one that has reported, or too many servers report.
+    pub fn open_report(
+        &self,
+        server: &ServerId,
+        hello: &pb::ReportHello,
+    ) -> Result<ReportSlot, ReportRefused> {
+        let mut inner = self.lock();
+        if inner.servers.len() >= MAX_SERVERS && !inner.servers.contains_key(server) {
+            return Err(ReportRefused::TooMany);
+        }
+        let slot = inner.number();
+        let state = inner.servers.entry(server.clone()).or_default();
+        let known = &state.version;
+        if known.generation == hello.store_generation && hello.start_epoch < known.epoch {
+            let (known, epoch) = (known.epoch, hello.start_epoch);
+            return Err(ReportRefused::OldEpoch { server: server.clone(), known, epoch });
+        }
+        state.version = Version {
+            generation: hello.store_generation.clone(),
+            epoch: hello.start_epoch,
+            sequence: 0,
+        };
+        state.slot = slot;
+        state.staged = Some(Told::default());
+        state.last_message = Some(Instant::now());
+        state.settings = hello.settings.clone();
+        state.urls = hello.urls.iter().take(16).cloned().collect();
+        Ok(ReportSlot { registry: self.clone(), server: server.clone(), slot })
+    }
+
+    /// Age of the last message of a server's report stream; `None` without a stream.
+    pub fn report_age(&self, server: &ServerId) -> Option<Duration> {
+        self.lock().servers.get(server)?.last_message.map(|at| at.elapsed())
+    }
+
+    /// Servers that report now.
+    pub fn reporting(&self) -> Vec<ServerId> {
+        let inner = self.lock();
+        inner
+            .servers
+            .iter()
+            .filter(|(_, state)| state.last_message.is_some())
+            .map(|(id, _)| id.clone())
+            .collect()
+    }
+
+    /// Servers that have reported or taken starts since this janus began.
+    pub fn servers(&self) -> Vec<ServerId> {
+        self.lock().servers.keys().cloned().collect()
+    }
+
+    /// Settings that a server has reported.
+    pub fn settings_of(&self, server: &ServerId) -> Option<pb::SharedSettings> {
+        self.lock().servers.get(server)?.settings.clone()
+    }
+
+    /// Snapshots of `server` as reported, in no order.
+    pub fn snapshots(
+        &self,
+        server: &ServerId,
+        machine: Option<&MachineKey>,
+        disk: Option<&DiskId>,
+    ) -> Vec<pb::Snapshot> {
+        let inner = self.lock();
+        let Some(state) = inner.servers.get(server) else { return Vec::new() };
+        state.snapshots(machine, disk).cloned().collect()
+    }
+
+    /// One snapshot, with the server that has reported it.
+    pub fn snapshot(&self, id: SnapshotId) -> Option<(ServerId, pb::Snapshot)> {
+        let inner = self.lock();
+        inner.servers.iter().find_map(|(server, state)| {
+            Some((server.clone(), state.told.snapshots.get(&id)?.clone()))
+        })
+    }
+
+    /// Counters of all machines that have used `server`.
+    pub fn uses(&self, server: &ServerId) -> Vec<(MachineKey, u64)> {
+        let inner = self.lock();
+        let Some(state) = inner.servers.get(server) else { return Vec::new() };
+        state.uses.iter().map(|(machine, used)| (machine.clone(), used.counter)).collect()
+    }
+}
+
+impl Inner {
+    fn number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
+    }
+
+    fn used(&self, machine: &MachineKey, server: &ServerId) -> state::Use {
+        let mut used = self
+            .servers
+            .get(server)
+            .and_then(|state| state.uses.get(machine))
+            .copied()
+            .unwrap_or_default();
+        for (_, _, counter) in self.claims.values().filter(|(m, s, _)| m == machine && s == server)
+        {
+            used.counter = used.counter.max(*counter);
+            if used.chain == Chain::Absent {
+                used.chain = Chain::Assumed;
+            }
+        }
+        used
+    }
+
+    fn highest_use(&self, machine: &MachineKey) -> u64 {
+        let stored = self
+            .servers
+            .values()
+            .filter_map(|state| state.uses.get(machine))
+            .map(|used| used.counter);
+        let claimed =
+            self.claims.values().filter(|(m, ..)| m == machine).map(|(.., counter)| *counter);
+        stored.chain(claimed).max().unwrap_or(0)
+    }
+
+    // Walks all machines: thousands of them take less than a millisecond, and starts are rare.
+    fn last_starts(&self) -> HashMap<ServerId, usize> {
+        let mut newest: HashMap<&MachineKey, (u64, &ServerId)> = HashMap::new();
+        let stored = self.servers.iter().flat_map(|(server, state)| {
+            state.uses.iter().map(move |(machine, used)| (machine, used.counter, server))
+        });
+        let claimed =
+            self.claims.values().map(|(machine, server, counter)| (machine, *counter, server));
+        for (machine, counter, server) in
+            stored.chain(claimed).filter(|(_, counter, _)| *counter > 0)
+        {
+            let entry = newest.entry(machine).or_insert((counter, server));
+            // Equal counters come from two janus that could not see each other; the lowest id stands for both.
+            if (counter, std::cmp::Reverse(server)) > (entry.0, std::cmp::Reverse(entry.1)) {
+                *entry = (counter, server);
+            }
+        }
+        let mut counts = HashMap::new();
+        for (_, server) in newest.into_values() {
+            *counts.entry(server.clone()).or_insert(0) += 1;
+        }
+        counts
+    }
+
+    fn initial_runs(&self, server: &ServerId, now: Instant) -> u32 {
+        let mut machines = self.runs.machines_at(server, now);
+        machines.extend(
+            self.claims.values().filter(|(_, at, _)| at == server).map(|(machine, ..)| machine),
+        );
+        let uses = self.servers.get(server).map(|state| &state.uses);
+        let has_chain = |machine: &MachineKey| {
+            uses.and_then(|uses| uses.get(machine)).is_some_and(|used| used.chain == Chain::Present)
+        };
+        machines.into_iter().filter(|machine| !has_chain(machine)).count() as u32
+    }
+}
+
+/// A start on its way. Dropped without [`Claim::accept`], nothing has happened.
+#[derive(Debug)]
+pub struct Claim {
+    registry: Registry,
+    number: u64,
+}
+
+impl Claim {
+    /// The server has accepted the start with this counter.
+    pub fn accept(self, counter: u64) {
+        let mut inner = self.registry.lock();
+        let Some((machine, server, _)) = inner.claims.remove(&self.number) else { return };
+        if inner.servers.len() >= MAX_SERVERS && !inner.servers.contains_key(&server) {
+            return;
+        }
+        let state = inner.servers.entry(server).or_default();
+        state.raise(&machine, counter);
+        if let Some(used) = state.uses.get_mut(&machine)
+            && used.chain == Chain::Absent
+        {
+            used.chain = Chain::Assumed;
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.registry.lock().claims.remove(&self.number);
+    }
+}
+
+/// A call of a run under way.
+#[derive(Debug)]
+pub struct RunCall {
+    registry: Registry,
+    run: BackupId,
+}
+
+impl Drop for RunCall {
+    fn drop(&mut self) {
+        self.registry.lock().runs.end(self.run, Instant::now());
+    }
+}
+
+/// The one report stream of a server whose messages are taken. Dropping it closes the stream.
+#[derive(Debug)]
+pub struct ReportSlot {
+    registry: Registry,
+    server: ServerId,
+    slot: u64,
+}
+
+impl ReportSlot {
+    /// Takes one message in, whatever its kind but hello.
+    ///
+    /// # Errors
+    /// When a newer stream of the server is open.
+    pub fn take(
+        &self,
+        sequence: u64,
+        event: Option<pb::report_request::Event>,
+    ) -> Result<(), ReportRefused> {
+        use pb::report_request::Event;
+        let mut inner = self.registry.lock();
+        let state = inner
+            .servers
+            .get_mut(&self.server)
+            .filter(|state| state.slot == self.slot)
+            .ok_or_else(|| ReportRefused::Superseded { server: self.server.clone() })?;
+        state.last_message = Some(Instant::now());
+        state.version.sequence = state.version.sequence.max(sequence);
+        match event {
+            Some(Event::Full(change) | Event::Change(change)) => {
+                state.take_machines(&change.machines);
+                state.staged.as_mut().unwrap_or(&mut state.told).apply(change);
+            }
+            Some(Event::FullEnd(_)) => state.finish_full(),
+            Some(Event::Heartbeat(_) | Event::Hello(_)) | None => {}
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ReportSlot {
+    fn drop(&mut self) {
+        let mut inner = self.registry.lock();
+        if let Some(state) = inner.servers.get_mut(&self.server)
+            && state.slot == self.slot
+        {
+            state.last_message = None;
+            // An unfinished full state is worth less than the old complete one.
+            state.staged = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

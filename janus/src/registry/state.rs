@@ -1,0 +1,139 @@
+//! What one server has told of itself: a full state, replaced as a whole, then changes to it.
+
+use std::collections::HashMap;
+
+use janus_proto::{
+    ids::{DiskId, MachineKey, SnapshotId},
+    pb,
+};
+use tokio::time::Instant;
+
+/// Machines remembered for one server.
+pub(super) const MAX_MACHINES: usize = 20_000;
+/// Snapshots remembered for one server. They only serve to list an unreachable server's snapshots.
+pub(super) const MAX_SNAPSHOTS: usize = 20_000;
+
+/// Whether a server holds a chain of a machine, as far as is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Chain {
+    /// Not reported: as if there were none.
+    #[default]
+    Absent,
+    /// This janus sent a start there after the last report; until the server says otherwise it counts as used.
+    Assumed,
+    /// The server has said so.
+    Present,
+}
+
+/// How one machine has used one server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Use {
+    pub counter: u64,
+    pub chain: Chain,
+}
+
+/// Version of a server's state. Sequences count within a stream, so streams are told apart by their slot.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Version {
+    pub generation: String,
+    pub epoch: u64,
+    pub sequence: u64,
+}
+
+/// The parts of a server's state that a full report replaces.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    pub chains: HashMap<MachineKey, bool>,
+    pub snapshots: HashMap<SnapshotId, pb::Snapshot>,
+}
+
+impl Told {
+    /// Folds a change in. Entries with ids that aren't valid are dropped: they could never be asked for.
+    pub fn apply(&mut self, change: pb::StateChange) {
+        for machine in change.machines {
+            let Ok(key) = machine.machine.parse::<MachineKey>() else { continue };
+            if self.chains.len() < MAX_MACHINES || self.chains.contains_key(&key) {
+                self.chains.insert(key, machine.has_chain);
+            }
+        }
+        for removed in
+            change.removed_snapshots.iter().filter_map(|id| id.parse::<SnapshotId>().ok())
+        {
+            self.snapshots.remove(&removed);
+        }
+        for mut snapshot in change.snapshots {
+            let Ok(id) = snapshot.snapshot_id.parse::<SnapshotId>() else { continue };
+            // Seals are up to 4 KiB each and only of use to who restores, from the server itself.
+            snapshot.client_seal = bytes::Bytes::new();
+            if self.snapshots.len() < MAX_SNAPSHOTS || self.snapshots.contains_key(&id) {
+                self.snapshots.insert(id, snapshot);
+            }
+        }
+    }
+}
+
+/// One server's state.
+#[derive(Debug, Default)]
+pub(super) struct ServerState {
+    pub uses: HashMap<MachineKey, Use>,
+    pub told: Told,
+    pub version: Version,
+    /// The stream that may change this state; older ones are out.
+    pub slot: u64,
+    /// Full state under way.
+    pub staged: Option<Told>,
+    /// Last message of the stream; none while there is no stream.
+    pub last_message: Option<Instant>,
+    pub settings: Option<pb::SharedSettings>,
+    pub urls: Vec<String>,
+}
+
+impl ServerState {
+    /// Use counters only grow, whatever version they come from.
+    pub fn raise(&mut self, machine: &MachineKey, counter: u64) {
+        if self.uses.len() >= MAX_MACHINES && !self.uses.contains_key(machine) {
+            return;
+        }
+        let entry = self.uses.entry(machine.clone()).or_default();
+        entry.counter = entry.counter.max(counter);
+    }
+
+    /// Takes counters and chains of a report.
+    pub fn take_machines(&mut self, machines: &[pb::MachineReport]) {
+        for report in machines {
+            let Ok(machine) = report.machine.parse::<MachineKey>() else { continue };
+            let known = self.uses.get(&machine).map_or(0, |used| used.counter);
+            self.raise(&machine, report.use_counter);
+            let Some(entry) = self.uses.get_mut(&machine) else { continue };
+            // A report from before our own start there says nothing about the chain it makes.
+            if report.has_chain {
+                entry.chain = Chain::Present;
+            } else if report.use_counter >= known {
+                entry.chain = Chain::Absent;
+            }
+        }
+    }
+
+    /// The full state is complete: what it doesn't name is gone.
+    pub fn finish_full(&mut self) {
+        let Some(told) = self.staged.take() else { return };
+        for (machine, used) in &mut self.uses {
+            if !told.chains.contains_key(machine) {
+                used.chain = Chain::Absent;
+            }
+        }
+        self.told = told;
+    }
+
+    /// Snapshots of one machine, or one disk of it, or all.
+    pub fn snapshots<'a>(
+        &'a self,
+        machine: Option<&'a MachineKey>,
+        disk: Option<&'a DiskId>,
+    ) -> impl Iterator<Item = &'a pb::Snapshot> {
+        self.told.snapshots.values().filter(move |snapshot| {
+            machine.is_none_or(|key| key.as_str() == snapshot.machine)
+                && disk.is_none_or(|disk| disk.as_str() == snapshot.disk_id)
+        })
+    }
+}

@@ -1,0 +1,131 @@
+use janus_proto::pb::report_request::Event;
+
+use super::*;
+
+fn id(name: &str) -> ServerId {
+    name.parse().unwrap()
+}
+
+fn key(name: &str) -> MachineKey {
+    name.parse().unwrap()
+}
+
+fn hello(generation: &str, start_epoch: u64) -> pb::ReportHello {
+    pb::ReportHello { store_generation: generation.into(), start_epoch, ..Default::default() }
+}
+
+fn machine(name: &str, use_counter: u64, has_chain: bool) -> pb::StateChange {
+    let machines = vec![pb::MachineReport { machine: name.into(), use_counter, has_chain }];
+    pb::StateChange { machines, ..Default::default() }
+}
+
+fn snapshot(id: SnapshotId, machine: &str) -> pb::StateChange {
+    let snapshot =
+        pb::Snapshot { snapshot_id: id.to_string(), machine: machine.into(), ..Default::default() };
+    pb::StateChange { snapshots: vec![snapshot], ..Default::default() }
+}
+
+fn known(registry: &Registry, name: &str, server: &str) -> Known {
+    registry.known(Some(&key(name)), &[Some(id(server))])[0]
+}
+
+#[tokio::test]
+async fn a_start_on_its_way_counts_at_once_and_not_at_all_when_it_fails() {
+    let registry = Registry::new();
+    let claim = registry.claim(&key("u/m"), &id("a"));
+    assert_eq!(
+        known(&registry, "u/m", "a"),
+        Known { use_counter: 1, has_chain: true, last_starts: 1, initial_runs: 1 }
+    );
+    drop(claim);
+    assert_eq!(known(&registry, "u/m", "a"), Known::default());
+
+    registry.claim(&key("u/m"), &id("a")).accept(5);
+    let after = known(&registry, "u/m", "a");
+    assert_eq!((after.use_counter, after.has_chain), (5, true));
+    assert_eq!(registry.next_use(&key("u/m"), 0), 6);
+    assert_eq!(registry.next_use(&key("u/m"), 9), 9, "the client knows more");
+}
+
+#[tokio::test]
+async fn counters_merge_by_maximum_and_chains_as_the_server_says() {
+    let registry = Registry::new();
+    registry.claim(&key("u/m"), &id("a")).accept(5);
+    let slot = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    slot.take(1, Some(Event::Full(machine("u/m", 4, false)))).unwrap();
+    assert_eq!(known(&registry, "u/m", "a").use_counter, 5);
+    assert!(known(&registry, "u/m", "a").has_chain, "the report is older than the start");
+    slot.take(2, Some(Event::Change(machine("u/m", 5, false)))).unwrap();
+    assert!(!known(&registry, "u/m", "a").has_chain);
+    slot.take(3, Some(Event::Change(machine("u/m", 5, true)))).unwrap();
+    assert!(known(&registry, "u/m", "a").has_chain);
+}
+
+#[tokio::test]
+async fn a_full_state_replaces_the_old_one_when_it_is_complete() {
+    let registry = Registry::new();
+    let (old, new) = (SnapshotId::new(), SnapshotId::new());
+    let first = registry.open_report(&id("a"), &hello("g1", 7)).unwrap();
+    first.take(1, Some(Event::Full(snapshot(old, "u/m")))).unwrap();
+    first.take(2, Some(Event::Full(machine("u/m", 3, true)))).unwrap();
+    first.take(3, Some(Event::FullEnd(pb::FullEnd {}))).unwrap();
+
+    let second = registry.open_report(&id("a"), &hello("g2", 1)).unwrap();
+    assert!(matches!(first.take(4, None), Err(ReportRefused::Superseded { .. })));
+    second.take(1, Some(Event::Full(snapshot(new, "u/m")))).unwrap();
+    assert!(registry.snapshot(old).is_some(), "not yet");
+    second.take(2, Some(Event::FullEnd(pb::FullEnd {}))).unwrap();
+    assert!(registry.snapshot(old).is_none() && registry.snapshot(new).is_some());
+    assert_eq!(known(&registry, "u/m", "a").use_counter, 3, "counters survive a new store");
+    assert!(!known(&registry, "u/m", "a").has_chain, "chains don't");
+
+    drop(first);
+    assert!(registry.report_age(&id("a")).is_some(), "the older stream's end changes nothing");
+    drop(second);
+    assert!(registry.report_age(&id("a")).is_none());
+    assert!(registry.snapshot(new).is_some(), "the state outlives its stream");
+}
+
+#[tokio::test]
+async fn a_broken_full_state_leaves_the_old_one() {
+    let registry = Registry::new();
+    let (old, new) = (SnapshotId::new(), SnapshotId::new());
+    let first = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    first.take(1, Some(Event::Full(snapshot(old, "u/m")))).unwrap();
+    first.take(2, Some(Event::FullEnd(pb::FullEnd {}))).unwrap();
+    let second = registry.open_report(&id("a"), &hello("g", 2)).unwrap();
+    second.take(1, Some(Event::Full(snapshot(new, "u/m")))).unwrap();
+    drop(second);
+    assert!(registry.snapshot(old).is_some() && registry.snapshot(new).is_none());
+    let late = registry.open_report(&id("a"), &hello("g", 1));
+    assert!(matches!(late, Err(ReportRefused::OldEpoch { known: 2, epoch: 1, .. })));
+}
+
+#[tokio::test]
+async fn removed_snapshots_go_and_seals_are_not_kept() {
+    let registry = Registry::new();
+    let id_ = SnapshotId::new();
+    let slot = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    slot.take(1, Some(Event::FullEnd(pb::FullEnd {}))).unwrap();
+    let mut change = snapshot(id_, "u/m");
+    change.snapshots[0].client_seal = bytes::Bytes::from_static(&[1; 4096]);
+    slot.take(2, Some(Event::Change(change))).unwrap();
+    assert_eq!(registry.snapshot(id_).unwrap().1.client_seal.len(), 0);
+    let removed_snapshots = vec![id_.to_string()];
+    slot.take(3, Some(Event::Change(pb::StateChange { removed_snapshots, ..Default::default() })))
+        .unwrap();
+    assert!(registry.snapshot(id_).is_none());
+}
+
+#[tokio::test]
+async fn first_backups_under_way_are_counted() {
+    let registry = Registry::new();
+    let run = BackupId::new();
+    let call = registry.run_call(run, &id("a"), Some(&key("u/m")));
+    assert_eq!(known(&registry, "u/other", "a").initial_runs, 1);
+    assert_eq!(registry.server_of_run(run), Some(id("a")));
+    let slot = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    slot.take(1, Some(Event::Change(machine("u/m", 1, true)))).unwrap();
+    assert_eq!(known(&registry, "u/other", "a").initial_runs, 0, "it has a chain now");
+    drop(call);
+}

@@ -1,0 +1,174 @@
+//! Every call: answered here, or forwarded untouched to the server it belongs to.
+//!
+//! Decided by `:path` and metadata alone; messages are never decoded on their way through. Starts go to the server the
+//! machine used longest ago, pinned calls to theirs and nowhere else, the rest to the server used last. Only requests
+//! that are kept here whole (starts and other single messages) move to another server when one fails; everything else
+//! ends with UNAVAILABLE, and the client resumes.
+
+mod body;
+mod classify;
+mod forward;
+mod headers;
+
+use std::{
+    convert::Infallible,
+    error::Error,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::{Request, Response};
+use janus_proto::{
+    error::{ErrorReason, status},
+    ids::ServerId,
+    metadata,
+    tls::Principal,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, body::Body};
+use tower::{Service, ServiceExt};
+
+pub(crate) use self::headers::for_server;
+use self::{
+    body::{Budget, UntilDrain},
+    classify::{Route, Routes},
+    headers::Caller,
+};
+use crate::{fleet::Fleet, selection::InitialBackups};
+
+/// How starts are spread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StartRule {
+    /// Whether servers get first full backups by themselves.
+    pub initial_backups: InitialBackups,
+    /// First backups that one server takes at once before others are preferred.
+    pub max_initial_runs: u32,
+}
+
+/// The service behind the listener; cheap to clone.
+#[derive(Clone)]
+pub struct Router(Arc<Inner>);
+
+struct Inner {
+    id: ServerId,
+    fleet: Fleet,
+    rule: StartRule,
+    routes: Routes,
+    local: tonic::service::Routes,
+    budget: Budget,
+    drain: CancellationToken,
+}
+
+impl Router {
+    /// A router named `id` before the servers of `fleet`. `local` answers what isn't forwarded; its streams end with
+    /// `drain`.
+    pub fn new(
+        id: ServerId,
+        fleet: Fleet,
+        rule: StartRule,
+        local: tonic::service::Routes,
+        drain: CancellationToken,
+    ) -> Self {
+        let routes = Routes::new(janus_proto::pb::DESCRIPTORS);
+        Self(Arc::new(Inner {
+            id,
+            fleet,
+            rule,
+            routes,
+            local: local.prepare(),
+            budget: Budget::new(),
+            drain,
+        }))
+    }
+
+    async fn answer(&self, request: Request<Body>) -> Response<Body> {
+        let mut response = match self.route(request).await {
+            Ok(response) => response,
+            Err(status) => status.into_http(),
+        };
+        headers::name_answer(response.headers_mut(), self.0.id.as_str());
+        response
+    }
+
+    async fn route(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        let route = self.0.routes.of(request.uri().path());
+        match route {
+            Route::Local => return Ok(self.locally(request).await),
+            Route::Unknown => {
+                let path = janus_proto::error::shorten(request.uri().path());
+                return Err(Status::unimplemented(format!("janus doesn't know {path}")));
+            }
+            Route::Merged | Route::Start | Route::Unary { .. } | Route::Stream => {}
+        }
+        let principal = request.extensions().get::<Arc<Principal>>().cloned();
+        let principal = principal
+            .ok_or_else(|| status(ErrorReason::IdentityMissing, "caller has no certificate"))?;
+        let caller = Caller::read(principal, request.headers())?;
+        if route == Route::Merged && caller.pin.as_ref().is_none_or(|pin| *pin == self.0.id) {
+            return Ok(self.locally(request).await);
+        }
+        self.forward(route, caller, request).await
+    }
+
+    async fn locally(&self, request: Request<Body>) -> Response<Body> {
+        let answer = self.0.local.clone().oneshot(request).await;
+        let Ok(response) = answer.map_err(|never: Infallible| match never {});
+        let drain = self.0.drain.clone().cancelled_owned();
+        response.map(|body| Body::new(UntilDrain { body, drain: Box::pin(drain), is_over: false }))
+    }
+}
+
+impl<B> Service<Request<B>> for Router
+where
+    B: http_body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn Error + Send + Sync>>,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response<Body>, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let router = self.clone();
+        Box::pin(async move { Ok(router.answer(request.map(Body::new)).await) })
+    }
+}
+
+/// What HTTP/2 says of an error, if it is one of HTTP/2.
+pub(crate) fn h2_cause(error: &hyper::Error) -> Option<&h2::Error> {
+    error.source()?.downcast_ref::<h2::Error>()
+}
+
+/// The status of a call that lost its server.
+pub(crate) fn broken(server: &str, error: &hyper::Error) -> Status {
+    let reset =
+        h2_cause(error).filter(|h2| h2.is_reset() && h2.is_remote()).and_then(h2::Error::reason);
+    let code = match reset {
+        None | Some(h2::Reason::REFUSED_STREAM) => {
+            let reason = janus_proto::channel::explain_error(error);
+            return status(
+                ErrorReason::ServerUnreachable,
+                format!("server {server} was lost: {reason}"),
+            );
+        }
+        Some(h2::Reason::CANCEL) => Code::Cancelled,
+        Some(h2::Reason::ENHANCE_YOUR_CALM) => Code::ResourceExhausted,
+        Some(_) => Code::Internal,
+    };
+    let reason = reset.as_ref().map(h2::Reason::description).unwrap_or_default();
+    Status::new(code, format!("server {server} reset the stream: {reason}"))
+}
+
+/// The server that answered, as its answer says.
+pub(crate) fn answered_by<'a>(response: &'a Response<Body>, otherwise: &'a str) -> &'a str {
+    response
+        .headers()
+        .get(metadata::SERVER)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or(otherwise)
+}

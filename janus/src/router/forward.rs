@@ -1,0 +1,381 @@
+//! Forwarding: the pinned way to one server, the balanced way through several.
+
+use std::{convert::Infallible, sync::Arc, sync::atomic::Ordering, time::Duration};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, Version};
+use http_body_util::Full;
+use janus_proto::{
+    error::{ErrorReason, reason, status},
+    ids::ServerId,
+    metadata,
+};
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{sleep, timeout},
+};
+use tonic::{Code, Status, body::Body};
+use tower::{Layer, ServiceExt, service_fn};
+use tracing::{debug, info};
+
+use super::{
+    Router,
+    body::{Download, Upload},
+    broken,
+    classify::Route,
+    headers::{self, Caller},
+};
+use crate::{
+    balance::{Attempt, BalanceLayer, Balanced, Outcome, Skipped},
+    fleet::{Call, Fleet},
+    registry::{Claim, RunCall},
+    selection::Policy,
+    upstream::{Link, Need, SendError, Upstream},
+};
+
+/// A start that a live server doesn't answer for this long is sent to the next one. It may happen there twice then,
+/// which is legal: the first server's run ends with its lease.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+/// Pause between two looks at whether a server that works on a call still lives.
+const LIFE_PAUSE: Duration = Duration::from_secs(1);
+
+/// A request on its way, in a form that can be sent again where that is allowed.
+struct Outgoing {
+    uri: Uri,
+    headers: HeaderMap,
+    payload: Payload,
+}
+
+enum Payload {
+    /// The whole body, with its share of the budget.
+    Kept(Bytes, Arc<OwnedSemaphorePermit>),
+    Stream(Body),
+}
+
+impl Outgoing {
+    fn request(self, upstream: &Upstream) -> Request<Body> {
+        let body = match self.payload {
+            Payload::Kept(bytes, _) => Body::new(Full::new(bytes)),
+            Payload::Stream(body) => body,
+        };
+        let body = Body::new(Upload { body, counters: upstream.counters().clone() });
+        let mut request = Request::new(body);
+        *request.method_mut() = Method::POST;
+        *request.version_mut() = Version::HTTP_2;
+        *request.uri_mut() = self.uri;
+        *request.headers_mut() = self.headers;
+        request
+    }
+
+    /// The same once more, if it was kept.
+    fn again(&self) -> Option<Self> {
+        let Payload::Kept(bytes, permit) = &self.payload else { return None };
+        let payload = Payload::Kept(bytes.clone(), permit.clone());
+        Some(Self { uri: self.uri.clone(), headers: self.headers.clone(), payload })
+    }
+
+    fn unsent(request: Request<Body>) -> Self {
+        let (parts, body) = request.into_parts();
+        Self { uri: parts.uri, headers: parts.headers, payload: Payload::Stream(body) }
+    }
+}
+
+impl Router {
+    pub(super) async fn forward(
+        &self,
+        route: Route,
+        caller: Caller,
+        request: Request<Body>,
+    ) -> Result<Response<Body>, Status> {
+        if route == Route::Start && caller.machine.is_none() {
+            let message = format!(
+                "a start by {} must name its machine in metadata janus-machine",
+                caller.principal
+            );
+            return Err(status(ErrorReason::InvalidField, message));
+        }
+        let (parts, body) = request.into_parts();
+        let headers = headers::for_server(parts.headers, &caller.principal);
+        let out = Outgoing { uri: parts.uri, headers, payload: Payload::Stream(body) };
+        let known = caller.run.and_then(|run| self.0.fleet.registry().server_of_run(run));
+        let owner = caller.pin.clone().or(known.clone().filter(|_| route != Route::Start));
+        match owner {
+            Some(server) => self.to_owner(route, caller, out, server).await,
+            None => self.balanced(route, caller, out, known).await,
+        }
+    }
+
+    /// A pinned call: this server or UNAVAILABLE.
+    async fn to_owner(
+        &self,
+        route: Route,
+        caller: Caller,
+        mut out: Outgoing,
+        server: ServerId,
+    ) -> Result<Response<Body>, Status> {
+        let fleet = &self.0.fleet;
+        let unreachable = |reason: &str| {
+            let message =
+                format!("server {server} can't be reached by janus {}: {reason}", self.0.id);
+            status(ErrorReason::ServerUnreachable, message)
+        };
+        let (upstream, link) =
+            fleet.pinned(&server).await.map_err(|down| unreachable(&down.reason))?;
+        let claim = caller.machine.as_ref().filter(|_| route == Route::Start);
+        let claim = claim.map(|machine| {
+            set_use(&mut out.headers, self.next_use(&caller));
+            fleet.registry().claim(machine, &server)
+        });
+        let run = self.run_call(&caller, &server);
+        let asked = out.headers.get(metadata::USE).cloned();
+        match wire(&link, route).send(out.request(&upstream)).await {
+            Ok(response) => {
+                let mut response = returning(response, &upstream, run);
+                self.note_start(&mut response, &upstream, claim, asked);
+                Ok(response)
+            }
+            Err(SendError::Unsent(_, error)) => {
+                Err(unreachable(&janus_proto::channel::explain_error(&error)))
+            }
+            Err(SendError::Lost(error)) => Err(broken(&upstream.name(), &error)),
+        }
+    }
+
+    /// An unpinned call: the servers in order, until one takes it.
+    async fn balanced(
+        &self,
+        route: Route,
+        caller: Caller,
+        mut out: Outgoing,
+        prefer: Option<ServerId>,
+    ) -> Result<Response<Body>, Status> {
+        if let (Route::Start | Route::Unary { .. }, Payload::Stream(body)) =
+            (route, &mut out.payload)
+        {
+            let (bytes, permit) = self.0.budget.keep(std::mem::take(body)).await?;
+            out.payload = Payload::Kept(bytes, Arc::new(permit));
+        }
+        self.0.fleet.first_look().await;
+        let is_start = route == Route::Start;
+        let rule = self.0.rule;
+        let policy = match is_start {
+            true => Policy::LeastRecent {
+                initial_backups: rule.initial_backups,
+                max_initial_runs: rule.max_initial_runs,
+            },
+            false => Policy::MostRecent,
+        };
+        let need = if is_start { Need::Starts } else { Need::Reads };
+        let call = Call { policy, need, machine: caller.machine.clone(), prefer };
+        let (router, caller) = (self.clone(), Arc::new(caller));
+        let one_attempt = service_fn(move |attempt: Attempt<Fleet, Outgoing>| {
+            let (router, caller) = (router.clone(), caller.clone());
+            Box::pin(
+                async move { Ok::<_, Infallible>(router.attempt(route, &caller, attempt).await) },
+            ) as BoxFuture<'static, _>
+        });
+        let service = BalanceLayer::new(self.0.fleet.clone()).layer(one_attempt);
+        let Ok(balanced) = service.oneshot((call, out)).await;
+        let Balanced { response, skipped }: Balanced<Response<Body>> = balanced;
+        let mut response = response.ok_or_else(|| none_ready(is_start, &skipped))?;
+        if is_start {
+            headers::add_skipped(response.headers_mut(), &skipped);
+            note_skipped(&response, &skipped);
+        }
+        Ok(response)
+    }
+
+    async fn attempt(
+        &self,
+        route: Route,
+        caller: &Caller,
+        attempt: Attempt<Fleet, Outgoing>,
+    ) -> Outcome<Outgoing, Response<Body>> {
+        let Attempt { call, target: upstream, mut request, claim, .. } = attempt;
+        let is_start = route == Route::Start;
+        if is_start {
+            set_use(&mut request.headers, self.next_use(caller));
+        }
+        let (Ok(link), Some(server)) = (upstream.stand(call.need), upstream.server()) else {
+            return Outcome::Next { reason: "was lost just now".into(), request, refusal: None };
+        };
+        let kept = request.again();
+        let asked = request.headers.get(metadata::USE).cloned();
+        let sent = wire(&link, route).send(request.request(&upstream));
+        let answer = match kept.is_some() {
+            true => while_alive(&upstream, &link, is_start, sent).await,
+            false => Ok(sent.await),
+        };
+        let run = self.run_call(caller, &server);
+        match (answer, kept) {
+            (Ok(Ok(response)), kept) => {
+                let mut response = returning(response, &upstream, run);
+                if let (Some(request), Some(reason)) = (kept, refusal(is_start, &response)) {
+                    let worth_showing = grpc_code(&response) != Some(Code::Unavailable);
+                    return Outcome::Next {
+                        reason,
+                        request,
+                        refusal: worth_showing.then_some(response),
+                    };
+                }
+                self.note_start(&mut response, &upstream, claim, asked);
+                Outcome::Done(response)
+            }
+            (Ok(Err(error)), Some(request)) => {
+                let reason = janus_proto::channel::explain_error(error.cause());
+                debug!(server = %upstream.name(), reason, unprocessed = error.is_unprocessed(), "attempt failed");
+                Outcome::Next { reason, request, refusal: None }
+            }
+            (Ok(Err(SendError::Unsent(request, error))), None) => {
+                let reason = janus_proto::channel::explain_error(&error);
+                Outcome::Next { reason, request: Outgoing::unsent(*request), refusal: None }
+            }
+            (Ok(Err(SendError::Lost(error))), None) => {
+                Outcome::Done(broken(&upstream.name(), &error).into_http())
+            }
+            (Err(reason), Some(request)) => Outcome::Next { reason, request, refusal: None },
+            (Err(reason), None) => {
+                Outcome::Done(status(ErrorReason::ServerUnreachable, reason).into_http())
+            }
+        }
+    }
+
+    fn next_use(&self, caller: &Caller) -> u64 {
+        let known = caller
+            .machine
+            .as_ref()
+            .map(|machine| self.0.fleet.registry().next_use(machine, caller.asked_use));
+        known.unwrap_or(caller.asked_use)
+    }
+
+    fn run_call(&self, caller: &Caller, server: &ServerId) -> Option<RunCall> {
+        Some(self.0.fleet.registry().run_call(caller.run?, server, caller.machine.as_ref()))
+    }
+
+    /// A start that the server has accepted counts as a use, whatever happens after.
+    fn note_start(
+        &self,
+        response: &mut Response<Body>,
+        upstream: &Upstream,
+        claim: Option<Claim>,
+        asked: Option<HeaderValue>,
+    ) {
+        let Some(claim) = claim.filter(|_| grpc_code(response).is_none_or(|code| code == Code::Ok))
+        else {
+            return;
+        };
+        if let Some(asked) = asked {
+            response.headers_mut().entry(metadata::USE).or_insert(asked);
+        }
+        if let Ok(Some(counter)) = headers::number(response.headers(), metadata::USE) {
+            claim.accept(counter);
+        }
+        upstream.counters().starts.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn wire(link: &Link, route: Route) -> &crate::upstream::Wire {
+    match route {
+        Route::Stream | Route::Unary { bulk: true } => &link.bulk,
+        _ => &link.control,
+    }
+}
+
+fn set_use(headers: &mut HeaderMap, counter: u64) {
+    headers.insert(metadata::USE, HeaderValue::from(counter));
+}
+
+/// Waits for `answer` as long as the server shows life.
+async fn while_alive<T>(
+    upstream: &Upstream,
+    link: &Link,
+    is_start: bool,
+    answer: impl Future<Output = T>,
+) -> Result<T, String> {
+    // A start is probed at once: the server may have been frozen since its last byte, and the caller is to have an
+    // answer soon. Other calls only when they take long.
+    let death = async {
+        if !is_start {
+            sleep(LIFE_PAUSE).await;
+        }
+        loop {
+            if let Err(reason) = upstream.probe(link).await {
+                return reason;
+            }
+            sleep(LIFE_PAUSE).await;
+        }
+    };
+    let either = async {
+        tokio::select! {
+            biased;
+            answer = answer => Ok(answer),
+            reason = death => Err(reason),
+        }
+    };
+    if !is_start {
+        return either.await;
+    }
+    let late = |_| format!("did not answer the start for {} s", START_DEADLINE.as_secs());
+    timeout(START_DEADLINE, either).await.map_err(late)?
+}
+
+fn returning(
+    response: Response<hyper::body::Incoming>,
+    upstream: &Upstream,
+    run: Option<RunCall>,
+) -> Response<Body> {
+    let server = upstream.name();
+    let counters = upstream.counters().clone();
+    let mut response = response.map(|body| {
+        Body::new(Download { body, counters, server: server.clone(), is_over: false, _run: run })
+    });
+    headers::name_answer(response.headers_mut(), &server);
+    response
+}
+
+/// Code of an answer that consists of a status alone.
+fn grpc_code(response: &Response<Body>) -> Option<Code> {
+    let text = response.headers().get("grpc-status")?;
+    Some(Code::from_bytes(text.as_bytes()))
+}
+
+/// Why the next server should be asked instead, when the answer is a refusal that concerns this server alone.
+fn refusal(is_start: bool, response: &Response<Body>) -> Option<String> {
+    let code = grpc_code(response).filter(|code| *code != Code::Ok)?;
+    let refused = Status::from_header_map(response.headers())?;
+    use ErrorReason as R;
+    let moves_on = match reason(&refused) {
+        Some(R::Draining | R::WrongServer | R::ServerUnreachable) => true,
+        Some(R::StoreFull | R::TooMany | R::StoreFailed) => is_start,
+        _ => code == Code::Unavailable,
+    };
+    moves_on.then(|| match refused.message() {
+        "" => format!("refused with {code:?}"),
+        message => message.to_string(),
+    })
+}
+
+fn none_ready(is_start: bool, skipped: &[Skipped]) -> Status {
+    let each: Vec<String> = skipped.iter().map(ToString::to_string).collect();
+    let what = if is_start { "take this backup" } else { "answer this call" };
+    let message = match each.is_empty() {
+        true => format!("no server can {what}: server_urls of this janus is empty"),
+        false => format!("no server can {what}: {}", each.join("; ")),
+    };
+    // Metadata is at most 64 KiB, and the message travels in it twice.
+    let message: String = message.chars().take(4000).collect();
+    status(ErrorReason::NoServerReady, message)
+}
+
+fn note_skipped(response: &Response<Body>, skipped: &[Skipped]) {
+    if !skipped.is_empty() {
+        let server = super::answered_by(response, "?");
+        let skipped: Vec<String> = skipped.iter().map(ToString::to_string).collect();
+        info!(
+            server,
+            skipped = skipped.join("; "),
+            "start went to another server than the one whose turn it was"
+        );
+    }
+}

@@ -1,0 +1,185 @@
+//! Metadata of calls: what is believed, what is dropped, what is added.
+
+use std::sync::Arc;
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+use janus_proto::{
+    error::{ErrorReason, status},
+    ids::{BackupId, MachineKey, ServerId},
+    metadata,
+    tls::{Principal, Role},
+};
+use tonic::Status;
+
+use crate::balance::Skipped;
+
+/// Longest value of `janus-skipped`, so that many of them stay below the header limit.
+const MAX_SKIPPED_BYTES: usize = 300;
+/// Headers of one connection, which mean nothing on the next.
+const HOP_BY_HOP: [HeaderName; 6] = [
+    header::CONNECTION,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    header::HOST,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+];
+
+/// What a call says of itself.
+#[derive(Debug, Clone)]
+pub(crate) struct Caller {
+    pub principal: Arc<Principal>,
+    pub machine: Option<MachineKey>,
+    pub pin: Option<ServerId>,
+    pub run: Option<BackupId>,
+    pub asked_use: u64,
+}
+
+impl Caller {
+    /// Reads and checks the metadata.
+    pub fn read(principal: Arc<Principal>, headers: &HeaderMap) -> Result<Self, Status> {
+        let named: Option<MachineKey> = value(headers, metadata::MACHINE)?;
+        let machine = match (&principal.role, named) {
+            (Role::Client(own), Some(named)) if named != *own => {
+                let message = format!(
+                    "this certificate belongs to machine {own}, not to {named} (janus-machine)"
+                );
+                return Err(status(ErrorReason::NotAllowed, message));
+            }
+            (Role::Client(own), _) => Some(own.clone()),
+            (_, named) => named,
+        };
+        let pin = value(headers, metadata::SERVER)?;
+        let run = value(headers, metadata::RUN)?;
+        let asked_use = number(headers, metadata::USE)?.unwrap_or(0);
+        Ok(Self { principal, machine, pin, run, asked_use })
+    }
+}
+
+fn text<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<Option<&'a str>, Status> {
+    let Some(value) = headers.get(name) else { return Ok(None) };
+    value.to_str().map(Some).map_err(|_| invalid(name, "is not ASCII"))
+}
+
+fn value<T: std::str::FromStr<Err: std::fmt::Display>>(
+    headers: &HeaderMap,
+    name: &'static str,
+) -> Result<Option<T>, Status> {
+    let Some(text) = text(headers, name)? else { return Ok(None) };
+    text.parse().map(Some).map_err(|error| invalid(name, error))
+}
+
+/// A number in a header.
+pub(crate) fn number(headers: &HeaderMap, name: &'static str) -> Result<Option<u64>, Status> {
+    value::<u64>(headers, name)
+}
+
+fn invalid(name: &'static str, reason: impl std::fmt::Display) -> Status {
+    status(ErrorReason::InvalidField, format!("metadata {name}: {reason}"))
+}
+
+/// Headers as the server gets them: the caller's, less those of the connection, with the caller's certificate.
+pub(crate) fn for_server(mut headers: HeaderMap, principal: &Principal) -> HeaderMap {
+    for name in &HOP_BY_HOP {
+        headers.remove(name);
+    }
+    // Whoever sends `janus-principal` to us could otherwise speak as somebody else.
+    headers.remove(metadata::PRINCIPAL);
+    if let Ok(value) = HeaderValue::from_str(&BASE64_STANDARD.encode(&principal.der)) {
+        headers.insert(metadata::PRINCIPAL, value);
+    }
+    headers
+}
+
+/// Completes an answer: who gave it, unless it says so itself.
+pub(crate) fn name_answer(headers: &mut HeaderMap, server: &str) {
+    for name in &HOP_BY_HOP {
+        headers.remove(name);
+    }
+    if let Ok(value) = HeaderValue::from_str(server) {
+        headers.entry(metadata::SERVER).or_insert(value);
+    }
+}
+
+/// Adds the servers that were passed over.
+pub(crate) fn add_skipped(headers: &mut HeaderMap, skipped: &[Skipped]) {
+    for one in skipped {
+        let plain = |c: char| if c.is_ascii_graphic() || c == ' ' { c } else { '?' };
+        let text: String = one.to_string().chars().map(plain).take(MAX_SKIPPED_BYTES).collect();
+        if let Ok(value) = HeaderValue::from_str(&text) {
+            headers.append(metadata::SKIPPED, value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    fn principal(role: Role) -> Arc<Principal> {
+        Arc::new(Principal { group: "home".into(), role, der: Bytes::from_static(b"certificate") })
+    }
+
+    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        pairs
+            .iter()
+            .map(|&(name, text)| (HeaderName::from_static(name), HeaderValue::from_static(text)))
+            .collect()
+    }
+
+    #[test]
+    fn a_client_speaks_for_its_own_machine_only() {
+        let client = principal(Role::Client("alice/web".parse().unwrap()));
+        let own = Caller::read(client.clone(), &HeaderMap::new()).unwrap();
+        assert_eq!(own.machine, Some("alice/web".parse().unwrap()));
+        let other = Caller::read(client, &headers(&[(metadata::MACHINE, "alice/db")])).unwrap_err();
+        assert_eq!(janus_proto::error::reason(&other), Some(ErrorReason::NotAllowed));
+        let operator = principal(Role::Operator("root".into()));
+        let named = Caller::read(operator, &headers(&[(metadata::MACHINE, "alice/db")])).unwrap();
+        assert_eq!(named.machine, Some("alice/db".parse().unwrap()));
+    }
+
+    #[test]
+    fn malformed_metadata_is_refused_by_name() {
+        let operator = principal(Role::Operator("root".into()));
+        for name in [metadata::MACHINE, metadata::SERVER, metadata::RUN, metadata::USE] {
+            let refused =
+                Caller::read(operator.clone(), &headers(&[(name, "../x y")])).unwrap_err();
+            assert_eq!(
+                janus_proto::error::reason(&refused),
+                Some(ErrorReason::InvalidField),
+                "{name}"
+            );
+            assert!(refused.message().contains(name), "{}", refused.message());
+        }
+    }
+
+    #[test]
+    fn a_foreign_principal_is_replaced_and_te_stays() {
+        let client = principal(Role::Client("alice/web".parse().unwrap()));
+        let mut sent =
+            headers(&[("te", "trailers"), ("connection", "close"), ("grpc-timeout", "5S")]);
+        sent.append(metadata::PRINCIPAL, HeaderValue::from_static("Zm9yZ2Vk"));
+        sent.append(metadata::PRINCIPAL, HeaderValue::from_static("dHdpY2U="));
+        let out = for_server(sent, &client);
+        let principals: Vec<_> = out.get_all(metadata::PRINCIPAL).iter().collect();
+        assert_eq!(principals, [BASE64_STANDARD.encode("certificate").as_str()]);
+        assert!(out.get("connection").is_none());
+        assert_eq!(
+            (out["te"].as_bytes(), out["grpc-timeout"].as_bytes()),
+            (&b"trailers"[..], &b"5S"[..])
+        );
+    }
+
+    #[test]
+    fn reasons_become_plain_headers() {
+        let mut out = HeaderMap::new();
+        let reason = format!("line\nbreak ü {}", "x".repeat(1000));
+        add_skipped(&mut out, &[Skipped { server: "a".into(), reason }]);
+        let text = out[metadata::SKIPPED].to_str().unwrap();
+        assert!(text.starts_with("a: line?break ? xxx") && text.len() == MAX_SKIPPED_BYTES);
+    }
+}

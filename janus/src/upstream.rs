@@ -1,0 +1,284 @@
+//! One server, as this janus reaches it: a task that keeps two connections to it and knows whether it is ready.
+//!
+//! Ready means: health Watch says SERVING on a live connection. A lost connection is not ready at once; a new one
+//! counts from its first SERVING. A server that doesn't answer a probe is *suspect* until any byte comes from it, while
+//! its connections and the streams on them go on: a slow line is not a dead server.
+//!
+//! The control connection carries health and unary calls, the bulk connection streams, so that a stalled upload can't
+//! keep health from getting through.
+
+mod health;
+mod task;
+mod wire;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use janus_proto::{channel::Target, ids::ServerId, tls::Identity};
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+
+use self::health::Serving;
+pub(crate) use self::{
+    health::{BACKUP_SERVICE, RESTORE_SERVICE},
+    wire::{SendError, Wire},
+};
+use crate::clock::unix_ms;
+
+/// Knowledge older than this is stale: a probe comes before a start.
+pub(crate) const STALE: Duration = Duration::from_secs(5);
+
+/// What a server is needed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Need {
+    /// Starts of runs.
+    Starts,
+    /// Everything that it may be asked without a pin.
+    Reads,
+    /// A pinned call: any live connection will do.
+    Link,
+}
+
+/// Live connections.
+#[derive(Debug, Clone)]
+pub(crate) struct Link {
+    pub control: Wire,
+    pub bulk: Wire,
+}
+
+impl Link {
+    /// Time since the last byte on either connection.
+    pub fn silence(&self) -> Duration {
+        self.control.pulse().silence().min(self.bulk.pulse().silence())
+    }
+}
+
+/// Why a server can't be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Down {
+    /// For people.
+    pub reason: String,
+    /// Unix milliseconds; 0: since this janus started.
+    pub since_ms: i64,
+}
+
+#[derive(Debug, Clone)]
+struct State {
+    server: Option<ServerId>,
+    link: Option<Link>,
+    starts: Serving,
+    reads: Serving,
+    /// Why there is no link.
+    reason: String,
+    since_ms: i64,
+    /// Looks that are over, well or badly.
+    looks: u64,
+}
+
+/// What has passed through this janus.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub starts: AtomicU64,
+    pub bytes_sent: AtomicU64,
+    pub bytes_received: AtomicU64,
+}
+
+struct Inner {
+    target: Target,
+    probe: Duration,
+    state: watch::Sender<State>,
+    look: Notify,
+    counters: Arc<Counters>,
+    /// Milliseconds after `begun` when it didn't answer a probe; 0: it did.
+    suspect: AtomicU64,
+    suspect_since_ms: AtomicI64,
+    /// Smoothed round trip in microseconds.
+    round_trip: AtomicU64,
+    begun: Instant,
+}
+
+/// One server; cheap to clone.
+#[derive(Clone)]
+pub struct Upstream(Arc<Inner>);
+
+impl std::fmt::Debug for Upstream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Upstream({})", self.name())
+    }
+}
+
+impl Upstream {
+    /// A server that isn't looked for yet: see [`Upstream::run`].
+    pub fn new(target: Target, probe: Duration) -> Self {
+        let state = State {
+            server: None,
+            link: None,
+            starts: Serving::No("not asked yet".into()),
+            reads: Serving::No("not asked yet".into()),
+            reason: "not reached yet".into(),
+            since_ms: 0,
+            looks: 0,
+        };
+        Self(Arc::new(Inner {
+            target,
+            probe,
+            state: watch::Sender::new(state),
+            look: Notify::new(),
+            counters: Arc::default(),
+            suspect: AtomicU64::new(0),
+            suspect_since_ms: AtomicI64::new(0),
+            round_trip: AtomicU64::new(0),
+            begun: Instant::now(),
+        }))
+    }
+
+    /// Keeps the connections until `stop`. To be called once.
+    pub async fn run(self, identity: Identity, stop: CancellationToken) {
+        stop.run_until_cancelled(task::run(self, identity, stop.clone())).await;
+    }
+
+    /// Name in its certificate, once it was reached.
+    pub fn server(&self) -> Option<ServerId> {
+        self.0.state.borrow().server.clone()
+    }
+
+    /// Name, or URL while the name isn't known.
+    pub fn name(&self) -> String {
+        self.server().map_or_else(|| self.url(), |server| server.to_string())
+    }
+
+    /// Its URL in the settings.
+    pub fn url(&self) -> String {
+        self.0.target.to_string()
+    }
+
+    /// Unix milliseconds of the last change of its readiness.
+    pub(crate) fn changed_ms(&self) -> i64 {
+        self.0.state.borrow().since_ms
+    }
+
+    pub(crate) fn counters(&self) -> &Arc<Counters> {
+        &self.0.counters
+    }
+
+    /// Its connections, if it can be used for `need` as far as is known.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn stand(&self, need: Need) -> Result<Link, Down> {
+        let state = self.0.state.borrow();
+        let down = |reason: &str| Down { reason: reason.to_string(), since_ms: state.since_ms };
+        let Some(link) = state.link.clone() else { return Err(down(&state.reason)) };
+        if need == Need::Link {
+            return Ok(link);
+        }
+        if self.is_suspect(&link) {
+            let since_ms = self.0.suspect_since_ms.load(Ordering::Relaxed);
+            return Err(Down { reason: "does not answer".into(), since_ms });
+        }
+        match if need == Need::Starts { &state.starts } else { &state.reads } {
+            Serving::Yes => Ok(link),
+            Serving::No(reason) => Err(down(reason)),
+        }
+    }
+
+    /// Whether it can be used for `need` now. Probes when the last byte is old, looks again when there is no connection;
+    /// takes at most [`Upstream::probe_limit`].
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) async fn gate(&self, need: Need) -> Result<Link, Down> {
+        let linked = self.0.state.borrow().link.clone();
+        match linked {
+            None => self.look_again().await,
+            Some(_) if need == Need::Link => {}
+            Some(link) if link.silence() < STALE && !self.is_suspect(&link) => {}
+            Some(link) => drop(self.probe(&link).await),
+        }
+        self.stand(need)
+    }
+
+    /// Asks for a sign of life; without one the server is suspect.
+    ///
+    /// # Errors
+    /// How long it was silent.
+    pub(crate) async fn probe(&self, link: &Link) -> Result<(), String> {
+        let (limit, begun) = (self.probe_limit(), Instant::now());
+        if health::shows_life(&link.control, limit).await || link.silence() < limit {
+            self.note_round_trip(begun.elapsed());
+            return Ok(());
+        }
+        self.suspect();
+        Err(format!("no answer for {} ms", limit.as_millis()))
+    }
+
+    /// Deadline of a probe: as set, but never below four round trips.
+    pub(crate) fn probe_limit(&self) -> Duration {
+        self.0.probe.max(4 * Duration::from_micros(self.0.round_trip.load(Ordering::Relaxed)))
+    }
+
+    /// Looks for the server now instead of at the end of the pause.
+    pub(crate) fn look_now(&self) {
+        self.0.look.notify_one();
+    }
+
+    /// Looks now and waits for what comes of it.
+    async fn look_again(&self) {
+        let mut states = self.0.state.subscribe();
+        let looks = states.borrow_and_update().looks;
+        self.look_now();
+        let until = Instant::now() + self.probe_limit();
+        let _ =
+            timeout_at(until, states.wait_for(|state| state.link.is_some() || state.looks > looks))
+                .await;
+    }
+
+    /// Waits until the first look is over, at most a probe's time: before that nothing is known.
+    pub(crate) async fn first_look(&self) {
+        let mut states = self.0.state.subscribe();
+        let until = Instant::now() + self.0.probe;
+        let _ = timeout_at(until, states.wait_for(|state| state.looks > 0)).await;
+    }
+
+    fn suspect(&self) {
+        let now = (self.0.begun.elapsed().as_millis() as u64).max(1);
+        if self.0.suspect.swap(now, Ordering::Relaxed) == 0 {
+            self.0.suspect_since_ms.store(unix_ms(), Ordering::Relaxed);
+            tracing::warn!(server = %self.name(), "does not answer: no starts go there until it does");
+        }
+    }
+
+    /// Any byte since the missed probe clears the suspicion.
+    fn is_suspect(&self, link: &Link) -> bool {
+        let at = self.0.suspect.load(Ordering::Relaxed);
+        if at == 0 {
+            return false;
+        }
+        let now = self.0.begun.elapsed().as_millis() as u64;
+        let silent_since = now.saturating_sub(link.silence().as_millis() as u64);
+        if silent_since <= at {
+            return true;
+        }
+        self.0.suspect.store(0, Ordering::Relaxed);
+        tracing::info!(server = %self.name(), "answers again");
+        false
+    }
+
+    fn note_round_trip(&self, sample: Duration) {
+        let (old, new) = (self.0.round_trip.load(Ordering::Relaxed), sample.as_micros() as u64);
+        let smoothed = if old == 0 { new } else { (old * 7 + new) / 8 };
+        self.0.round_trip.store(smoothed, Ordering::Relaxed);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        self.0.state.send_modify(change);
+    }
+}

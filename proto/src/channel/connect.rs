@@ -1,0 +1,220 @@
+//! One connection: name, TCP, TLS, role of the peer, first bytes.
+
+use std::{fmt, io, net::SocketAddr, time::Duration};
+
+use rustls::pki_types::ServerName;
+use tokio::{
+    io::AsyncBufReadExt,
+    net::TcpStream,
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_rustls::TlsConnector;
+
+use super::{ConnectError, ConnectOptions, explain::tls_error};
+use crate::tls::{Identity, Principal};
+
+/// The connecting end of a TLS connection.
+pub type TlsStream = tokio_rustls::client::TlsStream<TcpStream>;
+
+/// Where to connect to: `https://host:port`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Target {
+    host: String,
+    port: u16,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let brackets = self.host.contains(':');
+        let (open, close) = if brackets { ("[", "]") } else { ("", "") };
+        write!(f, "https://{open}{}{close}:{}", self.host, self.port)
+    }
+}
+
+impl std::str::FromStr for Target {
+    type Err = ConnectError;
+
+    fn from_str(url: &str) -> Result<Self, ConnectError> {
+        Self::parse(url)
+    }
+}
+
+impl Target {
+    /// Reads a URL.
+    ///
+    /// # Errors
+    /// When it is not `https`, has no host or port, or has a path.
+    pub fn parse(url: &str) -> Result<Self, ConnectError> {
+        let wrong = |reason: String| ConnectError::Url { url: url.to_string(), reason };
+        let Some((scheme, rest)) = url.trim().split_once("://") else {
+            return Err(wrong(format!("no scheme; write https://{}", url.trim())));
+        };
+        if scheme != "https" {
+            let reason =
+                format!("{scheme}:// is not offered, everything is TLS; write https://{rest}");
+            return Err(wrong(reason));
+        }
+        let uri: http::Uri =
+            url.trim().parse().map_err(|error| wrong(format!("not a URL ({error})")))?;
+        let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
+        if host.is_empty() || rest.contains('@') {
+            return Err(wrong("no plain host; write https://HOST:PORT".into()));
+        }
+        if uri.path() != "/" || uri.query().is_some() {
+            return Err(wrong("has a path; write https://HOST:PORT".into()));
+        }
+        let port = uri.port_u16().ok_or_else(|| {
+            wrong("no port; add it, such as :7420 for a janus or :7421 for a server".into())
+        })?;
+        Ok(Self { host: host.to_string(), port })
+    }
+
+    /// Host name or address, without brackets.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// TCP port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// `host:port`, for the `:authority` of forwarded requests.
+    pub fn authority(&self) -> String {
+        self.to_string().split_off("https://".len())
+    }
+
+    pub(super) fn closed(&self, reason: String) -> ConnectError {
+        ConnectError::Closed { target: self.to_string(), reason }
+    }
+
+    fn timed_out(&self, what: &'static str, after: Duration) -> ConnectError {
+        ConnectError::TimedOut { target: self.to_string(), what, after }
+    }
+}
+
+/// Connects to `target` and returns when the peer has proved its role and has sent its first HTTP/2 bytes (they stay
+/// unread in the stream).
+///
+/// # Errors
+/// When one of the steps fails or takes longer than the options allow.
+pub async fn connect_tls(
+    target: &Target,
+    identity: &Identity,
+    options: &ConnectOptions,
+) -> Result<(TlsStream, Principal), ConnectError> {
+    let tcp = connect_tcp(target, options.connect_timeout).await?;
+    let limit = options.connect_timeout;
+    let late = |_| target.timed_out("it accepted the connection and then said nothing", limit);
+    timeout(limit, greet(target, identity, options, tcp)).await.map_err(late)?
+}
+
+/// Tries every address of the host; each gets an equal share of the time left.
+async fn connect_tcp(target: &Target, limit: Duration) -> Result<TcpStream, ConnectError> {
+    let end = Instant::now() + limit;
+    let addresses = look_up(target, end, limit).await?;
+    let mut last = None;
+    for (tried, address) in addresses.iter().enumerate() {
+        let left = end.saturating_duration_since(Instant::now());
+        let share = left / u32::try_from(addresses.len() - tried).unwrap_or(1);
+        last = Some(match timeout(share, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => {
+                // Without it, small frames wait for acknowledgements: measured at half of the throughput.
+                stream.set_nodelay(true).map_err(|error| target.closed(error.to_string()))?;
+                return Ok(stream);
+            }
+            Ok(Err(error)) => tcp_error(target, &error),
+            Err(_) => target.timed_out("no answer to the TCP connect", limit),
+        });
+    }
+    Err(last.unwrap_or_else(|| ConnectError::NameNotFound {
+        target: target.to_string(),
+        host: target.host.clone(),
+        reason: "the name has no address".into(),
+    }))
+}
+
+async fn look_up(
+    target: &Target,
+    end: Instant,
+    limit: Duration,
+) -> Result<Vec<SocketAddr>, ConnectError> {
+    match timeout_at(end, tokio::net::lookup_host((target.host.as_str(), target.port))).await {
+        Ok(Ok(addresses)) => Ok(addresses.collect()),
+        Ok(Err(error)) => Err(ConnectError::NameNotFound {
+            target: target.to_string(),
+            host: target.host.clone(),
+            reason: error.to_string(),
+        }),
+        Err(_) => Err(target.timed_out("the name service did not answer", limit)),
+    }
+}
+
+fn tcp_error(target: &Target, error: &io::Error) -> ConnectError {
+    let target = target.to_string();
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => ConnectError::Refused { target },
+        _ => ConnectError::Unreachable { target, reason: error.to_string() },
+    }
+}
+
+async fn greet(
+    target: &Target,
+    identity: &Identity,
+    options: &ConnectOptions,
+    tcp: TcpStream,
+) -> Result<(TlsStream, Principal), ConnectError> {
+    let name = ServerName::try_from(target.host.clone()).map_err(|_| ConnectError::Url {
+        url: target.to_string(),
+        reason: "the host is neither a DNS name nor an address".into(),
+    })?;
+    let connector = TlsConnector::from(identity.client_config());
+    let mut stream =
+        connector.connect(name, tcp).await.map_err(|error| tls_error(target, &error))?;
+    let peer = check_peer(target, identity, options, &stream)?;
+    match stream.fill_buf().await {
+        Ok([]) => Err(target.closed("it closed the connection after the TLS handshake".into())),
+        Ok(_) => Ok((stream, peer)),
+        Err(error) => Err(tls_error(target, &error)),
+    }
+}
+
+fn check_peer(
+    target: &Target,
+    identity: &Identity,
+    options: &ConnectOptions,
+    stream: &TlsStream,
+) -> Result<Principal, ConnectError> {
+    let wrong = |reason: String| ConnectError::WrongPeer { target: target.to_string(), reason };
+    let peer = identity
+        .peer(stream.get_ref().1.peer_certificates())
+        .map_err(|error| wrong(error.to_string()))?;
+    if options.expect.admits(&peer.role) {
+        return Ok(peer);
+    }
+    Err(wrong(format!("it is {peer}, not {}", options.expect.as_str())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_is_https_with_host_and_port() {
+        for good in ["https://a:7421", "https://127.0.0.1:1", "https://[::1]:7421"] {
+            assert_eq!(Target::parse(good).unwrap().to_string(), good);
+        }
+        assert_eq!(Target::parse("https://[::1]:7421").unwrap().authority(), "[::1]:7421");
+        for (bad, says) in [
+            ("http://a:7421", "write https://a:7421"),
+            ("a:7421", "write https://a:7421"),
+            ("https://a", "no port"),
+            ("https://a:7421/x", "has a path"),
+            ("https://u@a:7421", "no plain host"),
+            ("https://", "not a URL"),
+        ] {
+            let error = Target::parse(bad).unwrap_err().to_string();
+            assert!(error.contains(says) && error.contains(bad), "{bad}: {error}");
+        }
+    }
+}

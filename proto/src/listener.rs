@@ -1,0 +1,328 @@
+//! The accepting end, the same in server and janus: TLS 1.3 with client certificates, HTTP/2, and the caller's
+//! [`Principal`] in the extensions of each request.
+//!
+//! Every task started here is owned and ended before [`serve`] returns; a drain never takes longer than its limit.
+
+use std::{convert::Infallible, error::Error, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::{Service, ServiceExt};
+use tracing::{debug, info, warn};
+
+use crate::{
+    channel::{
+        CONNECTION_WINDOW_BYTES, MAX_CONCURRENT_STREAMS, MAX_FRAME_BYTES, MAX_HEADER_BYTES,
+        STREAM_WINDOW_BYTES,
+    },
+    error::{ErrorReason, status},
+    tls::{Identity, Principal, describe},
+};
+
+/// First byte of a TLS connection: a handshake record.
+const TLS_HANDSHAKE: u8 = 0x16;
+/// How long a refused peer gets to read why.
+const REFUSAL_TIME: Duration = Duration::from_secs(2);
+/// How long dropped tasks get to end; they end at their next await.
+const DROP_TIME: Duration = Duration::from_secs(1);
+
+type BoxError = Box<dyn Error + Send + Sync>;
+
+/// Limits of a listener.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Open connections; more are closed at once, so that a caller goes to another server instead of waiting.
+    pub max_connections: usize,
+    /// From the TCP accept to the end of the TLS handshake.
+    pub handshake_timeout: Duration,
+    /// A connection is pinged this often …
+    pub keepalive_interval: Duration,
+    /// … and dropped when an answer takes longer than this.
+    pub keepalive_timeout: Duration,
+    /// After shutdown begins, how long open calls may go on.
+    pub drain: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: 1024,
+            handshake_timeout: Duration::from_secs(5),
+            keepalive_interval: Duration::from_secs(20),
+            keepalive_timeout: Duration::from_secs(20),
+            drain: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Address of the caller's end, in the extensions of each request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerAddress(pub SocketAddr);
+
+/// Accepts connections until `shutdown`, then drains and returns.
+///
+/// `service` gets each request with an [`Arc<Principal>`] and a [`PeerAddress`] in its extensions. Peers without a
+/// certificate of our CA don't get through the handshake; those of another group or without a role get
+/// UNAUTHENTICATED for every call.
+pub async fn serve<S, B>(
+    listener: TcpListener,
+    identity: Identity,
+    service: S,
+    limits: Limits,
+    shutdown: CancellationToken,
+) where
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Into<BoxError>,
+    B: hyper::body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    let tasks = TaskTracker::new();
+    let kill = CancellationToken::new();
+    // Also when this future is dropped, nothing goes on.
+    let _kill_on_drop = kill.clone().drop_guard();
+    let acceptor = TlsAcceptor::from(identity.server_config());
+    let places = Arc::new(Semaphore::new(limits.max_connections));
+    while let Some((tcp, address)) = accept(&listener, &shutdown).await {
+        let Ok(place) = places.clone().try_acquire_owned() else {
+            warn!(%address, limit = limits.max_connections, "connection closed: too many are open");
+            continue;
+        };
+        let connection = Connection {
+            address,
+            identity: identity.clone(),
+            acceptor: acceptor.clone(),
+            limits: limits.clone(),
+            shutdown: shutdown.clone(),
+            executor: OwnedTasks { tasks: tasks.clone(), kill: kill.child_token() },
+            _place: place,
+        };
+        let (service, kill) = (service.clone(), kill.clone());
+        tasks.spawn(async move { kill.run_until_cancelled(connection.run(tcp, service)).await });
+    }
+    drop(listener);
+    drain(&tasks, &kill, limits.drain).await;
+}
+
+/// The next connection; `None` when `shutdown` begins.
+async fn accept(
+    listener: &TcpListener,
+    shutdown: &CancellationToken,
+) -> Option<(TcpStream, SocketAddr)> {
+    loop {
+        match shutdown.run_until_cancelled(listener.accept()).await? {
+            Ok(accepted) => return Some(accepted),
+            Err(error) => {
+                // Out of file descriptors: without the pause this loop would spin until one is free.
+                warn!(%error, "can't accept connections");
+                shutdown
+                    .run_until_cancelled(tokio::time::sleep(Duration::from_millis(100)))
+                    .await?;
+            }
+        }
+    }
+}
+
+// Graceful HTTP/2 shutdown waits for ever on a peer that never spoke or stopped answering, hence the hard end.
+async fn drain(tasks: &TaskTracker, kill: &CancellationToken, limit: Duration) {
+    tasks.close();
+    if timeout(limit, tasks.wait()).await.is_ok() {
+        return;
+    }
+    info!(left = tasks.len(), ?limit, "drain took too long: dropping what is left");
+    kill.cancel();
+    if timeout(DROP_TIME, tasks.wait()).await.is_err() {
+        warn!(left = tasks.len(), "tasks that do not end");
+    }
+}
+
+/// Runs hyper's tasks as ours, so that they end with their connection.
+#[derive(Clone)]
+struct OwnedTasks {
+    tasks: TaskTracker,
+    kill: CancellationToken,
+}
+
+impl<F> hyper::rt::Executor<F> for OwnedTasks
+where
+    F: Future + Send + 'static,
+    F::Output: Send,
+{
+    fn execute(&self, future: F) {
+        let kill = self.kill.clone();
+        self.tasks.spawn(async move { kill.run_until_cancelled(future).await.is_some() });
+    }
+}
+
+struct Connection {
+    address: SocketAddr,
+    identity: Identity,
+    acceptor: TlsAcceptor,
+    limits: Limits,
+    shutdown: CancellationToken,
+    executor: OwnedTasks,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Connection {
+    async fn run<S, B>(self, tcp: TcpStream, service: S)
+    where
+        S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+        S::Future: Send,
+        S::Error: Into<BoxError>,
+        B: hyper::body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        let _end_streams = self.executor.kill.clone().drop_guard();
+        let handshake = timeout(self.limits.handshake_timeout, self.handshake(tcp));
+        let tls = match self.shutdown.run_until_cancelled(handshake).await {
+            None => return,
+            Some(Err(_)) => {
+                warn!(address = %self.address, "connection refused: no TLS handshake in time");
+                return;
+            }
+            Some(Ok(None)) => return,
+            Some(Ok(Some(tls))) => tls,
+        };
+        match self.identity.peer(tls.get_ref().1.peer_certificates()) {
+            Ok(principal) => self.serve(tls, Arc::new(principal), service).await,
+            Err(error) => {
+                warn!(address = %self.address, %error, "connection refused");
+                self.refuse(tls, error.to_string()).await;
+            }
+        }
+    }
+
+    /// TLS, or `None` when the peer was refused (and told, and logged).
+    async fn handshake(&self, mut tcp: TcpStream) -> Option<TlsStream<TcpStream>> {
+        let address = self.address;
+        if let Err(error) = tcp.set_nodelay(true) {
+            debug!(%address, %error, "connection lost");
+            return None;
+        }
+        let mut first = [0];
+        match tcp.peek(&mut first).await {
+            Ok(1) if first[0] == TLS_HANDSHAKE => {}
+            Ok(1) => {
+                warn!(%address, "connection refused: no TLS (plain HTTP?)");
+                answer_plain(&mut tcp).await;
+                return None;
+            }
+            // A port scan or a TCP health check.
+            _ => {
+                debug!(%address, "connection closed without a word");
+                return None;
+            }
+        }
+        match self.acceptor.accept(tcp).into_fallible().await {
+            Ok(tls) => Some(tls),
+            Err((error, tcp)) => {
+                warn!(%address, reason = handshake_problem(&error), "connection refused in the TLS handshake");
+                linger(tcp).await;
+                None
+            }
+        }
+    }
+
+    async fn serve<S, B>(&self, tls: TlsStream<TcpStream>, principal: Arc<Principal>, service: S)
+    where
+        S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+        S::Future: Send,
+        S::Error: Into<BoxError>,
+        B: hyper::body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        let address = PeerAddress(self.address);
+        let caller = principal.clone();
+        let with_caller = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(caller.clone());
+            request.extensions_mut().insert(address);
+            service.clone().oneshot(request)
+        });
+        let connection = self.http2().serve_connection(TokioIo::new(tls), with_caller);
+        tokio::pin!(connection);
+        let ended = tokio::select! {
+            ended = connection.as_mut() => ended,
+            () = self.shutdown.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        match ended {
+            Ok(()) => debug!(address = %self.address, %principal, "connection closed"),
+            Err(error) => debug!(address = %self.address, %principal, %error, "connection lost"),
+        }
+    }
+
+    /// Answers every call with why the connection is refused: a gRPC caller shows that, a closed socket it doesn't.
+    async fn refuse(&self, tls: TlsStream<TcpStream>, reason: String) {
+        let refusing = hyper::service::service_fn(move |_: Request<Incoming>| {
+            let refused = status(ErrorReason::IdentityMissing, reason.clone());
+            std::future::ready(Ok::<_, Infallible>(refused.into_http::<tonic::body::Body>()))
+        });
+        let connection = self.http2().serve_connection(TokioIo::new(tls), refusing);
+        // A caller of ours has seen the same fault and is gone; others get time for one call.
+        let _ = timeout(REFUSAL_TIME, connection).await;
+    }
+
+    fn http2(&self) -> hyper::server::conn::http2::Builder<OwnedTasks> {
+        let mut builder = hyper::server::conn::http2::Builder::new(self.executor.clone());
+        builder
+            .timer(TokioTimer::new())
+            .max_frame_size(MAX_FRAME_BYTES)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
+            .max_header_list_size(MAX_HEADER_BYTES)
+            .keep_alive_interval(self.limits.keepalive_interval)
+            .keep_alive_timeout(self.limits.keepalive_timeout);
+        builder
+    }
+}
+
+/// Tells a plain-HTTP caller what this port is.
+async fn answer_plain(tcp: &mut TcpStream) {
+    let text =
+        "This port speaks HTTP/2 over TLS with client certificates only: use an https:// URL.\n";
+    let answer = format!(
+        "HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{text}",
+        text.len()
+    );
+    if tcp.write_all(answer.as_bytes()).await.is_ok() {
+        linger(tcp).await;
+    }
+}
+
+/// Closes after the peer has: closing with unread bytes resets the connection, and the answer or alert is lost.
+async fn linger(mut tcp: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin) {
+    let until_closed = async {
+        tcp.shutdown().await?;
+        tokio::io::copy(&mut (&mut tcp).take(64 << 10), &mut tokio::io::sink()).await
+    };
+    let _ = timeout(REFUSAL_TIME, until_closed).await;
+}
+
+fn handshake_problem(error: &io::Error) -> String {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match tls {
+        Some(rustls::Error::NoCertificatesPresented) => "the peer has no certificate".into(),
+        Some(error @ rustls::Error::InvalidCertificate(_)) => {
+            format!("the peer's certificate {}", describe(error))
+        }
+        Some(rustls::Error::AlertReceived(alert)) => {
+            format!("the peer refused our certificate ({alert:?})")
+        }
+        Some(other) => other.to_string(),
+        None => error.to_string(),
+    }
+}

@@ -1,0 +1,138 @@
+use serde::Deserialize;
+
+use super::*;
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Settings {
+    listen: String,
+    image_path: PathBuf,
+    lease_seconds: u32,
+    prefer_vhdx: bool,
+    server_urls: Vec<String>,
+    note: Option<String>,
+    mode: Mode,
+    limits: Limits,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Limits {
+    probe_ms: u64,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Mode {
+    Allow,
+    Hold,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:0".into(),
+            image_path: PathBuf::new(),
+            lease_seconds: 60,
+            prefer_vhdx: true,
+            server_urls: Vec::new(),
+            note: None,
+            mode: Mode::Allow,
+            limits: Limits { probe_ms: 1000 },
+        }
+    }
+}
+
+fn load(file: Option<&str>, env: &[(&str, &str)], flags: &[&str]) -> Result<Settings, String> {
+    let loader = Loader::<Settings>::new("JANUS").ignore_variables(&["JANUS_CLIENT_"]);
+    let folder = tempfile::tempdir().unwrap();
+    let mut arguments = vec!["janus".to_string()];
+    if let Some(text) = file {
+        let path = folder.path().join("janus.toml");
+        fs::write(&path, text).unwrap();
+        arguments.extend(["--config".into(), path.display().to_string()]);
+    }
+    arguments.extend(flags.iter().map(ToString::to_string));
+    let matches = loader.add_flags(Command::new("janus")).try_get_matches_from(arguments).unwrap();
+    let env = env.iter().map(|(name, value)| (name.into(), value.into()));
+    let strip = format!("{}/", folder.path().display());
+    loader.load(&matches, env).map_err(|error| error.to_string().replace(&strip, ""))
+}
+
+#[test]
+fn flags_win_over_environment_over_file_over_defaults() {
+    let file = "listen = \"file\"\nlease_seconds = 1\nnote = \"n\"\n[limits]\nprobe_ms = 5\n";
+    let env = [
+        ("JANUS_LISTEN", "env"),
+        ("JANUS_LEASE_SECONDS", "2"),
+        ("JANUS_LIMITS_PROBE_MS", "7"),
+        ("HOME", "x"),
+    ];
+    let loaded = load(
+        Some(file),
+        &env,
+        &["--listen", "flag", "--server-urls", "a, b", "--server-urls", "c"],
+    )
+    .unwrap();
+    let expected = Settings {
+        listen: "flag".into(),
+        lease_seconds: 2,
+        note: Some("n".into()),
+        limits: Limits { probe_ms: 7 },
+        server_urls: vec!["a".into(), "b".into(), "c".into()],
+        ..Settings::default()
+    };
+    assert_eq!(loaded, expected);
+}
+
+#[test]
+fn nothing_given_means_defaults() {
+    assert_eq!(load(None, &[], &[]).unwrap(), Settings::default());
+}
+
+#[test]
+fn the_command_is_consistent() {
+    Loader::<Settings>::new("JANUS").add_flags(Command::new("janus")).debug_assert();
+}
+
+#[test]
+fn unknown_keys_are_refused_with_the_nearest_one() {
+    let error = |file: &str| load(Some(file), &[], &[]).unwrap_err();
+    assert_eq!(
+        error("# x\nimagepath = \"/x\""),
+        "janus.toml line 2: unknown key \"imagepath\"; did you mean \"image_path\"?"
+    );
+    assert_eq!(
+        error("[limits]\nprobe = 1"),
+        "janus.toml line 2: unknown key \"limits.probe\"; did you mean \"limits.probe_ms\"?"
+    );
+    assert!(error("zzz = 1").ends_with("--help lists all keys"));
+    let variable = load(None, &[("JANUS_LISTN", "x")], &[]).unwrap_err();
+    assert!(variable.contains("did you mean \"JANUS_LISTEN\"?"), "{variable}");
+    load(None, &[("JANUS_CLIENT_URLS", "x"), ("JANUSX", "y")], &[]).unwrap();
+}
+
+#[test]
+fn wrong_values_name_place_key_and_expected_type() {
+    let error = |file: &str| load(Some(file), &[], &[]).unwrap_err();
+    assert_eq!(
+        error("lease_seconds = \"x\""),
+        "janus.toml line 1: lease_seconds = \"x\": expected a whole number"
+    );
+    assert!(error("lease_seconds = -1").starts_with("janus.toml line 1: lease_seconds = -1: "));
+    assert!(error("server_urls = \"a\"").contains("expected a list"));
+    assert!(error("mode = \"x\"").contains("expected `allow` or `hold`"));
+    assert!(error("limits = 3").contains("limits"));
+    assert!(error("listen = ").starts_with("janus.toml line 1: not valid TOML"));
+    let variable = load(None, &[("JANUS_PREFER_VHDX", "yes")], &[]).unwrap_err();
+    assert_eq!(
+        variable,
+        "environment variable JANUS_PREFER_VHDX: prefer_vhdx = \"yes\": expected true or false"
+    );
+    let flag = load(None, &[], &["--lease-seconds", "many"]).unwrap_err();
+    assert_eq!(flag, "flag --lease-seconds: lease_seconds = \"many\": expected a whole number");
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let error = load(None, &[("JANUS_CONFIG", "/nowhere/janus.toml")], &[]).unwrap_err();
+    assert!(error.starts_with("can't read settings file /nowhere/janus.toml"), "{error}");
+}

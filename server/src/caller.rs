@@ -1,0 +1,163 @@
+//! Who calls, and for which machine: decided once for each request, before any service sees it.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use http::{HeaderValue, Request, Response};
+use hyper::body::Incoming;
+use janus_proto::{
+    error::{ErrorReason, status},
+    ids::{MachineKey, ServerId},
+    metadata,
+    tls::{Identity, Principal, Role},
+};
+use tonic::{Status, body::Body, metadata::MetadataMap};
+use tower::Service;
+
+/// The caller of a request: the peer, or whom a janus speaks for.
+#[derive(Debug, Clone)]
+pub struct Caller(pub Arc<Principal>);
+
+impl Caller {
+    /// The caller that the gate put into a request.
+    ///
+    /// # Errors
+    /// `IDENTITY_MISSING` when there is none.
+    pub fn of<T>(request: &tonic::Request<T>) -> Result<Self, Status> {
+        let missing = || status(ErrorReason::IdentityMissing, "no certificate came with this call");
+        request.extensions().get::<Self>().cloned().ok_or_else(missing)
+    }
+
+    /// The machine that this call is about: a client's own; operators name it in `janus-machine`.
+    ///
+    /// # Errors
+    /// `NOT_ALLOWED` for another machine, or for a role without machines; `INVALID_FIELD` when it isn't named.
+    pub fn machine(&self, metadata: &MetadataMap) -> Result<MachineKey, Status> {
+        let named = named_machine(metadata)?;
+        match (&self.0.role, named) {
+            (Role::Client(own), None) => Ok(own.clone()),
+            (Role::Client(own), Some(named)) if *own == named => Ok(named),
+            (Role::Operator(_), Some(named)) => Ok(named),
+            (Role::Operator(_), None) => Err(status(
+                ErrorReason::InvalidField,
+                "janus-machine is missing: an operator names the machine <user>/<machine>",
+            )),
+            (role, _) => {
+                Err(status(ErrorReason::NotAllowed, format!("{role} may not act for this machine")))
+            }
+        }
+    }
+
+    /// The machine of a call that writes: only the client itself.
+    ///
+    /// # Errors
+    /// `NOT_ALLOWED` for every other role or machine.
+    pub fn own_machine(&self, metadata: &MetadataMap) -> Result<MachineKey, Status> {
+        match &self.0.role {
+            Role::Client(_) => self.machine(metadata),
+            role => Err(status(
+                ErrorReason::NotAllowed,
+                format!("{role} may not write backups: use a client certificate"),
+            )),
+        }
+    }
+
+    /// True when the caller may read this machine's snapshots.
+    pub fn may_read(&self, machine: &MachineKey) -> bool {
+        match &self.0.role {
+            Role::Client(own) => own == machine,
+            Role::Operator(_) => true,
+            Role::Server(_) | Role::Janus(_) => false,
+        }
+    }
+}
+
+fn named_machine(metadata: &MetadataMap) -> Result<Option<MachineKey>, Status> {
+    let Some(value) = metadata.get(metadata::MACHINE) else { return Ok(None) };
+    let invalid = |_| status(ErrorReason::InvalidField, "janus-machine is not text");
+    Ok(Some(value.to_str().map_err(invalid)?.parse()?))
+}
+
+/// Finds out the caller, refuses calls for other servers, and signs every answer with this server's name.
+#[derive(Clone)]
+pub struct Gate<S> {
+    inner: S,
+    identity: Identity,
+    server: ServerId,
+    name: HeaderValue,
+}
+
+impl<S> Gate<S> {
+    /// A gate before `inner`.
+    ///
+    /// # Errors
+    /// When the name can't stand in a header, which valid names can.
+    pub fn new(inner: S, identity: Identity, server: ServerId) -> Result<Self, http::Error> {
+        let name = HeaderValue::from_str(server.as_str())?;
+        Ok(Self { inner, identity, server, name })
+    }
+
+    fn admit(&self, request: &mut Request<Incoming>) -> Result<(), Status> {
+        let peer = request.extensions().get::<Arc<Principal>>().cloned();
+        let peer = peer.ok_or_else(|| {
+            status(ErrorReason::IdentityMissing, "no certificate came with this call")
+        })?;
+        let forwarded = request.headers_mut().remove(metadata::PRINCIPAL);
+        let caller = match (&peer.role, forwarded) {
+            (Role::Janus(_), Some(value)) => Arc::new(self.forwarded(&value)?),
+            _ => peer,
+        };
+        request.extensions_mut().insert(Caller(caller));
+        match request.headers().get(metadata::SERVER) {
+            Some(wanted) if wanted.as_bytes() != self.server.as_str().as_bytes() => {
+                let wanted = String::from_utf8_lossy(wanted.as_bytes()).into_owned();
+                let text = format!("this call is for server {wanted:?}, this is {}", self.server);
+                Err(status(ErrorReason::WrongServer, text))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn forwarded(&self, value: &HeaderValue) -> Result<Principal, Status> {
+        let refused = |why: String| {
+            status(ErrorReason::IdentityMissing, format!("certificate forwarded by janus: {why}"))
+        };
+        let der = STANDARD.decode(value.as_bytes()).map_err(|e| refused(e.to_string()))?;
+        self.identity.verify_forwarded(&der).map_err(|e| refused(e.to_string()))
+    }
+}
+
+impl<S> Service<Request<Incoming>> for Gate<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>> + Clone + Send + 'static,
+    S::Future: Send,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: Request<Incoming>) -> Self::Future {
+        let admitted = self.admit(&mut request);
+        let name = self.name.clone();
+        // The clone takes our place for the next call; the one that was polled ready serves this one.
+        let clone = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, clone);
+        Box::pin(async move {
+            let mut response = match admitted {
+                Ok(()) => inner.call(request.map(Body::new)).await?,
+                Err(refused) => refused.into_http(),
+            };
+            response.headers_mut().insert(metadata::SERVER, name);
+            Ok(response)
+        })
+    }
+}

@@ -1,0 +1,202 @@
+//! The catalog service: machines, disks and snapshots, as this server knows them.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use janus_proto::{
+    error::{ErrorReason, WireError, status},
+    ids::{DiskId, MachineKey, SnapshotId},
+    pb::{self, catalog_service_server::CatalogService},
+    tls::Role,
+};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    caller::Caller,
+    restore::RestoreError,
+    runs::{Machine, Runs},
+};
+
+const PAGE: usize = 200;
+const MAX_PAGE: usize = 1000;
+
+/// The service; see `catalog.proto`.
+pub struct Catalog {
+    runs: Arc<Runs>,
+    server: String,
+}
+
+impl Catalog {
+    /// A service over the runs of the server of this name.
+    pub fn new(runs: Arc<Runs>, server: String) -> Self {
+        Self { runs, server }
+    }
+
+    /// The machine a list is about: named in the message or in the metadata.
+    fn machine<T>(
+        &self,
+        request: &Request<T>,
+        named: &str,
+    ) -> Result<Option<Arc<Machine>>, Status> {
+        let caller = Caller::of(request)?;
+        let key = match named {
+            "" => caller.machine(request.metadata())?,
+            named => named.parse::<MachineKey>()?,
+        };
+        if !caller.may_read(&key) {
+            return Err(status(
+                ErrorReason::NotAllowed,
+                format!("{} may not read machine {key}", caller.0),
+            ));
+        }
+        Ok(self.runs.machine(&key))
+    }
+
+    fn machine_info(&self, machine: &Machine) -> pb::MachineInfo {
+        let snapshots = machine.snapshots();
+        let last_committed_ms = snapshots.first().map_or(0, |held| held.run.committed_ms);
+        let here = pb::MachineServer {
+            server_id: self.server.clone(),
+            use_counter: machine.use_counter(),
+            last_committed_ms,
+            snapshot_count: snapshots.len() as u64,
+        };
+        pb::MachineInfo { machine: machine.key.to_string(), last_committed_ms, servers: vec![here] }
+    }
+}
+
+/// One page of what comes after `token`, which names the last item of the page before, in the order of the items.
+fn page<T>(
+    items: impl Iterator<Item = (String, T)>,
+    size: u32,
+    token: &str,
+) -> Result<(Vec<T>, String), WireError> {
+    let size = if size == 0 { PAGE } else { (size as usize).min(MAX_PAGE) };
+    let mut items = items.peekable();
+    if !token.is_empty() && !items.by_ref().any(|(name, _)| name == token) {
+        let reason = format!(
+            "{:?} is not from this list, or its item is gone: begin again",
+            janus_proto::error::shorten(token)
+        );
+        return Err(WireError::invalid("page_token", reason));
+    }
+    let mut last = String::new();
+    let mut page = Vec::new();
+    for (name, item) in items.by_ref().take(size) {
+        last = name;
+        page.push(item);
+    }
+    let token = if items.peek().is_some() { last } else { String::new() };
+    Ok((page, token))
+}
+
+#[tonic::async_trait]
+impl CatalogService for Catalog {
+    async fn list_machines(
+        &self,
+        request: Request<pb::ListMachinesRequest>,
+    ) -> Result<Response<pb::ListMachinesResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        if matches!(caller.0.role, Role::Server(_) | Role::Janus(_)) {
+            return Err(status(
+                ErrorReason::NotAllowed,
+                format!("{} may not list machines", caller.0),
+            ));
+        }
+        let request = request.into_inner();
+        let machines = self.runs.machines();
+        let readable = machines.iter().filter(|machine| caller.may_read(&machine.key));
+        let items = readable.map(|machine| (machine.key.to_string(), self.machine_info(machine)));
+        let (machines, next_page_token) = page(items, request.page_size, &request.page_token)?;
+        Ok(Response::new(pb::ListMachinesResponse {
+            machines,
+            next_page_token,
+            unreachable: Vec::new(),
+        }))
+    }
+
+    async fn list_disks(
+        &self,
+        request: Request<pb::ListDisksRequest>,
+    ) -> Result<Response<pb::ListDisksResponse>, Status> {
+        let machine = self.machine(&request, &request.get_ref().machine)?;
+        let request = request.into_inner();
+        let mut disks: BTreeMap<DiskId, pb::DiskInfo> = BTreeMap::new();
+        for held in machine.map(|machine| machine.snapshots()).unwrap_or_default() {
+            let snapshot = held.snapshot();
+            // Newest first: the first one seen of a disk says how it is now.
+            let info = disks.entry(snapshot.disk.clone()).or_insert_with(|| pb::DiskInfo {
+                disk_id: snapshot.disk.to_string(),
+                size_bytes: snapshot.size_bytes,
+                last_committed_ms: held.run.committed_ms,
+                snapshot_count: 0,
+            });
+            info.snapshot_count += 1;
+        }
+        let items = disks.into_values().map(|info| (info.disk_id.clone(), info));
+        let (disks, next_page_token) = page(items, request.page_size, &request.page_token)?;
+        Ok(Response::new(pb::ListDisksResponse { disks, next_page_token, unreachable: Vec::new() }))
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<pb::ListSnapshotsRequest>,
+    ) -> Result<Response<pb::ListSnapshotsResponse>, Status> {
+        let machine = self.machine(&request, &request.get_ref().machine)?;
+        let request = request.into_inner();
+        let disk = match request.disk_id.as_str() {
+            "" => None,
+            disk => Some(disk.parse::<DiskId>()?),
+        };
+        let snapshots = machine.map(|machine| machine.snapshots()).unwrap_or_default();
+        let wanted = snapshots
+            .iter()
+            .filter(|held| disk.as_ref().is_none_or(|disk| held.snapshot().disk == *disk));
+        let folder = |key: &MachineKey| self.runs.store().relative_folder(key);
+        let items = wanted.map(|held| {
+            (held.snapshot().id.to_string(), held.to_wire(&self.server, &folder(&held.run.machine)))
+        });
+        let (snapshots, next_page_token) = page(items, request.page_size, &request.page_token)?;
+        Ok(Response::new(pb::ListSnapshotsResponse {
+            snapshots,
+            next_page_token,
+            unreachable: Vec::new(),
+        }))
+    }
+
+    async fn get_snapshot(
+        &self,
+        request: Request<pb::GetSnapshotRequest>,
+    ) -> Result<Response<pb::GetSnapshotResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let id: SnapshotId = request.into_inner().snapshot_id.parse()?;
+        let held = self.runs.snapshot(id).filter(|held| caller.may_read(&held.run.machine));
+        let held =
+            held.ok_or_else(|| RestoreError::UnknownSnapshot { id, server: self.server.clone() })?;
+        let snapshot =
+            held.to_wire(&self.server, &self.runs.store().relative_folder(&held.run.machine));
+        Ok(Response::new(pb::GetSnapshotResponse { snapshot: Some(snapshot) }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers() -> impl Iterator<Item = (String, u32)> {
+        (1..=5).map(|n| (n.to_string(), n))
+    }
+
+    #[test]
+    fn pages_follow_each_other_and_end() {
+        let (first, token) = page(numbers(), 2, "").unwrap();
+        let (second, next) = page(numbers(), 2, &token).unwrap();
+        let (third, end) = page(numbers(), 2, &next).unwrap();
+        assert_eq!([first, second, third].concat(), [1, 2, 3, 4, 5]);
+        assert_eq!(end, "");
+    }
+
+    #[test]
+    fn a_foreign_token_is_refused() {
+        assert!(page(numbers(), 2, "9").is_err());
+    }
+}

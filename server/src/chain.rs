@@ -1,0 +1,196 @@
+//! Chains as values: runs, their snapshots, and which one is a disk's head.
+//!
+//! A run manifest is the commit point of a run: the snapshots it names exist when it does. Everything here is plain
+//! data; [`store`] keeps it on disk.
+
+pub mod opened;
+pub mod store;
+pub mod table;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use janus_proto::{
+    ids::{BackupId, BlockHash, DiskId, MachineKey, SnapshotId},
+    pb,
+};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// Version of the manifests; an older program refuses a newer one.
+pub const FORMAT: u32 = 1;
+
+/// One committed disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Its id.
+    pub id: SnapshotId,
+    /// The disk.
+    pub disk: DiskId,
+    /// Size of the disk in bytes.
+    pub size_bytes: u64,
+    /// Logical sector of the disk: 512 or 4096.
+    pub logical_sector_bytes: u32,
+    /// Names the whole content.
+    pub table_digest: BlockHash,
+    /// What the image is a delta to; `None` for a base.
+    pub parent: Option<SnapshotId>,
+    /// Image file, relative to the machine's folder.
+    pub image: String,
+    /// Table file, relative to the machine's folder.
+    pub table: String,
+    /// DataWriteGuid of the image: what a child's locator names.
+    pub data_write: Uuid,
+    /// Page 83 id, the same over a chain.
+    pub virtual_disk: Uuid,
+    /// How the source was held still (number of `janus.v1.Consistency`).
+    pub consistency: i32,
+    /// Bytes the image occupies, and its length.
+    pub image_allocated_bytes: u64,
+    /// Length of the image file.
+    pub image_length_bytes: u64,
+}
+
+/// One committed run: all its disks together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// Version of this manifest.
+    pub format: u32,
+    /// The run.
+    pub backup: BackupId,
+    /// Whose it is.
+    pub machine: MachineKey,
+    /// Unix milliseconds, increasing from run to run of a machine.
+    pub committed_ms: i64,
+    /// Place in the order of the machine's runs here, from 1.
+    pub sequence: u64,
+    /// The client's opaque seal.
+    #[serde(with = "hex_bytes")]
+    pub client_seal: Vec<u8>,
+    /// One for each disk.
+    pub snapshots: Vec<Snapshot>,
+}
+
+/// A snapshot with the run it belongs to.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// The run.
+    pub run: Arc<Run>,
+    index: usize,
+}
+
+impl Held {
+    /// All snapshots of a run.
+    pub fn all(run: &Arc<Run>) -> impl Iterator<Item = Self> {
+        let run = run.clone();
+        (0..run.snapshots.len()).map(move |index| Self { run: run.clone(), index })
+    }
+
+    /// The snapshot itself.
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.run.snapshots[self.index]
+    }
+
+    /// As the catalog shows it.
+    ///
+    /// `folder` is the machine's, below the image path.
+    pub fn to_wire(&self, server_id: &str, folder: &str) -> pb::Snapshot {
+        let snapshot = self.snapshot();
+        pb::Snapshot {
+            snapshot_id: snapshot.id.to_string(),
+            server_id: server_id.to_owned(),
+            machine: self.run.machine.to_string(),
+            disk_id: snapshot.disk.to_string(),
+            backup_id: self.run.backup.to_string(),
+            committed_ms: self.run.committed_ms,
+            size_bytes: snapshot.size_bytes,
+            logical_sector_bytes: snapshot.logical_sector_bytes,
+            table_digest: snapshot.table_digest.0.to_vec().into(),
+            parent_snapshot_id: snapshot.parent.map(|id| id.to_string()).unwrap_or_default(),
+            image: format!("{folder}/{}", snapshot.image),
+            image_allocated_bytes: snapshot.image_allocated_bytes,
+            image_length_bytes: snapshot.image_length_bytes,
+            consistency: snapshot.consistency,
+            reachable: true,
+            client_seal: self.run.client_seal.clone().into(),
+        }
+    }
+}
+
+/// All committed runs of one machine on this server, oldest first.
+#[derive(Debug, Default)]
+pub struct History {
+    runs: BTreeMap<u64, Arc<Run>>,
+    snapshots: BTreeMap<SnapshotId, Held>,
+    heads: BTreeMap<DiskId, SnapshotId>,
+}
+
+impl History {
+    /// Takes a run in. Runs may come in any order.
+    pub fn add(&mut self, run: Arc<Run>) {
+        for held in Held::all(&run) {
+            let snapshot = held.snapshot().clone();
+            self.snapshots.insert(snapshot.id, held);
+            let newest =
+                self.head(&snapshot.disk).is_none_or(|head| head.run.sequence <= run.sequence);
+            if newest {
+                self.heads.insert(snapshot.disk, snapshot.id);
+            }
+        }
+        self.runs.insert(run.sequence, run);
+    }
+
+    /// The newest snapshot of a disk.
+    pub fn head(&self, disk: &DiskId) -> Option<&Held> {
+        self.snapshots.get(self.heads.get(disk)?)
+    }
+
+    /// A snapshot by its id.
+    pub fn snapshot(&self, id: SnapshotId) -> Option<&Held> {
+        self.snapshots.get(&id)
+    }
+
+    /// All snapshots, newest run first.
+    pub fn newest_first(&self) -> impl Iterator<Item = Held> + '_ {
+        self.runs.values().rev().flat_map(Held::all)
+    }
+
+    /// A committed run.
+    pub fn run(&self, backup: BackupId) -> Option<&Arc<Run>> {
+        self.runs.values().rev().find(|run| run.backup == backup)
+    }
+
+    /// The newest run.
+    pub fn newest(&self) -> Option<&Arc<Run>> {
+        self.runs.values().next_back()
+    }
+
+    /// The disks that have a head.
+    pub fn disks(&self) -> impl Iterator<Item = &DiskId> {
+        self.heads.keys()
+    }
+
+    /// The chain that ends in `id`, newest first; `None` when a link is missing.
+    pub fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
+        let mut chain = vec![self.snapshot(id)?.clone()];
+        while let Some(parent) = chain[chain.len() - 1].snapshot().parent {
+            // A manifest that names itself as an ancestor must not keep us here.
+            if chain.len() > self.snapshots.len() {
+                return None;
+            }
+            chain.push(self.snapshot(parent)?.clone());
+        }
+        Some(chain)
+    }
+}
+
+mod hex_bytes {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&hex::encode(bytes))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        hex::decode(String::deserialize(deserializer)?).map_err(D::Error::custom)
+    }
+}

@@ -1,0 +1,111 @@
+//! The tables of a chain, read as one.
+
+use std::sync::Arc;
+
+use janus_proto::{
+    hash::{segment_digest, table_digest, zero_hash, zero_segment, zero_segment_of},
+    ids::{BlockHash, SEGMENT_BLOCKS, block_len, segment_count},
+};
+
+use super::{SegmentBitmap, Table, TableError, blocks_of};
+
+/// The content of a disk by its hashes: the tables of its chain, newest first.
+#[derive(Clone, Debug)]
+pub struct TableStack {
+    tables: Vec<Arc<Table>>,
+    disk_bytes: u64,
+}
+
+impl TableStack {
+    /// A stack of tables, newest first. Without tables the disk is all zeros.
+    ///
+    /// # Errors
+    /// When a table is of a disk of another size: a resized disk starts a new chain.
+    pub fn new(tables: Vec<Arc<Table>>, disk_bytes: u64) -> Result<Self, TableError> {
+        if let Some(other) =
+            tables.iter().map(|table| table.header()).find(|header| header.disk_bytes != disk_bytes)
+        {
+            return Err(TableError::impossible(format!(
+                "the table of snapshot {} is of a disk of {} bytes, not {disk_bytes}",
+                other.snapshot, other.disk_bytes
+            )));
+        }
+        Ok(Self { tables, disk_bytes })
+    }
+
+    /// Size of the disk in bytes.
+    pub fn disk_bytes(&self) -> u64 {
+        self.disk_bytes
+    }
+
+    /// The hashes of all blocks of a segment, checked against the segment's digest.
+    ///
+    /// # Errors
+    /// When the disk has no such segment, a page is damaged, or the tables don't belong together.
+    pub fn segment(&self, segment: u64) -> Result<Vec<BlockHash>, TableError> {
+        let blocks = blocks_of(self.disk_bytes, segment);
+        if blocks == 0 {
+            return Err(TableError::impossible(format!(
+                "segment {segment} of a disk of {} bytes",
+                self.disk_bytes
+            )));
+        }
+        let last = segment * SEGMENT_BLOCKS + blocks as u64 - 1;
+        let mut hashes = vec![zero_hash(4096); blocks];
+        hashes[blocks - 1] = zero_hash(block_len(self.disk_bytes, last));
+        let mut known = SegmentBitmap::default();
+        for table in &self.tables {
+            let Some(page) = table.page(segment)? else { continue };
+            // `page` saw to it that its blocks are on the disk and that each has a hash.
+            for (block, hash) in page.present.blocks().zip(&page.hashes) {
+                if !known.contains(block) {
+                    hashes[block] = *hash;
+                }
+            }
+            known = SegmentBitmap(std::array::from_fn(|word| known.0[word] | page.present.0[word]));
+            if known.count() == blocks {
+                break;
+            }
+        }
+        self.check(segment, hashes)
+    }
+
+    /// The digests of all segments, in order: 8 MiB for each TiB of disk.
+    ///
+    /// # Errors
+    /// When a table names a segment that the disk doesn't have.
+    pub fn segment_digests(&self) -> Result<Vec<BlockHash>, TableError> {
+        let count = segment_count(self.disk_bytes);
+        let mut digests = vec![zero_segment(); count as usize];
+        if let Some(last) = digests.last_mut() {
+            *last = zero_segment_of(self.disk_bytes, count - 1);
+        }
+        for table in self.tables.iter().rev() {
+            for (segment, digest) in table.digests() {
+                let place = digests.get_mut(segment as usize);
+                *place.ok_or_else(|| {
+                    TableError::damaged(format!("there is no segment {segment}"))
+                })? = digest;
+            }
+        }
+        Ok(digests)
+    }
+
+    /// The digest that names the disk's whole content.
+    ///
+    /// # Errors
+    /// As [`Self::segment_digests`].
+    pub fn table_digest(&self) -> Result<BlockHash, TableError> {
+        Ok(table_digest(self.disk_bytes, &self.segment_digests()?))
+    }
+
+    /// The newest table that names a segment knows the digest of the whole; a table that is missing in between shows here.
+    fn check(&self, segment: u64, hashes: Vec<BlockHash>) -> Result<Vec<BlockHash>, TableError> {
+        match self.tables.iter().find_map(|table| table.digest(segment)) {
+            Some(digest) if digest != segment_digest(&hashes) => Err(TableError::damaged(format!(
+                "the hashes of segment {segment} don't match its digest"
+            ))),
+            _ => Ok(hashes),
+        }
+    }
+}

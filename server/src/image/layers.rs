@@ -1,0 +1,101 @@
+//! A chain of open images, read as one disk.
+
+use std::{ops::Range, sync::Arc};
+
+use super::{Geometry, ImageError, Source, vhdx::VhdxImage};
+
+/// Bytes looked up at once: bounds the memory that a hostile table can cost.
+const PIECE_BYTES: u64 = 4 << 20;
+
+/// Images that belong together, newest first. Threads may read at the same time.
+#[derive(Clone, Debug)]
+pub struct Layers {
+    images: Vec<Arc<VhdxImage>>,
+}
+
+impl Layers {
+    /// A chain of images, the newest first and the base last.
+    ///
+    /// # Errors
+    /// When an image isn't the parent that the one before it names, or the last has a parent.
+    pub fn new(images: Vec<Arc<VhdxImage>>) -> Result<Self, ImageError> {
+        let Some(base) = images.last() else {
+            return Err(ImageError::BrokenChain { reason: "it has no images" });
+        };
+        if base.parent().is_some() {
+            return Err(ImageError::BrokenChain { reason: "its oldest image has a parent" });
+        }
+        for pair in images.windows(2) {
+            check_link(&pair[0], &pair[1])?;
+        }
+        Ok(Self { images })
+    }
+
+    /// Virtual size and sectors of the newest image. The disk's true size may be up to 8191 bytes less.
+    pub fn geometry(&self) -> Geometry {
+        self.images[0].geometry()
+    }
+
+    /// Fills `buffer` from byte `offset` of the disk on; zeros where no image has data.
+    ///
+    /// # Errors
+    /// When it would read past the virtual size, or an image is damaged or can't be read. The buffer's content is then
+    /// undefined.
+    pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ImageError> {
+        let size = self.geometry().disk_bytes;
+        if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > size) {
+            return Err(ImageError::impossible(format!(
+                "{} bytes at {offset} of a disk of {size}",
+                buffer.len()
+            )));
+        }
+        let mut start = offset;
+        for piece in buffer.chunks_mut(PIECE_BYTES as usize) {
+            self.read_piece(start, piece)?;
+            start += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Goes down layer by layer with the stretches that no layer above had.
+    fn read_piece(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ImageError> {
+        let mut open: Vec<Range<u64>> =
+            std::iter::once(offset..offset + buffer.len() as u64).collect();
+        for image in &self.images {
+            let mut below: Vec<Range<u64>> = Vec::new();
+            for range in open {
+                for (stretch, source) in image.extents(range)? {
+                    let part = &mut buffer
+                        [(stretch.start - offset) as usize..(stretch.end - offset) as usize];
+                    match source {
+                        Source::File(at) => image.read_file_at(part, at)?,
+                        Source::Zero => part.fill(0),
+                        Source::Parent => below.push(stretch),
+                    }
+                }
+            }
+            if below.is_empty() {
+                return Ok(());
+            }
+            open = below;
+        }
+        // A base never answers `Parent`, and `new` saw to it that the last image is one.
+        Err(ImageError::BrokenChain { reason: "its oldest image refers to a parent" })
+    }
+}
+
+fn check_link(child: &VhdxImage, parent: &VhdxImage) -> Result<(), ImageError> {
+    let link = child
+        .parent()
+        .ok_or(ImageError::BrokenChain { reason: "an image above the base has no parent" })?;
+    if link.data_write != parent.data_write() {
+        return Err(ImageError::WrongParent {
+            expected: link.data_write,
+            actual: parent.data_write(),
+        });
+    }
+    if child.geometry().logical_sector_bytes != parent.geometry().logical_sector_bytes {
+        return Err(ImageError::damaged("parent and child have different sector sizes"));
+    }
+    Ok(())
+}

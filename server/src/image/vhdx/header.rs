@@ -1,0 +1,148 @@
+//! File identifier and the two headers.
+
+use std::{fs::File, os::unix::fs::FileExt};
+
+use uuid::Uuid;
+
+use super::{Fields, PAGE, layout, put};
+use crate::image::ImageError;
+
+const SIGNATURE: &[u8; 8] = b"vhdxfile";
+const CREATOR: &str = "Janus Backup";
+const OFFSETS: [u64; 2] = [64 << 10, 128 << 10];
+
+/// The fields of a header that matter to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) sequence: u64,
+    pub(super) data_write: Uuid,
+    pub(super) log_offset: u64,
+    pub(super) log_bytes: u64,
+}
+
+/// CRC-32C of `bytes` with the four bytes of the checksum field, at 4, taken as zero.
+pub(super) fn checksum(bytes: &[u8]) -> u32 {
+    let (head, rest) = bytes.split_at(bytes.len().min(8));
+    let crc = crc32c::crc32c(&head[..head.len().min(4)]);
+    crc32c::crc32c_append(crc32c::crc32c_append(crc, &[0; 4]), rest)
+}
+
+/// Writes the file identifier: last, so that a file without its other structures isn't taken for a VHDX.
+pub(super) fn write_identifier(file: &File) -> Result<(), ImageError> {
+    let mut page = [0; PAGE];
+    put(&mut page, 0, SIGNATURE);
+    for (i, unit) in CREATOR.encode_utf16().enumerate() {
+        put(&mut page, 8 + 2 * i, &unit.to_le_bytes());
+    }
+    file.write_all_at(&page, 0).map_err(ImageError::io("write"))
+}
+
+/// Writes both headers with an empty log.
+pub(super) fn write_headers(file: &File, data_write: Uuid) -> Result<(), ImageError> {
+    for (sequence, offset) in (1u64..).zip(OFFSETS) {
+        let mut page = [0; PAGE];
+        put(&mut page, 0, b"head");
+        put(&mut page, 8, &sequence.to_le_bytes());
+        // The file write id changes with any write to a file; this one is written once.
+        put(&mut page, 16, &data_write.to_bytes_le());
+        put(&mut page, 32, &data_write.to_bytes_le());
+        put(&mut page, 66, &1u16.to_le_bytes());
+        put(&mut page, 68, &(layout::LOG_BYTES as u32).to_le_bytes());
+        put(&mut page, 72, &layout::LOG_OFFSET.to_le_bytes());
+        let sum = checksum(&page);
+        put(&mut page, 4, &sum.to_le_bytes());
+        file.write_all_at(&page, offset).map_err(ImageError::io("write"))?;
+    }
+    Ok(())
+}
+
+/// Reads the identifier and the current header.
+pub(super) fn read(file: &File) -> Result<Header, ImageError> {
+    let mut signature = [0; 8];
+    file.read_exact_at(&mut signature, 0).map_err(ImageError::io("file identifier"))?;
+    if &signature != SIGNATURE {
+        return Err(ImageError::damaged("file does not start with \"vhdxfile\""));
+    }
+    let mut current: Option<(Header, [u8; PAGE])> = None;
+    for offset in OFFSETS {
+        let mut page = [0; PAGE];
+        file.read_exact_at(&mut page, offset).map_err(ImageError::io("header"))?;
+        if &page[..4] != b"head" || page.u32_at(4) != checksum(&page) {
+            continue;
+        }
+        let header = parse(&page)?;
+        match &current {
+            Some((other, _)) if other.sequence > header.sequence => {}
+            Some((other, bytes)) if other.sequence == header.sequence && *bytes != page => {
+                return Err(ImageError::damaged(
+                    "two different headers have the same sequence number",
+                ));
+            }
+            _ => current = Some((header, page)),
+        }
+    }
+    let (header, page) = current.ok_or_else(|| ImageError::damaged("neither header is valid"))?;
+    // Only the current header counts: an older one may still name a log that has been replayed.
+    if !page.guid_at(48).is_nil() {
+        return Err(ImageError::DirtyLog);
+    }
+    Ok(header)
+}
+
+fn parse(page: &[u8; PAGE]) -> Result<Header, ImageError> {
+    let version = page.u16_at(66);
+    if version != 1 {
+        return Err(ImageError::unsupported(format!("VHDX version {version}")));
+    }
+    Ok(Header {
+        sequence: page.u64_at(8),
+        data_write: page.guid_at(32),
+        log_bytes: page.u32_at(68).into(),
+        log_offset: page.u64_at(72),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written() -> File {
+        let file = tempfile::tempfile().unwrap();
+        write_headers(&file, Uuid::from_u128(7)).unwrap();
+        write_identifier(&file).unwrap();
+        file
+    }
+
+    #[test]
+    fn the_newer_valid_header_wins() {
+        let file = written();
+        assert_eq!(read(&file).unwrap().sequence, 2);
+        file.write_all_at(&[1], OFFSETS[1] + 100).unwrap();
+        assert_eq!(
+            read(&file).unwrap(),
+            Header {
+                sequence: 1,
+                data_write: Uuid::from_u128(7),
+                log_offset: 1 << 20,
+                log_bytes: 1 << 20
+            }
+        );
+        file.write_all_at(&[1], OFFSETS[0] + 100).unwrap();
+        read(&file).unwrap_err();
+    }
+
+    #[test]
+    fn a_dirty_log_and_a_newer_version_are_refused() {
+        for (at, dirty) in [(48, true), (66, false)] {
+            let file = written();
+            let mut page = [0; PAGE];
+            file.read_exact_at(&mut page, OFFSETS[1]).unwrap();
+            page[at] = 9;
+            let sum = checksum(&page);
+            put(&mut page, 4, &sum.to_le_bytes());
+            file.write_all_at(&page, OFFSETS[1]).unwrap();
+            assert_eq!(matches!(read(&file), Err(ImageError::DirtyLog)), dirty);
+            read(&file).unwrap_err();
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! Opens a VHDX of any origin and says where its data lies.
+
+use std::{fs::File, ops::Range, os::unix::fs::FileExt};
+
+use uuid::Uuid;
+
+use super::{
+    Fields, MIB, bat, header,
+    layout::{bat_entries, bat_index, chunk_ratio},
+    metadata::{self, Metadata},
+    region,
+};
+use crate::image::{Geometry, ImageError, Kind, Parent, Source};
+
+/// Table entries read at once, 4 KiB.
+const WINDOW: u64 = 512;
+
+/// An open image. Nothing of its allocation table is kept in memory.
+#[derive(Debug)]
+pub struct VhdxImage {
+    file: File,
+    file_bytes: u64,
+    data_write: Uuid,
+    metadata: Metadata,
+    ratio: u64,
+    bat_offset: u64,
+    /// Log and regions, sorted: no block may lie there.
+    taken: Vec<Range<u64>>,
+}
+
+impl VhdxImage {
+    /// Opens an image and checks all its structures but the blocks, which are checked when they are read (or all at once by
+    /// [`Self::check_blocks`]).
+    ///
+    /// # Errors
+    /// [`ImageError::DirtyLog`] when it wasn't closed, `Unsupported` when it needs what we don't know, `Damaged` when it breaks
+    /// the format's rules.
+    pub fn open(file: File) -> Result<Self, ImageError> {
+        let file_bytes = file.metadata().map_err(ImageError::io("length"))?.len();
+        let header = header::read(&file)?;
+        let log = header.log_offset..header.log_offset.saturating_add(header.log_bytes);
+        let regions = region::read(&file, file_bytes, log)?;
+        let metadata = metadata::read(&file, regions.metadata)?;
+        let ratio = chunk_ratio(metadata.geometry.logical_sector_bytes, metadata.block_bytes);
+        let image = Self {
+            file,
+            file_bytes,
+            data_write: header.data_write,
+            ratio,
+            metadata,
+            bat_offset: regions.bat.start,
+            taken: regions.taken,
+        };
+        let entries = bat_entries(image.kind(), image.payload_count(), ratio);
+        if entries * 8 > regions.bat.end - regions.bat.start {
+            return Err(ImageError::damaged(format!(
+                "{entries} blocks don't fit the allocation table"
+            )));
+        }
+        Ok(image)
+    }
+
+    /// Virtual size and sectors.
+    pub fn geometry(&self) -> Geometry {
+        self.metadata.geometry
+    }
+
+    /// Base or child.
+    pub fn kind(&self) -> Kind {
+        if self.metadata.parent.is_some() { Kind::Differencing } else { Kind::Dynamic }
+    }
+
+    /// The id that a child of this image names.
+    pub fn data_write(&self) -> Uuid {
+        self.data_write
+    }
+
+    /// The disk's id.
+    pub fn virtual_disk(&self) -> Uuid {
+        self.metadata.virtual_disk
+    }
+
+    /// What a child says about its parent. The name comes from the file: compare it before using it as a path.
+    pub fn parent(&self) -> Option<&Parent> {
+        self.metadata.parent.as_ref()
+    }
+
+    /// Says where each stretch of `range` (bytes of the disk) is, in order and without gaps. Past the disk's end it is zero.
+    ///
+    /// The answer can have an entry for each sector: ask for large disks in pieces.
+    ///
+    /// # Errors
+    /// When the table can't be read, or names blocks outside the file or on top of its structures.
+    pub fn extents(&self, range: Range<u64>) -> Result<Vec<(Range<u64>, Source)>, ImageError> {
+        let mut extents = Extents(Vec::new());
+        let (size, block_bytes) = (self.geometry().disk_bytes, self.metadata.block_bytes);
+        let end = range.end.min(size);
+        let mut window = Window::default();
+        let mut at = range.start;
+        while at < end {
+            let block = at / block_bytes;
+            let stop = end.min((block + 1) * block_bytes);
+            let entry = self.entry(&mut window, block, end.div_ceil(block_bytes))?;
+            self.block_extents(block, entry, at..stop, &mut extents)?;
+            at = stop;
+        }
+        if at < range.end {
+            extents.push(at..range.end, Source::Zero);
+        }
+        Ok(extents.0)
+    }
+
+    /// Reads all of `buffer` from `offset` of the file, a place that [`Self::extents`] named.
+    ///
+    /// # Errors
+    /// When the file can't be read or has become shorter.
+    pub fn read_file_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), ImageError> {
+        self.file.read_exact_at(buffer, offset).map_err(ImageError::io("block"))
+    }
+
+    /// Checks every entry of the allocation table: all blocks inside the file, none on top of another.
+    ///
+    /// Reads the whole table (4 MiB for each TiB of a disk with 2 MiB blocks) and needs a bit of memory for each MiB of the
+    /// file.
+    ///
+    /// # Errors
+    /// As [`Self::extents`], and when blocks overlap.
+    pub fn check_blocks(&self) -> Result<(), ImageError> {
+        let (count, mut window) = (self.payload_count(), Window::default());
+        let mut used = UsedSpace::new(self.file_bytes)?;
+        for block in 0..count {
+            let entry = self.entry(&mut window, block, count)?;
+            if matches!(bat::state(entry), bat::FULLY_PRESENT | bat::PARTIALLY_PRESENT) {
+                used.take(
+                    self.place(entry, self.metadata.block_bytes)?,
+                    self.metadata.block_bytes,
+                )?;
+            }
+            let chunk_ends = (block + 1) % self.ratio == 0 || block + 1 == count;
+            if self.kind() == Kind::Differencing && chunk_ends {
+                let entry = self.bitmap_entry(block)?;
+                if bat::state(entry) == bat::BITMAP_PRESENT {
+                    used.take(self.place(entry, MIB)?, MIB)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn payload_count(&self) -> u64 {
+        self.geometry().disk_bytes.div_ceil(self.metadata.block_bytes)
+    }
+
+    /// The table entry of payload block `block`; reads ahead for blocks below `end`.
+    fn entry(&self, window: &mut Window, block: u64, end: u64) -> Result<u64, ImageError> {
+        let index = bat_index(block, self.ratio);
+        if let Some(entry) = window.get(index) {
+            return Ok(entry);
+        }
+        let last = bat_index(end.max(block + 1) - 1, self.ratio);
+        let entries = (last + 1 - index).min(WINDOW);
+        window.first = index;
+        window.bytes.resize(entries as usize * 8, 0);
+        self.file
+            .read_exact_at(&mut window.bytes, self.bat_offset + index * 8)
+            .map_err(ImageError::io("allocation table"))?;
+        Ok(window.bytes.u64_at(0))
+    }
+
+    /// The table entry of the sector bitmap that serves payload block `block` of a child.
+    fn bitmap_entry(&self, block: u64) -> Result<u64, ImageError> {
+        let index = block / self.ratio * (self.ratio + 1) + self.ratio;
+        let mut bytes = [0; 8];
+        self.file
+            .read_exact_at(&mut bytes, self.bat_offset + index * 8)
+            .map_err(ImageError::io("allocation table"))?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    fn block_extents(
+        &self,
+        block: u64,
+        entry: u64,
+        range: Range<u64>,
+        extents: &mut Extents,
+    ) -> Result<(), ImageError> {
+        let block_bytes = self.metadata.block_bytes;
+        match (bat::state(entry), self.kind()) {
+            (bat::NOT_PRESENT, Kind::Differencing) => extents.push(range, Source::Parent),
+            (bat::NOT_PRESENT | bat::UNDEFINED | bat::ZERO | bat::UNMAPPED, _) => {
+                extents.push(range, Source::Zero)
+            }
+            (bat::FULLY_PRESENT, _) => {
+                let start = self.place(entry, block_bytes)?;
+                let within = range.start % block_bytes;
+                extents.push(range, Source::File(start + within));
+            }
+            (bat::PARTIALLY_PRESENT, Kind::Differencing) => {
+                let start = self.place(entry, block_bytes)?;
+                return self.sectors(block, start, range, extents);
+            }
+            (state, _) => {
+                return Err(ImageError::damaged(format!("block {block} has state {state}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks `range`, a part of block `block` whose data starts at `start`, up in the sector bitmap.
+    fn sectors(
+        &self,
+        block: u64,
+        start: u64,
+        range: Range<u64>,
+        extents: &mut Extents,
+    ) -> Result<(), ImageError> {
+        let entry = self.bitmap_entry(block)?;
+        if bat::state(entry) != bat::BITMAP_PRESENT {
+            return Err(ImageError::damaged(format!(
+                "block {block} is partial, but its sector bitmap is missing"
+            )));
+        }
+        let (bitmap, block_bytes) = (self.place(entry, MIB)?, self.metadata.block_bytes);
+        let sector_bytes = u64::from(self.geometry().logical_sector_bytes);
+        let block_start = block * block_bytes;
+        // Sectors within the chunk, whose bitmap block has 2^23 bits.
+        let chunk_start = block / self.ratio * self.ratio * block_bytes;
+        let first = (range.start - chunk_start) / sector_bytes;
+        let end = (range.end - chunk_start).div_ceil(sector_bytes);
+        let mut bits = vec![0; (end.div_ceil(8) - first / 8) as usize];
+        self.file
+            .read_exact_at(&mut bits, bitmap + first / 8)
+            .map_err(ImageError::io("sector bitmap"))?;
+        for (run, present) in (Runs { bits: &bits, skip: first / 8 * 8, at: first, end }) {
+            let from = (chunk_start + run.start * sector_bytes).max(range.start);
+            let to = (chunk_start + run.end * sector_bytes).min(range.end);
+            let source =
+                if present { Source::File(start + (from - block_start)) } else { Source::Parent };
+            extents.push(from..to, source);
+        }
+        Ok(())
+    }
+
+    /// The offset of a block of `bytes`, checked: in the file and not on top of its structures.
+    fn place(&self, entry: u64, bytes: u64) -> Result<u64, ImageError> {
+        let start = bat::offset(entry);
+        let end = start.checked_add(bytes).filter(|end| *end <= self.file_bytes && start >= MIB);
+        let end = end.ok_or_else(|| {
+            ImageError::damaged(format!(
+                "a block at {start} of a file of {} bytes",
+                self.file_bytes
+            ))
+        })?;
+        let next = self.taken.partition_point(|range| range.end <= start);
+        match self.taken.get(next) {
+            Some(range) if range.start < end => Err(ImageError::damaged(format!(
+                "a block at {start} lies on top of the file's structures"
+            ))),
+            _ => Ok(start),
+        }
+    }
+}
+
+/// Which MiB of a file hold a block.
+struct UsedSpace(Vec<u64>);
+
+impl UsedSpace {
+    /// More than twice the largest disk: a longer file is refused rather than paid for with memory.
+    const MAX_FILE_BYTES: u64 = 160 << 40;
+
+    fn new(file_bytes: u64) -> Result<Self, ImageError> {
+        if file_bytes > Self::MAX_FILE_BYTES {
+            return Err(ImageError::unsupported(format!("a file of {file_bytes} bytes")));
+        }
+        Ok(Self(vec![0; (file_bytes / MIB / 64) as usize + 1]))
+    }
+
+    fn take(&mut self, start: u64, bytes: u64) -> Result<(), ImageError> {
+        for place in start / MIB..(start + bytes) / MIB {
+            let (word, bit) = (&mut self.0[(place / 64) as usize], 1 << (place % 64));
+            if *word & bit != 0 {
+                return Err(ImageError::damaged(format!(
+                    "two blocks share the place at {}",
+                    place * MIB
+                )));
+            }
+            *word |= bit;
+        }
+        Ok(())
+    }
+}
+
+/// A piece of the allocation table.
+#[derive(Default)]
+struct Window {
+    first: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window {
+    fn get(&self, index: u64) -> Option<u64> {
+        let at = usize::try_from(index.checked_sub(self.first)?).ok()?;
+        (at < self.bytes.len() / 8).then(|| self.bytes.u64_at(at * 8))
+    }
+}
+
+/// Stretches in order; neighbours that go on with the same source become one.
+struct Extents(Vec<(Range<u64>, Source)>);
+
+impl Extents {
+    fn push(&mut self, range: Range<u64>, source: Source) {
+        if range.is_empty() {
+            return;
+        }
+        if let Some((last, last_source)) = self.0.last_mut() {
+            let goes_on = match (*last_source, source) {
+                (Source::File(a), Source::File(b)) => a + (last.end - last.start) == b,
+                (a, b) => a == b,
+            };
+            if goes_on && last.end == range.start {
+                last.end = range.end;
+                return;
+            }
+        }
+        self.0.push((range, source));
+    }
+}
+
+/// Runs of equal bits, lowest bit of a byte first.
+struct Runs<'a> {
+    bits: &'a [u8],
+    /// Sector of the first bit of `bits`, a multiple of 8.
+    skip: u64,
+    at: u64,
+    end: u64,
+}
+
+impl Runs<'_> {
+    fn bit(&self, sector: u64) -> bool {
+        let place = sector - self.skip;
+        self.bits[(place / 8) as usize] >> (place % 8) & 1 == 1
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = (Range<u64>, bool);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.at >= self.end {
+            return None;
+        }
+        let (start, present) = (self.at, self.bit(self.at));
+        let whole = if present { 0xff } else { 0 };
+        while self.at < self.end && self.bit(self.at) == present {
+            let aligned = self.at.is_multiple_of(8)
+                && self.bits[((self.at - self.skip) / 8) as usize] == whole;
+            self.at += if aligned { 8 } else { 1 };
+        }
+        self.at = self.at.min(self.end);
+        Some((start..self.at, present))
+    }
+}

@@ -1,0 +1,60 @@
+//! Who this server is and how it stands.
+
+use std::sync::Arc;
+
+use janus_proto::{
+    error::{ErrorReason, status},
+    pb::{self, server_info_service_server::ServerInfoService},
+};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    backup::ENCODINGS,
+    blocking,
+    runs::{Runs, now_ms},
+    storage,
+};
+
+/// The service; see `info.proto`.
+pub struct Info {
+    runs: Arc<Runs>,
+    server: String,
+}
+
+impl Info {
+    /// A service over the runs of the server of this name.
+    pub fn new(runs: Arc<Runs>, server: String) -> Self {
+        Self { runs, server }
+    }
+}
+
+#[tonic::async_trait]
+impl ServerInfoService for Info {
+    async fn get_server_info(
+        &self,
+        _: Request<pb::GetServerInfoRequest>,
+    ) -> Result<Response<pb::GetServerInfoResponse>, Status> {
+        let root = self.runs.store().root().to_owned();
+        let space = blocking(move || storage::space(&root)).await?;
+        let (free_bytes, total_bytes) =
+            space.map_err(|e| status(ErrorReason::StoreFailed, format!("image path: {e}")))?;
+        Ok(Response::new(pb::GetServerInfoResponse {
+            server_id: self.server.clone(),
+            role: "server".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            store_generation: self.runs.store().generation.to_string(),
+            encodings: ENCODINGS.map(i32::from).to_vec(),
+            free_bytes,
+            total_bytes,
+            now_ms: now_ms(),
+            features: Vec::new(),
+        }))
+    }
+
+    async fn get_router_status(
+        &self,
+        _: Request<pb::GetRouterStatusRequest>,
+    ) -> Result<Response<pb::GetRouterStatusResponse>, Status> {
+        Err(Status::unimplemented("this is a server: ask a janus"))
+    }
+}

@@ -1,0 +1,206 @@
+//! Reports to every janus: the full state first, then changes, then a heartbeat when nothing happens.
+//!
+//! One task for each janus, reconnecting for ever. A janus that falls behind gets the full state again on a new
+//! stream; nothing is kept for one that is away.
+
+use std::{sync::Arc, time::Duration};
+
+use janus_proto::{
+    channel::{self, ConnectOptions, Expect, explain},
+    pb::{self, report_request::Event, report_service_client::ReportServiceClient},
+    tls::Identity,
+};
+use tokio::{
+    sync::{broadcast, mpsc},
+    time::{Instant, sleep, timeout_at},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    chain::Held,
+    runs::{Change, Machine, Runs},
+};
+
+const QUEUE: usize = 16;
+/// Snapshots in one message of a full state: far below the message limit.
+const SNAPSHOTS_A_MESSAGE: usize = 500;
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// A janus that takes nothing for so long is given up and connected again.
+const STUCK: Duration = Duration::from_secs(20);
+
+/// What a server says of itself.
+#[derive(Clone)]
+pub struct Reporter {
+    /// Its runs.
+    pub runs: Arc<Runs>,
+    /// Its name.
+    pub server: String,
+    /// Its URLs.
+    pub urls: Vec<String>,
+    /// Settings that all servers should share.
+    pub settings: pb::SharedSettings,
+    /// Time after which silence is broken by a heartbeat.
+    pub refresh: Duration,
+}
+
+impl Reporter {
+    /// Reports to one janus until `shutdown`.
+    pub async fn run(self, url: String, identity: Identity, shutdown: CancellationToken) {
+        let mut pause = FIRST_PAUSE;
+        let mut said = String::new();
+        loop {
+            let began = Instant::now();
+            let Some(ended) = shutdown.run_until_cancelled(self.stream(&url, &identity)).await
+            else {
+                return;
+            };
+            if began.elapsed() > LONGEST_PAUSE {
+                pause = FIRST_PAUSE;
+            }
+            // A janus that stays away is logged once.
+            if ended != said {
+                tracing::warn!(janus = url, reason = ended, "reports stopped; trying again");
+                said = ended;
+            }
+            if shutdown.run_until_cancelled(sleep(pause)).await.is_none() {
+                return;
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// One stream, until it breaks; says why it did.
+    async fn stream(&self, url: &str, identity: &Identity) -> String {
+        let channel =
+            match channel::connect(url, identity, ConnectOptions::expecting(Expect::Janus)).await {
+                Ok(connection) => connection.channel,
+                Err(error) => return error.to_string(),
+            };
+        let changes = self.runs.subscribe();
+        let (send, events) = mpsc::channel(QUEUE);
+        let mut client = ReportServiceClient::new(channel);
+        let feed = self.feed(send, changes);
+        let read = async {
+            let mut answers = match client.report(ReceiverStream::new(events)).await {
+                Ok(answers) => answers.into_inner(),
+                Err(status) => return explain(&status),
+            };
+            tracing::info!(janus = url, "reporting");
+            loop {
+                match answers.message().await {
+                    Ok(Some(_)) => {}
+                    Ok(None) => return "janus ended the stream".to_owned(),
+                    Err(status) => return explain(&status),
+                }
+            }
+        };
+        tokio::select! {
+            why = feed => why,
+            why = read => why,
+        }
+    }
+
+    /// Feeds the stream; says why it stopped.
+    async fn feed(
+        &self,
+        send: mpsc::Sender<pb::ReportRequest>,
+        mut changes: broadcast::Receiver<Change>,
+    ) -> String {
+        let mut sequence = 0;
+        let mut opening = vec![Event::Hello(self.hello())];
+        opening.extend(self.full_state().into_iter().map(Event::Full));
+        opening.push(Event::FullEnd(pb::FullEnd {}));
+        for event in opening {
+            if let Err(why) = push(&send, &mut sequence, event).await {
+                return why;
+            }
+        }
+        loop {
+            let event = match timeout_at(Instant::now() + self.refresh, changes.recv()).await {
+                Err(_) => Event::Heartbeat(pb::Heartbeat {}),
+                Ok(Ok(change)) => Event::Change(self.change(&change)),
+                Ok(Err(broadcast::error::RecvError::Lagged(_))) => {
+                    return "janus took changes too slowly".to_owned();
+                }
+                Ok(Err(broadcast::error::RecvError::Closed)) => {
+                    return "the server stops".to_owned();
+                }
+            };
+            if let Err(why) = push(&send, &mut sequence, event).await {
+                return why;
+            }
+        }
+    }
+
+    fn hello(&self) -> pb::ReportHello {
+        pb::ReportHello {
+            store_generation: self.runs.store().generation.to_string(),
+            start_epoch: self.runs.store().start_epoch,
+            version: env!("CARGO_PKG_VERSION").into(),
+            urls: self.urls.clone(),
+            settings: Some(self.settings.clone()),
+            refresh_seconds: self.refresh.as_secs() as u32,
+        }
+    }
+
+    fn full_state(&self) -> Vec<pb::StateChange> {
+        let machines = self.runs.machines();
+        let mut all: Vec<pb::StateChange> = machines
+            .chunks(SNAPSHOTS_A_MESSAGE)
+            .map(|some| pb::StateChange {
+                machines: some.iter().map(|m| machine_report(m)).collect(),
+                ..Default::default()
+            })
+            .collect();
+        for machine in &machines {
+            let snapshots: Vec<_> =
+                machine.snapshots().iter().map(|held| self.snapshot(held)).collect();
+            all.extend(
+                snapshots
+                    .chunks(SNAPSHOTS_A_MESSAGE)
+                    .map(|some| pb::StateChange { snapshots: some.to_vec(), ..Default::default() }),
+            );
+        }
+        all
+    }
+
+    fn change(&self, change: &Change) -> pb::StateChange {
+        let (key, snapshots) = match change {
+            Change::Used(key) => (key, Vec::new()),
+            Change::Committed(run) => {
+                (&run.machine, Held::all(run).map(|held| self.snapshot(&held)).collect())
+            }
+        };
+        let machines =
+            self.runs.machine(key).map(|machine| machine_report(&machine)).into_iter().collect();
+        pb::StateChange { machines, snapshots, removed_snapshots: Vec::new() }
+    }
+
+    fn snapshot(&self, held: &Held) -> pb::Snapshot {
+        held.to_wire(&self.server, &self.runs.store().relative_folder(&held.run.machine))
+    }
+}
+
+fn machine_report(machine: &Machine) -> pb::MachineReport {
+    pb::MachineReport {
+        machine: machine.key.to_string(),
+        use_counter: machine.use_counter(),
+        has_chain: !machine.heads().is_empty(),
+    }
+}
+
+async fn push(
+    send: &mpsc::Sender<pb::ReportRequest>,
+    sequence: &mut u64,
+    event: Event,
+) -> Result<(), String> {
+    *sequence += 1;
+    let request = pb::ReportRequest { sequence: *sequence, event: Some(event) };
+    match timeout_at(Instant::now() + STUCK, send.send(request)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) => Err("the stream broke".to_owned()),
+        Err(_) => Err("janus takes nothing any more".to_owned()),
+    }
+}

@@ -1,0 +1,277 @@
+//! The restore service: hashes or blocks of a range out, as a stream.
+
+mod stream;
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use janus_proto::{
+    error::{ErrorReason, WireError, status},
+    ids::{BlockHash, HandleId, MachineKey, SessionId, SnapshotId, block_count, segment_count},
+    model::MAX_RANGES,
+    pb::{self, read_hashes_request::Of, restore_service_server::RestoreService},
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use self::stream::{send_blocks, send_hashes};
+use crate::{
+    blocking,
+    caller::Caller,
+    chain::{
+        opened::{OpenError, OpenedSnapshot},
+        table::TableError,
+    },
+    image::ImageError,
+    runs::Runs,
+    session::{Session, SessionError},
+};
+
+/// How long a handle lives without being used.
+pub const HANDLE_LEASE: Duration = Duration::from_secs(600);
+const MAX_HANDLES: usize = 256;
+/// Answers made but not yet taken by the transport, about 1 MiB each.
+const QUEUE: usize = 4;
+
+/// What can go wrong with reading a snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// Not here.
+    #[error(
+        "snapshot {id} is not on server {server}; the catalog names its server, repeat the call with janus-server"
+    )]
+    UnknownSnapshot {
+        /// What was asked for.
+        id: SnapshotId,
+        /// This server.
+        server: String,
+    },
+    /// Not open.
+    #[error("handle {id} is not open (any more): open the snapshot again")]
+    UnknownHandle {
+        /// What was asked for.
+        id: HandleId,
+    },
+    /// Too many at once.
+    #[error("{MAX_HANDLES} snapshots are open on this server: close some or try again later")]
+    TooMany,
+    /// The chain can't be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// An image can't be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A table can't be read.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// A session can't be read.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+struct Handle {
+    opened: Arc<OpenedSnapshot>,
+    used: Instant,
+}
+
+/// Where hashes are read from.
+enum Content {
+    Snapshot(Arc<OpenedSnapshot>),
+    Session(Arc<Session>),
+}
+
+impl Content {
+    fn size_bytes(&self) -> u64 {
+        match self {
+            Self::Snapshot(opened) => opened.held.snapshot().size_bytes,
+            Self::Session(session) => session.disk.size_bytes,
+        }
+    }
+
+    fn segment(&self, segment: u64) -> Result<Vec<BlockHash>, RestoreError> {
+        Ok(match self {
+            Self::Snapshot(opened) => opened.tables.segment(segment)?,
+            Self::Session(session) => session.segment(segment)?,
+        })
+    }
+
+    fn segment_digests(&self) -> Result<Vec<BlockHash>, RestoreError> {
+        Ok(match self {
+            Self::Snapshot(opened) => opened.tables.segment_digests()?,
+            Self::Session(session) => session.segment_digests()?,
+        })
+    }
+}
+
+/// The service; see `restore.proto`.
+pub struct Restore {
+    runs: Arc<Runs>,
+    server: String,
+    handles: Mutex<HashMap<HandleId, Handle>>,
+}
+
+impl Restore {
+    /// A service over the runs of the server of this name.
+    pub fn new(runs: Arc<Runs>, server: String) -> Self {
+        Self { runs, server, handles: Mutex::default() }
+    }
+
+    fn keep(&self, opened: Arc<OpenedSnapshot>) -> Result<HandleId, RestoreError> {
+        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        handles.retain(|_, handle| handle.used.elapsed() < HANDLE_LEASE);
+        if handles.len() >= MAX_HANDLES {
+            return Err(RestoreError::TooMany);
+        }
+        let id = HandleId::new();
+        handles.insert(id, Handle { opened, used: Instant::now() });
+        Ok(id)
+    }
+
+    /// The snapshot behind a handle, whose lease is renewed. Handles of other machines are unknown to the caller.
+    fn opened(&self, id: &str, caller: &Caller) -> Result<Arc<OpenedSnapshot>, Status> {
+        let id: HandleId = id.parse()?;
+        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        let handle = handles.get_mut(&id).filter(|handle| handle.used.elapsed() < HANDLE_LEASE);
+        let handle = handle.filter(|handle| caller.may_read(&handle.opened.held.run.machine));
+        let handle = handle.ok_or(RestoreError::UnknownHandle { id })?;
+        handle.used = Instant::now();
+        Ok(handle.opened.clone())
+    }
+
+    fn content(
+        &self,
+        of: Option<Of>,
+        caller: &Caller,
+        machine: Result<MachineKey, Status>,
+    ) -> Result<Content, Status> {
+        match of {
+            Some(Of::Handle(id)) => Ok(Content::Snapshot(self.opened(&id, caller)?)),
+            Some(Of::SessionId(id)) => {
+                let id: SessionId = id.parse()?;
+                Ok(Content::Session(self.runs.run_of(id, &machine?)?.session(id)?))
+            }
+            None => Err(WireError::Missing { field: "handle or session_id" }.into()),
+        }
+    }
+}
+
+/// Checks ranges against `total`; no ranges mean all.
+fn ranges(wire: &[pb::BlockRange], total: u64) -> Result<Vec<Range<u64>>, Status> {
+    if wire.len() > MAX_RANGES {
+        return Err(WireError::invalid(
+            "ranges",
+            format!("{} of them, more than {MAX_RANGES}", wire.len()),
+        )
+        .into());
+    }
+    if wire.is_empty() {
+        return Ok(std::iter::once(0..total).collect());
+    }
+    let mut next = 0;
+    let check = |range: &pb::BlockRange| {
+        let first = range.first_block;
+        let end = first
+            .checked_add(range.block_count)
+            .filter(|end| range.block_count > 0 && *end <= total && first >= next);
+        let end = end.ok_or_else(|| {
+            let reason =
+                format!("{first} + {} is empty, out of order or past {total}", range.block_count);
+            Status::from(WireError::invalid("ranges", reason))
+        })?;
+        next = end;
+        Ok(first..end)
+    };
+    wire.iter().map(check).collect()
+}
+
+#[tonic::async_trait]
+impl RestoreService for Restore {
+    async fn open_snapshot(
+        &self,
+        request: Request<pb::OpenSnapshotRequest>,
+    ) -> Result<Response<pb::OpenSnapshotResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let id: SnapshotId = request.into_inner().snapshot_id.parse()?;
+        let unknown = || RestoreError::UnknownSnapshot { id, server: self.server.clone() };
+        let held = self
+            .runs
+            .snapshot(id)
+            .filter(|held| caller.may_read(&held.run.machine))
+            .ok_or_else(unknown)?;
+        let runs = self.runs.clone();
+        let opened = Arc::new(
+            blocking(move || runs.open_snapshot(&held)).await?.map_err(RestoreError::Open)?,
+        );
+        let folder = self.runs.store().relative_folder(&opened.held.run.machine);
+        let snapshot = opened.held.to_wire(&self.server, &folder);
+        tracing::info!(machine = %opened.held.run.machine, snapshot_id = %id, "snapshot opened");
+        let handle = self.keep(opened)?.to_string();
+        let lease_seconds = HANDLE_LEASE.as_secs() as u32;
+        Ok(Response::new(pb::OpenSnapshotResponse {
+            handle,
+            lease_seconds,
+            snapshot: Some(snapshot),
+        }))
+    }
+
+    async fn close_snapshot(
+        &self,
+        request: Request<pb::CloseSnapshotRequest>,
+    ) -> Result<Response<pb::CloseSnapshotResponse>, Status> {
+        let caller = Caller::of(&request)?;
+        let id = request.into_inner().handle;
+        if self.opened(&id, &caller).is_ok() {
+            let id: HandleId = id.parse()?;
+            self.handles.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        }
+        Ok(Response::new(pb::CloseSnapshotResponse {}))
+    }
+
+    type ReadHashesStream = ReceiverStream<Result<pb::ReadHashesResponse, Status>>;
+
+    async fn read_hashes(
+        &self,
+        request: Request<pb::ReadHashesRequest>,
+    ) -> Result<Response<Self::ReadHashesStream>, Status> {
+        let caller = Caller::of(&request)?;
+        let machine = caller.machine(request.metadata());
+        let request = request.into_inner();
+        let level = request.level();
+        let content = self.content(request.of, &caller, machine)?;
+        let total = match level {
+            pb::HashLevel::Segment => segment_count(content.size_bytes()),
+            pb::HashLevel::Block => block_count(content.size_bytes()),
+            pb::HashLevel::Unspecified => return Err(WireError::Missing { field: "level" }.into()),
+        };
+        let ranges = ranges(&request.ranges, total)?;
+        let (answers, stream) = mpsc::channel(QUEUE);
+        tokio::task::spawn_blocking(move || send_hashes(&content, level, &ranges, &answers));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type ReadBlocksStream = ReceiverStream<Result<pb::ReadBlocksResponse, Status>>;
+
+    async fn read_blocks(
+        &self,
+        request: Request<pb::ReadBlocksRequest>,
+    ) -> Result<Response<Self::ReadBlocksStream>, Status> {
+        let caller = Caller::of(&request)?;
+        let request = request.into_inner();
+        let opened = self.opened(&request.handle, &caller)?;
+        let ranges = ranges(&request.ranges, block_count(opened.held.snapshot().size_bytes))?;
+        let encoding = request.encodings().next().unwrap_or(pb::Encoding::None);
+        let (answers, stream) = mpsc::channel(QUEUE);
+        tokio::task::spawn_blocking(move || send_blocks(&opened, &ranges, encoding, &answers));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// A stream that broke off: why, for the caller.
+fn too_short() -> Status {
+    status(ErrorReason::StoreDamaged, "a table of this snapshot is shorter than its disk")
+}

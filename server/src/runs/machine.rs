@@ -1,0 +1,432 @@
+//! One machine on this server: its committed runs, and the open ones with their leases.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId};
+use time::{OffsetDateTime, macros::format_description};
+
+use super::{
+    CommitDisk, MAX_COUNTER_JUMP, RunError, Runs, WantedDisk, boot_id, left, lock, now_ms,
+};
+use crate::{
+    chain::{
+        FORMAT, Held, History, Run, Snapshot,
+        opened::OpenedSnapshot,
+        store::{MachineState, OpenDisk, OpenRun},
+    },
+    session::{Session, Trust},
+};
+
+/// Aborted runs remembered per machine, to tell a late caller what became of them.
+const ABORTED_KEPT: usize = 64;
+
+/// One machine.
+pub struct Machine {
+    /// Its key.
+    pub key: MachineKey,
+    state: Mutex<State>,
+    /// Starts, commits and aborts of one machine take turns.
+    turn: Mutex<()>,
+}
+
+struct State {
+    history: History,
+    use_counter: u64,
+    active: Vec<Arc<ActiveRun>>,
+    aborted: VecDeque<BackupId>,
+}
+
+impl Machine {
+    pub(super) fn new(key: MachineKey, state: MachineState, lease: Duration) -> Self {
+        // Nobody holds the lease of a run that was left by an earlier process.
+        let active = state
+            .open
+            .into_iter()
+            .map(|run| Arc::new(ActiveRun::left_behind(run, lease)))
+            .collect();
+        let state = State {
+            history: state.history,
+            use_counter: state.use_counter,
+            active,
+            aborted: VecDeque::new(),
+        };
+        Self { key, state: Mutex::new(state), turn: Mutex::new(()) }
+    }
+
+    /// Counter of the newest start here.
+    pub fn use_counter(&self) -> u64 {
+        lock(&self.state).use_counter
+    }
+
+    /// All snapshots, newest first.
+    pub fn snapshots(&self) -> Vec<Held> {
+        lock(&self.state).history.newest_first().collect()
+    }
+
+    /// One snapshot.
+    pub fn snapshot(&self, id: SnapshotId) -> Option<Held> {
+        lock(&self.state).history.snapshot(id).cloned()
+    }
+
+    /// Newest snapshot of each disk.
+    pub fn heads(&self) -> Vec<Held> {
+        let state = lock(&self.state);
+        state.history.disks().filter_map(|disk| state.history.head(disk).cloned()).collect()
+    }
+
+    pub(super) fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
+        lock(&self.state).history.chain(id)
+    }
+
+    pub(super) fn take_turn(&self) -> MutexGuard<'_, ()> {
+        lock(&self.turn)
+    }
+
+    pub(super) fn active(&self) -> Vec<Arc<ActiveRun>> {
+        lock(&self.state).active.clone()
+    }
+
+    pub(super) fn find(&self, backup: BackupId) -> Option<Arc<ActiveRun>> {
+        lock(&self.state).active.iter().find(|run| run.backup == backup).cloned()
+    }
+
+    pub(super) fn committed(&self, backup: BackupId) -> Option<Arc<Run>> {
+        lock(&self.state).history.run(backup).cloned()
+    }
+
+    pub(super) fn was_aborted(&self, backup: BackupId) -> bool {
+        lock(&self.state).aborted.contains(&backup)
+    }
+
+    pub(super) fn refuse_ended(&self, backup: BackupId) -> Result<(), RunError> {
+        if self.committed(backup).is_some() {
+            return Err(RunError::State { backup, state: "committed already" });
+        }
+        if self.was_aborted(backup) {
+            return Err(RunError::State { backup, state: "aborted" });
+        }
+        Ok(())
+    }
+
+    pub(super) fn next_counter(&self, given: u64) -> Result<u64, RunError> {
+        let known = self.use_counter();
+        if given > known.saturating_add(MAX_COUNTER_JUMP) {
+            return Err(RunError::CounterJump { given, known });
+        }
+        Ok(given.max(known + 1))
+    }
+
+    pub(super) fn set_counter(&self, used: u64) {
+        lock(&self.state).use_counter = used;
+    }
+
+    pub(super) fn add(&self, run: Arc<ActiveRun>) {
+        lock(&self.state).active.push(run);
+    }
+
+    /// Sequence and time of the next commit; both only grow.
+    pub(super) fn next_place(&self) -> (u64, i64) {
+        match lock(&self.state).history.newest() {
+            Some(newest) => (newest.sequence + 1, now_ms().max(newest.committed_ms + 1)),
+            None => (1, now_ms()),
+        }
+    }
+
+    pub(super) fn committed_now(&self, run: Arc<Run>) {
+        let mut state = lock(&self.state);
+        state.active.retain(|active| active.backup != run.backup);
+        state.history.add(run);
+    }
+
+    pub(super) fn aborted_now(&self, backup: BackupId) {
+        let mut state = lock(&self.state);
+        state.active.retain(|active| active.backup != backup);
+        state.aborted.push_back(backup);
+        if state.aborted.len() > ABORTED_KEPT {
+            state.aborted.pop_front();
+        }
+    }
+}
+
+/// A run that is open.
+pub struct ActiveRun {
+    /// Its id.
+    pub backup: BackupId,
+    /// Whose it is.
+    pub machine: MachineKey,
+    lease: Duration,
+    state: Mutex<ActiveState>,
+}
+
+struct ActiveState {
+    record: OpenRun,
+    /// Empty until the run is taken over after a restart.
+    sessions: Vec<Arc<Session>>,
+    touched: Instant,
+    leased: bool,
+    committing: bool,
+}
+
+/// Ends the committing state when dropped.
+pub(super) struct Committing<'a>(&'a ActiveRun);
+
+impl Drop for Committing<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.state).committing = false;
+        self.0.renew();
+    }
+}
+
+impl ActiveRun {
+    fn left_behind(record: OpenRun, lease: Duration) -> Self {
+        let (backup, machine) = (record.backup, record.machine.clone());
+        let state = ActiveState {
+            record,
+            sessions: Vec::new(),
+            touched: Instant::now(),
+            leased: false,
+            committing: false,
+        };
+        Self { backup, machine, lease, state: Mutex::new(state) }
+    }
+
+    pub(super) fn create(
+        runs: &Runs,
+        machine: &Machine,
+        backup: BackupId,
+        wanted: &[WantedDisk],
+        use_counter: u64,
+    ) -> Result<Self, RunError> {
+        let folder = runs.store().machine_folder(&machine.key);
+        let mut disks = Vec::with_capacity(wanted.len());
+        let mut opened = Vec::with_capacity(wanted.len());
+        for disk in wanted {
+            let head = readable_head(runs, machine, &disk.disk);
+            disks.push(OpenDisk {
+                disk: disk.disk.clone(),
+                session: SessionId::new(),
+                snapshot: SnapshotId::new(),
+                size_bytes: disk.size_bytes,
+                logical_sector_bytes: disk.logical_sector_bytes,
+                head: head.as_ref().map(|head| head.held.snapshot().id),
+                stem: free_stem(&folder, machine, &disk.disk),
+            });
+            opened.push(head);
+        }
+        let record = OpenRun {
+            format: FORMAT,
+            backup,
+            machine: machine.key.clone(),
+            epoch: 1,
+            use_counter,
+            started_ms: now_ms(),
+            boot: boot_id(),
+            disks,
+        };
+        runs.store().save_open(&record)?;
+        let open = |(disk, head): (&OpenDisk, _)| {
+            Session::open(&folder, disk.clone(), head, Trust::SameBoot).map(Arc::new)
+        };
+        let sessions = record.disks.iter().zip(opened).map(open).collect::<Result<Vec<_>, _>>();
+        let sessions = sessions.inspect_err(|_| {
+            let _ = runs.store().remove_open(&record);
+        })?;
+        let run = Self::left_behind(record, runs.lease());
+        lock(&run.state).sessions = sessions;
+        run.renew();
+        Ok(run)
+    }
+
+    /// Gives the run to a new caller: same sessions, higher epoch.
+    pub(super) fn take_over(&self, runs: &Runs, wanted: &[WantedDisk]) -> Result<(), RunError> {
+        let mut record = self.record();
+        let same = record.disks.len() == wanted.len()
+            && record.disks.iter().zip(wanted).all(|(open, wanted)| {
+                open.disk == wanted.disk
+                    && open.size_bytes == wanted.size_bytes
+                    && open.logical_sector_bytes == wanted.logical_sector_bytes
+            });
+        if !same {
+            return Err(RunError::OtherDisks { backup: self.backup });
+        }
+        let trust = if !record.boot.is_empty() && record.boot == boot_id() {
+            Trust::SameBoot
+        } else {
+            Trust::Synced
+        };
+        record.epoch += 1;
+        record.boot = boot_id();
+        record.started_ms = now_ms();
+        let kept = lock(&self.state).sessions.clone();
+        let mut sessions = Vec::with_capacity(record.disks.len());
+        for (index, disk) in record.disks.iter().enumerate() {
+            match kept.get(index).filter(|session| !session.is_failed()) {
+                Some(session) => sessions.push(session.clone()),
+                None => sessions.push(Arc::new(self.reopen(runs, disk, trust)?)),
+            }
+        }
+        // Only now: a crash before this repeats the repair of the sessions with the same trust.
+        runs.store().save_open(&record)?;
+        let mut state = lock(&self.state);
+        state.record = record;
+        state.sessions = sessions;
+        drop(state);
+        self.renew();
+        Ok(())
+    }
+
+    fn reopen(&self, runs: &Runs, disk: &OpenDisk, trust: Trust) -> Result<Session, RunError> {
+        let head = match disk.head {
+            Some(id) => {
+                let held = runs.machine(&self.machine).and_then(|machine| machine.snapshot(id));
+                let held =
+                    held.ok_or_else(|| RunError::Unknown { id: disk.session.to_string() })?;
+                let opened = runs.open_snapshot(&held);
+                Some(opened.map_err(|error| {
+                    tracing::error!(%error, machine = %self.machine, disk = %disk.disk, "the head of an open session can't be read");
+                    RunError::Unknown { id: disk.session.to_string() }
+                })?)
+            }
+            None => None,
+        };
+        Ok(Session::open(&runs.store().machine_folder(&self.machine), disk.clone(), head, trust)?)
+    }
+
+    /// The run as it is on disk.
+    pub fn record(&self) -> OpenRun {
+        lock(&self.state).record.clone()
+    }
+
+    /// Its sessions; empty while nobody has taken it over after a restart.
+    pub fn sessions(&self) -> Vec<Arc<Session>> {
+        lock(&self.state).sessions.clone()
+    }
+
+    /// One session.
+    ///
+    /// # Errors
+    /// `Unknown` when nobody has taken the run over since this server started: start it again.
+    pub fn session(&self, id: SessionId) -> Result<Arc<Session>, RunError> {
+        let found =
+            lock(&self.state).sessions.iter().find(|session| session.disk.session == id).cloned();
+        found.ok_or_else(|| RunError::Unknown { id: id.to_string() })
+    }
+
+    pub(super) fn session_ids(&self) -> Vec<SessionId> {
+        lock(&self.state).record.disks.iter().map(|disk| disk.session).collect()
+    }
+
+    /// Renews the lease.
+    pub fn renew(&self) {
+        let mut state = lock(&self.state);
+        state.touched = Instant::now();
+        state.leased = true;
+    }
+
+    pub(super) fn lease_left(&self) -> Option<Duration> {
+        let state = lock(&self.state);
+        if state.committing {
+            return Some(self.lease);
+        }
+        left(state.touched + self.lease).filter(|_| state.leased)
+    }
+
+    pub(super) fn idle(&self) -> Duration {
+        lock(&self.state).touched.elapsed()
+    }
+
+    pub(super) fn check_epoch(&self, given: u64) -> Result<(), RunError> {
+        let current = lock(&self.state).record.epoch;
+        if given == current {
+            Ok(())
+        } else {
+            Err(RunError::Superseded { backup: self.backup, current, given })
+        }
+    }
+
+    /// No writer has this epoch any more.
+    pub(super) fn close(&self) {
+        let mut state = lock(&self.state);
+        state.record.epoch = u64::MAX;
+        state.sessions.clear();
+    }
+
+    /// True while a commit is at work.
+    pub fn is_committing(&self) -> bool {
+        lock(&self.state).committing
+    }
+
+    pub(super) fn begin_commit(&self) -> Committing<'_> {
+        lock(&self.state).committing = true;
+        Committing(self)
+    }
+
+    /// Turns all sessions into images, or says which one can't be.
+    pub(super) fn finish(&self, disks: &[CommitDisk]) -> Result<Vec<Snapshot>, RunError> {
+        let sessions = self.sessions();
+        if sessions.len() != disks.len() {
+            return Err(RunError::OtherDisks { backup: self.backup });
+        }
+        let mut snapshots = Vec::with_capacity(disks.len());
+        for session in &sessions {
+            let open = &session.disk;
+            let commit = disks.iter().find(|disk| disk.disk == open.disk);
+            let commit = commit.ok_or(RunError::OtherDisks { backup: self.backup })?;
+            if commit.expected_head != open.head {
+                let (disk, expected) = (open.disk.clone(), commit.expected_head);
+                return Err(RunError::HeadMoved { disk, expected, actual: open.head });
+            }
+            let finished = session.finish(commit.table_digest)?;
+            snapshots.push(Snapshot {
+                id: open.snapshot,
+                disk: open.disk.clone(),
+                size_bytes: open.size_bytes,
+                logical_sector_bytes: open.logical_sector_bytes,
+                table_digest: finished.table_digest,
+                parent: open.head.filter(|_| finished.is_delta),
+                image: open.published("vhdx"),
+                table: open.published("table"),
+                data_write: finished.identity.data_write,
+                virtual_disk: finished.identity.virtual_disk,
+                consistency: commit.consistency,
+                image_allocated_bytes: finished.image_allocated_bytes,
+                image_length_bytes: finished.image_length_bytes,
+            });
+        }
+        Ok(snapshots)
+    }
+}
+
+/// The head of a disk, unless its chain can't be read: then the session starts from zeros and makes a new base.
+fn readable_head(runs: &Runs, machine: &Machine, disk: &DiskId) -> Option<OpenedSnapshot> {
+    let held = lock(&machine.state).history.head(disk).cloned()?;
+    match runs.open_snapshot(&held) {
+        Ok(opened) => Some(opened),
+        Err(error) => {
+            tracing::error!(%error, machine = %machine.key, %disk, "the disk's head can't be read: a new base begins");
+            None
+        }
+    }
+}
+
+/// A file name that is free: `<disk>/<number>-<time>`.
+fn free_stem(folder: &std::path::Path, machine: &Machine, disk: &DiskId) -> String {
+    let time = OffsetDateTime::now_utc()
+        .format(format_description!("[year][month][day]T[hour][minute][second]Z"));
+    let time = time.unwrap_or_else(|_| "undated".to_owned());
+    let first = 1 + machine.snapshots().iter().filter(|held| held.snapshot().disk == *disk).count();
+    let taken = |stem: &String| {
+        ["vhdx", "vhdx.partial", "journal"]
+            .iter()
+            .any(|kind| folder.join(format!("{stem}.{kind}")).exists())
+    };
+    let stems = (first..).map(|number| format!("{disk}/{number:05}-{time}"));
+    stems
+        .into_iter()
+        .find(|stem| !taken(stem))
+        .unwrap_or_else(|| format!("{disk}/{}", SessionId::new()))
+}

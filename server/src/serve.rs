@@ -1,0 +1,190 @@
+//! Wiring: store, services, reports, health, and an end in good order.
+
+use std::{sync::Arc, time::Duration};
+
+use janus_proto::{
+    ids::ServerId,
+    listener::{self, Limits},
+    model::MAX_MESSAGE_BYTES,
+    pb::{
+        self, backup_service_server::BackupServiceServer,
+        catalog_service_server::CatalogServiceServer, restore_service_server::RestoreServiceServer,
+        server_info_service_server::ServerInfoServiceServer,
+    },
+    tls::{Identity, Role, TlsError},
+};
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    backup::Backup,
+    caller::Gate,
+    catalog::Catalog,
+    chain::store::{Store, StoreError},
+    config::Settings,
+    info::Info,
+    report::Reporter,
+    restore::Restore,
+    runs::Runs,
+};
+
+/// Names under which health is asked for.
+const SERVICES: [&str; 3] = ["", "janus.v1.BackupService", "janus.v1.RestoreService"];
+/// How often old open runs are looked for.
+const EXPIRY_ROUND: Duration = Duration::from_secs(3600);
+
+/// Why a server did not start or run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The certificate is of another role.
+    #[error("the certificate says {role}: a server needs one of `janus-server pki issue server`")]
+    WrongRole {
+        /// What it says.
+        role: String,
+    },
+    /// The address can't be had.
+    #[error("cannot listen on {address}: {source}; choose another address in setting listen")]
+    Listen {
+        /// The address.
+        address: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Certificate, key or CA.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Wiring that can't fail for valid names.
+    #[error("cannot start: {0}")]
+    Wiring(String),
+}
+
+/// A server that has opened its store and listens, but serves nothing yet.
+pub struct Server {
+    settings: Settings,
+    identity: Identity,
+    id: ServerId,
+    runs: Arc<Runs>,
+    listener: TcpListener,
+}
+
+impl Server {
+    /// Opens store and listener.
+    ///
+    /// # Errors
+    /// As [`ServeError`] says.
+    pub async fn start(settings: Settings) -> Result<Self, ServeError> {
+        let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
+        let id = match &identity.principal().role {
+            Role::Server(id) => id.clone(),
+            role => return Err(ServeError::WrongRole { role: role.to_string() }),
+        };
+        let listen = |source| ServeError::Listen { address: settings.listen.clone(), source };
+        let listener = TcpListener::bind(&settings.listen).await.map_err(listen)?;
+        let (path, by_user) = (settings.image_path.clone(), settings.separate_folders_by_user);
+        let opened = tokio::task::spawn_blocking(move || Store::open(&path, by_user)).await;
+        let (store, machines) = opened.map_err(|error| ServeError::Wiring(error.to_string()))??;
+        let runs =
+            Arc::new(Runs::new(store, machines, Duration::from_secs(settings.lease_seconds)));
+        Ok(Self { settings, identity, id, runs, listener })
+    }
+
+    /// The address that was bound.
+    ///
+    /// # Errors
+    /// As the system says.
+    pub fn address(&self) -> std::io::Result<std::net::SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until `shutdown`, then drains and ends.
+    ///
+    /// # Errors
+    /// When the wiring fails.
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        set_health(&health, ServingStatus::Serving).await;
+        let name = self.id.to_string();
+        let routes = Routes::new(health_service)
+            .add_service(
+                BackupServiceServer::new(Backup::new(self.runs.clone(), name.clone()))
+                    .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                    .max_encoding_message_size(MAX_MESSAGE_BYTES),
+            )
+            .add_service(
+                RestoreServiceServer::new(Restore::new(self.runs.clone(), name.clone()))
+                    .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                    .max_encoding_message_size(MAX_MESSAGE_BYTES),
+            )
+            .add_service(CatalogServiceServer::new(Catalog::new(self.runs.clone(), name.clone())))
+            .add_service(ServerInfoServiceServer::new(Info::new(self.runs.clone(), name.clone())))
+            .add_service(reflection().build_v1().map_err(wiring)?)
+            .add_service(reflection().build_v1alpha().map_err(wiring)?)
+            .prepare();
+        let gate = Gate::new(routes, self.identity.clone(), self.id.clone()).map_err(wiring)?;
+        let mut tasks = self.tasks(&shutdown);
+        let drain = {
+            let shutdown = shutdown.clone();
+            async move {
+                shutdown.cancelled().await;
+                set_health(&health, ServingStatus::NotServing).await;
+            }
+        };
+        tasks.spawn(drain);
+        let limits =
+            Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
+        tracing::info!(server = name, address = ?self.listener.local_addr().ok(), "serving");
+        listener::serve(self.listener, self.identity, gate, limits, shutdown).await;
+        while tasks.join_next().await.is_some() {}
+        tracing::info!(server = name, "stopped");
+        Ok(())
+    }
+
+    /// Reports to every janus, and the end of old runs.
+    fn tasks(&self, shutdown: &CancellationToken) -> JoinSet<()> {
+        let mut tasks = JoinSet::new();
+        let reporter = Reporter {
+            runs: self.runs.clone(),
+            server: self.id.to_string(),
+            urls: self.settings.urls.clone(),
+            settings: pb::SharedSettings {
+                image_path: self.settings.image_path.display().to_string(),
+                prefer_vhdx: self.settings.prefer_vhdx,
+                separate_folders_by_user: self.settings.separate_folders_by_user,
+            },
+            refresh: Duration::from_secs(self.settings.refresh_seconds),
+        };
+        for url in &self.settings.janus_urls {
+            tasks.spawn(reporter.clone().run(url.clone(), self.identity.clone(), shutdown.clone()));
+        }
+        let keep = Duration::from_secs(self.settings.session_keep_days.saturating_mul(86_400));
+        let (runs, shutdown) = (self.runs.clone(), shutdown.clone());
+        tasks.spawn(async move {
+            while shutdown.run_until_cancelled(tokio::time::sleep(EXPIRY_ROUND)).await.is_some() {
+                let runs = runs.clone();
+                let _ = crate::blocking(move || runs.expire(keep)).await;
+            }
+        });
+        tasks
+    }
+}
+
+fn wiring(error: impl std::fmt::Display) -> ServeError {
+    ServeError::Wiring(error.to_string())
+}
+
+async fn set_health(health: &HealthReporter, status: ServingStatus) {
+    for service in SERVICES {
+        health.set_service_status(service, status).await;
+    }
+}
+
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(pb::DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+}

@@ -1,0 +1,533 @@
+//! Sessions: one disk's transfer into a partial image, with everything that survives a crash.
+//!
+//! Blocks arrive checked. Each message is appended to the journal, then its data is written to its place in the partial
+//! image, then it is acknowledged. The image's structures are written once, at commit. Payload slots are taken in the order of
+//! the journal, so reading the journal again finds every block.
+//!
+//! After a crash the tail of the journal may name blocks whose data did not get to the file, and the file may hold data that
+//! the journal lost: [`Session::open`] hashes the doubtful blocks again and notes what is truly there. The client compares with
+//! these hashes, so no guess is ever committed.
+
+mod content;
+mod finish;
+mod journal;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+};
+
+use janus_proto::{
+    hash::{hash_blocks, segment_digest, zero_hash},
+    ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_count, block_len},
+    model::{Batch, Extent},
+};
+use rustix::fs::{FallocateFlags, fallocate};
+
+pub use self::finish::Finished;
+use self::{content::StartContent, journal::Journal};
+use crate::{
+    chain::{opened::OpenedSnapshot, store::OpenDisk, table::TableError},
+    image::{
+        Geometry, ImageError, Kind,
+        vhdx::{Layout, PAYLOAD_BYTES},
+    },
+    storage,
+};
+
+const PAYLOAD_BLOCKS: u64 = PAYLOAD_BYTES / BLOCK_BYTES;
+/// After this many bytes the image is synced in the background, so that commit has little left to sync.
+const SYNC_BYTES: u64 = 64 << 20;
+
+/// What can go wrong with a session.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The disk that holds the store is full.
+    #[error("the store is full: cannot {action}; free space below {} or enlarge it, then run the backup again", path.display())]
+    Full {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file system refused.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The content isn't the one that the commit names.
+    #[error("disk {disk}: what was stored has table digest {stored}, the commit names {named}")]
+    DigestMismatch {
+        /// The disk.
+        disk: String,
+        /// Of what is stored.
+        stored: BlockHash,
+        /// Of the commit.
+        named: BlockHash,
+    },
+    /// An image of the head, or the new one.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A table of the head, or the new one.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// An earlier write failed: the session must be opened again first.
+    #[error("an earlier write of this session failed; start the run again to go on")]
+    Failed,
+}
+
+impl SessionError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| match storage::is_full(&source) {
+            true => Self::Full { action, path },
+            false => Self::Io { action, path, source },
+        }
+    }
+}
+
+/// Marks that a client can go on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Marks {
+    /// Settled blocks that survive a kill.
+    pub received: u64,
+    /// Settled blocks that survive a power cut.
+    pub durable: u64,
+}
+
+/// Blocks of one segment that one message wrote.
+#[derive(Debug, Clone, Copy)]
+struct Touch {
+    first: u16,
+    count: u16,
+    /// Place of the first hash in the journal; `None`: zeros.
+    hashes_at: Option<u64>,
+}
+
+/// What the journal says, in memory.
+#[derive(Default)]
+struct Index {
+    touched: BTreeMap<u64, Vec<Touch>>,
+    slots: HashMap<u64, u32>,
+    marks: Marks,
+}
+
+struct Inner {
+    journal: Journal,
+    index: Index,
+    /// Bytes since the last background sync began.
+    unsynced: u64,
+    /// A background sync and the mark it will make durable.
+    syncing: Option<(Arc<OnceLock<bool>>, u64)>,
+    /// The image has structures after its slots from a commit that did not end.
+    finished: bool,
+    failed: bool,
+}
+
+/// An open session.
+pub struct Session {
+    /// What the run says of it.
+    pub disk: OpenDisk,
+    folder: PathBuf,
+    layout: Layout,
+    start: StartContent,
+    image: Arc<File>,
+    inner: Mutex<Inner>,
+}
+
+/// How far the files of a session can be trusted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trust {
+    /// The machine did not restart since: all that was written is there.
+    SameBoot,
+    /// It did: only what was synced.
+    Synced,
+}
+
+impl Session {
+    /// Opens a session, anew or where it was left. `folder` is the machine's; `head` is what it starts from.
+    ///
+    /// # Errors
+    /// When files can't be made or read.
+    pub fn open(
+        folder: &Path,
+        disk: OpenDisk,
+        head: Option<OpenedSnapshot>,
+        trust: Trust,
+    ) -> Result<Self, SessionError> {
+        let start = StartContent::new(head, disk.size_bytes)?;
+        let geometry = Geometry {
+            disk_bytes: disk.size_bytes,
+            logical_sector_bytes: disk.logical_sector_bytes,
+        };
+        let kind = if is_delta(&start, &disk) { Kind::Differencing } else { Kind::Dynamic };
+        let layout = Layout::new(geometry, kind)?;
+        let image_path = folder.join(disk.partial("vhdx"));
+        let journal_path = folder.join(disk.journal());
+        let journal_file = open_file(&journal_path, true)?;
+        let is_fresh =
+            journal_file.metadata().map_err(SessionError::io("read", &journal_path))?.len() == 0;
+        // A journal without its image would promise blocks that are not there.
+        let image = open_file(&image_path, is_fresh)?;
+        let mut index = Index::default();
+        let mut last = Vec::new();
+        let has_head = start.head().is_some();
+        let journal = if is_fresh {
+            Journal::create(journal_file, disk.session, disk.size_bytes)
+        } else {
+            Journal::open(
+                journal_file,
+                disk.session,
+                disk.size_bytes,
+                trust == Trust::Synced,
+                |record| {
+                    index.note(&record.extents, record.hashes_at, record.settled, has_head);
+                    if record.synced {
+                        index.marks.durable = record.settled;
+                    } else {
+                        last = record.extents;
+                    }
+                },
+            )
+        }
+        .map_err(SessionError::io("open", &journal_path))?;
+        let inner =
+            Inner { journal, index, unsynced: 0, syncing: None, finished: false, failed: false };
+        let session = Self {
+            disk,
+            folder: folder.to_owned(),
+            layout,
+            start,
+            image: Arc::new(image),
+            inner: Mutex::new(inner),
+        };
+        session.repair(trust, &last)?;
+        Ok(session)
+    }
+
+    /// Blocks that were settled so far.
+    pub fn marks(&self) -> Marks {
+        self.lock().index.marks
+    }
+
+    /// True when the session holds something from an earlier stream.
+    pub fn is_resumed(&self) -> bool {
+        let inner = self.lock();
+        inner.index.marks.received > 0 || !inner.index.touched.is_empty()
+    }
+
+    /// True when a write failed: the session must be opened again.
+    pub fn is_failed(&self) -> bool {
+        self.lock().failed
+    }
+
+    /// The head the session starts from.
+    pub fn head(&self) -> Option<&OpenedSnapshot> {
+        self.start.head()
+    }
+
+    /// Takes in a checked batch and the client's mark. Blocks the thread.
+    ///
+    /// # Errors
+    /// When the files can't be written; the session then refuses more until it is opened again.
+    pub fn apply(&self, batch: Option<&Batch>, settled: u64) -> Result<Marks, SessionError> {
+        let mut inner = self.lock();
+        if inner.failed {
+            return Err(SessionError::Failed);
+        }
+        let settled =
+            settled.min(block_count(self.disk.size_bytes)).max(inner.index.marks.received);
+        let extents = batch.map_or(&[][..], Batch::extents);
+        if extents.is_empty() && settled == inner.index.marks.received {
+            self.note_synced(&mut inner)?;
+            return Ok(inner.index.marks);
+        }
+        if inner.finished {
+            self.cut(&inner.index)?;
+            inner.finished = false;
+        }
+        let hashes = batch.map_or(&[][..], Batch::hashes);
+        let hashes_at = inner
+            .journal
+            .append(extents, hashes, settled)
+            .map_err(SessionError::io("write", &self.journal_path()))?;
+        inner.index.note(extents, hashes_at, settled, self.start.head().is_some());
+        if let Some(batch) = batch {
+            let written = self.write(&inner.index, batch);
+            inner.failed = written.is_err();
+            inner.unsynced += written?;
+        }
+        self.note_synced(&mut inner)?;
+        self.sync_in_background(&mut inner);
+        Ok(inner.index.marks)
+    }
+
+    /// Block hashes of one segment as a commit would store them now.
+    ///
+    /// # Errors
+    /// When the journal or a table can't be read.
+    pub fn segment(&self, segment: u64) -> Result<Vec<BlockHash>, SessionError> {
+        self.segment_of(&self.lock(), segment)
+    }
+
+    /// Digests of all segments as a commit would store them now.
+    ///
+    /// # Errors
+    /// When the journal or a table can't be read.
+    pub fn segment_digests(&self) -> Result<Vec<BlockHash>, SessionError> {
+        self.digests_of(&self.lock())
+    }
+
+    fn segment_of(&self, inner: &Inner, segment: u64) -> Result<Vec<BlockHash>, SessionError> {
+        let mut hashes = self.start.segment(segment)?;
+        for touch in inner.index.touched.get(&segment).into_iter().flatten() {
+            let (first, count) = (usize::from(touch.first), usize::from(touch.count));
+            let Some(target) = hashes.get_mut(first..first + count) else { continue };
+            match touch.hashes_at {
+                Some(at) => {
+                    let sent = inner
+                        .journal
+                        .hashes(at, count)
+                        .map_err(SessionError::io("read", &self.journal_path()))?;
+                    target.copy_from_slice(&sent);
+                }
+                None => {
+                    for (hash, block) in
+                        target.iter_mut().zip(segment * SEGMENT_BLOCKS + u64::from(touch.first)..)
+                    {
+                        *hash = zero_hash(block_len(self.disk.size_bytes, block));
+                    }
+                }
+            }
+        }
+        Ok(hashes)
+    }
+
+    fn digests_of(&self, inner: &Inner) -> Result<Vec<BlockHash>, SessionError> {
+        let mut digests = self.start.segment_digests()?;
+        for segment in inner.index.touched.keys() {
+            if let Some(digest) = digests.get_mut(*segment as usize) {
+                *digest = segment_digest(&self.segment_of(inner, *segment)?);
+            }
+        }
+        Ok(digests)
+    }
+
+    /// Writes a batch to its slots and returns the bytes written.
+    fn write(&self, index: &Index, batch: &Batch) -> Result<u64, SessionError> {
+        let failed = |source| SessionError::io("write", &self.image_path())(source);
+        for piece in batch.pieces() {
+            for part in split(piece.extent) {
+                let Some(slot) = index.slots.get(&(part.first / PAYLOAD_BLOCKS)) else { continue };
+                let at = self.layout.slot_offset(*slot) + part.first % PAYLOAD_BLOCKS * BLOCK_BYTES;
+                if piece.extent.zero {
+                    punch(&self.image, at, part.count * BLOCK_BYTES).map_err(failed)?;
+                } else {
+                    let from = ((part.first - piece.extent.first) * BLOCK_BYTES) as usize;
+                    let to = (from + (part.count * BLOCK_BYTES) as usize).min(piece.data.len());
+                    self.image.write_all_at(&piece.data[from..to], at).map_err(failed)?;
+                }
+            }
+        }
+        Ok(batch.data_len() as u64)
+    }
+
+    /// Makes journal and image agree after a crash, see the module's text.
+    fn repair(&self, trust: Trust, last: &[Extent]) -> Result<(), SessionError> {
+        let mut inner = self.lock();
+        self.cut(&inner.index)?;
+        let doubtful: Vec<Extent> = match trust {
+            Trust::SameBoot => last.iter().flat_map(|extent| split(*extent)).collect(),
+            Trust::Synced => {
+                let mut payloads: Vec<u64> = inner.index.slots.keys().copied().collect();
+                payloads.sort_unstable();
+                payloads
+                    .iter()
+                    .map(|p| Extent {
+                        first: p * PAYLOAD_BLOCKS,
+                        count: PAYLOAD_BLOCKS,
+                        zero: false,
+                    })
+                    .collect()
+            }
+        };
+        for extent in doubtful {
+            self.hash_again(&mut inner, extent)?;
+        }
+        Ok(())
+    }
+
+    /// Cuts off what lies behind the last slot.
+    fn cut(&self, index: &Index) -> Result<(), SessionError> {
+        let end = self.layout.slot_offset(index.slots.len() as u32);
+        self.image.set_len(end).map_err(SessionError::io("cut", &self.image_path()))
+    }
+
+    /// Notes the true hashes of blocks inside one payload block.
+    fn hash_again(&self, inner: &mut Inner, extent: Extent) -> Result<(), SessionError> {
+        let payload = extent.first / PAYLOAD_BLOCKS;
+        let Some(slot) = inner.index.slots.get(&payload).copied() else { return Ok(()) };
+        let count =
+            extent.count.min(block_count(self.disk.size_bytes).saturating_sub(extent.first));
+        let len =
+            (extent.first..extent.first + count).map(|b| block_len(self.disk.size_bytes, b)).sum();
+        let mut bytes = vec![0; len];
+        let at = self.layout.slot_offset(slot) + extent.first % PAYLOAD_BLOCKS * BLOCK_BYTES;
+        self.image
+            .read_exact_at(&mut bytes, at)
+            .map_err(SessionError::io("read", &self.image_path()))?;
+        let mut found = Vec::new();
+        hash_blocks(&bytes, &mut found);
+        let segment = extent.first / SEGMENT_BLOCKS;
+        let known = self.segment_of(inner, segment)?;
+        let is_base = self.layout.kind() == Kind::Dynamic;
+        for (block, hash) in (extent.first..).zip(found) {
+            let index = block % SEGMENT_BLOCKS;
+            // Blocks of a child that were never sent stay the parent's, whatever lies in the slot.
+            let counts = is_base || inner.index.is_touched(segment, index as u16);
+            if counts && known.get(index as usize) != Some(&hash) {
+                let one = Extent { first: block, count: 1, zero: false };
+                let settled = inner.index.marks.received;
+                let hashes_at = inner
+                    .journal
+                    .append(&[one], &hash.0, settled)
+                    .map_err(SessionError::io("write", &self.journal_path()))?;
+                inner.index.note(&[one], hashes_at, settled, self.start.head().is_some());
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes a background sync that has ended.
+    fn note_synced(&self, inner: &mut Inner) -> Result<(), SessionError> {
+        let Some((done, mark)) = inner.syncing.take_if(|(done, _)| done.get().is_some()) else {
+            return Ok(());
+        };
+        if done.get() != Some(&true) {
+            // The system tells of a lost write once: a later sync would say all is well.
+            inner.failed = true;
+            return Err(SessionError::Failed);
+        }
+        inner
+            .journal
+            .append_synced(mark)
+            .map_err(SessionError::io("write", &self.journal_path()))?;
+        inner.index.marks.durable = mark;
+        Ok(())
+    }
+
+    fn sync_in_background(&self, inner: &mut Inner) {
+        if inner.unsynced < SYNC_BYTES || inner.syncing.is_some() {
+            return;
+        }
+        inner.unsynced = 0;
+        let done = Arc::new(OnceLock::new());
+        inner.syncing = Some((done.clone(), inner.index.marks.received));
+        let image = self.image.clone();
+        // A thread of its own, since this one belongs to a stream that should go on receiving. It ends by itself.
+        std::thread::spawn(move || {
+            let synced = image
+                .sync_data()
+                .inspect_err(|error| tracing::error!(%error, "cannot sync a partial image"));
+            let _ = done.set(synced.is_ok());
+        });
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic elsewhere can't leave the index half changed: it is changed after the journal, in one call.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn image_path(&self) -> PathBuf {
+        self.folder.join(self.disk.partial("vhdx"))
+    }
+
+    fn journal_path(&self) -> PathBuf {
+        self.folder.join(self.disk.journal())
+    }
+}
+
+impl Index {
+    /// Takes one record in: which blocks, where their hashes are, and slots for them.
+    fn note(&mut self, extents: &[Extent], hashes_at: u64, settled: u64, has_head: bool) {
+        let mut at = hashes_at;
+        for extent in extents {
+            for part in split(*extent) {
+                let segment = part.first / SEGMENT_BLOCKS;
+                // Zeros on zeros: nothing to note, and a sparse disk stays cheap.
+                if part.zero && !has_head && !self.touched.contains_key(&segment) {
+                    continue;
+                }
+                let hashes_at = (!part.zero).then_some(at);
+                let touch = Touch {
+                    first: (part.first % SEGMENT_BLOCKS) as u16,
+                    count: part.count as u16,
+                    hashes_at,
+                };
+                self.touched.entry(segment).or_default().push(touch);
+                if !part.zero {
+                    at += part.count * BlockHash::LEN as u64;
+                }
+                let next = self.slots.len() as u32;
+                self.slots.entry(part.first / PAYLOAD_BLOCKS).or_insert(next);
+            }
+        }
+        self.marks.received = self.marks.received.max(settled);
+    }
+
+    fn is_touched(&self, segment: u64, index: u16) -> bool {
+        let touches = self.touched.get(&segment).into_iter().flatten();
+        touches.into_iter().any(|touch| (touch.first..touch.first + touch.count).contains(&index))
+    }
+}
+
+/// A child image only goes on a head of the same shape.
+fn is_delta(start: &StartContent, disk: &OpenDisk) -> bool {
+    let same_sector = |head: &OpenedSnapshot| {
+        head.held.snapshot().logical_sector_bytes == disk.logical_sector_bytes
+    };
+    start.keeps_size() && start.head().is_some_and(same_sector)
+}
+
+/// An extent in parts that each lie within one payload block, hence within one segment.
+fn split(extent: Extent) -> impl Iterator<Item = Extent> {
+    let mut next = extent.first;
+    std::iter::from_fn(move || {
+        let first = next;
+        next = extent.end().min((first / PAYLOAD_BLOCKS + 1) * PAYLOAD_BLOCKS);
+        (first < next).then_some(Extent { first, count: next - first, zero: extent.zero })
+    })
+}
+
+/// Makes a range of a file zero, without space where the file system can.
+fn punch(file: &File, at: u64, len: u64) -> io::Result<()> {
+    match fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, len) {
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => write_zeros(file, at, len),
+        other => Ok(other?),
+    }
+}
+
+fn write_zeros(file: &File, at: u64, len: u64) -> io::Result<()> {
+    let zeros = [0; 1 << 16];
+    let mut done = 0;
+    while done < len {
+        let piece = (len - done).min(zeros.len() as u64);
+        file.write_all_at(&zeros[..piece as usize], at + done)?;
+        done += piece;
+    }
+    Ok(())
+}
+
+fn open_file(path: &Path, make: bool) -> Result<File, SessionError> {
+    let file = OpenOptions::new().read(true).write(true).create(make).truncate(false).open(path);
+    file.map_err(SessionError::io("open", path))
+}

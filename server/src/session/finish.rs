@@ -1,0 +1,236 @@
+//! Turning a session into an image and a table: checked against the commit's digest, written, synced, not yet named.
+
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    fs::{File, OpenOptions},
+    os::unix::fs::{FileExt, MetadataExt},
+};
+
+use janus_proto::{
+    hash::{table_digest, zero_hash, zero_segment_of},
+    ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_len},
+};
+use uuid::Uuid;
+
+use super::{Inner, PAYLOAD_BLOCKS, Session, SessionError, Touch};
+use crate::{
+    chain::table::{SegmentBitmap, TableHeader, TableWriter},
+    image::{
+        Identity, Kind, Parent,
+        vhdx::{Payload, write_structures},
+    },
+};
+
+/// An image that only needs its name and a manifest.
+#[derive(Debug, Clone)]
+pub struct Finished {
+    /// Ids of the image.
+    pub identity: Identity,
+    /// Digest of the disk's content.
+    pub table_digest: BlockHash,
+    /// True for a delta, false for a base.
+    pub is_delta: bool,
+    /// Bytes the image occupies.
+    pub image_allocated_bytes: u64,
+    /// Length of the image.
+    pub image_length_bytes: u64,
+}
+
+impl Session {
+    /// Writes image and table, and syncs both. Blocks the thread; may take minutes. May be repeated.
+    ///
+    /// # Errors
+    /// `DigestMismatch` when the content isn't what the commit names: the session stays usable. Otherwise as the
+    /// file system says.
+    pub fn finish(&self, named: BlockHash) -> Result<Finished, SessionError> {
+        let mut inner = self.lock();
+        if inner.failed {
+            return Err(SessionError::Failed);
+        }
+        let digests = self.digests_of(&inner)?;
+        let stored = table_digest(self.disk.size_bytes, &digests);
+        if stored != named {
+            return Err(SessionError::DigestMismatch {
+                disk: self.disk.disk.to_string(),
+                stored,
+                named,
+            });
+        }
+        self.cut(&inner.index)?;
+        inner.finished = true;
+        let is_delta = self.layout.kind() == Kind::Differencing;
+        let slots =
+            if is_delta { inner.index.slots.clone() } else { self.copy_unsent(&inner, &digests)? };
+        self.write_table(&inner, &digests, is_delta)?;
+        let identity = self.write_image(&inner, &slots)?;
+        let path = self.image_path();
+        let failed = SessionError::io("sync", &path);
+        let metadata =
+            self.image.sync_all().and_then(|()| self.image.metadata()).map_err(failed)?;
+        Ok(Finished {
+            identity,
+            table_digest: stored,
+            is_delta,
+            image_allocated_bytes: metadata.blocks() * 512,
+            image_length_bytes: metadata.len(),
+        })
+    }
+
+    /// A base that starts from a head of another size: copies what was not sent, and returns all slots.
+    fn copy_unsent(
+        &self,
+        inner: &Inner,
+        digests: &[BlockHash],
+    ) -> Result<HashMap<u64, u32>, SessionError> {
+        let mut slots = inner.index.slots.clone();
+        if self.start.head().is_none() {
+            return Ok(slots);
+        }
+        for segment in self.segments_with_data(digests) {
+            let hashes = self.segment_of(inner, segment)?;
+            let first = segment * SEGMENT_BLOCKS;
+            for (block, hash) in (first..).zip(&hashes) {
+                if *hash == zero_hash(block_len(self.disk.size_bytes, block)) {
+                    continue;
+                }
+                let next = slots.len() as u32;
+                let slot = *slots.entry(block / PAYLOAD_BLOCKS).or_insert(next);
+                if inner.index.is_touched(segment, (block - first) as u16) {
+                    continue;
+                }
+                let mut bytes = [0; BLOCK_BYTES as usize];
+                let bytes = &mut bytes[..block_len(self.disk.size_bytes, block)];
+                self.start.read_at(block * BLOCK_BYTES, bytes)?;
+                let at = self.layout.slot_offset(slot) + block % PAYLOAD_BLOCKS * BLOCK_BYTES;
+                self.image
+                    .write_all_at(bytes, at)
+                    .map_err(SessionError::io("write", &self.image_path()))?;
+            }
+        }
+        let end = self.layout.slot_offset(slots.len() as u32);
+        self.image.set_len(end).map_err(SessionError::io("extend", &self.image_path()))?;
+        Ok(slots)
+    }
+
+    /// Writes and syncs the table: what was sent for a delta, all that isn't zero for a base.
+    fn write_table(
+        &self,
+        inner: &Inner,
+        digests: &[BlockHash],
+        is_delta: bool,
+    ) -> Result<(), SessionError> {
+        let path = self.folder.join(self.disk.partial("table"));
+        let file =
+            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
+        let file: File = file.map_err(SessionError::io("create", &path))?;
+        let header = TableHeader { snapshot: self.disk.snapshot, disk_bytes: self.disk.size_bytes };
+        let mut writer = TableWriter::create(file, header).map_err(|e| self.table_error(e))?;
+        let segments: Vec<u64> = match is_delta {
+            true => inner.index.touched.keys().copied().collect(),
+            false => self.segments_with_data(digests).collect(),
+        };
+        for segment in segments {
+            let hashes = self.segment_of(inner, segment)?;
+            let present = match is_delta {
+                true => bitmap(inner.index.touched.get(&segment)),
+                false => self.not_zero(segment, &hashes),
+            };
+            let kept: Vec<BlockHash> = hashes
+                .iter()
+                .enumerate()
+                .filter(|(i, _)| present.0[i / 64] >> (i % 64) & 1 == 1)
+                .map(|(_, h)| *h)
+                .collect();
+            writer
+                .push(segment, &present, &kept, digests[segment as usize])
+                .map_err(|e| self.table_error(e))?;
+        }
+        let file = writer.finish().map_err(|e| self.table_error(e))?;
+        file.sync_all().map_err(SessionError::io("sync", &path))
+    }
+
+    fn write_image(
+        &self,
+        inner: &Inner,
+        slots: &HashMap<u64, u32>,
+    ) -> Result<Identity, SessionError> {
+        let head = self.start.head().filter(|_| self.layout.kind() == Kind::Differencing);
+        let head = head.map(|head| head.held.snapshot());
+        let identity = Identity {
+            data_write: Uuid::new_v4(),
+            virtual_disk: head.map_or_else(Uuid::new_v4, |head| head.virtual_disk),
+        };
+        let parent = head.map(|head| Parent {
+            data_write: head.data_write,
+            file_name: head.image.rsplit('/').next().unwrap_or(&head.image).to_owned(),
+        });
+        let mut order: Vec<(u64, u32)> =
+            slots.iter().map(|(payload, slot)| (*payload, *slot)).collect();
+        order.sort_unstable();
+        let payloads = order.into_iter().map(|(index, slot)| {
+            let present = half(&bitmap(inner.index.touched.get(&(index / 2))), index);
+            Ok::<_, Infallible>(Payload { index, slot, present })
+        });
+        write_structures(
+            &self.image,
+            &self.layout,
+            &identity,
+            parent.as_ref(),
+            slots.len() as u32,
+            payloads,
+        )
+        .map_err(|error| match error {
+            crate::image::ImageError::Io { action, source } => {
+                SessionError::io(action, &self.image_path())(source)
+            }
+            other => other.into(),
+        })?;
+        Ok(identity)
+    }
+
+    fn segments_with_data(&self, digests: &[BlockHash]) -> impl Iterator<Item = u64> {
+        let zero = move |(segment, digest): &(u64, &BlockHash)| {
+            **digest != zero_segment_of(self.disk.size_bytes, *segment)
+        };
+        (0u64..).zip(digests).filter(zero).map(|(segment, _)| segment)
+    }
+
+    fn not_zero(&self, segment: u64, hashes: &[BlockHash]) -> SegmentBitmap {
+        let mut bits = [0u64; 16];
+        for (index, hash) in hashes.iter().enumerate() {
+            let block = segment * SEGMENT_BLOCKS + index as u64;
+            if *hash != zero_hash(block_len(self.disk.size_bytes, block)) {
+                bits[index / 64] |= 1 << (index % 64);
+            }
+        }
+        SegmentBitmap(bits)
+    }
+
+    fn table_error(&self, error: crate::chain::table::TableError) -> SessionError {
+        match error {
+            crate::chain::table::TableError::Io { source, .. } => {
+                let path = self.folder.join(self.disk.partial("table"));
+                SessionError::io("write", &path)(source)
+            }
+            other => other.into(),
+        }
+    }
+}
+
+/// Blocks of a segment that were written.
+fn bitmap(touches: Option<&Vec<Touch>>) -> SegmentBitmap {
+    let mut bits = [0u64; 16];
+    for touch in touches.into_iter().flatten() {
+        for index in usize::from(touch.first)..usize::from(touch.first + touch.count) {
+            bits[index / 64] |= 1 << (index % 64);
+        }
+    }
+    SegmentBitmap(bits)
+}
+
+/// The half of a segment's bitmap that belongs to payload block `index`.
+fn half(bits: &SegmentBitmap, index: u64) -> [u64; 8] {
+    let from = (index % 2) as usize * 8;
+    std::array::from_fn(|word| bits.0[from + word])
+}

@@ -1,0 +1,77 @@
+//! Errors of all modules as gRPC statuses: the only place where one becomes the other.
+
+use janus_proto::error::{ErrorReason, status};
+use tonic::Status;
+
+use crate::{
+    chain::{opened::OpenError, store::StoreError},
+    restore::RestoreError,
+    runs::RunError,
+    session::SessionError,
+};
+
+impl From<RunError> for Status {
+    fn from(error: RunError) -> Self {
+        let text = error.to_string();
+        match error {
+            RunError::Unknown { .. } => status(ErrorReason::SessionExpired, text),
+            RunError::LeaseHeld { .. } => status(ErrorReason::LeaseHeld, text),
+            RunError::Superseded { .. } => status(ErrorReason::EpochSuperseded, text),
+            RunError::HeadMoved { .. } => status(ErrorReason::HeadMoved, text),
+            RunError::State { .. } | RunError::OtherDisks { .. } => {
+                status(ErrorReason::RunState, text)
+            }
+            RunError::CounterJump { .. } => status(ErrorReason::InvalidField, text),
+            RunError::TooMany => status(ErrorReason::TooMany, text),
+            RunError::Full(_) => status(ErrorReason::StoreFull, text),
+            RunError::Session(error) => error.into(),
+            RunError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<SessionError> for Status {
+    fn from(error: SessionError) -> Self {
+        let text = error.to_string();
+        match error {
+            SessionError::Full { .. } => status(ErrorReason::StoreFull, text),
+            SessionError::DigestMismatch { .. } => status(ErrorReason::DigestMismatch, text),
+            SessionError::Failed => status(ErrorReason::SessionExpired, text),
+            SessionError::Io { .. } | SessionError::Image(_) | SessionError::Table(_) => {
+                tracing::error!(%error, "a session failed");
+                status(ErrorReason::StoreFailed, text)
+            }
+        }
+    }
+}
+
+impl From<StoreError> for Status {
+    fn from(error: StoreError) -> Self {
+        tracing::error!(%error, "the store failed");
+        status(ErrorReason::StoreFailed, error.to_string())
+    }
+}
+
+impl From<OpenError> for Status {
+    fn from(error: OpenError) -> Self {
+        tracing::error!(%error, "a snapshot can't be opened");
+        status(ErrorReason::StoreDamaged, error.to_string())
+    }
+}
+
+impl From<RestoreError> for Status {
+    fn from(error: RestoreError) -> Self {
+        let text = error.to_string();
+        match error {
+            RestoreError::UnknownSnapshot { .. } => status(ErrorReason::SnapshotUnknown, text),
+            RestoreError::UnknownHandle { .. } => status(ErrorReason::HandleExpired, text),
+            RestoreError::TooMany => status(ErrorReason::TooMany, text),
+            RestoreError::Open(error) => error.into(),
+            RestoreError::Image(_) | RestoreError::Table(_) => {
+                tracing::error!(error = text, "a snapshot can't be read");
+                status(ErrorReason::StoreDamaged, text)
+            }
+            RestoreError::Session(error) => error.into(),
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! Images read right by programs that have nothing to do with this one: 7-Zip, libvhdi, and qemu-img for bases.
+//!
+//! 7-Zip is the judge: it checks the links of a chain too. qemu-img must not be asked about children, it doesn't know them.
+//! A tool that is missing fails the test with the command that installs it.
+
+#![allow(clippy::unwrap_used)] // Clippy lets tests unwrap, but doesn't know that the functions here belong to them.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::Read,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    sync::OnceLock,
+};
+
+use janus_server::image::{Geometry, Identity, Kind, Parent, vhdx};
+
+#[path = "../src/image/sample.rs"]
+mod sample;
+
+use sample::Sample;
+
+const LIBVHDI: &str = "libvhdi-python==20260901";
+/// Prints the disk that the last of the given files (oldest first) shows: ranges `start length`, or all of it.
+const LIBVHDI_READER: &str = r#"
+import sys, pyvhdi
+names, ranges = sys.argv[2:], [tuple(map(int, r.split('+'))) for r in sys.argv[1].split(',') if r]
+files, parent = [], None
+for name in names:
+    f = pyvhdi.file()
+    f.open(name)
+    if parent is not None:
+        f.set_parent(parent)
+    files.append(f)
+    parent = f
+for start, length in ranges or [(0, parent.get_media_size())]:
+    parent.seek(start)
+    while length:
+        data = parent.read(min(length, 1 << 20))
+        if not data:
+            sys.exit('short read')
+        sys.stdout.buffer.write(data)
+        length -= len(data)
+"#;
+
+/// A chain of `links` images with all that a chain can hold: single units, runs over block borders, whole blocks, zeros over
+/// data, the short last block.
+fn chain(folder: &Path, disk_bytes: u64, logical_sector_bytes: u32, links: u64) -> Sample {
+    let mut sample = Sample::new(folder, Geometry { disk_bytes, logical_sector_bytes });
+    let units = disk_bytes.div_ceil(4096);
+    sample.add(&(0..units).filter(|unit| unit / 300 % 3 != 2).map(|unit| (unit, 1)).collect());
+    for link in 2..=links {
+        let start = link * 977 % units;
+        let mut changed: BTreeMap<u64, u64> =
+            (start..(start + 5).min(units)).map(|unit| (unit, link)).collect();
+        let block = link * 3 % (units / 512);
+        changed.extend(
+            (block * 512..(block + 1) * 512).filter(|_| link % 2 == 0).map(|unit| (unit, link)),
+        );
+        changed.extend((0..20).map(|i| ((link * 131 + i * 397) % units, link + i)));
+        changed.extend((0..10).map(|i| ((link * 57 + i * 211) % units, 0)));
+        changed.extend((link % 3 == 0).then_some((units - 1, link)));
+        sample.add(&changed);
+    }
+    sample
+}
+
+fn raw(sample: &Sample) -> Vec<u8> {
+    let path = sample.folder.join("expected.raw");
+    sample.write_raw(&path);
+    fs::read(path).unwrap()
+}
+
+fn assert_same(actual: &[u8], expected: &[u8], what: &str) {
+    let difference = actual.iter().zip(expected).position(|(a, b)| a != b);
+    assert_eq!(difference, None, "{what}: first byte that differs");
+    assert_eq!(actual.len(), expected.len(), "{what}: size");
+}
+
+fn run(command: &mut Command, install: &str) -> Output {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}; to install it: {install}"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success(),
+        "{command:?}: {}: {said}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout)
+    );
+    output
+}
+
+fn seven_zip(leaf: &Path) -> Command {
+    let mut command = Command::new("7z");
+    // Without the type 7-Zip opens the file system inside.
+    command.args(["x", "-y", "-so", "-tVHDX", "--"]).arg(leaf);
+    command
+}
+
+const INSTALL_7Z: &str = "apt-get install p7zip-full (7-Zip 22 or newer)";
+
+fn libvhdi(files: &[PathBuf], ranges: &str) -> Vec<u8> {
+    let mut command = Command::new(python());
+    command.args(["-c", LIBVHDI_READER, ranges]).args(files);
+    run(&mut command, "").stdout
+}
+
+/// The Python of a virtual environment with libvhdi, made when it isn't there.
+fn python() -> PathBuf {
+    static PYTHON: OnceLock<PathBuf> = OnceLock::new();
+    PYTHON
+        .get_or_init(|| {
+            let tools = Path::new(env!("CARGO_TARGET_TMPDIR"));
+            let ready = tools.join(LIBVHDI);
+            if !ready.exists() {
+                make_environment(tools, &ready);
+            }
+            ready.join("bin/python")
+        })
+        .clone()
+}
+
+/// Makes it under another name first, so that an interrupted installation is never taken for a whole one.
+fn make_environment(tools: &Path, ready: &Path) {
+    fs::create_dir_all(tools).unwrap();
+    let partial = tempfile::tempdir_in(tools).unwrap();
+    let venv = partial.path().join("venv");
+    run(Command::new("python3").args(["-m", "venv"]).arg(&venv), "apt-get install python3-venv");
+    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", LIBVHDI];
+    run(Command::new(venv.join("bin/python")).args(pip), "");
+    if let Err(error) = fs::rename(&venv, ready) {
+        assert!(ready.exists(), "rename to {}: {error}", ready.display());
+    }
+}
+
+#[test]
+fn chains_of_1_3_and_10_links_read_right() {
+    for (links, disk_bytes, sector_bytes) in [
+        (1, 25 << 20, 512),
+        (3, (24 << 20) + 5 * 512, 512),
+        (10, (31 << 20) + 4096, 512),
+        (3, (25 << 20) + 4096, 4096),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let sample = chain(folder.path(), disk_bytes, sector_bytes, links);
+        let (expected, leaf) = (raw(&sample), sample.files.last().unwrap());
+        let what = format!("{links} links, {sector_bytes}-byte sectors");
+        assert_same(
+            &run(&mut seven_zip(leaf), INSTALL_7Z).stdout,
+            &expected,
+            &format!("7z, {what}"),
+        );
+        assert_same(&libvhdi(&sample.files, ""), &expected, &format!("libvhdi, {what}"));
+    }
+}
+
+#[test]
+fn every_image_of_a_chain_is_its_own_point_in_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let sample = chain(folder.path(), 9 << 20, 512, 4);
+    let mut last = Vec::new();
+    for links in 1..=4 {
+        let earlier = tempfile::tempdir().unwrap();
+        let expected = raw(&chain(earlier.path(), 9 << 20, 512, links));
+        let leaf = &sample.files[links as usize - 1];
+        assert_same(
+            &run(&mut seven_zip(leaf), INSTALL_7Z).stdout,
+            &expected,
+            &format!("7z, link {links}"),
+        );
+        assert!(last != expected);
+        last = expected;
+    }
+}
+
+#[test]
+fn a_disk_of_more_than_a_chunk_reads_right() {
+    let folder = tempfile::tempdir().unwrap();
+    let geometry = Geometry { disk_bytes: (4 << 30) + (16 << 20), logical_sector_bytes: 512 };
+    let mut sample = Sample::new(folder.path(), geometry);
+    let border = (4 << 30) / 4096;
+    sample.add(&[(0, 1), (border - 1, 2), (border, 3), (border + 4095, 4)].into());
+    sample.add(&[(1, 5), (border - 2, 6), (border - 1, 0), (border + 600, 7)].into());
+    sample.add(&(border..border + 513).map(|unit| (unit, 8)).collect());
+    let expected = folder.path().join("expected.raw");
+    sample.write_raw(&expected);
+    assert_same_stream(sample.files.last().unwrap(), &File::open(&expected).unwrap());
+
+    let places = [(0, 1 << 20), ((4 << 30) - (4 << 20), 20 << 20)];
+    let ranges: Vec<_> = places.iter().map(|(start, length)| format!("{start}+{length}")).collect();
+    let mut wanted = Vec::new();
+    for (start, length) in places {
+        let mut bytes = vec![0; length];
+        File::open(&expected).unwrap().read_exact_at(&mut bytes, start).unwrap();
+        wanted.extend(bytes);
+    }
+    assert_same(&libvhdi(&sample.files, &ranges.join(",")), &wanted, "libvhdi");
+}
+
+fn assert_same_stream(leaf: &Path, expected: &File) {
+    let mut child =
+        seven_zip(leaf).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect(INSTALL_7Z);
+    let mut output = child.stdout.take().unwrap();
+    let (mut offset, mut actual, mut wanted) = (0, vec![0; 1 << 20], vec![0; 1 << 20]);
+    loop {
+        let got = output.read(&mut actual).unwrap();
+        if got == 0 {
+            break;
+        }
+        expected.read_exact_at(&mut wanted[..got], offset).unwrap();
+        assert!(actual[..got] == wanted[..got], "7z differs within {got} bytes from {offset} on");
+        offset += got as u64;
+    }
+    assert!(child.wait().unwrap().success());
+    assert_eq!(offset, expected.metadata().unwrap().len());
+}
+
+#[test]
+fn qemu_img_accepts_bases() {
+    for disk_bytes in [4096, (5 << 20) + 512, 64 << 20] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut sample =
+            Sample::new(folder.path(), Geometry { disk_bytes, logical_sector_bytes: 512 });
+        sample.add(
+            &(0..disk_bytes.div_ceil(4096))
+                .filter(|unit| unit / 700 % 2 == 0)
+                .map(|unit| (unit, 3))
+                .collect(),
+        );
+        let (expected, base) = (folder.path().join("expected.raw"), &sample.files[0]);
+        sample.write_raw(&expected);
+        let qemu = |arguments: &[&str], paths: &[&Path]| {
+            run(Command::new("qemu-img").args(arguments).args(paths), "apt-get install qemu-utils");
+        };
+        qemu(&["check", "-q", "-f", "vhdx"], &[base]);
+        qemu(&["compare", "-q", "-f", "vhdx", "-F", "raw"], &[base, &expected]);
+        let converted = folder.path().join("converted.raw");
+        qemu(&["convert", "-f", "vhdx", "-O", "raw"], &[base, &converted]);
+        assert_same(
+            &fs::read(converted).unwrap(),
+            &fs::read(&expected).unwrap(),
+            "qemu-img convert",
+        );
+    }
+}
+
+#[test]
+fn a_chain_with_a_wrong_parent_is_refused() {
+    let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let sample = chain(folder.path(), 9 << 20, 512, 2);
+    let stranger = chain(other.path(), 9 << 20, 512, 1);
+    fs::copy(&stranger.files[0], &sample.files[0]).unwrap();
+    let output = seven_zip(&sample.files[1]).output().expect(INSTALL_7Z);
+    assert!(!output.status.success());
+}
