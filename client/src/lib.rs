@@ -1,1 +1,16 @@
-//! The backup client: reads disks, decides what to send, restores.
+//! The client of Janus Backup: reads disks, decides what has to travel, and brings disks back.
+
+pub mod backup;
+pub mod cache;
+pub mod catalog;
+pub mod cli;
+pub mod config;
+pub mod delta;
+pub mod link;
+pub mod progress;
+pub mod reconcile;
+pub mod restore;
+pub mod scan;
+pub mod source;
+pub mod state;
+pub mod transfer;

@@ -31,6 +31,8 @@ pub struct Call {
     pub need: Need,
     /// Whose recency counts.
     pub machine: Option<MachineKey>,
+    /// Use counter that the caller asks for, at least.
+    pub asked_use: u64,
     /// Server that has the call's run already: it comes first.
     pub prefer: Option<ServerId>,
 }
@@ -164,6 +166,6 @@ impl Directory for Fleet {
 
     fn claim(&self, call: &Call, target: &Upstream) -> Option<Claim> {
         let machine = call.machine.as_ref().filter(|_| call.need == Need::Starts)?;
-        Some(self.registry.claim(machine, &target.server()?))
+        Some(self.registry.claim(machine, &target.server()?, call.asked_use))
     }
 }

@@ -110,18 +110,14 @@ impl Registry {
             .collect()
     }
 
-    /// Counter that a start of `machine` carries: above all that is known, and at least what the caller says.
-    pub fn next_use(&self, machine: &MachineKey, asked: u64) -> u64 {
-        self.lock().highest_use(machine).saturating_add(1).max(asked)
-    }
-
-    /// Counts a start that is about to be sent as used, until the claim is dropped or accepted.
-    pub fn claim(&self, machine: &MachineKey, server: &ServerId) -> Claim {
+    /// Counts a start that is about to be sent as used, until the claim is dropped or accepted. Its counter is above all
+    /// that is known, and at least what the caller has `asked`.
+    pub fn claim(&self, machine: &MachineKey, server: &ServerId, asked: u64) -> Claim {
         let mut inner = self.lock();
-        let counter = inner.highest_use(machine).saturating_add(1);
+        let counter = inner.highest_use(machine).saturating_add(1).max(asked);
         let number = inner.number();
         inner.claims.insert(number, (machine.clone(), server.clone(), counter));
-        Claim { registry: self.clone(), number }
+        Claim { registry: self.clone(), number, counter }
     }
 
     /// Server that a run belongs to, if this janus has seen it.
@@ -303,9 +299,15 @@ impl Inner {
 pub struct Claim {
     registry: Registry,
     number: u64,
+    counter: u64,
 }
 
 impl Claim {
+    /// The use counter that the start carries.
+    pub fn counter(&self) -> u64 {
+        self.counter
+    }
+
     /// The server has accepted the start with this counter.
     pub fn accept(self, counter: u64) {
         let mut inner = self.registry.lock();

@@ -14,7 +14,7 @@ mod wire;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -100,6 +100,9 @@ struct Inner {
     /// Milliseconds after `begun` when it didn't answer a probe; 0: it did.
     suspect: AtomicU64,
     suspect_since_ms: AtomicI64,
+    /// Milliseconds after `begun` when the present attempt to connect began.
+    looking_since: AtomicU64,
+    is_looking: AtomicBool,
     /// Smoothed round trip in microseconds.
     round_trip: AtomicU64,
     begun: Instant,
@@ -135,6 +138,8 @@ impl Upstream {
             counters: Arc::default(),
             suspect: AtomicU64::new(0),
             suspect_since_ms: AtomicI64::new(0),
+            looking_since: AtomicU64::new(0),
+            is_looking: AtomicBool::new(false),
             round_trip: AtomicU64::new(0),
             begun: Instant::now(),
         }))
@@ -230,7 +235,12 @@ impl Upstream {
         self.0.look.notify_one();
     }
 
-    /// Looks now and waits for what comes of it.
+    fn note_look(&self) {
+        self.0.looking_since.store(self.0.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.0.is_looking.store(true, Ordering::Relaxed);
+    }
+
+    /// Looks now and waits for what comes of it. A look that is under way has had a part of the time already.
     async fn look_again(&self) {
         let mut states = self.0.state.subscribe();
         let looks = states.borrow_and_update().looks;

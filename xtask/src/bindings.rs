@@ -9,21 +9,38 @@ const SCHEMA: &str = "proto/schema";
 const GENERATED: &str = "proto/src/gen";
 const FILES: [&str; 6] = ["types", "backup", "restore", "catalog", "report", "info"];
 
-#[derive(clap::Args)]
+/// Arguments of `cargo xtask bindings`.
+#[derive(Debug, clap::Args)]
 pub struct Args {
     /// Fail when the committed bindings differ instead of writing them
     #[arg(long)]
     check: bool,
 }
 
+/// Rebuilds or checks the bindings.
+///
+/// # Errors
+/// When the schema is wrong, or with `--check` when the committed bindings differ.
 pub fn run(args: &Args) -> Result<()> {
+    run_in(args.check)
+}
+
+/// Checks the committed bindings.
+///
+/// # Errors
+/// When they aren't what the schema makes.
+pub fn check() -> Result<()> {
+    run_in(true)
+}
+
+fn run_in(check: bool) -> Result<()> {
     let fresh = tempfile::tempdir()?;
     generate(fresh.path())?;
     for entry in fs::read_dir(fresh.path())? {
         let path = entry?.path();
         let name = path.file_name().context("generated file without a name")?;
         let committed = Path::new(GENERATED).join(name);
-        if args.check {
+        if check {
             ensure!(
                 fs::read(&committed).ok() == Some(fs::read(&path)?),
                 "{} is not what proto/schema makes: run `cargo xtask bindings`",

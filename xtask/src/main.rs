@@ -1,8 +1,7 @@
 //! Development commands: `cargo xtask demo|test|bench|bindings`.
 
-mod bindings;
-
 use clap::{Parser, Subcommand};
+use xtask::{bench, bindings, demo, site, test};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Development commands of Janus Backup")]
@@ -13,12 +12,23 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Back up a disk to two servers in turn, lose one, restore: real processes on this machine
+    Demo(demo::Args),
+    /// Everything that CI runs
+    Test(test::Args),
+    /// Measure speed, CPU time and memory, as a table and as JSON
+    Bench(bench::Args),
     /// Rebuild proto/src/gen from proto/schema
     Bindings(bindings::Args),
 }
 
 fn main() -> anyhow::Result<()> {
-    match Args::parse().command {
+    let args = Args::parse();
+    site::stop_children_on_interrupt()?;
+    match args.command {
+        Command::Demo(args) => demo::run(&args),
+        Command::Test(args) => test::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Bindings(args) => bindings::run(&args),
     }
 }

@@ -32,7 +32,7 @@ fn known(registry: &Registry, name: &str, server: &str) -> Known {
 #[tokio::test]
 async fn a_start_on_its_way_counts_at_once_and_not_at_all_when_it_fails() {
     let registry = Registry::new();
-    let claim = registry.claim(&key("u/m"), &id("a"));
+    let claim = registry.claim(&key("u/m"), &id("a"), 0);
     assert_eq!(
         known(&registry, "u/m", "a"),
         Known { use_counter: 1, has_chain: true, last_starts: 1, initial_runs: 1 }
@@ -40,17 +40,17 @@ async fn a_start_on_its_way_counts_at_once_and_not_at_all_when_it_fails() {
     drop(claim);
     assert_eq!(known(&registry, "u/m", "a"), Known::default());
 
-    registry.claim(&key("u/m"), &id("a")).accept(5);
+    registry.claim(&key("u/m"), &id("a"), 0).accept(5);
     let after = known(&registry, "u/m", "a");
     assert_eq!((after.use_counter, after.has_chain), (5, true));
-    assert_eq!(registry.next_use(&key("u/m"), 0), 6);
-    assert_eq!(registry.next_use(&key("u/m"), 9), 9, "the client knows more");
+    assert_eq!(registry.claim(&key("u/m"), &id("b"), 0).counter(), 6);
+    assert_eq!(registry.claim(&key("u/m"), &id("b"), 9).counter(), 9, "the client knows more");
 }
 
 #[tokio::test]
 async fn counters_merge_by_maximum_and_chains_as_the_server_says() {
     let registry = Registry::new();
-    registry.claim(&key("u/m"), &id("a")).accept(5);
+    registry.claim(&key("u/m"), &id("a"), 0).accept(5);
     let slot = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
     slot.take(1, Some(Event::Full(machine("u/m", 4, false)))).unwrap();
     assert_eq!(known(&registry, "u/m", "a").use_counter, 5);

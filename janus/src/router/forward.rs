@@ -122,11 +122,10 @@ impl Router {
         };
         let (upstream, link) =
             fleet.pinned(&server).await.map_err(|down| unreachable(&down.reason))?;
-        let claim = caller.machine.as_ref().filter(|_| route == Route::Start);
-        let claim = claim.map(|machine| {
-            set_use(&mut out.headers, self.next_use(&caller));
-            fleet.registry().claim(machine, &server)
-        });
+        let machine = caller.machine.as_ref().filter(|_| route == Route::Start);
+        let claim =
+            machine.map(|machine| fleet.registry().claim(machine, &server, caller.asked_use));
+        set_use(&mut out.headers, claim.as_ref());
         let run = self.run_call(&caller, &server);
         let asked = out.headers.get(metadata::USE).cloned();
         match wire(&link, route).send(out.request(&upstream)).await {
@@ -167,7 +166,13 @@ impl Router {
             false => Policy::MostRecent,
         };
         let need = if is_start { Need::Starts } else { Need::Reads };
-        let call = Call { policy, need, machine: caller.machine.clone(), prefer };
+        let call = Call {
+            policy,
+            need,
+            machine: caller.machine.clone(),
+            asked_use: caller.asked_use,
+            prefer,
+        };
         let (router, caller) = (self.clone(), Arc::new(caller));
         let one_attempt = service_fn(move |attempt: Attempt<Fleet, Outgoing>| {
             let (router, caller) = (router.clone(), caller.clone());
@@ -194,9 +199,7 @@ impl Router {
     ) -> Outcome<Outgoing, Response<Body>> {
         let Attempt { call, target: upstream, mut request, claim, .. } = attempt;
         let is_start = route == Route::Start;
-        if is_start {
-            set_use(&mut request.headers, self.next_use(caller));
-        }
+        set_use(&mut request.headers, claim.as_ref());
         let (Ok(link), Some(server)) = (upstream.stand(call.need), upstream.server()) else {
             return Outcome::Next { reason: "was lost just now".into(), request, refusal: None };
         };
@@ -241,14 +244,6 @@ impl Router {
         }
     }
 
-    fn next_use(&self, caller: &Caller) -> u64 {
-        let known = caller
-            .machine
-            .as_ref()
-            .map(|machine| self.0.fleet.registry().next_use(machine, caller.asked_use));
-        known.unwrap_or(caller.asked_use)
-    }
-
     fn run_call(&self, caller: &Caller, server: &ServerId) -> Option<RunCall> {
         Some(self.0.fleet.registry().run_call(caller.run?, server, caller.machine.as_ref()))
     }
@@ -282,8 +277,10 @@ fn wire(link: &Link, route: Route) -> &crate::upstream::Wire {
     }
 }
 
-fn set_use(headers: &mut HeaderMap, counter: u64) {
-    headers.insert(metadata::USE, HeaderValue::from(counter));
+fn set_use(headers: &mut HeaderMap, claim: Option<&Claim>) {
+    if let Some(claim) = claim {
+        headers.insert(metadata::USE, HeaderValue::from(claim.counter()));
+    }
 }
 
 /// Waits for `answer` as long as the server shows life.

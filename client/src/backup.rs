@@ -1,0 +1,448 @@
+//! A backup of this machine: all its disks to one server, to another one when that is lost.
+
+use std::{sync::Arc, time::Instant};
+
+use janus_proto::{
+    error::WireError,
+    ids::{BackupId, BlockHash, SEGMENT_BLOCKS, ServerId},
+    pb::{self, CommitBackupResponse, DiskStart, Encoding, ErrorReason},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    cache::{CacheError, DiskCache, Head},
+    link::{LinkError, Remedy},
+    progress::Progress,
+    scan::{ScanError, Segments},
+    source::Source,
+    state::{MachineState, RunRecord, StateError},
+    transfer::{
+        Gate, Run, Session, StartPlan, TransferError,
+        commit::{Committed, commit},
+        disk::{Compare, DiskFigures, DiskTransfer},
+        stream::{ScanSettings, send},
+    },
+};
+
+/// Runs begun for one backup before it fails.
+const RUNS: usize = 3;
+/// Failures of one disk's stream without a block of progress between them.
+const BREAKS: usize = 5;
+
+/// Why there is no backup.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    /// The transfer failed.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+    /// The state file can't be kept.
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+/// A disk with its cache.
+pub struct Disk {
+    /// What is read.
+    pub source: Arc<Source>,
+    /// What is known of it.
+    pub cache: DiskCache,
+}
+
+/// A backup to make.
+pub struct Backup {
+    /// Where it can go.
+    pub gate: Gate,
+    /// Only there; else where janus sends it.
+    pub server: Option<ServerId>,
+    /// What is backed up.
+    pub disks: Vec<Disk>,
+    /// What this machine remembers.
+    pub state: MachineState,
+    /// How data is packed.
+    pub encoding: Encoding,
+    /// How disks are scanned.
+    pub scan: ScanSettings,
+    /// What is shown meanwhile.
+    pub progress: Arc<Progress>,
+    /// Asks it to stop.
+    pub stop: CancellationToken,
+}
+
+/// A disk that was backed up.
+#[derive(Debug)]
+pub struct DiskReport {
+    /// Its snapshot.
+    pub snapshot: pb::Snapshot,
+    /// What it took.
+    pub figures: DiskFigures,
+    /// Blocks that were sent.
+    pub changed_blocks: u64,
+    /// How they were found.
+    pub compare: Compare,
+}
+
+/// A backup that was made.
+#[derive(Debug)]
+pub struct BackupReport {
+    /// The run.
+    pub backup_id: BackupId,
+    /// The server that has it.
+    pub server: String,
+    /// Counter of its start.
+    pub use_counter: u64,
+    /// Servers passed over: name and reason.
+    pub skipped: Vec<(String, String)>,
+    /// It went on with a run that an earlier process began.
+    pub resumed: bool,
+    /// How long it took.
+    pub seconds: f64,
+    /// Its disks.
+    pub disks: Vec<DiskReport>,
+}
+
+impl Backup {
+    /// Makes the backup.
+    ///
+    /// # Errors
+    /// When a disk can't be read, no server takes it, or it was stopped; the run can then be resumed.
+    pub async fn run(&mut self) -> Result<BackupReport, BackupError> {
+        let began = Instant::now();
+        let mut skipped = Vec::new();
+        let mut last = None;
+        for _ in 0..RUNS {
+            let (mut run, resumed) = match self.start().await {
+                Ok(started) => started,
+                // Why the first server was lost says more than that no other took it.
+                Err(error) => return Err(last.unwrap_or(error)),
+            };
+            skipped.append(&mut run.skipped.clone());
+            match self.transfer(&mut run).await {
+                Ok(disks) => {
+                    return Ok(BackupReport {
+                        backup_id: run.plan.backup_id,
+                        server: run.server.to_string(),
+                        use_counter: run.use_counter,
+                        skipped,
+                        resumed,
+                        seconds: began.elapsed().as_secs_f64(),
+                        disks,
+                    });
+                }
+                Err(error) => {
+                    let again = self.give_up(&run, &error).await?;
+                    if !again {
+                        return Err(error);
+                    }
+                    tracing::warn!(server = %run.server, %error, "starting again, elsewhere if possible");
+                    skipped.push((run.server.to_string(), error.to_string()));
+                    last = Some(error);
+                }
+            }
+        }
+        Err(last.unwrap_or(BackupError::Transfer(TransferError::Interrupted)))
+    }
+
+    /// Ends a failed run: leaves it open for being resumed, or tells its server, or remembers to tell it. True when
+    /// a new run may do better.
+    async fn give_up(&mut self, run: &Run, error: &BackupError) -> Result<bool, StateError> {
+        let BackupError::Transfer(error) = error else { return Ok(false) };
+        if matches!(error, TransferError::Interrupted) {
+            return Ok(false);
+        }
+        let again = error.remedy() != Remedy::None;
+        match self.gate.abort(run.plan.backup_id, &run.server).await {
+            Ok(()) => self.state.close_run()?,
+            Err(_) => self.state.abandon_run()?,
+        }
+        Ok(again && !self.stop.is_cancelled())
+    }
+
+    /// Starts a run, first of all the one that an earlier process left open. True when it is that one.
+    async fn start(&mut self) -> Result<(Run, bool), BackupError> {
+        let disks: Vec<_> = self
+            .disks
+            .iter()
+            .map(|d| (d.source.disk_id().clone(), d.source.size_bytes()))
+            .collect();
+        if let Some(open) = self.state.open_run().cloned() {
+            let fits = self.server.is_none() || self.server == open.server;
+            if fits
+                && open.disks == disks
+                && let Some(run) = self.start_open(&open).await?
+            {
+                return Ok((run, true));
+            }
+            self.drop_open(&open).await?;
+        }
+        let plan = self.plan(BackupId::new());
+        self.state.set_open(RunRecord {
+            backup_id: plan.backup_id,
+            server: None,
+            disks: disks.clone(),
+        })?;
+        let run = match self.start_new(&plan).await {
+            Ok(run) => run,
+            Err(error) => {
+                self.state.close_run()?;
+                return Err(error.into());
+            }
+        };
+        let server = Some(run.server.clone());
+        self.state.set_open(RunRecord { backup_id: plan.backup_id, server, disks })?;
+        self.state.raise_use_counter(run.use_counter)?;
+        Ok((run, false))
+    }
+
+    /// Goes on with an open run where it was; `None` when that server is away or has dropped it.
+    async fn start_open(&mut self, open: &RunRecord) -> Result<Option<Run>, BackupError> {
+        // A run whose StartBackup was never answered may be anywhere, and nothing is lost with it.
+        let Some(server) = &open.server else { return Ok(None) };
+        let plan = self.plan(open.backup_id);
+        match self.cancellable(self.gate.start(&plan, Some(server))).await {
+            Ok(run) => {
+                self.state.raise_use_counter(run.use_counter)?;
+                tracing::info!(server = %run.server, run = %open.backup_id, "going on with the open backup");
+                Ok(Some(run))
+            }
+            Err(error @ (TransferError::Interrupted | TransferError::Features { .. })) => {
+                Err(error.into())
+            }
+            Err(error) => {
+                tracing::info!(%server, run = %open.backup_id, %error, "can't go on with the open backup; starting a new one");
+                Ok(None)
+            }
+        }
+    }
+
+    async fn drop_open(&mut self, open: &RunRecord) -> Result<(), StateError> {
+        match &open.server {
+            Some(server) if self.gate.abort(open.backup_id, server).await.is_ok() => {
+                self.state.close_run()
+            }
+            _ => self.state.abandon_run(),
+        }
+    }
+
+    /// Starts a new run. Where a run that we gave up still holds the lease, its server is told first.
+    async fn start_new(&mut self, plan: &StartPlan) -> Result<Run, TransferError> {
+        let first = self.cancellable(self.gate.start(plan, self.server.as_ref())).await;
+        let Err(TransferError::Link(error)) = &first else { return first };
+        if error.reason() != Some(ErrorReason::LeaseHeld) || self.state.abandoned().is_empty() {
+            return first;
+        }
+        for abandoned in self.state.abandoned().to_vec() {
+            let Some(server) = &abandoned.server else { continue };
+            if self.gate.abort(abandoned.backup_id, server).await.is_ok()
+                && let Err(error) = self.state.forget_abandoned(abandoned.backup_id)
+            {
+                tracing::warn!(%error, "a run that was given up stays remembered");
+            }
+        }
+        self.cancellable(self.gate.start(plan, self.server.as_ref())).await
+    }
+
+    fn plan(&self, backup_id: BackupId) -> StartPlan {
+        let start = |disk: &Disk| DiskStart {
+            disk_id: disk.source.disk_id().to_string(),
+            size_bytes: disk.source.size_bytes(),
+            logical_sector_bytes: disk.source.sector_bytes(),
+        };
+        StartPlan {
+            backup_id,
+            disks: self.disks.iter().map(start).collect(),
+            encoding: self.encoding,
+            use_counter: self.state.use_counter() + 1,
+        }
+    }
+
+    async fn cancellable<T>(
+        &self,
+        work: impl Future<Output = Result<T, TransferError>>,
+    ) -> Result<T, TransferError> {
+        tokio::select! {
+            result = work => result,
+            () = self.stop.cancelled() => Err(TransferError::Interrupted),
+        }
+    }
+
+    /// Sends all disks and commits them.
+    async fn transfer(&mut self, run: &mut Run) -> Result<Vec<DiskReport>, BackupError> {
+        let mut transfers = Vec::with_capacity(self.disks.len());
+        for (disk, session) in self.disks.iter().zip(run.sessions.clone()) {
+            let (source, cache) = (disk.source.clone(), disk.cache.clone());
+            let transfer = DiskTransfer::new(source, cache, self.progress.clone(), run, &session);
+            transfers.push(self.send_disk(run, &session, transfer, Segments::From(0)).await?);
+        }
+        let (transfers, committed) = self.commit(run, transfers).await?;
+        self.state.close_run()?;
+        let mut reports = Vec::with_capacity(transfers.len());
+        for disk in transfers {
+            reports.push(finish(run, disk, &committed).await?);
+        }
+        Ok(reports)
+    }
+
+    /// Sends one disk, over as many streams as it takes.
+    async fn send_disk(
+        &self,
+        run: &mut Run,
+        session: &Session,
+        mut disk: DiskTransfer,
+        mut segments: Segments,
+    ) -> Result<DiskTransfer, TransferError> {
+        let (mut breaks, mut best) = (0, 0);
+        loop {
+            let (back, result) = self.send_once(run, session, disk, &segments).await;
+            disk = back.ok_or(TransferError::Interrupted)?;
+            let Err(error) = result else { return Ok(disk) };
+            match error {
+                TransferError::Scan(ScanError::Table(why)) => {
+                    disk = reset(disk, why).await?;
+                    segments = Segments::From(0);
+                }
+                TransferError::Cache(error @ CacheError::Damaged { .. }) => {
+                    disk = reset(disk, error.to_string()).await?;
+                    segments = Segments::From(0);
+                }
+                TransferError::Link(error) if error.remedy() == Remedy::Reconnect => {
+                    let received = self.take_over(run, session, error).await? / SEGMENT_BLOCKS;
+                    // The server's mark may be older than this process: only what was also read here needs no second look.
+                    let reached = received.min(disk.scanned());
+                    breaks = if reached > best { 1 } else { breaks + 1 };
+                    best = best.max(reached);
+                    if breaks > BREAKS {
+                        let status =
+                            tonic::Status::unavailable("the connection breaks again and again");
+                        let source = Box::new(LinkError::call("sending blocks")(status));
+                        return Err(TransferError::Lost { server: run.server.clone(), source });
+                    }
+                    if let Segments::From(first) = &mut segments {
+                        *first = reached;
+                    }
+                }
+                other => return Err(other),
+            }
+        }
+    }
+
+    async fn send_once(
+        &self,
+        run: &Run,
+        session: &Session,
+        mut disk: DiskTransfer,
+        segments: &Segments,
+    ) -> (Option<DiskTransfer>, Result<(), TransferError>) {
+        if disk.must_reconcile()
+            && let Err(error) = self.cancellable(disk.reconcile(run, session)).await
+        {
+            return (Some(disk), Err(error));
+        }
+        send(run, session, disk, segments.clone(), self.scan, &self.stop).await
+    }
+
+    /// Takes the run over after its connection broke; returns what the server has received of this disk.
+    async fn take_over(
+        &self,
+        run: &mut Run,
+        session: &Session,
+        cause: LinkError,
+    ) -> Result<u64, TransferError> {
+        let resumed = self.cancellable(self.gate.resume(run, cause)).await?;
+        let Some(now) = resumed.sessions.iter().find(|now| now.id == session.id) else {
+            let status = tonic::Status::not_found("the server has replaced the session");
+            let source = Box::new(LinkError::call("going on with the backup")(status));
+            return Err(TransferError::Lost { server: run.server.clone(), source });
+        };
+        let received = now.received_block;
+        // What the sessions held when this process began, and whom the start passed over, stays as it was.
+        let (sessions, skipped) =
+            (std::mem::take(&mut run.sessions), std::mem::take(&mut run.skipped));
+        *run = Run { sessions, skipped, ..resumed };
+        Ok(received)
+    }
+
+    /// Commits; what differs on the server is sent again, and if that isn't enough everything is compared.
+    async fn commit(
+        &self,
+        run: &mut Run,
+        mut transfers: Vec<DiskTransfer>,
+    ) -> Result<(Vec<DiskTransfer>, CommitBackupResponse), TransferError> {
+        for compare_all in [false, true] {
+            let error = match self.cancellable(commit(&self.gate, run, &transfers)).await? {
+                Committed::Done(answer) => return Ok((transfers, answer)),
+                Committed::Differs(error) => error,
+            };
+            tracing::warn!(server = %run.server, %error, compare_all, "the server's content differs; sending it again");
+            let mut repaired = Vec::with_capacity(transfers.len());
+            for (mut disk, session) in transfers.into_iter().zip(run.sessions.clone()) {
+                let segments = if compare_all {
+                    disk.compare_again();
+                    Segments::From(0)
+                } else {
+                    let theirs = disk.reader(run, &session).segment_digests().await?;
+                    let ours = disk.digests();
+                    let differing = (0..)
+                        .zip(ours.iter().zip(&theirs))
+                        .filter(|(_, (a, b))| a != b)
+                        .map(|(s, _)| s);
+                    let differing: Vec<u64> = differing.collect();
+                    disk.distrust(&differing);
+                    Segments::List(differing)
+                };
+                repaired.push(self.send_disk(run, &session, disk, segments).await?);
+            }
+            transfers = repaired;
+        }
+        match self.cancellable(commit(&self.gate, run, &transfers)).await? {
+            Committed::Done(answer) => Ok((transfers, answer)),
+            Committed::Differs(error) => {
+                Err(TransferError::Differs { server: run.server.clone(), source: Box::new(error) })
+            }
+        }
+    }
+}
+
+async fn reset(mut disk: DiskTransfer, why: String) -> Result<DiskTransfer, TransferError> {
+    let work = move || disk.reset_cache(&why).map(|()| disk);
+    tokio::task::spawn_blocking(work).await.map_err(|_| TransferError::Interrupted)?
+}
+
+/// Remembers what the server has now. The backup is made already: a cache that fails costs time next time, no more.
+async fn finish(
+    run: &Run,
+    mut disk: DiskTransfer,
+    committed: &CommitBackupResponse,
+) -> Result<DiskReport, TransferError> {
+    const FINISHING: &str = "committing the backup";
+    let disk_id = disk.source.disk_id().clone();
+    let snapshot =
+        committed.snapshots.iter().find(|snapshot| snapshot.disk_id == disk_id.as_str()).cloned();
+    let missing = || WireError::Missing { field: "snapshots" };
+    let snapshot = snapshot.ok_or_else(missing).map_err(LinkError::answer(FINISHING))?;
+    let head =
+        head_of(&snapshot, &committed.store_generation).map_err(LinkError::answer(FINISHING))?;
+    let server = run.server.clone();
+    let (figures, changed_blocks, compare) = (disk.figures, disk.changed_blocks(), disk.compare);
+    let remembered = tokio::task::spawn_blocking(move || {
+        let stage = disk.take_stage().ok_or(CacheError::StaleStage)?;
+        disk.cache.commit(stage, &server, head, Vec::new())
+    });
+    match remembered.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(disk = %disk_id, %error, "the hash cache can't be kept; the next backup compares with the server")
+        }
+        Err(error) => {
+            tracing::warn!(disk = %disk_id, %error, "the hash cache failed; the next backup compares with the server")
+        }
+    }
+    Ok(DiskReport { snapshot, figures, changed_blocks, compare })
+}
+
+fn head_of(snapshot: &pb::Snapshot, store_generation: &str) -> Result<Head, WireError> {
+    Ok(Head {
+        snapshot_id: snapshot.snapshot_id.parse()?,
+        table_digest: BlockHash::from_wire("table_digest", &snapshot.table_digest)?,
+        store_generation: store_generation.parse()?,
+    })
+}

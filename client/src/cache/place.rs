@@ -1,0 +1,130 @@
+//! The folder of one disk's cache: its lock, `CURRENT`, the databases by number, and what was moved aside.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use super::CacheError;
+
+const CURRENT: &str = "CURRENT";
+const CURRENT_NEW: &str = "CURRENT.new";
+const LOCK: &str = "lock";
+const DATABASE: &str = "db-";
+const QUARANTINE: &str = "quarantine-";
+
+/// A folder that this process has to itself.
+pub(super) struct Place {
+    path: PathBuf,
+    /// The system releases it with the process, however that ends.
+    _lock: File,
+}
+
+impl Place {
+    pub(super) fn lock(path: PathBuf) -> Result<Self, CacheError> {
+        fs::create_dir_all(&path).map_err(at(&path))?;
+        let file = path.join(LOCK);
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&file)
+            .map_err(at(&file))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self { path, _lock: lock }),
+            Err(TryLockError::WouldBlock) => Err(CacheError::Busy { path: file }),
+            Err(TryLockError::Error(source)) => Err(CacheError::Io { path: file, source }),
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn database(&self, number: u64) -> PathBuf {
+        self.path.join(format!("{DATABASE}{number}"))
+    }
+
+    pub(super) fn read_current(&self) -> Result<Option<Vec<u8>>, CacheError> {
+        let path = self.path.join(CURRENT);
+        match fs::read(&path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(CacheError::Io { path, source }),
+        }
+    }
+
+    /// Replaces `CURRENT`: a crash leaves the old one or the new one. Durable when it returns.
+    pub(super) fn write_current(&self, bytes: &[u8]) -> Result<(), CacheError> {
+        let (new, current) = (self.path.join(CURRENT_NEW), self.path.join(CURRENT));
+        let write = || {
+            let mut file = File::create(&new)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            fs::rename(&new, &current)?;
+            File::open(&self.path)?.sync_all()
+        };
+        write().map_err(at(&current))
+    }
+
+    /// Deletes databases that nothing names: of an aborted first run or compaction.
+    pub(super) fn remove_databases_but(&self, number: u64) -> Result<(), CacheError> {
+        let keep = self.database(number);
+        for path in self.entries(DATABASE)?.into_iter().filter(|path| *path != keep) {
+            fs::remove_dir_all(&path).map_err(at(&path))?;
+        }
+        Ok(())
+    }
+
+    /// Moves `CURRENT` and all databases into a folder of their own and deletes earlier such folders.
+    pub(super) fn quarantine(&self) -> Result<(), CacheError> {
+        let earlier = self.entries(QUARANTINE)?;
+        let target = self.free_quarantine();
+        fs::create_dir(&target).map_err(at(&target))?;
+        // CURRENT first: without it the rest is nobody's, whenever a crash comes.
+        let mut moved = vec![self.path.join(CURRENT)];
+        moved.extend(self.entries(DATABASE)?);
+        for path in moved {
+            let Some(name) = path.file_name() else { continue };
+            match fs::rename(&path, target.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(at(&path)(error));
+                }
+                _ => {}
+            }
+        }
+        File::open(&self.path).and_then(|folder| folder.sync_all()).map_err(at(&self.path))?;
+        for path in earlier {
+            fs::remove_dir_all(&path).map_err(at(&path))?;
+        }
+        Ok(())
+    }
+
+    /// The time in the name is for people; nothing reads it.
+    fn free_quarantine(&self) -> PathBuf {
+        let ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
+        let named = |ms: u128| self.path.join(format!("{QUARANTINE}{ms}"));
+        (ms..).map(named).find(|path| !path.exists()).unwrap_or_else(|| named(ms))
+    }
+
+    fn entries(&self, prefix: &str) -> Result<Vec<PathBuf>, CacheError> {
+        let read = || -> io::Result<Vec<PathBuf>> {
+            let mut found = Vec::new();
+            for entry in fs::read_dir(&self.path)? {
+                let entry = entry?;
+                if entry.file_name().to_string_lossy().starts_with(prefix) {
+                    found.push(entry.path());
+                }
+            }
+            Ok(found)
+        };
+        read().map_err(at(&self.path))
+    }
+}
+
+fn at(path: &Path) -> impl Fn(io::Error) -> CacheError + use<> {
+    let path = path.to_path_buf();
+    move |source| CacheError::Io { path: path.clone(), source }
+}

@@ -1,0 +1,176 @@
+//! Commands of `janus-client`: arguments, output, exit codes. One file per command.
+
+mod backup;
+mod failure;
+mod list;
+mod restore;
+mod status;
+
+use clap::{Arg, ArgAction, ArgMatches, Command};
+use janus_proto::{ids::MachineKey, settings::Loader, tls::Identity};
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+
+pub use self::failure::Failure;
+use crate::{
+    config::Settings,
+    link::{Address, Link},
+};
+
+/// Loads settings from file, environment and flags.
+pub fn loader() -> Loader<Settings> {
+    Loader::new("JANUS_CLIENT").describe(&[
+        ("urls", "URLs of janus or servers, tried in order"),
+        ("cert", "This machine's certificate, PEM"),
+        ("key", "Its private key, PEM"),
+        ("ca", "The CA's certificate, PEM"),
+        ("cache_path", "Folder of the hash cache and of the open run"),
+        ("disks", "Disks to back up: /dev/sdX or NAME=/path/to/image"),
+        ("allow_live", "Read disks that are mounted writable"),
+        ("hash_threads", "Threads that read and hash; 0: one for each core"),
+        ("encoding", "Packing of blocks on their way: none, lz4 or zstd"),
+        (
+            "failover_after_seconds",
+            "A lost server is waited for so long, then another takes the backup",
+        ),
+        ("log", "Log filter, such as info or janus_client=debug"),
+    ])
+}
+
+/// The program's arguments.
+pub fn command() -> Command {
+    let loader = loader();
+    let server = || Arg::new("server").long("server").value_name("NAME").help("Only this server");
+    let machine = || {
+        Arg::new("machine")
+            .long("machine")
+            .value_name("USER/MACHINE")
+            .help("Machine to ask about; operators must name one")
+    };
+    let json = || {
+        Arg::new("json")
+            .long("json")
+            .action(ArgAction::SetTrue)
+            .help("Print one JSON object on stdout")
+    };
+    let with_flags = |command: Command| loader.add_flags(command.arg(json()));
+    Command::new("janus-client")
+        .about("Backs disks up through janus, and brings them back")
+        .version(env!("CARGO_PKG_VERSION"))
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(with_flags(
+            Command::new("backup").about("Back all disks up in one run").arg(server()),
+        ))
+        .subcommand(with_flags(
+            Command::new("list")
+                .about("List the snapshots of this machine, newest first")
+                .arg(server())
+                .arg(machine()),
+        ))
+        .subcommand(with_flags(
+            Command::new("restore")
+                .about("Bring a disk back as a file or onto a device")
+                .arg(
+                    Arg::new("what")
+                        .required(true)
+                        .value_name("DISK|USER/MACHINE/DISK|SNAPSHOT")
+                        .help("The newest snapshot of a disk, or one by its id"),
+                )
+                .arg(
+                    Arg::new("to")
+                        .long("to")
+                        .required(true)
+                        .value_name("PATH")
+                        .help("File to make, or block device"),
+                )
+                .arg(
+                    Arg::new("force")
+                        .long("force")
+                        .action(ArgAction::SetTrue)
+                        .help("Overwrite an existing file or a device"),
+                )
+                .arg(server()),
+        ))
+        .subcommand(with_flags(Command::new("status").about("Show the servers as janus sees them")))
+}
+
+/// What a command does with its settings.
+pub struct Context {
+    /// Settings.
+    pub settings: Settings,
+    /// Who we are.
+    pub identity: Identity,
+    /// Asks it to stop.
+    pub stop: CancellationToken,
+}
+
+impl Context {
+    async fn connect(&self) -> Result<Link, Failure> {
+        Ok(Link::connect_any(self.settings.checked_urls()?, &self.identity).await?)
+    }
+}
+
+/// What a command prints when all went well.
+pub struct Outcome {
+    /// For `--json`.
+    pub json: Value,
+    /// For people.
+    pub text: String,
+}
+
+/// Runs the command that `matches` holds.
+///
+/// # Errors
+/// A failure with its exit code.
+pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
+    match name {
+        "backup" => backup::run(matches, context).await,
+        "list" => list::run(matches, context).await,
+        "restore" => restore::run(matches, context).await,
+        _ => status::run(context).await,
+    }
+}
+
+/// Where a call goes, by the flags `--server` and `--machine`.
+fn address(matches: &ArgMatches) -> Result<Address, Failure> {
+    let server = matches.get_one::<String>("server").map(|name| name.parse()).transpose()?;
+    let machine = matches.try_get_one::<String>("machine").ok().flatten();
+    let machine: Option<MachineKey> = machine.map(|key| key.parse()).transpose()?;
+    Ok(Address { server, run: None, machine })
+}
+
+/// Bytes as people read them.
+fn amount(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let unit = (0..UNITS.len()).rev().find(|unit| bytes >> (10 * unit) > 0).unwrap_or(0);
+    match unit {
+        0 => format!("{bytes} B"),
+        _ => format!("{:.1} {}", bytes as f64 / (1u64 << (10 * unit)) as f64, UNITS[unit]),
+    }
+}
+
+/// Unix milliseconds as a date in UTC.
+fn date(ms: i64) -> String {
+    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second]");
+    let time = time::OffsetDateTime::from_unix_timestamp(ms / 1000).ok();
+    time.and_then(|time| time.format(&format).ok()).unwrap_or_else(|| ms.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_consistent() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn amounts_and_dates_are_for_people() {
+        assert_eq!(amount(0), "0 B");
+        assert_eq!(amount(1536), "1.5 KiB");
+        assert_eq!(amount(64 << 40), "64.0 TiB");
+        assert_eq!(date(1_767_225_600_000), "2026-01-01 00:00:00");
+    }
+}

@@ -1,0 +1,126 @@
+//! `janus-client backup`.
+
+use std::{fmt::Write, sync::Arc};
+
+use clap::ArgMatches;
+use serde_json::{Value, json};
+
+use super::{Context, Failure, Outcome, address, amount};
+use crate::{
+    backup::{Backup, BackupReport, Disk, DiskReport},
+    cache::DiskCache,
+    progress::{self, Progress},
+    source::Source,
+    state::MachineState,
+    transfer::{Gate, stream::ScanSettings},
+};
+
+pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
+    let server = address(matches)?.server;
+    let settings = &context.settings;
+    let urls = settings.checked_urls()?.to_vec();
+    let encoding = settings.encoding()?;
+    let specs = settings.disk_specs()?;
+    let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
+    let opening = tokio::task::spawn_blocking(move || open(&specs, allow_live, &folder));
+    let (state, disks) = opening.await.map_err(Failure::failed)??;
+    let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
+    let display = progress::show("backup", &progress);
+    let gate = Gate {
+        urls,
+        identity: context.identity.clone(),
+        failover_after: settings.failover_after(),
+    };
+    let scan = ScanSettings { threads: settings.threads() };
+    let stop = context.stop.clone();
+    let mut backup = Backup { gate, server, disks, state, encoding, scan, progress, stop };
+    let report = backup.run().await?;
+    drop(display);
+    Ok(Outcome { json: report_json(&report), text: report_text(&report) })
+}
+
+fn open(
+    specs: &[crate::config::DiskSpec],
+    allow_live: bool,
+    folder: &std::path::Path,
+) -> Result<(MachineState, Vec<Disk>), Failure> {
+    let state = MachineState::lock(folder)?;
+    let sources = Source::open_all(specs, allow_live)?;
+    let mut disks = Vec::with_capacity(sources.len());
+    for source in sources {
+        let cache = DiskCache::open(folder, source.disk_id(), source.size_bytes())?;
+        if let Some(reason) = cache.fresh_reason() {
+            tracing::debug!(disk = %source.disk_id(), ?reason, "the hash cache starts empty");
+        }
+        disks.push(Disk { source: Arc::new(source), cache });
+    }
+    Ok((state, disks))
+}
+
+fn kind(disk: &DiskReport) -> &'static str {
+    if disk.snapshot.parent_snapshot_id.is_empty() { "full" } else { "delta" }
+}
+
+fn report_json(report: &BackupReport) -> Value {
+    let skipped: Vec<_> = report
+        .skipped
+        .iter()
+        .map(|(server, reason)| json!({ "server": server, "reason": reason }))
+        .collect();
+    let disk = |disk: &DiskReport| {
+        let snapshot = &disk.snapshot;
+        json!({
+            "disk_id": snapshot.disk_id,
+            "size_bytes": snapshot.size_bytes,
+            "snapshot_id": snapshot.snapshot_id,
+            "kind": kind(disk),
+            "read_bytes": disk.figures.read_bytes,
+            "changed_blocks": disk.changed_blocks,
+            "sent_bytes": disk.figures.sent_bytes,
+            "wire_bytes": disk.figures.wire_bytes,
+            "compare": disk.compare.as_str(),
+            "image": snapshot.image,
+            "image_allocated_bytes": snapshot.image_allocated_bytes,
+            "image_length_bytes": snapshot.image_length_bytes,
+            "table_digest": hex::encode(&snapshot.table_digest),
+        })
+    };
+    json!({
+        "ok": true,
+        "backup_id": report.backup_id.to_string(),
+        "server": report.server,
+        "use_counter": report.use_counter,
+        "skipped": skipped,
+        "resumed": report.resumed,
+        "seconds": report.seconds,
+        "disks": report.disks.iter().map(disk).collect::<Vec<_>>(),
+    })
+}
+
+fn report_text(report: &BackupReport) -> String {
+    let mut text = String::new();
+    for (server, reason) in &report.skipped {
+        let _ = writeln!(text, "skipped {server}: {reason}");
+    }
+    let resumed = if report.resumed { ", going on with an interrupted run" } else { "" };
+    let _ = writeln!(
+        text,
+        "backup {} on {} in {:.1} s{resumed}",
+        report.backup_id, report.server, report.seconds
+    );
+    for disk in &report.disks {
+        let (snapshot, figures) = (&disk.snapshot, &disk.figures);
+        let _ = writeln!(
+            text,
+            "  {}: {} of {}, {} read, {} sent, image {} ({} on disk)",
+            snapshot.disk_id,
+            kind(disk),
+            amount(snapshot.size_bytes),
+            amount(figures.read_bytes),
+            amount(figures.sent_bytes),
+            snapshot.image,
+            amount(snapshot.image_allocated_bytes),
+        );
+    }
+    text
+}

@@ -1,0 +1,155 @@
+//! Failures as a user sees them: one line, a reason, an exit code.
+
+use janus_proto::{
+    error::{ErrorReason, WireError},
+    tls::TlsError,
+};
+use serde_json::{Value, json};
+
+use crate::{
+    backup::BackupError,
+    cache::CacheError,
+    config::ConfigError,
+    link::{LinkError, reason_name},
+    restore::RestoreError,
+    scan::ScanError,
+    source::SourceError,
+    state::StateError,
+    transfer::TransferError,
+};
+
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+const NO_SERVER: u8 = 3;
+const SOURCE: u8 = 4;
+const NOT_FOUND: u8 = 5;
+const BUSY: u8 = 6;
+const INTERRUPTED: u8 = 130;
+
+/// A command that failed.
+#[derive(Debug)]
+pub struct Failure {
+    /// One line that names the thing and the way out.
+    pub message: String,
+    /// Reason that a server gave.
+    pub reason: Option<ErrorReason>,
+    /// Exit code of the program.
+    pub exit_code: u8,
+}
+
+impl Failure {
+    fn new(exit_code: u8, error: impl std::fmt::Display) -> Self {
+        Self { message: error.to_string().replace('\n', " "), reason: None, exit_code }
+    }
+
+    /// Wrong arguments or settings.
+    pub fn usage(error: impl std::fmt::Display) -> Self {
+        Self::new(USAGE, error)
+    }
+
+    /// Anything else.
+    pub fn failed(error: impl std::fmt::Display) -> Self {
+        Self::new(FAILED, error)
+    }
+
+    /// As `--json` prints it.
+    pub fn json(&self) -> Value {
+        let reason = self.reason.map(reason_name);
+        json!({ "ok": false, "error": self.message, "reason": reason, "exit_code": self.exit_code })
+    }
+}
+
+impl From<LinkError> for Failure {
+    fn from(error: LinkError) -> Self {
+        use ErrorReason as R;
+        let reason = error.reason();
+        let exit_code = match (&error, reason) {
+            (LinkError::Unreachable(_), _) => NO_SERVER,
+            (_, Some(R::NoServerReady | R::ServerUnreachable | R::Draining | R::WrongServer)) => {
+                NO_SERVER
+            }
+            (_, Some(R::SnapshotUnknown | R::MachineUnknown)) => NOT_FOUND,
+            (_, Some(R::LeaseHeld)) => BUSY,
+            _ => FAILED,
+        };
+        Self { reason, ..Self::new(exit_code, error) }
+    }
+}
+
+impl From<TransferError> for Failure {
+    fn from(error: TransferError) -> Self {
+        match error {
+            TransferError::Link(error) => error.into(),
+            TransferError::Scan(ScanError::Source(error)) => error.into(),
+            TransferError::Cache(error) => error.into(),
+            TransferError::Interrupted => Self::new(INTERRUPTED, error),
+            TransferError::Lost { ref source, .. } | TransferError::Differs { ref source, .. } => {
+                Self { reason: source.reason(), ..Self::new(FAILED, &error) }
+            }
+            TransferError::Scan(_) | TransferError::Features { .. } => Self::new(FAILED, error),
+        }
+    }
+}
+
+impl From<BackupError> for Failure {
+    fn from(error: BackupError) -> Self {
+        match error {
+            BackupError::Transfer(error) => error.into(),
+            BackupError::State(error) => error.into(),
+        }
+    }
+}
+
+impl From<RestoreError> for Failure {
+    fn from(error: RestoreError) -> Self {
+        match error {
+            RestoreError::Link(error) => error.into(),
+            RestoreError::Interrupted => Self::new(INTERRUPTED, error),
+            RestoreError::Unknown { .. } => Self::new(NOT_FOUND, error),
+            RestoreError::Away { .. } => Self::new(NO_SERVER, error),
+            error => Self::new(FAILED, error),
+        }
+    }
+}
+
+impl From<CacheError> for Failure {
+    fn from(error: CacheError) -> Self {
+        match error {
+            CacheError::Busy { .. } => Self::new(BUSY, error),
+            CacheError::Io { ref source, .. } => {
+                Self::new(FAILED, format!("{error}: {source}; check cache_path"))
+            }
+            error => Self::new(FAILED, error),
+        }
+    }
+}
+
+impl From<StateError> for Failure {
+    fn from(error: StateError) -> Self {
+        Self::new(if matches!(error, StateError::Busy { .. }) { BUSY } else { FAILED }, error)
+    }
+}
+
+impl From<SourceError> for Failure {
+    fn from(error: SourceError) -> Self {
+        Self::new(SOURCE, error)
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::new(USAGE, error)
+    }
+}
+
+impl From<TlsError> for Failure {
+    fn from(error: TlsError) -> Self {
+        Self::new(USAGE, error)
+    }
+}
+
+impl From<WireError> for Failure {
+    fn from(error: WireError) -> Self {
+        Self::new(USAGE, error)
+    }
+}

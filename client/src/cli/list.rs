@@ -1,0 +1,88 @@
+//! `janus-client list`.
+
+use std::fmt::Write;
+
+use clap::ArgMatches;
+use janus_proto::pb::{Consistency, Snapshot, UnreachableServer};
+use serde_json::{Value, json};
+
+use super::{Context, Failure, Outcome, address, amount, date};
+use crate::{
+    catalog::{self, Listing},
+    link::Address,
+};
+
+pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
+    let Address { server, machine, .. } = address(matches)?;
+    let listing =
+        catalog::list(&context.connect().await?, machine.as_ref(), None, server.as_ref()).await?;
+    Ok(Outcome { json: listing_json(&listing), text: listing_text(&listing) })
+}
+
+fn consistency(snapshot: &Snapshot) -> &'static str {
+    match snapshot.consistency() {
+        Consistency::Frozen => "frozen",
+        Consistency::Crash => "crash",
+        Consistency::Smeared => "smeared",
+        Consistency::Unspecified => "unknown",
+    }
+}
+
+fn listing_json(listing: &Listing) -> Value {
+    let snapshot = |s: &Snapshot| {
+        json!({
+            "snapshot_id": s.snapshot_id,
+            "server": s.server_id,
+            "machine": s.machine,
+            "disk_id": s.disk_id,
+            "backup_id": s.backup_id,
+            "committed_ms": s.committed_ms,
+            "size_bytes": s.size_bytes,
+            "table_digest": hex::encode(&s.table_digest),
+            "parent_snapshot_id": Some(&s.parent_snapshot_id).filter(|id| !id.is_empty()),
+            "image": s.image,
+            "image_allocated_bytes": s.image_allocated_bytes,
+            "image_length_bytes": s.image_length_bytes,
+            "consistency": consistency(s),
+            "reachable": s.reachable,
+        })
+    };
+    let unreachable = |u: &UnreachableServer| json!({ "server": u.server_id, "reason": u.reason, "since_ms": u.since_ms });
+    json!({
+        "ok": true,
+        "snapshots": listing.snapshots.iter().map(snapshot).collect::<Vec<_>>(),
+        "unreachable": listing.unreachable.iter().map(unreachable).collect::<Vec<_>>(),
+    })
+}
+
+fn listing_text(listing: &Listing) -> String {
+    let mut text = String::new();
+    let wide = |name: fn(&Snapshot) -> &str| {
+        listing.snapshots.iter().map(|s| name(s).len()).max().unwrap_or(0)
+    };
+    let (disks, servers) = (wide(|s| &s.disk_id), wide(|s| &s.server_id));
+    for s in &listing.snapshots {
+        let kind = if s.parent_snapshot_id.is_empty() { "full " } else { "delta" };
+        let _ = writeln!(
+            text,
+            "{}  {}  {:disks$}  {:servers$}  {kind}  {:>10}  {:>10} on disk  {}{}",
+            s.snapshot_id,
+            date(s.committed_ms),
+            s.disk_id,
+            s.server_id,
+            amount(s.size_bytes),
+            amount(s.image_allocated_bytes),
+            consistency(s),
+            if s.reachable { "" } else { "  unreachable" },
+        );
+    }
+    if listing.snapshots.is_empty() {
+        text.push_str("no snapshots\n");
+    }
+    for u in &listing.unreachable {
+        let since =
+            if u.since_ms > 0 { format!(" since {}", date(u.since_ms)) } else { String::new() };
+        let _ = writeln!(text, "server {} can't be reached{since}: {}", u.server_id, u.reason);
+    }
+    text
+}

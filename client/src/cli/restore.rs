@@ -1,0 +1,72 @@
+//! `janus-client restore`.
+
+use std::path::PathBuf;
+
+use clap::ArgMatches;
+use janus_proto::ids::{MachineKey, SnapshotId};
+use serde_json::json;
+
+use super::{Context, Failure, Outcome, address, amount, date};
+use crate::{
+    progress::{self, Progress},
+    restore::{Restore, Wanted},
+};
+
+pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
+    let text = |name: &str| matches.get_one::<String>(name).cloned().unwrap_or_default();
+    let (wanted, machine) = parse(&text("what"))?;
+    let settings = &context.settings;
+    let to = PathBuf::from(text("to"));
+    let progress = Progress::new(0);
+    let display = progress::show("restore", &progress);
+    let restore = Restore {
+        urls: settings.checked_urls()?.to_vec(),
+        identity: context.identity.clone(),
+        wanted,
+        machine,
+        server: address(matches)?.server,
+        to: to.clone(),
+        force: matches.get_flag("force"),
+        encoding: settings.encoding()?,
+        threads: settings.threads(),
+        failover_after: settings.failover_after(),
+        progress,
+        stop: context.stop.clone(),
+    };
+    let report = restore.run().await?;
+    drop(display);
+    let snapshot = &report.snapshot;
+    let json = json!({
+        "ok": true,
+        "snapshot_id": snapshot.snapshot_id,
+        "server": snapshot.server_id,
+        "disk_id": snapshot.disk_id,
+        "to": to,
+        "size_bytes": snapshot.size_bytes,
+        "fetched_bytes": report.fetched_bytes,
+        "written_bytes": report.written_bytes,
+        "seconds": report.seconds,
+    });
+    let text = format!(
+        "restored {} of {} from {} to {}: {} of {} fetched, all checked, in {:.1} s\n",
+        snapshot.disk_id,
+        date(snapshot.committed_ms),
+        snapshot.server_id,
+        to.display(),
+        amount(report.fetched_bytes),
+        amount(snapshot.size_bytes),
+        report.seconds,
+    );
+    Ok(Outcome { json, text })
+}
+
+/// `SNAPSHOT`, `DISK`, or `USER/MACHINE/DISK`.
+fn parse(text: &str) -> Result<(Wanted, Option<MachineKey>), Failure> {
+    if let Ok(id) = text.parse::<SnapshotId>() {
+        return Ok((Wanted::Snapshot(id), None));
+    }
+    match text.rsplit_once('/') {
+        Some((machine, disk)) => Ok((Wanted::Newest(disk.parse()?), Some(machine.parse()?))),
+        None => Ok((Wanted::Newest(text.parse()?), None)),
+    }
+}

@@ -1,0 +1,192 @@
+//! Settings of the client.
+
+use std::{num::NonZero, path::PathBuf, time::Duration};
+
+use janus_proto::{ids::DiskId, pb};
+use serde::{Deserialize, Serialize};
+
+/// Settings as they stand in the file; see `client.example.toml`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// Where to find janus or a server, tried in order.
+    pub urls: Vec<String>,
+    /// This machine's certificate (PEM).
+    pub cert: PathBuf,
+    /// Its private key (PEM).
+    pub key: PathBuf,
+    /// Certificate of the group's authority (PEM).
+    pub ca: PathBuf,
+    /// Folder of the hash cache, the lock and the record of an open run.
+    pub cache_path: PathBuf,
+    /// Disks to back up: `/dev/sdb` or `name=/path/disk.img`.
+    pub disks: Vec<String>,
+    /// Read disks that are mounted writable.
+    pub allow_live: bool,
+    /// Threads that read and hash; 0: one for each core.
+    pub hash_threads: usize,
+    /// How data is packed on its way: `none`, `lz4` or `zstd`.
+    pub encoding: String,
+    /// How long a lost server is waited for before the backup starts again elsewhere.
+    pub failover_after_seconds: u64,
+    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter as of `RUST_LOG`.
+    pub log: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            urls: Vec::new(),
+            cert: "cert.pem".into(),
+            key: "key.pem".into(),
+            ca: "ca.pem".into(),
+            cache_path: "/var/cache/janus-client".into(),
+            disks: Vec::new(),
+            allow_live: false,
+            hash_threads: 0,
+            encoding: "none".into(),
+            failover_after_seconds: 60,
+            log: "info".into(),
+        }
+    }
+}
+
+/// A setting that can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// No URL is set.
+    #[error("no server is set; add urls = [\"https://HOST:7420\"] to the settings, or --urls")]
+    NoUrls,
+    /// No disk is set.
+    #[error("no disk is set; add disks = [\"NAME=/dev/sdX\"] to the settings, or --disks")]
+    NoDisks,
+    /// A disk can't be understood.
+    #[error("disks: {text:?} is neither /PATH nor NAME=/PATH: {reason}")]
+    Disk {
+        /// As written.
+        text: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Not an encoding.
+    #[error("encoding: {0:?} is not none, lz4 or zstd")]
+    Encoding(String),
+}
+
+/// A disk as the settings name it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskSpec {
+    /// Its id; else the disk itself must tell one.
+    pub name: Option<DiskId>,
+    /// Block device or image file.
+    pub path: PathBuf,
+}
+
+impl DiskSpec {
+    fn parse(text: &str) -> Result<Self, ConfigError> {
+        let bad = |reason: String| ConfigError::Disk { text: text.to_owned(), reason };
+        // A path may contain '=': a name has no slash before it.
+        let (name, path) = match text.split_once('=') {
+            Some((name, path)) if !name.contains('/') => (
+                Some(name.parse().map_err(|e: janus_proto::error::WireError| bad(e.to_string()))?),
+                path,
+            ),
+            _ => (None, text),
+        };
+        if path.is_empty() {
+            return Err(bad("the path is missing".into()));
+        }
+        Ok(Self { name, path: path.into() })
+    }
+}
+
+impl Settings {
+    /// URLs, at least one.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn checked_urls(&self) -> Result<&[String], ConfigError> {
+        if self.urls.is_empty() { Err(ConfigError::NoUrls) } else { Ok(&self.urls) }
+    }
+
+    /// The disks, at least one.
+    ///
+    /// # Errors
+    /// When there is none or one can't be understood.
+    pub fn disk_specs(&self) -> Result<Vec<DiskSpec>, ConfigError> {
+        if self.disks.is_empty() {
+            return Err(ConfigError::NoDisks);
+        }
+        self.disks.iter().map(|text| DiskSpec::parse(text)).collect()
+    }
+
+    /// How data is packed.
+    ///
+    /// # Errors
+    /// When it isn't a known encoding.
+    pub fn encoding(&self) -> Result<pb::Encoding, ConfigError> {
+        match self.encoding.as_str() {
+            "none" => Ok(pb::Encoding::None),
+            "lz4" => Ok(pb::Encoding::Lz4),
+            "zstd" => Ok(pb::Encoding::Zstd),
+            _ => Err(ConfigError::Encoding(self.encoding.clone())),
+        }
+    }
+
+    /// Threads that read and hash.
+    pub fn threads(&self) -> usize {
+        match self.hash_threads {
+            0 => std::thread::available_parallelism().map_or(2, NonZero::get),
+            threads => threads.min(64),
+        }
+    }
+
+    /// See [`Settings::failover_after_seconds`].
+    pub fn failover_after(&self) -> Duration {
+        Duration::from_secs(self.failover_after_seconds)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_file_is_valid_and_shows_every_key() {
+        let text = include_str!("../client.example.toml");
+        let settings: Settings = toml::from_str(text).unwrap();
+        assert_eq!(settings.disk_specs().unwrap().len(), 2);
+        settings.encoding().unwrap();
+        let serde_json::Value::Object(keys) = serde_json::to_value(Settings::default()).unwrap()
+        else {
+            panic!()
+        };
+        for key in keys.keys() {
+            assert!(
+                text.lines().any(|l| l.trim_start_matches("# ").starts_with(&format!("{key} = "))),
+                "{key}"
+            );
+        }
+    }
+
+    #[test]
+    fn disks_have_names_or_paths() {
+        let parse = |text| DiskSpec::parse(text).unwrap();
+        assert_eq!(parse("/dev/sdb"), DiskSpec { name: None, path: "/dev/sdb".into() });
+        assert_eq!(parse("/img/a=b"), DiskSpec { name: None, path: "/img/a=b".into() });
+        assert_eq!(
+            parse("data=/img/a=b"),
+            DiskSpec { name: Some("data".parse().unwrap()), path: "/img/a=b".into() }
+        );
+        assert!(DiskSpec::parse("da ta=/x").is_err());
+        assert!(DiskSpec::parse("data=").is_err());
+    }
+
+    #[test]
+    fn missing_settings_name_the_way_out() {
+        let empty = Settings::default();
+        assert!(empty.checked_urls().unwrap_err().to_string().contains("urls = ["));
+        assert!(empty.disk_specs().unwrap_err().to_string().contains("disks = ["));
+        assert!(Settings { encoding: "gzip".into(), ..empty }.encoding().is_err());
+    }
+}

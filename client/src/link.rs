@@ -1,0 +1,257 @@
+//! Calls: which URL, which server, which deadline, and what a failure means.
+
+use std::time::Duration;
+
+use janus_proto::{
+    channel::{self, ConnectError, ConnectOptions},
+    error,
+    ids::{BackupId, MachineKey, ServerId},
+    metadata,
+    pb::{
+        ErrorReason, backup_service_client::BackupServiceClient,
+        catalog_service_client::CatalogServiceClient, restore_service_client::RestoreServiceClient,
+        server_info_service_client::ServerInfoServiceClient,
+    },
+    tls::Identity,
+};
+use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
+
+/// Deadline of calls that a server answers from memory.
+pub const QUICK: Duration = Duration::from_secs(20);
+/// Deadline of StartBackup: janus may probe servers, a server may prepare images.
+pub const START: Duration = Duration::from_secs(60);
+/// Deadline of one CommitBackup call; a lost one is asked after.
+pub const COMMIT: Duration = Duration::from_secs(3600);
+
+/// A call that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// No URL answers.
+    #[error("no server can be reached: {}", lines(.0))]
+    Unreachable(Vec<ConnectError>),
+    /// A server answered with an error, or the connection broke.
+    #[error("{doing}: {}", told(status))]
+    Call {
+        /// What was wanted.
+        doing: &'static str,
+        /// What came back.
+        status: Box<Status>,
+    },
+    /// An answer that makes no sense.
+    #[error("{doing}: the server's answer is invalid: {source}")]
+    Answer {
+        /// What was wanted.
+        doing: &'static str,
+        /// What is wrong with it.
+        source: error::WireError,
+    },
+}
+
+fn lines(errors: &[ConnectError]) -> String {
+    errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// One line about a status: our own errors by reason and message, transport errors explained.
+fn told(status: &Status) -> String {
+    match error::reason(status) {
+        Some(reason) => format!("{} ({})", status.message(), reason_name(reason)),
+        None => channel::explain(status),
+    }
+}
+
+/// Name of a reason without its prefix, as users see it.
+pub fn reason_name(reason: ErrorReason) -> &'static str {
+    let name = reason.as_str_name();
+    name.strip_prefix("ERROR_REASON_").unwrap_or(name)
+}
+
+impl LinkError {
+    /// Makes the error of a call.
+    pub fn call(doing: &'static str) -> impl FnOnce(Status) -> Self {
+        move |status| Self::Call { doing, status: Box::new(status) }
+    }
+
+    /// Makes the error of an answer.
+    pub fn answer(doing: &'static str) -> impl FnOnce(error::WireError) -> Self {
+        move |source| Self::Answer { doing, source }
+    }
+
+    /// The reason the server gave, if it gave one.
+    pub fn reason(&self) -> Option<ErrorReason> {
+        match self {
+            Self::Call { status, .. } => error::reason(status),
+            _ => None,
+        }
+    }
+
+    /// What this failure is good for.
+    pub fn remedy(&self) -> Remedy {
+        use ErrorReason as R;
+        let Self::Call { status, .. } = self else {
+            return if matches!(self, Self::Unreachable(_)) {
+                Remedy::Reconnect
+            } else {
+                Remedy::None
+            };
+        };
+        match error::reason(status) {
+            Some(R::NoServerReady | R::ServerUnreachable | R::WrongServer | R::Draining) => {
+                Remedy::Reconnect
+            }
+            Some(R::TooMany | R::StoreFailed | R::BlockHashMismatch) => Remedy::Reconnect,
+            Some(R::SessionExpired | R::RunState | R::HeadMoved | R::StoreFull) => Remedy::NewRun,
+            Some(_) => Remedy::None,
+            None => transport_remedy(status.code()),
+        }
+    }
+}
+
+/// Statuses without a reason of ours come from the transport, or from a proxy in between.
+fn transport_remedy(code: Code) -> Remedy {
+    match code {
+        Code::Unavailable
+        | Code::Unknown
+        | Code::Internal
+        | Code::Cancelled
+        | Code::DeadlineExceeded => Remedy::Reconnect,
+        Code::Aborted | Code::NotFound => Remedy::NewRun,
+        _ => Remedy::None,
+    }
+}
+
+/// What a failure is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Remedy {
+    /// Connect again and go on from what was received.
+    Reconnect,
+    /// This run is over; a new one may succeed.
+    NewRun,
+    /// Trying again brings nothing.
+    None,
+}
+
+/// Where a call is to go.
+#[derive(Debug, Clone, Default)]
+pub struct Address {
+    /// Only this server.
+    pub server: Option<ServerId>,
+    /// Run the call belongs to.
+    pub run: Option<BackupId>,
+    /// Machine the call is about; operators must say it.
+    pub machine: Option<MachineKey>,
+}
+
+impl Address {
+    /// A request that goes there; `deadline` is left out for streams.
+    pub fn request<T>(&self, message: T, deadline: Option<Duration>) -> Request<T> {
+        let mut request = Request::new(message);
+        let texts = [
+            (metadata::SERVER, self.server.as_ref().map(ToString::to_string)),
+            (metadata::RUN, self.run.as_ref().map(ToString::to_string)),
+            (metadata::MACHINE, self.machine.as_ref().map(ToString::to_string)),
+        ];
+        for (name, text) in texts {
+            // Names and ids are ASCII by their types.
+            if let Some(value) = text.and_then(|text| MetadataValue::try_from(text).ok()) {
+                request.metadata_mut().insert(name, value);
+            }
+        }
+        if let Some(deadline) = deadline {
+            request.set_timeout(deadline);
+        }
+        request
+    }
+}
+
+/// A connection to janus or a server.
+#[derive(Debug, Clone)]
+pub struct Link {
+    url: String,
+    channel: Channel,
+}
+
+impl Link {
+    /// Connects to one URL.
+    ///
+    /// # Errors
+    /// When nobody of the right role answers there.
+    pub async fn connect(url: &str, identity: &Identity) -> Result<Self, ConnectError> {
+        let connection = channel::connect(url, identity, ConnectOptions::default()).await?;
+        Ok(Self { url: url.to_owned(), channel: connection.channel })
+    }
+
+    /// Connects to the first URL that answers.
+    ///
+    /// # Errors
+    /// When none does; it says why of each.
+    pub async fn connect_any(urls: &[String], identity: &Identity) -> Result<Self, LinkError> {
+        let mut errors = Vec::new();
+        for url in urls {
+            match Self::connect(url, identity).await {
+                Ok(link) => return Ok(link),
+                Err(error) => errors.push(error),
+            }
+        }
+        Err(LinkError::Unreachable(errors))
+    }
+
+    /// Where it leads.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Client of BackupService.
+    pub fn backup(&self) -> BackupServiceClient<Channel> {
+        BackupServiceClient::new(self.channel.clone())
+    }
+
+    /// Client of RestoreService.
+    pub fn restore(&self) -> RestoreServiceClient<Channel> {
+        RestoreServiceClient::new(self.channel.clone())
+    }
+
+    /// Client of CatalogService.
+    pub fn catalog(&self) -> CatalogServiceClient<Channel> {
+        CatalogServiceClient::new(self.channel.clone())
+    }
+
+    /// Client of ServerInfoService.
+    pub fn info(&self) -> ServerInfoServiceClient<Channel> {
+        ServerInfoServiceClient::new(self.channel.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_become_metadata() {
+        let address = Address {
+            server: Some("a".parse().unwrap()),
+            run: None,
+            machine: Some(MachineKey::new("u", "m").unwrap()),
+        };
+        let request = address.request((), Some(QUICK));
+        assert_eq!(request.metadata().get(metadata::SERVER).unwrap(), "a");
+        assert_eq!(request.metadata().get(metadata::MACHINE).unwrap(), "u/m");
+        assert!(request.metadata().get(metadata::RUN).is_none());
+        assert!(request.metadata().get("grpc-timeout").is_some());
+    }
+
+    #[test]
+    fn failures_say_what_they_are_good_for() {
+        let remedy = |status| LinkError::call("test")(status).remedy();
+        assert_eq!(remedy(error::status(ErrorReason::Draining, "")), Remedy::Reconnect);
+        assert_eq!(remedy(error::status(ErrorReason::SessionExpired, "")), Remedy::NewRun);
+        assert_eq!(remedy(error::status(ErrorReason::NotAllowed, "")), Remedy::None);
+        assert_eq!(remedy(error::status(ErrorReason::EpochSuperseded, "")), Remedy::None);
+        assert_eq!(remedy(Status::unavailable("broken")), Remedy::Reconnect);
+        assert_eq!(LinkError::Unreachable(vec![]).remedy(), Remedy::Reconnect);
+        let text = LinkError::call("starting the backup")(error::status(
+            ErrorReason::StoreFull,
+            "no space on a",
+        ));
+        assert_eq!(text.to_string(), "starting the backup: no space on a (STORE_FULL)");
+    }
+}

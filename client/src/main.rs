@@ -1,0 +1,62 @@
+//! `janus-client`: backs disks up and brings them back.
+
+use std::{io::Write, process::ExitCode, time::Duration};
+
+use clap::ArgMatches;
+use janus_client::cli::{self, Context, Failure, Outcome};
+use janus_proto::tls::Identity;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+fn main() -> ExitCode {
+    let matches = cli::command().get_matches();
+    let Some((name, matches)) = matches.subcommand() else { return ExitCode::from(2) };
+    match run(name, matches) {
+        Ok(outcome) => {
+            print(matches, &outcome.json, &outcome.text);
+            ExitCode::SUCCESS
+        }
+        Err(failure) => {
+            print(matches, &failure.json(), "");
+            eprintln!("janus-client: {}", failure.message);
+            ExitCode::from(failure.exit_code)
+        }
+    }
+}
+
+fn print(matches: &ArgMatches, json: &serde_json::Value, text: &str) {
+    let mut out = std::io::stdout().lock();
+    // A reader that has gone is no failure of the command.
+    let _ = if matches.get_flag("json") { writeln!(out, "{json}") } else { write!(out, "{text}") };
+}
+
+fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
+    let settings = cli::loader().load(matches, std::env::vars_os()).map_err(Failure::usage)?;
+    let filter = tracing_subscriber::EnvFilter::builder().parse(&settings.log);
+    let filter = filter.map_err(|error| Failure::usage(format!("setting log: {error}")))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(Failure::failed)?;
+    let outcome = runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let signals = tokio::spawn(stop_on_signals(stop.clone()));
+        let outcome = cli::run(name, matches, &Context { settings, identity, stop }).await;
+        signals.abort();
+        outcome
+    });
+    // A thread in a read that hangs must not keep the program.
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    outcome
+}
+
+async fn stop_on_signals(stop: CancellationToken) {
+    let Ok(mut term) = signal(SignalKind::terminate()) else { return };
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+    stop.cancel();
+}

@@ -1,0 +1,399 @@
+//! Brings a disk back: blocks come in over the network, threads check and write them, the whole is compared with the
+//! snapshot's digest before the result gets its name.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use janus_proto::{
+    error::WireError,
+    ids::{BlockHash, DiskId, MAX_DISK_BYTES, MachineKey, ServerId, SnapshotId, block_count},
+    pb::{
+        BlockRange, CloseSnapshotRequest, Encoding, ErrorReason, HashLevel, OpenSnapshotRequest,
+        ReadBlocksRequest, ReadHashesRequest, Snapshot, read_hashes_request::Of,
+    },
+    tls::Identity,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use crate::{
+    catalog,
+    link::{Address, Link, LinkError, QUICK, Remedy},
+    progress::Progress,
+};
+
+mod assembly;
+mod target;
+mod writers;
+
+pub use target::TargetError;
+
+use self::{assembly::Assembly, target::Target, writers::Writers};
+
+const READING: &str = "reading blocks";
+/// Longest silence of a stream that should be flowing.
+const SILENCE: Duration = Duration::from_secs(120);
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Why a disk was not restored. The target is as it was, unless it is a device.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// Nothing fits what was asked for.
+    #[error("there is no snapshot {wanted}{hint}; `janus-client list` shows what there is")]
+    Unknown {
+        /// As asked for.
+        wanted: String,
+        /// Servers that could not be asked.
+        hint: String,
+    },
+    /// It exists where nobody answers.
+    #[error("snapshot {snapshot} of {disk} is on server {server}, which can't be reached now")]
+    Away {
+        /// Its id.
+        snapshot: String,
+        /// Its disk.
+        disk: String,
+        /// Its server.
+        server: String,
+    },
+    /// A call failed.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The target can't be used or written.
+    #[error(transparent)]
+    Target(#[from] TargetError),
+    /// A block is not what was backed up.
+    #[error(
+        "server {server} sent wrong data: {source}; restore another snapshot, or the same from another server"
+    )]
+    Damaged {
+        /// The server.
+        server: String,
+        /// What is wrong.
+        source: DamageError,
+    },
+    /// Asked to stop.
+    #[error("interrupted; nothing was restored")]
+    Interrupted,
+}
+
+/// What is wrong with received data.
+#[derive(Debug, thiserror::Error)]
+pub enum DamageError {
+    /// A message that makes no sense.
+    #[error(transparent)]
+    Message(#[from] WireError),
+    /// A block doesn't have its hash.
+    #[error(transparent)]
+    Block(#[from] janus_proto::model::HashMismatch),
+    /// The whole isn't the snapshot.
+    #[error("all blocks together have digest {actual}, the snapshot has {expected}")]
+    Whole {
+        /// Of what was received.
+        actual: BlockHash,
+        /// Of the snapshot.
+        expected: BlockHash,
+    },
+}
+
+/// What to restore.
+#[derive(Debug, Clone)]
+pub enum Wanted {
+    /// One snapshot.
+    Snapshot(SnapshotId),
+    /// The newest of a disk.
+    Newest(DiskId),
+}
+
+/// A restore to do.
+pub struct Restore {
+    /// URLs of janus or servers.
+    pub urls: Vec<String>,
+    /// Who we are.
+    pub identity: Identity,
+    /// What to restore.
+    pub wanted: Wanted,
+    /// Whose; `None`: our own.
+    pub machine: Option<MachineKey>,
+    /// Only from this server.
+    pub server: Option<ServerId>,
+    /// File or block device.
+    pub to: PathBuf,
+    /// Replace a file, overwrite a device.
+    pub force: bool,
+    /// How data may be packed.
+    pub encoding: Encoding,
+    /// Threads that check and write.
+    pub threads: usize,
+    /// How long a lost server is waited for.
+    pub failover_after: Duration,
+    /// What is shown meanwhile.
+    pub progress: Arc<Progress>,
+    /// Asks it to stop.
+    pub stop: CancellationToken,
+}
+
+/// A disk that was restored.
+#[derive(Debug)]
+pub struct RestoreReport {
+    /// From this snapshot.
+    pub snapshot: Snapshot,
+    /// Data received, as packed.
+    pub fetched_bytes: u64,
+    /// Data written; zeros are left out.
+    pub written_bytes: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+impl Restore {
+    /// Restores.
+    ///
+    /// # Errors
+    /// See [`RestoreError`].
+    pub async fn run(&self) -> Result<RestoreReport, RestoreError> {
+        let began = Instant::now();
+        let link = Link::connect_any(&self.urls, &self.identity).await?;
+        let snapshot = self.find(&link).await?;
+        if snapshot.size_bytes > MAX_DISK_BYTES {
+            return Err(self.damaged(
+                &snapshot,
+                WireError::Invalid { field: "size_bytes", reason: "too large".into() },
+            ));
+        }
+        let target = Arc::new(Target::open(&self.to, snapshot.size_bytes, self.force)?);
+        self.progress.set_total(snapshot.size_bytes);
+        let mut writers = Writers::start(self.threads, &target, snapshot.size_bytes);
+        let mut assembly = Assembly::new(snapshot.size_bytes);
+        let fetched = tokio::select! {
+            fetched = self.fetch_all(link, &snapshot, &mut assembly, &writers) => fetched,
+            () = self.stop.cancelled() => Err(RestoreError::Interrupted),
+        };
+        // A writer's failure is the cause when both failed.
+        let written_bytes =
+            writers.finish().await.map_err(|error| self.writer_failed(&snapshot, error))?;
+        let fetched_bytes = fetched?;
+        self.check_whole(&snapshot, assembly)?;
+        let done = tokio::task::spawn_blocking(move || target.publish()).await;
+        done.map_err(|_| RestoreError::Interrupted)??;
+        Ok(RestoreReport {
+            snapshot,
+            fetched_bytes,
+            written_bytes,
+            seconds: began.elapsed().as_secs_f64(),
+        })
+    }
+
+    async fn find(&self, link: &Link) -> Result<Snapshot, RestoreError> {
+        let (machine, server) = (self.machine.as_ref(), self.server.as_ref());
+        let (found, unreachable) = match &self.wanted {
+            Wanted::Snapshot(id) => (catalog::find(link, *id, machine, server).await?, vec![]),
+            Wanted::Newest(disk) => {
+                let listing = catalog::list(link, machine, Some(disk), server).await?;
+                (self.newest(listing.snapshots), listing.unreachable)
+            }
+        };
+        let Some(snapshot) = found else {
+            let names: Vec<_> =
+                unreachable.iter().map(|server| server.server_id.as_str()).collect();
+            let hint = if names.is_empty() {
+                String::new()
+            } else {
+                format!(" on the servers that answer ({} can't be reached)", names.join(", "))
+            };
+            return Err(RestoreError::Unknown { wanted: self.wanted_text(), hint });
+        };
+        if snapshot.reachable {
+            return Ok(snapshot);
+        }
+        Err(RestoreError::Away {
+            snapshot: snapshot.snapshot_id,
+            disk: snapshot.disk_id,
+            server: snapshot.server_id,
+        })
+    }
+
+    /// The newest one that can be had; it is said when a newer one can't.
+    fn newest(&self, snapshots: Vec<Snapshot>) -> Option<Snapshot> {
+        let at = snapshots.iter().position(|snapshot| snapshot.reachable);
+        match at {
+            Some(0) => {}
+            Some(_) => {
+                let away = &snapshots[0];
+                tracing::warn!(snapshot = %away.snapshot_id, server = %away.server_id, "a newer snapshot is on a server that can't be reached; taking an older one");
+            }
+            None => return snapshots.into_iter().next(),
+        }
+        snapshots.into_iter().nth(at.unwrap_or(0))
+    }
+
+    fn wanted_text(&self) -> String {
+        match &self.wanted {
+            Wanted::Snapshot(id) => id.to_string(),
+            Wanted::Newest(disk) => format!("of disk {disk}"),
+        }
+    }
+
+    /// Reads the whole disk, over as many streams as it takes; returns the bytes received.
+    async fn fetch_all(
+        &self,
+        link: Link,
+        snapshot: &Snapshot,
+        assembly: &mut Assembly,
+        writers: &Writers,
+    ) -> Result<u64, RestoreError> {
+        let server = snapshot.server_id.parse().map_err(|error| self.damaged(snapshot, error))?;
+        let address = Address { server: Some(server), run: None, machine: self.machine.clone() };
+        let (mut fetched, mut link) = (0, Some(link));
+        let (mut lost_at, mut reached) = (None::<Instant>, 0);
+        loop {
+            let error = match self
+                .open_and_fetch(&mut link, &address, snapshot, assembly, writers, &mut fetched)
+                .await
+            {
+                Ok(()) => return Ok(fetched),
+                Err(RestoreError::Link(error)) => error,
+                Err(other) => return Err(other),
+            };
+            if assembly.next_block() > reached {
+                (lost_at, reached) = (None, assembly.next_block());
+            }
+            let expired = error.reason() == Some(ErrorReason::HandleExpired);
+            let since = *lost_at.get_or_insert_with(Instant::now);
+            if (error.remedy() != Remedy::Reconnect && !expired)
+                || since.elapsed() > self.failover_after
+            {
+                return Err(error.into());
+            }
+            tracing::warn!(server = %snapshot.server_id, %error, "connection lost; going on as soon as the server answers");
+            link = None;
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    async fn open_and_fetch(
+        &self,
+        link: &mut Option<Link>,
+        address: &Address,
+        snapshot: &Snapshot,
+        assembly: &mut Assembly,
+        writers: &Writers,
+        fetched: &mut u64,
+    ) -> Result<(), RestoreError> {
+        let link = match link.take() {
+            Some(link) => link,
+            None => Link::connect_any(&self.urls, &self.identity).await?,
+        };
+        let message = OpenSnapshotRequest { snapshot_id: snapshot.snapshot_id.clone() };
+        let request = address.request(message, Some(QUICK));
+        let opened = link.restore().open_snapshot(request).await;
+        let opened = opened.map_err(LinkError::call("opening the snapshot"))?.into_inner();
+        let lease = Duration::from_secs(opened.lease_seconds.clamp(3, 3600).into());
+        let result = tokio::select! {
+            result = self.fetch(&link, address, &opened.handle, snapshot, assembly, writers, fetched) => result,
+            () = keep_open(&link, address, &opened.handle, lease) => Ok(()),
+        };
+        let close = address.request(CloseSnapshotRequest { handle: opened.handle }, Some(QUICK));
+        // The handle expires by itself where this fails.
+        let _ = link.restore().close_snapshot(close).await;
+        result
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    async fn fetch(
+        &self,
+        link: &Link,
+        address: &Address,
+        handle: &str,
+        snapshot: &Snapshot,
+        assembly: &mut Assembly,
+        writers: &Writers,
+        fetched: &mut u64,
+    ) -> Result<(), RestoreError> {
+        let total = block_count(snapshot.size_bytes);
+        let first_block = assembly.next_block();
+        if first_block < total {
+            let ranges = vec![BlockRange { first_block, block_count: total - first_block }];
+            let encodings = vec![Encoding::None.into(), self.encoding.into()];
+            let message = ReadBlocksRequest { handle: handle.to_owned(), ranges, encodings };
+            let request = address.request(message, None);
+            let mut answers = link
+                .restore()
+                .read_blocks(request)
+                .await
+                .map_err(LinkError::call(READING))?
+                .into_inner();
+            while let Some(answer) = next(&mut answers).await? {
+                let Some(batch) = answer.batch else { continue };
+                *fetched += batch.data.len() as u64;
+                let before = assembly.next_block();
+                let gaps = assembly.take(&batch).map_err(|error| self.damaged(snapshot, error))?;
+                self.progress
+                    .advance((assembly.next_block() - before) * janus_proto::ids::BLOCK_BYTES);
+                self.progress.sent(batch.data.len() as u64);
+                if !writers.give(gaps, batch).await {
+                    return Err(RestoreError::Interrupted); // The writer says why.
+                }
+            }
+        }
+        let rest = assembly.finish();
+        if !writers.give_zeros(rest).await {
+            return Err(RestoreError::Interrupted);
+        }
+        Ok(())
+    }
+
+    fn check_whole(&self, snapshot: &Snapshot, assembly: Assembly) -> Result<(), RestoreError> {
+        let expected = BlockHash::from_wire("table_digest", &snapshot.table_digest)
+            .map_err(|error| self.damaged(snapshot, error))?;
+        let actual = assembly.table_digest();
+        if actual == expected {
+            Ok(())
+        } else {
+            Err(self.damaged(snapshot, DamageError::Whole { actual, expected }))
+        }
+    }
+
+    fn damaged(&self, snapshot: &Snapshot, source: impl Into<DamageError>) -> RestoreError {
+        RestoreError::Damaged { server: snapshot.server_id.clone(), source: source.into() }
+    }
+
+    fn writer_failed(&self, snapshot: &Snapshot, error: writers::WriterError) -> RestoreError {
+        match error {
+            writers::WriterError::Target(error) => error.into(),
+            writers::WriterError::Damage(error) => self.damaged(snapshot, error),
+            writers::WriterError::Ended => RestoreError::Interrupted,
+        }
+    }
+}
+
+async fn next(
+    answers: &mut tonic::Streaming<janus_proto::pb::ReadBlocksResponse>,
+) -> Result<Option<janus_proto::pb::ReadBlocksResponse>, LinkError> {
+    match tokio::time::timeout(SILENCE, answers.message()).await {
+        Ok(answer) => answer.map_err(LinkError::call(READING)),
+        Err(_) => {
+            Err(LinkError::call(READING)(Status::deadline_exceeded("the server went silent")))
+        }
+    }
+}
+
+/// A slow target must not let the handle expire: reads a few hashes now and then. Never ends.
+async fn keep_open(link: &Link, address: &Address, handle: &str, lease: Duration) {
+    loop {
+        tokio::time::sleep(lease / 3).await;
+        let message = ReadHashesRequest {
+            level: HashLevel::Segment.into(),
+            ranges: vec![BlockRange { first_block: 0, block_count: 1 }],
+            of: Some(Of::Handle(handle.to_owned())),
+        };
+        let request = address.request(message, Some(QUICK));
+        if let Ok(answers) = link.restore().read_hashes(request).await {
+            let mut answers = answers.into_inner();
+            while let Ok(Some(_)) = answers.message().await {}
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Reads a disk, hashes it, and hands out what has to travel, segment by segment in ascending order.
+//!
+//! Worker threads take segments off a counter; at most [`WINDOW`] segments are between their start and their place
+//! in the order, which bounds memory whatever the disk and the network do.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{RecvTimeoutError, SyncSender, sync_channel},
+    },
+    time::Duration,
+};
+
+use janus_proto::{
+    ids::{BlockHash, segment_count},
+    pb,
+};
+
+use crate::{
+    delta::SegmentBits,
+    source::{Source, SourceError},
+};
+
+mod buffers;
+mod worker;
+
+/// Segments in flight, 4 MiB each at most.
+pub const WINDOW: u64 = 16;
+/// How often the consumer hears of a scan that has nothing to hand out.
+const TICK: Duration = Duration::from_millis(500);
+
+/// Why a scan ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum ScanError {
+    /// The disk can't be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The hash table can't be read: reconcile with the server and scan again.
+    #[error("the hash cache can't be read: {0}")]
+    Table(String),
+    /// The consumer wanted no more.
+    #[error("the scan was stopped")]
+    Stopped,
+    /// A message could not be built: a bug, kept from being a panic.
+    #[error("a message is invalid: {0}")]
+    Message(#[from] janus_proto::error::WireError),
+}
+
+/// The latest known hashes of the disk.
+pub trait HashTable: Sync {
+    /// Hashes of all blocks of a segment; `None` when all its blocks are zero.
+    ///
+    /// # Errors
+    /// When the table is damaged; the text says how.
+    fn segment(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, String>;
+}
+
+/// What the session holds before this scan's blocks arrive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SessionContent {
+    /// Zeros: there is no head.
+    Zeros,
+    /// What the table says, but for the blocks that must be sent.
+    Table,
+}
+
+/// Which segments to scan.
+#[derive(Debug, Clone)]
+pub enum Segments {
+    /// From this one to the end.
+    From(u64),
+    /// These, ascending.
+    List(Vec<u64>),
+}
+
+/// A scan to do.
+pub struct ScanJob<'a> {
+    /// The disk.
+    pub source: &'a Source,
+    /// Its latest known hashes.
+    pub table: &'a dyn HashTable,
+    /// What the session holds.
+    pub content: SessionContent,
+    /// Blocks of a segment to send whether they differ or not.
+    pub must: &'a (dyn Fn(u64) -> SegmentBits + Sync),
+    /// Which segments.
+    pub segments: Segments,
+    /// How data is packed.
+    pub encoding: pb::Encoding,
+    /// Worker threads, at least one.
+    pub threads: usize,
+}
+
+/// A message of blocks, ready to be sent.
+#[derive(Debug)]
+pub struct Outgoing {
+    /// The message.
+    pub batch: pb::BlockBatch,
+    /// Bytes of data before packing.
+    pub raw_bytes: u64,
+}
+
+/// One segment, scanned.
+#[derive(Debug, Default)]
+pub struct Scanned {
+    /// Its number.
+    pub segment: u64,
+    /// Its digest; `None`: all zero.
+    pub digest: Option<BlockHash>,
+    /// Blocks whose hash isn't the table's, by their place in the segment.
+    pub changes: Vec<(u16, BlockHash)>,
+    /// What has to travel, ascending.
+    pub messages: Vec<Outgoing>,
+    /// Blocks of the messages.
+    pub sent: SegmentBits,
+    /// Bytes read; holes cost none.
+    pub read_bytes: u64,
+}
+
+/// What a scan hands to its consumer.
+pub enum Event {
+    /// The next segment in order.
+    Scanned(Box<Scanned>),
+    /// Nothing new for a while.
+    Tick,
+}
+
+/// Scans; `sink` gets every segment of the job in order, on the calling thread, and ends the scan with `Err`.
+///
+/// # Errors
+/// The first failure of a worker in segment order, or [`ScanError::Stopped`] when `sink` ended it.
+pub fn scan<E>(
+    job: &ScanJob<'_>,
+    mut sink: impl FnMut(Event) -> Result<(), E>,
+) -> Result<Result<(), E>, ScanError> {
+    let window = Window::default();
+    let tickets = match &job.segments {
+        Segments::From(first) => segment_count(job.source.size_bytes()).saturating_sub(*first),
+        Segments::List(list) => list.len() as u64,
+    };
+    let next = AtomicU64::new(0);
+    // As many places as the window: a worker never waits here.
+    let (done, results) = sync_channel(WINDOW as usize);
+    std::thread::scope(|scope| {
+        for _ in 0..job.threads.max(1) {
+            let (done, next, window) = (done.clone(), &next, &window);
+            scope.spawn(move || work(job, tickets, next, window, &done));
+        }
+        drop(done);
+        let _stop = StopOnDrop(&window);
+        let mut waiting = BTreeMap::new();
+        let mut wanted = 0;
+        while wanted < tickets {
+            match results.recv_timeout(TICK) {
+                Ok((ticket, result)) => {
+                    waiting.insert(ticket, result);
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Err(end) = sink(Event::Tick) {
+                        return Ok(Err(end));
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(ScanError::Stopped),
+            }
+            while let Some(result) = waiting.remove(&wanted) {
+                if let Err(end) = sink(Event::Scanned(result?)) {
+                    return Ok(Err(end));
+                }
+                wanted += 1;
+                window.advance(wanted);
+            }
+        }
+        Ok(Ok(()))
+    })
+}
+
+type Ticket = (u64, Result<Box<Scanned>, ScanError>);
+
+fn work(
+    job: &ScanJob<'_>,
+    tickets: u64,
+    next: &AtomicU64,
+    window: &Window,
+    done: &SyncSender<Ticket>,
+) {
+    let mut worker = worker::Worker::new(job);
+    loop {
+        let ticket = next.fetch_add(1, Ordering::Relaxed);
+        if ticket >= tickets || !window.wait_for(ticket) {
+            return;
+        }
+        let segment = match &job.segments {
+            Segments::From(first) => first + ticket,
+            Segments::List(list) => list[ticket as usize],
+        };
+        if done.send((ticket, worker.segment(segment))).is_err() {
+            return;
+        }
+    }
+}
+
+/// How far the consumer is; workers wait when they are too far ahead.
+#[derive(Default)]
+struct Window {
+    state: Mutex<WindowState>,
+    moved: Condvar,
+}
+
+#[derive(Default)]
+struct WindowState {
+    consumed: u64,
+    stopped: bool,
+}
+
+impl Window {
+    /// True when the ticket may be worked on, false when the scan has ended.
+    fn wait_for(&self, ticket: u64) -> bool {
+        let mut state = self.lock();
+        while !state.stopped && ticket >= state.consumed + WINDOW {
+            state = self.moved.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        !state.stopped
+    }
+
+    fn advance(&self, consumed: u64) {
+        self.lock().consumed = consumed;
+        self.moved.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, WindowState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whatever way the consumer leaves, workers must not wait for it.
+struct StopOnDrop<'a>(&'a Window);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.lock().stopped = true;
+        self.0.moved.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,320 @@
+//! What is backed up: a whole disk, read from a block device or an image file.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use janus_proto::{
+    ids::{BLOCK_BYTES, DiskId, MAX_DISK_BYTES},
+    pb::Consistency,
+};
+use rustix::fs::SeekFrom;
+
+use crate::config::DiskSpec;
+
+pub mod gpt;
+pub mod mounts;
+pub mod sysfs;
+
+/// Why a disk can't be backed up.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// Missing, or not permitted.
+    #[error("{}: cannot be opened: {source}", path.display())]
+    Open {
+        /// Path of the disk.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Neither a file nor a block device.
+    #[error("{}: is neither a block device nor an image file", path.display())]
+    Kind {
+        /// Path of the disk.
+        path: PathBuf,
+    },
+    /// Empty, too large, or not in whole sectors.
+    #[error("{}: has {size_bytes} bytes; a disk has a multiple of 512, at least 512 and at most 64 TiB", path.display())]
+    Size {
+        /// Path of the disk.
+        path: PathBuf,
+        /// Its size.
+        size_bytes: u64,
+    },
+    /// Nothing on the disk says which one it is.
+    #[error("{}: has neither a GPT disk GUID nor a serial number; name it in the settings: disks = [\"NAME={}\"]", path.display(), path.display())]
+    Nameless {
+        /// Path of the disk.
+        path: PathBuf,
+    },
+    /// Two disks would be one.
+    #[error("{} and {} both have the disk id {disk_id}; name one in the settings: disks = [\"NAME={}\"]", first.display(), second.display(), second.display())]
+    Twice {
+        /// The id.
+        disk_id: DiskId,
+        /// One disk.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+    /// Reading it now would mix different times.
+    #[error("{}: is mounted writable at {mount}; unmount it, back up a snapshot of it, or set allow_live = true to accept a smeared copy", path.display())]
+    Mounted {
+        /// Path of the disk.
+        path: PathBuf,
+        /// Where it is mounted.
+        mount: String,
+    },
+    /// The disk could not be read.
+    #[error("{}: cannot be read at offset {offset}: {source}", path.display())]
+    Read {
+        /// Path of the disk.
+        path: PathBuf,
+        /// First unreadable byte, to one block.
+        offset: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// One disk, opened for reading. All methods may be called by several threads at once.
+#[derive(Debug)]
+pub struct Source {
+    path: PathBuf,
+    file: File,
+    disk_id: DiskId,
+    size_bytes: u64,
+    sector_bytes: u32,
+    consistency: Consistency,
+    /// Cleared when the file system can't tell holes.
+    tells_holes: AtomicBool,
+}
+
+/// A stretch of a source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stretch {
+    /// First byte after it.
+    pub end: u64,
+    /// All zeros, known without reading.
+    pub hole: bool,
+}
+
+impl Source {
+    /// Opens the disk that `spec` names. A disk that is mounted writable is refused unless `allow_live`.
+    ///
+    /// # Errors
+    /// When it is missing, has an unusable size, can't be identified, or is mounted.
+    pub fn open(spec: &DiskSpec, allow_live: bool) -> Result<Self, SourceError> {
+        let path = spec.path.clone();
+        let file = OpenOptions::new()
+            .read(true)
+            .open(&path)
+            .map_err(|source| SourceError::Open { path: path.clone(), source })?;
+        let meta =
+            file.metadata().map_err(|source| SourceError::Open { path: path.clone(), source })?;
+        let device = meta.file_type().is_block_device();
+        if !device && !meta.is_file() {
+            return Err(SourceError::Kind { path });
+        }
+        let size_bytes = size_of(&file, device)
+            .map_err(|source| SourceError::Open { path: path.clone(), source })?;
+        if size_bytes == 0 || !size_bytes.is_multiple_of(512) || size_bytes > MAX_DISK_BYTES {
+            return Err(SourceError::Size { path, size_bytes });
+        }
+        let sysfs = device.then(|| sysfs::Device::of(meta.rdev()));
+        let consistency = consistency(&path, sysfs.as_ref(), allow_live)?;
+        let sector_bytes =
+            sysfs.as_ref().and_then(sysfs::Device::logical_sector_bytes).unwrap_or(512);
+        let found = || {
+            gpt::disk_guid(&file, sector_bytes)
+                .or_else(|| sysfs.as_ref().and_then(sysfs::Device::serial))
+        };
+        let disk_id = spec
+            .name
+            .clone()
+            .or_else(found)
+            .ok_or_else(|| SourceError::Nameless { path: path.clone() })?;
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
+        let tells_holes = AtomicBool::new(!device);
+        Ok(Self { path, file, disk_id, size_bytes, sector_bytes, consistency, tells_holes })
+    }
+
+    /// Opens all disks of a run.
+    ///
+    /// # Errors
+    /// When one can't be opened, or two have the same id.
+    pub fn open_all(specs: &[DiskSpec], allow_live: bool) -> Result<Vec<Self>, SourceError> {
+        let mut sources: Vec<Self> = Vec::with_capacity(specs.len());
+        for spec in specs {
+            let source = Self::open(spec, allow_live)?;
+            if let Some(other) = sources.iter().find(|other| other.disk_id == source.disk_id) {
+                return Err(SourceError::Twice {
+                    disk_id: source.disk_id,
+                    first: other.path.clone(),
+                    second: source.path,
+                });
+            }
+            sources.push(source);
+        }
+        Ok(sources)
+    }
+
+    /// Fills `buffer` from `offset`.
+    ///
+    /// # Errors
+    /// Names the first block that can't be read.
+    pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
+        let Err(first) = self.file.read_exact_at(buffer, offset) else { return Ok(()) };
+        // A read of many blocks says only that one of them is bad: look for it.
+        for (index, block) in buffer.chunks_mut(BLOCK_BYTES as usize).enumerate() {
+            let offset = offset + index as u64 * BLOCK_BYTES;
+            self.file.read_exact_at(block, offset).map_err(|source| SourceError::Read {
+                path: self.path.clone(),
+                offset,
+                source,
+            })?;
+        }
+        tracing::warn!(path = %self.path.display(), offset, error = %first, "a read failed once and then went through");
+        Ok(())
+    }
+
+    /// The stretch that starts at `offset`: a hole or data, up to the end of the disk at most.
+    pub fn stretch(&self, offset: u64) -> Stretch {
+        let all = Stretch { end: self.size_bytes, hole: false };
+        if !self.tells_holes.load(Ordering::Relaxed) {
+            return all;
+        }
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => Stretch { end: data.min(self.size_bytes), hole: true },
+            Ok(_) => match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
+                Ok(hole) if hole > offset => {
+                    Stretch { end: hole.min(self.size_bytes), hole: false }
+                }
+                _ => all,
+            },
+            // Also the answer past the end of a file that has shrunk: that must be a failed read, not zeros.
+            Err(rustix::io::Errno::NXIO) => {
+                let whole = self.file.metadata().is_ok_and(|meta| meta.len() >= self.size_bytes);
+                Stretch { end: self.size_bytes, hole: whole }
+            }
+            Err(_) => {
+                self.tells_holes.store(false, Ordering::Relaxed);
+                all
+            }
+        }
+    }
+
+    /// Its id: configured name, else GPT disk GUID, else serial number.
+    pub fn disk_id(&self) -> &DiskId {
+        &self.disk_id
+    }
+
+    /// Where it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its size.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// Logical sector size: 512 or 4096.
+    pub fn sector_bytes(&self) -> u32 {
+        self.sector_bytes
+    }
+
+    /// How still it is held.
+    pub fn consistency(&self) -> Consistency {
+        self.consistency
+    }
+}
+
+/// Size of a file or block device.
+///
+/// # Errors
+/// When the system doesn't tell.
+pub fn size_of(file: &File, device: bool) -> io::Result<u64> {
+    if device { Ok(rustix::fs::seek(file, SeekFrom::End(0))?) } else { Ok(file.metadata()?.len()) }
+}
+
+fn consistency(
+    path: &Path,
+    device: Option<&sysfs::Device>,
+    allow_live: bool,
+) -> Result<Consistency, SourceError> {
+    let Some(mount) = device.and_then(|device| mounts::writable_mount(&device.family())) else {
+        return Ok(Consistency::Crash);
+    };
+    if !allow_live {
+        return Err(SourceError::Mounted { path: path.to_path_buf(), mount });
+    }
+    tracing::warn!(path = %path.display(), mount, "read while mounted writable: parts will be from different times");
+    Ok(Consistency::Smeared)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(size: u64) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        File::create(&path).unwrap().set_len(size).unwrap();
+        (dir, path)
+    }
+
+    fn named(path: &Path) -> DiskSpec {
+        DiskSpec { name: Some("d".parse().unwrap()), path: path.to_path_buf() }
+    }
+
+    #[test]
+    fn holes_are_told_from_data() {
+        let (_dir, path) = image(16 << 20);
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&[7; 4096], 8 << 20).unwrap();
+        let source = Source::open(&named(&path), false).unwrap();
+        let first = source.stretch(0);
+        assert!(!first.hole || first.end == 8 << 20, "{first:?}");
+        assert!(!source.stretch(8 << 20).hole);
+        assert_eq!(source.consistency(), Consistency::Crash);
+    }
+
+    #[test]
+    fn odd_sizes_and_nameless_disks_are_refused_with_the_way_out() {
+        let (_dir, path) = image(1000);
+        assert!(matches!(
+            Source::open(&named(&path), false),
+            Err(SourceError::Size { size_bytes: 1000, .. })
+        ));
+        let (_dir, path) = image(4096 + 512);
+        let error = Source::open(&DiskSpec { name: None, path: path.clone() }, false)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("disks = [\"NAME="), "{error}");
+        assert!(Source::open(&named(&path), false).is_ok());
+        let missing =
+            Source::open(&named(Path::new("/nonexistent/disk")), false).unwrap_err().to_string();
+        assert!(missing.starts_with("/nonexistent/disk: cannot be opened"), "{missing}");
+    }
+
+    #[test]
+    fn two_disks_with_one_id_are_refused() {
+        let (_dir, path) = image(4096);
+        let error = Source::open_all(&[named(&path), named(&path)], false).unwrap_err();
+        assert!(matches!(error, SourceError::Twice { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_source_that_shrinks_names_the_offset() {
+        let (_dir, path) = image(1 << 20);
+        let source = Source::open(&named(&path), false).unwrap();
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(8192).unwrap();
+        let error = source.read_at(0, &mut vec![0; 65536]).unwrap_err();
+        assert!(matches!(error, SourceError::Read { offset: 8192, .. }), "{error}");
+    }
+}

@@ -1,0 +1,221 @@
+//! What this machine must remember between backups: the open run, runs it gave up, the highest use counter. One small
+//! file beside the hash cache, and the lock that keeps a second backup of this machine away.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use janus_proto::ids::{BackupId, DiskId, ServerId};
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+/// Runs given up that are still remembered.
+const ABANDONED_KEPT: usize = 16;
+
+/// Why the state can't be kept.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Another process backs this machine up.
+    #[error("another backup of this machine is running (it holds {}); wait for it", path.display())]
+    Busy {
+        /// The lock file.
+        path: PathBuf,
+    },
+    /// The folder or file can't be used.
+    #[error("{}: {source}; set cache_path to a folder this user can write to", path.display())]
+    Io {
+        /// Folder or file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// A run on a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// The run.
+    pub backup_id: BackupId,
+    /// Where it is; unknown until StartBackup was answered.
+    pub server: Option<ServerId>,
+    /// Its disks with their sizes: only the same ones can go on with it.
+    pub disks: Vec<(DiskId, u64)>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct Stored {
+    use_counter: u64,
+    open: Option<RunRecord>,
+    abandoned: Vec<RunRecord>,
+}
+
+/// The state of this machine; holding it holds the lock.
+#[derive(Debug)]
+pub struct MachineState {
+    path: PathBuf,
+    stored: Stored,
+    _lock: File,
+}
+
+impl MachineState {
+    /// Takes the lock in `folder`, which is made when it is missing, and reads the state.
+    ///
+    /// # Errors
+    /// `Busy` when another process holds it, `Io` when the folder can't be used.
+    pub fn lock(folder: &Path) -> Result<Self, StateError> {
+        let failed = |path: &Path| {
+            let path = path.to_path_buf();
+            move |source| StateError::Io { path, source }
+        };
+        fs::create_dir_all(folder).map_err(failed(folder))?;
+        let lock_path = folder.join("machine.lock");
+        let lock = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&lock_path)
+            .map_err(failed(&lock_path))?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => return Err(StateError::Busy { path: lock_path }),
+            Err(error) => return Err(failed(&lock_path)(error.into())),
+        }
+        let path = folder.join("state.json");
+        let stored = read(&path).map_err(failed(&path))?;
+        Ok(Self { path, stored, _lock: lock })
+    }
+
+    /// Highest use counter that a server has told this machine.
+    pub fn use_counter(&self) -> u64 {
+        self.stored.use_counter
+    }
+
+    /// The run to go on with.
+    pub fn open_run(&self) -> Option<&RunRecord> {
+        self.stored.open.as_ref()
+    }
+
+    /// Runs given up on servers that could not be told.
+    pub fn abandoned(&self) -> &[RunRecord] {
+        &self.stored.abandoned
+    }
+
+    /// Remembers a run before its first message, again when its server is known.
+    ///
+    /// # Errors
+    /// When it can't be stored durably.
+    pub fn set_open(&mut self, run: RunRecord) -> Result<(), StateError> {
+        self.stored.open = Some(run);
+        self.store()
+    }
+
+    /// Takes in the counter of a start.
+    ///
+    /// # Errors
+    /// When it can't be stored durably.
+    pub fn raise_use_counter(&mut self, counter: u64) -> Result<(), StateError> {
+        self.stored.use_counter = self.stored.use_counter.max(counter);
+        self.store()
+    }
+
+    /// Forgets the open run: it is committed, or its server was told.
+    ///
+    /// # Errors
+    /// When it can't be stored durably.
+    pub fn close_run(&mut self) -> Result<(), StateError> {
+        self.stored.open = None;
+        self.store()
+    }
+
+    /// Gives the open run up, for its server to be told when it is there again.
+    ///
+    /// # Errors
+    /// When it can't be stored durably.
+    pub fn abandon_run(&mut self) -> Result<(), StateError> {
+        if let Some(run) = self.stored.open.take().filter(|run| run.server.is_some()) {
+            self.stored.abandoned.push(run);
+            let surplus = self.stored.abandoned.len().saturating_sub(ABANDONED_KEPT);
+            self.stored.abandoned.drain(..surplus);
+        }
+        self.store()
+    }
+
+    /// Forgets a run that was given up: its server knows.
+    ///
+    /// # Errors
+    /// When it can't be stored durably.
+    pub fn forget_abandoned(&mut self, backup_id: BackupId) -> Result<(), StateError> {
+        self.stored.abandoned.retain(|run| run.backup_id != backup_id);
+        self.store()
+    }
+
+    fn store(&self) -> Result<(), StateError> {
+        write(&self.path, &self.stored)
+            .map_err(|source| StateError::Io { path: self.path.clone(), source })
+    }
+}
+
+/// A state that can't be understood is as good as none: it costs a resume, never data.
+fn read(path: &Path) -> io::Result<Stored> {
+    match fs::read(path) {
+        Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_else(|error| {
+            tracing::warn!(path = %path.display(), %error, "the state file is damaged; going on without it");
+            Stored::default()
+        })),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Stored::default()),
+        Err(error) => Err(error),
+    }
+}
+
+fn write(path: &Path, stored: &Stored) -> io::Result<()> {
+    let new = path.with_extension("json.new");
+    let mut file = File::create(&new)?;
+    file.write_all(&serde_json::to_vec_pretty(stored)?)?;
+    file.sync_all()?;
+    fs::rename(&new, path)?;
+    match path.parent() {
+        Some(folder) => File::open(folder)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> RunRecord {
+        RunRecord {
+            backup_id: BackupId::new(),
+            server: Some("a".parse().unwrap()),
+            disks: vec![("d".parse().unwrap(), 4096)],
+        }
+    }
+
+    #[test]
+    fn a_second_backup_is_kept_away_and_the_open_run_survives() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = record();
+        let mut state = MachineState::lock(dir.path()).unwrap();
+        state.set_open(run.clone()).unwrap();
+        state.raise_use_counter(7).unwrap();
+        state.raise_use_counter(3).unwrap();
+        assert!(matches!(MachineState::lock(dir.path()), Err(StateError::Busy { .. })));
+        drop(state);
+        let mut state = MachineState::lock(dir.path()).unwrap();
+        assert_eq!((state.open_run(), state.use_counter()), (Some(&run), 7));
+        state.abandon_run().unwrap();
+        assert_eq!((state.open_run(), state.abandoned()), (None, &[run.clone()][..]));
+        state.forget_abandoned(run.backup_id).unwrap();
+        assert!(state.abandoned().is_empty());
+    }
+
+    #[test]
+    fn a_damaged_state_is_no_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("state.json"), "{\"use_coun").unwrap();
+        assert_eq!(MachineState::lock(dir.path()).unwrap().use_counter(), 0);
+    }
+}

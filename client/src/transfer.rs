@@ -1,0 +1,351 @@
+//! A run on one server: started, taken over again after a failure, its disks written, committed.
+
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
+
+use janus_proto::{
+    error::WireError,
+    ids::{BackupId, BlockHash, DiskId, ServerId, SessionId},
+    metadata,
+    pb::{self, Encoding, StartBackupRequest, StartBackupResponse},
+    tls::Identity,
+};
+use tonic::metadata::MetadataMap;
+
+use crate::{
+    cache::{CacheError, Head},
+    link::{Address, Link, LinkError, Remedy, START},
+    reconcile::ReconcileError,
+    scan::ScanError,
+};
+
+pub mod commit;
+pub mod disk;
+pub mod stream;
+
+const STARTING: &str = "starting the backup";
+/// First and longest pause between attempts to reach a lost server.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+
+/// Why a run ended without a commit.
+#[derive(Debug, thiserror::Error)]
+pub enum TransferError {
+    /// The disk can't be read, or a bug.
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+    /// A call failed for good.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The hash cache can't be used.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// The server was lost and did not come back in time, or dropped the run.
+    #[error("server {server} was lost: {source}")]
+    Lost {
+        /// The server.
+        server: ServerId,
+        /// The last failure.
+        source: Box<LinkError>,
+    },
+    /// The server asks for something this client doesn't have.
+    #[error(
+        "server {server} needs features this client doesn't have: {features}; update the client"
+    )]
+    Features {
+        /// The server.
+        server: ServerId,
+        /// Names, comma-separated.
+        features: String,
+    },
+    /// The server's content kept differing from the disk's.
+    #[error(
+        "server {server} still has other content after everything was compared again: {source}"
+    )]
+    Differs {
+        /// The server.
+        server: ServerId,
+        /// What it said.
+        source: Box<LinkError>,
+    },
+    /// Asked to stop; the run can be resumed.
+    #[error("interrupted; the next backup goes on from here")]
+    Interrupted,
+}
+
+impl From<ReconcileError> for TransferError {
+    fn from(error: ReconcileError) -> Self {
+        match error {
+            ReconcileError::Link(error) => error.into(),
+            ReconcileError::Cache(error) => error.into(),
+            ReconcileError::Ended => Self::Interrupted,
+        }
+    }
+}
+
+impl TransferError {
+    /// What this failure is good for.
+    pub fn remedy(&self) -> Remedy {
+        match self {
+            Self::Link(error) => error.remedy(),
+            Self::Lost { .. } => Remedy::NewRun,
+            _ => Remedy::None,
+        }
+    }
+}
+
+/// Where runs are started: all URLs, in order.
+#[derive(Debug, Clone)]
+pub struct Gate {
+    /// URLs of janus or servers.
+    pub urls: Vec<String>,
+    /// Who we are.
+    pub identity: Identity,
+    /// How long a lost server is waited for.
+    pub failover_after: Duration,
+}
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct StartPlan {
+    /// The run.
+    pub backup_id: BackupId,
+    /// Its disks.
+    pub disks: Vec<pb::DiskStart>,
+    /// How data will be packed, if the server can read that.
+    pub encoding: Encoding,
+    /// Highest use counter known + 1.
+    pub use_counter: u64,
+}
+
+/// One disk's session, as the server described it.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// The session.
+    pub id: SessionId,
+    /// The disk.
+    pub disk_id: DiskId,
+    /// The head it starts from.
+    pub head: Option<Head>,
+    /// It held blocks of an earlier process when this one started it.
+    pub resumed: bool,
+    /// Blocks below this one are settled.
+    pub received_block: u64,
+    /// Ranges to be sent again: first block and count.
+    pub resend: Vec<(u64, u64)>,
+}
+
+/// An open run.
+#[derive(Debug, Clone)]
+pub struct Run {
+    /// What was started.
+    pub plan: StartPlan,
+    /// Connection it was started through.
+    pub link: Link,
+    /// Where it is.
+    pub server: ServerId,
+    /// Raised by each takeover.
+    pub epoch: u64,
+    /// Renewed by any message.
+    pub lease: Duration,
+    /// Counter of this start.
+    pub use_counter: u64,
+    /// Packing that both ends know.
+    pub encoding: Encoding,
+    /// Servers that were passed over: name and reason.
+    pub skipped: Vec<(String, String)>,
+    /// One for each disk of the plan, in its order.
+    pub sessions: Vec<Session>,
+}
+
+impl Run {
+    /// Where the run's calls go.
+    pub fn address(&self) -> Address {
+        Address { server: Some(self.server.clone()), run: Some(self.plan.backup_id), machine: None }
+    }
+}
+
+impl Gate {
+    /// Starts a run, or takes it over; on `server` when it is named, else where janus sends it.
+    ///
+    /// # Errors
+    /// When no URL leads to a server that takes it; of several failures the first that isn't about reaching one.
+    pub async fn start(
+        &self,
+        plan: &StartPlan,
+        server: Option<&ServerId>,
+    ) -> Result<Run, TransferError> {
+        let mut unreachable = Vec::new();
+        let mut failed = None;
+        for url in &self.urls {
+            let link = match Link::connect(url, &self.identity).await {
+                Ok(link) => link,
+                Err(error) => {
+                    unreachable.push(error);
+                    continue;
+                }
+            };
+            match start_through(link, plan, server).await {
+                Err(TransferError::Link(error)) if error.remedy() == Remedy::Reconnect => {
+                    failed.get_or_insert(error);
+                }
+                other => return other,
+            }
+        }
+        Err(failed.unwrap_or(LinkError::Unreachable(unreachable)).into())
+    }
+
+    /// Takes a run over after `cause`, with pauses, for as long as [`Gate::failover_after`].
+    ///
+    /// # Errors
+    /// `Lost` when the server stays away or doesn't know the run any more.
+    pub async fn resume(&self, run: &Run, cause: LinkError) -> Result<Run, TransferError> {
+        let lost_at = Instant::now();
+        let mut pause = PAUSES.0;
+        let mut cause = cause;
+        tracing::warn!(server = %run.server, error = %cause, "connection lost; going on as soon as the server answers");
+        loop {
+            match self.start(&run.plan, Some(&run.server)).await {
+                Ok(resumed) => return Ok(resumed),
+                Err(TransferError::Link(error)) => {
+                    let remedy = error.remedy();
+                    cause = error;
+                    if remedy != Remedy::Reconnect {
+                        break;
+                    }
+                }
+                Err(other) => return Err(other),
+            }
+            if lost_at.elapsed() + pause > self.failover_after {
+                break;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
+        }
+        Err(TransferError::Lost { server: run.server.clone(), source: Box::new(cause) })
+    }
+
+    /// Tells a server that a run is given up.
+    ///
+    /// # Errors
+    /// When it can't be told through any URL.
+    pub async fn abort(&self, backup_id: BackupId, server: &ServerId) -> Result<(), LinkError> {
+        let address = Address { server: Some(server.clone()), run: Some(backup_id), machine: None };
+        let mut last = LinkError::Unreachable(vec![]);
+        for url in &self.urls {
+            let link = match Link::connect_any(std::slice::from_ref(url), &self.identity).await {
+                Ok(link) => link,
+                Err(error) => {
+                    last = error;
+                    continue;
+                }
+            };
+            let message = pb::AbortBackupRequest { backup_id: backup_id.to_string() };
+            let request = address.request(message, Some(crate::link::QUICK));
+            match link
+                .backup()
+                .abort_backup(request)
+                .await
+                .map_err(LinkError::call("giving the run up"))
+            {
+                // NewRun: the server has no such run any more, or has committed it.
+                Err(error) if error.remedy() != Remedy::NewRun => last = error,
+                _ => return Ok(()),
+            }
+        }
+        Err(last)
+    }
+}
+
+async fn start_through(
+    link: Link,
+    plan: &StartPlan,
+    server: Option<&ServerId>,
+) -> Result<Run, TransferError> {
+    let message = StartBackupRequest {
+        backup_id: plan.backup_id.to_string(),
+        disks: plan.disks.clone(),
+        encodings: vec![Encoding::None.into(), Encoding::Lz4.into(), Encoding::Zstd.into()],
+        features: vec![],
+    };
+    let address =
+        Address { server: server.cloned(), run: server.map(|_| plan.backup_id), machine: None };
+    let mut request = address.request(message, Some(START));
+    request.metadata_mut().insert(metadata::USE, plan.use_counter.into());
+    let (headers, answer, _) =
+        link.backup().start_backup(request).await.map_err(LinkError::call(STARTING))?.into_parts();
+    let run = parse_start(link, plan, &headers, &answer).map_err(LinkError::answer(STARTING))?;
+    for warning in &answer.warnings {
+        tracing::warn!(server = %run.server, "{warning}");
+    }
+    if !answer.required_features.is_empty() {
+        return Err(TransferError::Features {
+            server: run.server,
+            features: answer.required_features.join(", "),
+        });
+    }
+    Ok(run)
+}
+
+fn parse_start(
+    link: Link,
+    plan: &StartPlan,
+    headers: &MetadataMap,
+    answer: &StartBackupResponse,
+) -> Result<Run, WireError> {
+    let server: ServerId = answer.server_id.parse()?;
+    let mut sessions = answer.sessions.iter().map(parse_session).collect::<Result<Vec<_>, _>>()?;
+    let place =
+        |disk: &DiskId| plan.disks.iter().position(|planned| planned.disk_id == disk.as_str());
+    let disks: BTreeSet<_> =
+        sessions.iter().filter_map(|session| place(&session.disk_id)).collect();
+    if disks.len() != plan.disks.len() || sessions.len() != plan.disks.len() {
+        return Err(WireError::Invalid {
+            field: "sessions",
+            reason: "not one for each disk".into(),
+        });
+    }
+    sessions.sort_by_key(|session| place(&session.disk_id));
+    let known = answer.encodings.contains(&plan.encoding.into());
+    let counter = headers.get(metadata::USE).and_then(|value| value.to_str().ok()?.parse().ok());
+    Ok(Run {
+        plan: plan.clone(),
+        link,
+        server,
+        epoch: answer.epoch,
+        lease: Duration::from_secs(answer.lease_seconds.clamp(3, 3600).into()),
+        use_counter: answer.use_counter.max(counter.unwrap_or(0)),
+        encoding: if known { plan.encoding } else { Encoding::None },
+        skipped: skipped(headers),
+        sessions,
+    })
+}
+
+fn parse_session(info: &pb::SessionInfo) -> Result<Session, WireError> {
+    let head = info.head.as_ref().map(|head| {
+        Ok::<_, WireError>(Head {
+            snapshot_id: head.snapshot_id.parse()?,
+            table_digest: BlockHash::from_wire("table_digest", &head.table_digest)?,
+            store_generation: head.store_generation.parse()?,
+        })
+    });
+    Ok(Session {
+        id: info.session_id.parse()?,
+        disk_id: info.disk_id.parse()?,
+        head: head.transpose()?,
+        resumed: info.resumed,
+        received_block: info.received_block,
+        resend: info.resend.iter().map(|range| (range.first_block, range.block_count)).collect(),
+    })
+}
+
+fn skipped(headers: &MetadataMap) -> Vec<(String, String)> {
+    let texts = headers.get_all(metadata::SKIPPED).iter().filter_map(|value| value.to_str().ok());
+    texts
+        .map(|text| {
+            let (server, reason) = text.split_once(':').unwrap_or((text, ""));
+            (server.trim().to_owned(), reason.trim().to_owned())
+        })
+        .collect()
+}

@@ -1,0 +1,11 @@
+//! A janus over real loopback sockets with TLS, before small servers that misbehave on demand.
+
+// Helpers of tests are tests.
+#![allow(clippy::unwrap_used)]
+
+mod backend;
+mod catalog;
+mod forwarding;
+mod life;
+mod site;
+mod starts;

@@ -1,0 +1,181 @@
+//! `cargo xtask bench`: speed, CPU time and memory of real processes on one machine, beside the limits of that machine.
+//!
+//! All rows of a run use the same image. Figures of different runs don't compare: the image is made of this machine's
+//! programs, and other work on the machine counts.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+
+use crate::{
+    disk, packages,
+    site::{Profile, Programs, target},
+};
+
+mod janus;
+mod limits;
+mod peers;
+
+/// Arguments of `cargo xtask bench`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Size of the disk
+    #[arg(long, default_value_t = 8192)]
+    size_mib: u64,
+    /// Other programs to run on the same image: borg, restic, rustic
+    #[arg(long, value_delimiter = ',')]
+    against: Vec<peers::Peer>,
+    /// Where to write the figures; default: target/bench/bench.json
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// How clients pack blocks: none, lz4 or zstd
+    #[arg(long, default_value = "none")]
+    encoding: String,
+}
+
+/// One measured operation.
+#[derive(Debug, Clone, Serialize)]
+struct Row {
+    /// `janus`, `direct`, a peer or `limit`.
+    who: String,
+    what: String,
+    seconds: f64,
+    /// MiB of the disk in a second.
+    disk_mib_per_second: f64,
+    /// CPU seconds for each GiB of the disk, by process.
+    cpu_seconds_per_gib: Vec<(String, f64)>,
+    peak_rss_mib: Vec<(String, u64)>,
+    /// Time of the limit named here, divided by this row's: 1.0 is as fast as this machine can.
+    limit: Option<(String, f64)>,
+    /// Bytes that janus says it forwarded meanwhile, in both directions: proof of the path.
+    through_janus_bytes: Option<u64>,
+    /// Bytes the store grew by.
+    stored_bytes: Option<u64>,
+}
+
+/// The images of a run: as it is first, and with 1 % changed.
+struct Images {
+    base: PathBuf,
+    changed: PathBuf,
+    bytes: u64,
+}
+
+impl Images {
+    fn gib(&self) -> f64 {
+        self.bytes as f64 / f64::from(1 << 30)
+    }
+
+    /// A row with the figures that follow from time and disk size.
+    fn row(&self, who: &str, what: &str, seconds: f64) -> Row {
+        Row {
+            who: who.to_owned(),
+            what: what.to_owned(),
+            seconds,
+            disk_mib_per_second: self.gib() * 1024.0 / seconds,
+            cpu_seconds_per_gib: Vec::new(),
+            peak_rss_mib: Vec::new(),
+            limit: None,
+            through_janus_bytes: None,
+            stored_bytes: None,
+        }
+    }
+}
+
+/// Measures and prints.
+///
+/// # Errors
+/// When a program fails, or restores something else than was backed up.
+pub fn run(args: &Args) -> Result<()> {
+    packages::require(packages::DISK_TOOLS)?;
+    let programs = Programs::build(Profile::Release)?;
+    let folder = target().join("bench");
+    let images = images(&folder, args.size_mib)?;
+    let work = tempfile::Builder::new().prefix("run-").tempdir_in(&folder)?;
+    let limits = limits::measure(&images, work.path())?;
+    let mut rows = limits.rows.clone();
+    for through_janus in [true, false] {
+        rows.extend(janus::measure(
+            &programs,
+            &images,
+            work.path(),
+            through_janus,
+            &args.encoding,
+            &limits,
+        )?);
+    }
+    for peer in &args.against {
+        rows.extend(peers::measure(*peer, &images, work.path())?);
+    }
+    print(&images, &rows);
+    let json = args.json.clone().unwrap_or_else(|| folder.join("bench.json"));
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let report = serde_json::json!({"disk_bytes": images.bytes, "cores": cores, "encoding": args.encoding, "rows": rows});
+    fs::write(&json, serde_json::to_vec_pretty(&report)?)
+        .with_context(|| format!("write {}", json.display()))?;
+    println!("\nfigures: {}", json.display());
+    Ok(())
+}
+
+/// Makes the images once for each size; `make_disk.sh` takes minutes.
+fn images(folder: &std::path::Path, size_mib: u64) -> Result<Images> {
+    let place = folder.join(format!("disk-{size_mib}"));
+    let images = Images {
+        base: place.join("base.img"),
+        changed: place.join("v1.img"),
+        bytes: size_mib << 20,
+    };
+    let done = place.join("done");
+    if !done.exists() {
+        fs::create_dir_all(&place)?;
+        println!("making the disk in {} (once)", place.display());
+        let script = crate::site::workspace().join("xtask/assets/make_disk.sh");
+        let mut make = std::process::Command::new("bash");
+        make.arg(script).arg("-o").arg(&place).args(["-s", &size_mib.to_string()]);
+        packages::output(&mut make)
+            .context("make_disk.sh (needs e2fsprogs, gdisk, python3, openssl)")?;
+        fs::write(done, "")?;
+    }
+    ensure!(
+        fs::metadata(&images.base)?.len() == images.bytes,
+        "{} has another size",
+        images.base.display()
+    );
+    Ok(images)
+}
+
+fn print(images: &Images, rows: &[Row]) {
+    println!(
+        "\n{:.1} GiB disk; CPU in seconds for each GiB of it; memory is the peak in MiB",
+        images.gib()
+    );
+    let head = ("who", "what", "s", "MiB/s", "limit", "CPU s/GiB", "peak MiB");
+    println!(
+        "{:<7} {:<26} {:>7} {:>7} {:>6}  {:<38} {}",
+        head.0, head.1, head.2, head.3, head.4, head.5, head.6
+    );
+    for row in rows {
+        let limit = row.limit.as_ref().map_or(String::new(), |(_, ratio)| format!("{ratio:.2}"));
+        let cpu: Vec<_> = row
+            .cpu_seconds_per_gib
+            .iter()
+            .map(|(name, value)| format!("{name} {value:.2}"))
+            .collect();
+        let rss: Vec<_> =
+            row.peak_rss_mib.iter().map(|(name, value)| format!("{name} {value}")).collect();
+        println!(
+            "{:<7} {:<26} {:>7.2} {:>7.0} {limit:>6}  {:<38} {}",
+            row.who,
+            row.what,
+            row.seconds,
+            row.disk_mib_per_second,
+            cpu.join(", "),
+            rss.join(", ")
+        );
+    }
+}
+
+/// Compares a restore with what it should be.
+fn assert_equal(images: &Images, restored: &std::path::Path, changed: bool) -> Result<()> {
+    disk::compare(if changed { &images.changed } else { &images.base }, restored)
+}

@@ -1,0 +1,87 @@
+//! What this machine can do at best: the rows of janus are compared with these.
+
+use std::{
+    fs::File,
+    io::Read,
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+    thread,
+    time::Instant,
+};
+
+use anyhow::Result;
+
+use super::{Images, Row};
+use crate::disk;
+
+const PIECE: u64 = 1 << 20;
+const BLOCK: usize = 4096;
+
+/// Times of the limits, in seconds.
+pub(super) struct Limits {
+    /// Read the whole disk and hash it with BLAKE3, on all cores.
+    pub read_and_hash: f64,
+    /// Copy its data to a new file and sync that.
+    pub copy: f64,
+    pub rows: Vec<Row>,
+}
+
+pub(super) fn measure(images: &Images, work: &Path) -> Result<Limits> {
+    // Once before, so that all rows find the image in memory as far as it fits.
+    let read = timed(|| read_all(&images.base)).and_then(|_| timed(|| read_all(&images.base)))?;
+    let read_and_hash = timed(|| hash_all(&images.base, images.bytes))?;
+    let target = work.join("copy.raw");
+    let copy = timed(|| {
+        disk::copy(&images.base, &target)?;
+        Ok(File::open(&target)?.sync_all()?)
+    })?;
+    std::fs::remove_file(&target)?;
+    let rows = vec![
+        images.row("limit", "read (1 thread)", read),
+        images.row("limit", "read and hash (all cores)", read_and_hash),
+        images.row("limit", "copy and sync", copy),
+    ];
+    Ok(Limits { read_and_hash, copy, rows })
+}
+
+fn timed(work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let started = Instant::now();
+    work()?;
+    Ok(started.elapsed().as_secs_f64())
+}
+
+fn read_all(path: &Path) -> Result<()> {
+    let mut file = File::open(path)?;
+    let mut bytes = vec![0; PIECE as usize];
+    while file.read(&mut bytes)? > 0 {}
+    Ok(())
+}
+
+/// Hashes pieces of 1 MiB, each as one tree, which is the fastest way to use BLAKE3; zero blocks are left out as in the
+/// client.
+fn hash_all(path: &Path, length: u64) -> Result<()> {
+    let file = File::open(path)?;
+    let next = AtomicU64::new(0);
+    let work = || -> Result<()> {
+        let mut bytes = vec![0; PIECE as usize];
+        loop {
+            let offset = next.fetch_add(PIECE, Ordering::Relaxed);
+            if offset >= length {
+                return Ok(());
+            }
+            let piece = &mut bytes[..PIECE.min(length - offset) as usize];
+            file.read_exact_at(piece, offset)?;
+            if piece.chunks(BLOCK).any(|block| block.iter().any(|byte| *byte != 0)) {
+                std::hint::black_box(blake3::hash(piece));
+            }
+        }
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| {
+        let running: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        running.into_iter().try_for_each(|thread| {
+            thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?
+        })
+    })
+}

@@ -1,0 +1,83 @@
+//! Loop devices and small file systems for tests of failing disks. Both need root.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Result, ensure};
+
+use crate::{disk, packages};
+
+/// A file as a block device; detached when dropped.
+#[derive(Debug)]
+pub struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    /// Attaches a file.
+    ///
+    /// # Errors
+    /// When we aren't root or there is no free loop device.
+    pub fn attach(file: &Path) -> Result<Self> {
+        require_root()?;
+        let device =
+            packages::output(packages::command("losetup").args(["--find", "--show"]).arg(file))?;
+        Ok(Self(device.trim().into()))
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = packages::output(packages::command("losetup").arg("--detach").arg(&self.0));
+    }
+}
+
+/// A mounted ext4 of a given size; unmounted when dropped.
+#[derive(Debug)]
+pub struct SmallFileSystem {
+    folder: PathBuf,
+    device: LoopDevice,
+}
+
+impl SmallFileSystem {
+    /// Makes `<folder>.img` and mounts it on `folder`.
+    ///
+    /// # Errors
+    /// When we aren't root or a tool fails.
+    pub fn mount(folder: &Path, size_bytes: u64) -> Result<Self> {
+        require_root()?;
+        packages::require(packages::DISK_TOOLS)?;
+        fs::create_dir_all(folder)?;
+        let image = folder.with_extension("img");
+        disk::blank(&image, size_bytes)?;
+        packages::output(
+            packages::command("mke2fs").args(["-q", "-t", "ext4", "-m", "0", "-F"]).arg(&image),
+        )?;
+        let device = LoopDevice::attach(&image)?;
+        packages::output(Command::new("mount").arg(device.path()).arg(folder))?;
+        Ok(Self { folder: folder.to_owned(), device })
+    }
+
+    /// Its block device, which is mounted.
+    pub fn device(&self) -> &Path {
+        self.device.path()
+    }
+}
+
+impl Drop for SmallFileSystem {
+    fn drop(&mut self) {
+        // Lazily: a program that still holds a file there must not leave the mount behind.
+        let _ = packages::output(Command::new("umount").arg("--lazy").arg(&self.folder));
+    }
+}
+
+fn require_root() -> Result<()> {
+    ensure!(rustix::process::geteuid().is_root(), "this test needs root: it uses loop devices");
+    Ok(())
+}

@@ -1,0 +1,96 @@
+//! CPU time and peak memory of processes, from `/proc`.
+
+use std::{
+    fs,
+    process::{Child, ExitStatus},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+
+/// Clock ticks of `/proc/<pid>/stat` in a second: 100 on every Linux that Rust supports.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// What a process has used so far.
+#[derive(Debug, Clone, Copy, Default, serde::Serialize)]
+pub struct Used {
+    /// User and system time of all its threads.
+    pub cpu_seconds: f64,
+    /// Highest resident memory (`VmHWM`).
+    pub peak_rss_bytes: u64,
+}
+
+/// What process `pid` has used; zeros when there is no such process.
+pub fn used(pid: u32) -> Used {
+    Used {
+        cpu_seconds: stat(pid).map_or(0.0, |stat| stat.cpu_seconds),
+        peak_rss_bytes: peak_rss(pid).unwrap_or(0),
+    }
+}
+
+/// Forgets the peak of process `pid` so far, so that the next one belongs to what follows. Needs our own process.
+pub fn reset_peak(pid: u32) {
+    // A kernel without this file leaves the old peak: higher than the truth, never lower.
+    let _ = fs::write(format!("/proc/{pid}/clear_refs"), "5");
+}
+
+/// Waits for a child and watches it: its status, what it used, and how long that took.
+///
+/// # Errors
+/// When waiting fails.
+pub fn wait(child: &mut Child, started: Instant) -> Result<(ExitStatus, Used, Duration)> {
+    let pid = child.id();
+    let mut peak = 0;
+    loop {
+        peak = peak.max(peak_rss(pid).unwrap_or(0));
+        // A process that has ended stays readable, with its CPU time, until it is waited for.
+        let stat = stat(pid).unwrap_or(Stat { ended: true, cpu_seconds: 0.0 });
+        if stat.ended {
+            let took = started.elapsed();
+            let status = child.wait()?;
+            return Ok((
+                status,
+                Used { cpu_seconds: stat.cpu_seconds, peak_rss_bytes: peak },
+                took,
+            ));
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+struct Stat {
+    ended: bool,
+    cpu_seconds: f64,
+}
+
+fn stat(pid: u32) -> Option<Stat> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the name in brackets, which may hold anything: fields are counted after it.
+    let fields: Vec<_> = text.rsplit_once(')')?.1.split_whitespace().collect();
+    let ticks = fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?;
+    Some(Stat { ended: *fields.first()? == "Z", cpu_seconds: ticks / TICKS_PER_SECOND })
+}
+
+fn peak_rss(pid: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_is_measured_after_its_end() {
+        let started = Instant::now();
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done"])
+            .spawn()
+            .unwrap();
+        let (status, used, _) = wait(&mut child, started).unwrap();
+        assert!(status.success());
+        assert!(used.cpu_seconds > 0.0 && used.peak_rss_bytes > 100_000, "{used:?}");
+    }
+}

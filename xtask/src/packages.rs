@@ -1,0 +1,125 @@
+//! Programs of the system that tests and the demo run: installed when we may, else named.
+
+use std::{path::Path, process::Command};
+
+use anyhow::{Context, Result, bail};
+
+/// A program and the Debian package that brings it.
+#[derive(Debug, Clone, Copy)]
+pub struct Tool {
+    /// Name of the program.
+    pub program: &'static str,
+    /// Debian package.
+    pub package: &'static str,
+}
+
+/// What making a disk image with a file system needs.
+pub const DISK_TOOLS: &[Tool] = &[
+    Tool { program: "sgdisk", package: "gdisk" },
+    Tool { program: "mke2fs", package: "e2fsprogs" },
+];
+
+/// What the whole test run needs, `DISK_TOOLS` included.
+pub const TEST_TOOLS: &[Tool] = &[
+    Tool { program: "sgdisk", package: "gdisk" },
+    Tool { program: "mke2fs", package: "e2fsprogs" },
+    Tool { program: "7z", package: "p7zip-full" },
+    Tool { program: "qemu-img", package: "qemu-utils" },
+    Tool { program: "python3", package: "python3-venv" },
+    Tool { program: "npm", package: "npm" },
+];
+
+/// Makes sure that `tools` are here: installs what is missing when we are root and there is apt-get, else fails with
+/// the command to run.
+///
+/// # Errors
+/// When something is missing that could not be installed.
+pub fn require(tools: &[Tool]) -> Result<()> {
+    let missing: Vec<_> = tools.iter().filter(|tool| !is_here(tool.program)).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let packages: Vec<_> = missing.iter().map(|tool| tool.package).collect();
+    let programs: Vec<_> = missing.iter().map(|tool| tool.program).collect();
+    if !rustix::process::geteuid().is_root() || !is_here("apt-get") {
+        bail!(
+            "missing: {}. Install with: sudo apt-get install {}",
+            programs.join(", "),
+            packages.join(" ")
+        );
+    }
+    eprintln!("installing {} (for {})", packages.join(" "), programs.join(", "));
+    // The list of packages may be missing or old on a fresh machine: only the installation's result counts.
+    let _ = apt_get(&["-q", "update"]);
+    let mut arguments = vec!["-q", "install", "-y", "--no-install-recommends"];
+    arguments.extend(&packages);
+    apt_get(&arguments)?;
+    if let Some(tool) = missing.iter().find(|tool| !is_here(tool.program)) {
+        bail!("package {} is installed but there is no {}", tool.package, tool.program);
+    }
+    Ok(())
+}
+
+/// True when `program` is in `PATH` or where system programs of root live.
+pub fn is_here(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .any(|folder: std::path::PathBuf| folder.join(program).is_file())
+}
+
+/// A command that also finds programs in `/usr/sbin`, where e2fsprogs and gdisk are and users' `PATH` isn't.
+pub fn command(program: &str) -> Command {
+    let found = ["/usr/sbin", "/sbin"]
+        .iter()
+        .map(|folder| Path::new(folder).join(program))
+        .find(|path| path.is_file());
+    Command::new(found.unwrap_or_else(|| program.into()))
+}
+
+/// Runs a command and returns what it printed.
+///
+/// # Errors
+/// When it can't be started or fails; with the end of what it said.
+pub fn output(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command.output().with_context(|| format!("run {name}"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        let end: Vec<_> = said.trim().lines().rev().take(5).collect();
+        bail!(
+            "{name}: {}: {}",
+            output.status,
+            end.into_iter().rev().collect::<Vec<_>>().join(" / ")
+        );
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+fn apt_get(arguments: &[&str]) -> Result<()> {
+    output(Command::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive").args(arguments))
+        .map(drop)
+}
+
+/// A Python environment `target/tools/<name>` with exactly these packages from PyPI (`name==version`); returns its
+/// interpreter. Made anew when the list changes.
+///
+/// # Errors
+/// When it can't be made.
+pub fn python(name: &str, packages: &[&str]) -> Result<std::path::PathBuf> {
+    let folder = crate::site::target().join("tools").join(name);
+    let (python, list) = (folder.join("bin/python"), folder.join("packages.txt"));
+    let wanted = packages.join("\n");
+    if std::fs::read_to_string(&list).ok().as_deref() != Some(wanted.as_str()) {
+        require(&[Tool { program: "python3", package: "python3-venv" }])?;
+        output(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder))
+            .context("make a Python environment (apt-get install python3-venv)")?;
+        output(
+            Command::new(&python)
+                .args(["-m", "pip", "install", "-q", "--disable-pip-version-check"])
+                .args(packages),
+        )?;
+        std::fs::write(&list, wanted)?;
+    }
+    Ok(python)
+}

@@ -1,0 +1,167 @@
+//! What `janus-client --json` prints, as types. Unknown fields are ignored, missing ones are errors.
+
+use serde::Deserialize;
+
+/// Any failure.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Failure {
+    /// One line for people.
+    pub error: String,
+    /// Name of the gRPC error reason, if one caused it.
+    pub reason: Option<String>,
+    /// The program's exit code.
+    pub exit_code: i32,
+}
+
+/// A server that was passed over.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Skipped {
+    /// Its name.
+    pub server: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// `backup`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Backup {
+    /// Id of the run.
+    pub backup_id: String,
+    /// Server that took it.
+    pub server: String,
+    /// Use counter of this start.
+    pub use_counter: u64,
+    /// Servers that were passed over.
+    pub skipped: Vec<Skipped>,
+    /// The run went on after an interruption.
+    pub resumed: bool,
+    /// Wall time.
+    pub seconds: f64,
+    /// One for each disk.
+    pub disks: Vec<Disk>,
+}
+
+/// One disk of a backup.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Disk {
+    /// Its id.
+    pub disk_id: String,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// Snapshot it became.
+    pub snapshot_id: String,
+    /// `full` or `delta`.
+    pub kind: String,
+    /// Bytes read from the source.
+    pub read_bytes: u64,
+    /// Blocks found changed.
+    pub changed_blocks: u64,
+    /// Bytes of blocks sent, before packing.
+    pub sent_bytes: u64,
+    /// The same after packing.
+    pub wire_bytes: u64,
+    /// `cache`, `reconciled` or `full`.
+    pub compare: String,
+    /// Path of the image below the server's image path.
+    pub image: String,
+    /// Allocated bytes of the image.
+    pub image_allocated_bytes: u64,
+    /// Length of the image.
+    pub image_length_bytes: u64,
+    /// Hex digits of the table digest.
+    pub table_digest: String,
+}
+
+/// `list`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct List {
+    /// Newest first.
+    pub snapshots: Vec<Snapshot>,
+    /// Servers that did not answer.
+    pub unreachable: Vec<Unreachable>,
+}
+
+/// One snapshot of `list`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Snapshot {
+    /// Its id.
+    pub snapshot_id: String,
+    /// Server that holds it.
+    pub server: String,
+    /// `<user>/<machine>`.
+    pub machine: String,
+    /// Disk it is of.
+    pub disk_id: String,
+    /// Run it was made by.
+    pub backup_id: String,
+    /// Unix milliseconds.
+    pub committed_ms: i64,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// Hex digits of the table digest.
+    pub table_digest: String,
+    /// Snapshot its image is a delta to; none for a base.
+    pub parent_snapshot_id: Option<String>,
+    /// Path of the image below the server's image path.
+    pub image: String,
+    /// Its server answers.
+    pub reachable: bool,
+}
+
+/// A server that did not answer a `list`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Unreachable {
+    /// Its name, or its URL.
+    pub server: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// `restore`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Restore {
+    /// Snapshot that was restored.
+    pub snapshot_id: String,
+    /// Server it came from.
+    pub server: String,
+    /// Disk it is of.
+    pub disk_id: String,
+    /// Where it was written.
+    pub to: String,
+    /// Size of the disk.
+    pub size_bytes: u64,
+    /// Bytes that travelled.
+    pub fetched_bytes: u64,
+    /// Bytes that were written.
+    pub written_bytes: u64,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+/// `status`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Status {
+    /// One for each server.
+    pub servers: Vec<ServerStatus>,
+}
+
+/// One server of `status`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ServerStatus {
+    /// Its name; empty while it was never reached.
+    pub server: String,
+    /// Its URL.
+    pub url: String,
+    /// It takes backups.
+    pub ready: bool,
+    /// Why not.
+    pub reason: Option<String>,
+    /// Milliseconds since the last message of its report stream; -1: no stream.
+    pub report_age_ms: i64,
+    /// Starts that janus sent there.
+    pub starts: u64,
+    /// Body bytes that janus forwarded to it.
+    pub bytes_sent: u64,
+    /// Body bytes that janus forwarded from it.
+    pub bytes_received: u64,
+}

@@ -1,0 +1,104 @@
+//! `cargo xtask test`: everything that CI runs, in groups with a time budget each.
+//!
+//! CI runs exactly this. A group that fails doesn't stop the others: the table at the end says all that is wrong.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+
+use crate::packages;
+
+mod groups;
+mod steps;
+mod tidy;
+mod tools;
+
+use groups::GROUPS;
+use steps::{Counts, Runner};
+
+/// Arguments of `cargo xtask test`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Leave out what takes longest: kill rounds, the demo, the Python client
+    #[arg(long, conflicts_with = "soak")]
+    quick: bool,
+    /// More rounds and larger disks
+    #[arg(long)]
+    soak: bool,
+    /// Only these groups (may be repeated): build, main-job, janus, store, sources, client, restore, security
+    #[arg(long)]
+    group: Vec<String>,
+}
+
+struct Row {
+    name: &'static str,
+    counts: Counts,
+    took: Duration,
+    budget: Duration,
+}
+
+/// Runs the groups and prints their table; the last line is `N passed, N failed`.
+///
+/// # Errors
+/// When something failed, or with `CI` set in the environment when a group took longer than its budget.
+pub fn run(args: &Args) -> Result<()> {
+    if let Some(unknown) =
+        args.group.iter().find(|name| !GROUPS.iter().any(|group| group.name == **name))
+    {
+        let known: Vec<_> = GROUPS.iter().map(|group| group.name).collect();
+        bail!("no group {unknown}; there are {}", known.join(", "));
+    }
+    std::env::set_current_dir(crate::site::workspace())?;
+    packages::require(packages::TEST_TOOLS)?;
+    let mut runner = Runner::new(args.quick, args.soak)?;
+    let mut rows = Vec::new();
+    for group in GROUPS
+        .iter()
+        .filter(|group| args.group.is_empty() || args.group.iter().any(|name| name == group.name))
+    {
+        println!("\n== {}", group.name);
+        let started = Instant::now();
+        (group.run)(&mut runner);
+        let budget = Duration::from_secs(group.budget_minutes * if args.soak { 600 } else { 60 });
+        rows.push(Row {
+            name: group.name,
+            counts: runner.take_counts(),
+            took: started.elapsed(),
+            budget,
+        });
+    }
+    report(&rows, &runner.failures)
+}
+
+fn report(rows: &[Row], failures: &[String]) -> Result<()> {
+    println!("\n{:<10} {:>7} {:>7} {:>9} {:>9}", "group", "passed", "failed", "minutes", "budget");
+    let mut late = Vec::new();
+    let mut total = Counts::default();
+    for row in rows {
+        let minutes = |time: Duration| time.as_secs_f64() / 60.0;
+        let (took, budget) = (minutes(row.took), minutes(row.budget));
+        println!(
+            "{:<10} {:>7} {:>7} {took:>9.1} {budget:>9.0}",
+            row.name, row.counts.passed, row.counts.failed
+        );
+        total.passed += row.counts.passed;
+        total.failed += row.counts.failed;
+        if row.took > row.budget {
+            late.push(row.name);
+        }
+    }
+    for failure in failures {
+        println!("FAILED: {failure}");
+    }
+    if !late.is_empty() {
+        println!("over budget: {}", late.join(", "));
+    }
+    println!("{} passed, {} failed", total.passed, total.failed);
+    ensure!(total.failed == 0 && failures.is_empty(), "tests failed");
+    ensure!(
+        late.is_empty() || std::env::var_os("CI").is_none(),
+        "over budget: {}",
+        late.join(", ")
+    );
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! The groups: what belongs to which, and how many minutes it may take.
+
+use std::{fs, process::Command};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{steps::Runner, tidy, tools};
+use crate::{bindings, packages, site::Programs};
+
+/// A part of the test run.
+pub(super) struct Group {
+    pub name: &'static str,
+    pub budget_minutes: u64,
+    pub run: fn(&mut Runner),
+}
+
+pub(super) const GROUPS: &[Group] = &[
+    Group { name: "build", budget_minutes: 10, run: build },
+    Group { name: "main-job", budget_minutes: 5, run: main_job },
+    Group { name: "janus", budget_minutes: 5, run: janus },
+    Group { name: "store", budget_minutes: 5, run: store },
+    Group { name: "sources", budget_minutes: 4, run: sources },
+    Group { name: "client", budget_minutes: 4, run: client },
+    Group { name: "restore", budget_minutes: 3, run: restore },
+    Group { name: "security", budget_minutes: 2, run: security },
+];
+
+/// Modules of the client that belong to group `sources`.
+const SOURCE_MODULES: &[&str] = &["source::", "scan::", "delta::", "journal::"];
+/// Whole-system tests that belong to another group than `main-job`.
+const PLACED: &[(&str, &str)] =
+    &[("reasons", "janus"), ("python_client", "restore"), ("refusals", "security")];
+/// Whole-system tests that `--quick` leaves out.
+const SLOW: &[&str] = &["kills", "python_client"];
+
+fn build(runner: &mut Runner) {
+    runner.cargo("format", &["fmt", "--all", "--check"]);
+    runner.cargo("clippy", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]);
+    runner.cargo_with(
+        "docs",
+        &["doc", "--workspace", "--no-deps"],
+        &[("RUSTDOCFLAGS", "-D warnings")],
+    );
+    runner.check("committed bindings", bindings::check);
+    runner.check("buf lint", tools::buf_lint);
+    runner.check("tidy", tidy::check);
+    runner.check("programs", || Programs::for_tests().map(drop));
+}
+
+fn main_job(runner: &mut Runner) {
+    runner.cargo("xtask", &["test", "-p", "xtask"]);
+    for name in whole_system_tests(runner) {
+        if PLACED.iter().all(|(placed, _)| *placed != name) {
+            whole_system(runner, &name);
+        }
+    }
+    if !runner.quick {
+        runner.check("demo", demo);
+    }
+}
+
+fn janus(runner: &mut Runner) {
+    runner.cargo("janus", &["test", "-p", "janus"]);
+    placed(runner, "janus");
+}
+
+fn store(runner: &mut Runner) {
+    runner.cargo("server", &["test", "-p", "janus-server"]);
+}
+
+fn sources(runner: &mut Runner) {
+    let mut arguments = vec!["test", "-p", "janus-client", "--lib", "--"];
+    arguments.extend(SOURCE_MODULES);
+    runner.cargo("client sources", &arguments);
+}
+
+fn client(runner: &mut Runner) {
+    let mut arguments = vec!["test", "-p", "janus-client", "--lib", "--bins", "--"];
+    for module in SOURCE_MODULES.iter().chain(&["restore::"]) {
+        arguments.extend(["--skip", module]);
+    }
+    runner.cargo("client", &arguments);
+    runner.cargo("client docs", &["test", "-p", "janus-client", "--doc"]);
+}
+
+fn restore(runner: &mut Runner) {
+    runner.cargo("client restore", &["test", "-p", "janus-client", "--lib", "--", "restore::"]);
+    placed(runner, "restore");
+}
+
+fn security(runner: &mut Runner) {
+    runner.cargo("proto", &["test", "-p", "janus-proto"]);
+    placed(runner, "security");
+}
+
+fn placed(runner: &mut Runner, group: &str) {
+    let here = whole_system_tests(runner);
+    for (name, _) in PLACED
+        .iter()
+        .filter(|(name, place)| *place == group && here.iter().any(|test| test == name))
+    {
+        whole_system(runner, name);
+    }
+}
+
+fn whole_system(runner: &mut Runner, name: &str) {
+    // One at a time: each test runs several programs, and memory and times are looked at.
+    runner.cargo(
+        name,
+        &["test", "-p", "janus-client", "--test", name, "--", "--test-threads", "1", "--nocapture"],
+    );
+}
+
+/// Files of `client/tests`: read from the folder, so that a new one can't be forgotten.
+fn whole_system_tests(runner: &mut Runner) -> Vec<String> {
+    let names = || -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir("client/tests")? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "rs") {
+                names.push(
+                    path.file_stem().context("file without a name")?.to_string_lossy().into_owned(),
+                );
+            }
+        }
+        names.sort();
+        Ok(names)
+    };
+    let mut found = Vec::new();
+    match names() {
+        Ok(names) => found = names,
+        Err(error) => runner.check("find whole-system tests", || Err(error)),
+    }
+    found.retain(|name| !runner.quick || !SLOW.contains(&name.as_str()));
+    found
+}
+
+/// The demo in a process of its own, as a user runs it; its JSON answer is checked.
+fn demo() -> Result<()> {
+    let program = std::env::current_exe()?;
+    let text =
+        packages::output(Command::new(program).args(["demo", "--json", "--size-mib", "128"]))?;
+    let answer: serde_json::Value =
+        serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))?;
+    let steps = answer["steps"].as_array().context("no steps")?;
+    ensure!(answer["ok"] == true && steps.len() >= 10, "{answer}");
+    ensure!(steps.iter().all(|step| step["ok"] == true), "{answer}");
+    Ok(())
+}
