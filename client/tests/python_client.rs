@@ -7,6 +7,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::OnceLock,
 };
 
 use rcgen::{CertificateParams, Issuer, KeyPair};
@@ -31,6 +32,12 @@ struct Python {
 }
 
 impl Python {
+    /// Made once: the tests of this file run side by side.
+    fn ready() -> &'static Self {
+        static READY: OnceLock<Python> = OnceLock::new();
+        READY.get_or_init(Self::prepare)
+    }
+
     fn prepare() -> Self {
         let interpreter = packages::python("python-client", PACKAGES).unwrap();
         let stubs = target().join("tools/python-client-stubs");
@@ -73,7 +80,7 @@ impl Python {
 
 #[test]
 fn vectors_hold_in_python() {
-    let python = Python::prepare();
+    let python = Python::ready();
     let answer =
         python.run(&["vectors", &workspace().join("proto/vectors.json").to_string_lossy()]);
     assert_eq!(answer["checked"], 14, "{answer}");
@@ -81,7 +88,7 @@ fn vectors_hold_in_python() {
 
 #[test]
 fn a_python_client_backs_up_lists_and_restores_through_janus() {
-    let python = Python::prepare();
+    let python = Python::ready();
     let site = Site::start(Programs::for_tests().unwrap(), &Plan::default()).unwrap();
     // A size that isn't a multiple of 4096, with a hole in the middle.
     let path = site.folder().join("disk.raw");
@@ -142,7 +149,7 @@ fn a_python_client_backs_up_lists_and_restores_through_janus() {
 
 #[test]
 fn a_certificate_without_a_role_is_told_so() {
-    let python = Python::prepare();
+    let python = Python::ready();
     let site = Site::start(Programs::for_tests().unwrap(), &Plan::default()).unwrap();
     let read = |name: &str| fs::read_to_string(site.folder().join("pki").join(name)).unwrap();
     let authority = KeyPair::from_pem(&read("ca.key")).unwrap();

@@ -14,7 +14,7 @@ mod wire;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -100,9 +100,8 @@ struct Inner {
     /// Milliseconds after `begun` when it didn't answer a probe; 0: it did.
     suspect: AtomicU64,
     suspect_since_ms: AtomicI64,
-    /// Milliseconds after `begun` when the present attempt to connect began.
+    /// Milliseconds after `begun` when the present attempt to connect began; 0: there is none.
     looking_since: AtomicU64,
-    is_looking: AtomicBool,
     /// Smoothed round trip in microseconds.
     round_trip: AtomicU64,
     begun: Instant,
@@ -139,7 +138,6 @@ impl Upstream {
             suspect: AtomicU64::new(0),
             suspect_since_ms: AtomicI64::new(0),
             looking_since: AtomicU64::new(0),
-            is_looking: AtomicBool::new(false),
             round_trip: AtomicU64::new(0),
             begun: Instant::now(),
         }))
@@ -235,9 +233,9 @@ impl Upstream {
         self.0.look.notify_one();
     }
 
-    fn note_look(&self) {
-        self.0.looking_since.store(self.0.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
-        self.0.is_looking.store(true, Ordering::Relaxed);
+    fn note_look(&self, is_looking: bool) {
+        let since = if is_looking { (self.0.begun.elapsed().as_millis() as u64).max(1) } else { 0 };
+        self.0.looking_since.store(since, Ordering::Relaxed);
     }
 
     /// Looks now and waits for what comes of it. A look that is under way has had a part of the time already.
@@ -245,7 +243,11 @@ impl Upstream {
         let mut states = self.0.state.subscribe();
         let looks = states.borrow_and_update().looks;
         self.look_now();
-        let until = Instant::now() + self.probe_limit();
+        let since = match self.0.looking_since.load(Ordering::Relaxed) {
+            0 => Instant::now(),
+            since => self.0.begun + Duration::from_millis(since),
+        };
+        let until = since + self.probe_limit();
         let _ =
             timeout_at(until, states.wait_for(|state| state.link.is_some() || state.looks > looks))
                 .await;

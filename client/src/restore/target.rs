@@ -87,7 +87,8 @@ impl Target {
             .ok_or_else(|| TargetError::Kind(path.into()))?
             .to_string_lossy()
             .into_owned();
-        let partial = path.with_file_name(format!(".{name}.{}.partial", std::process::id()));
+        let partial =
+            path.with_file_name(format!(".{name}.{}.partial", uuid::Uuid::now_v7().simple()));
         let file = OpenOptions::new()
             .read(true)
             .write(true)

@@ -1,6 +1,6 @@
 //! The task that looks for one server and stays with it: connect, watch, notice the loss, again.
 
-use std::{future::pending, pin::pin, sync::atomic::Ordering, time::Duration};
+use std::{future::pending, pin::pin, time::Duration};
 
 use futures::{Stream, StreamExt};
 use http::uri::Authority;
@@ -49,7 +49,7 @@ pub(super) async fn run(upstream: Upstream, identity: Identity, stop: Cancellati
     let mut pause = FIRST_PAUSE;
     loop {
         let begun = Instant::now();
-        upstream.note_look();
+        upstream.note_look(true);
         let reason = match connect(&upstream, &identity, stop.child_token()).await {
             Ok(session) => {
                 pause = FIRST_PAUSE;
@@ -68,7 +68,7 @@ pub(super) async fn run(upstream: Upstream, identity: Identity, stop: Cancellati
 }
 
 fn mark_down(upstream: &Upstream, reason: String) {
-    upstream.0.is_looking.store(false, Ordering::Relaxed);
+    upstream.note_look(false);
     upstream.change(|state| {
         if state.link.take().is_some() || state.looks == 0 {
             state.since_ms = unix_ms();
