@@ -28,6 +28,8 @@ use crate::{
 const RUNS: usize = 3;
 /// Failures of one disk's stream without a block of progress between them.
 const BREAKS: usize = 5;
+/// New hash caches begun for one disk before the backup fails.
+const RESETS: usize = 2;
 
 /// Why there is no backup.
 #[derive(Debug, thiserror::Error)]
@@ -290,17 +292,20 @@ impl Backup {
         mut disk: DiskTransfer,
         mut segments: Segments,
     ) -> Result<DiskTransfer, TransferError> {
-        let (mut breaks, mut best) = (0, 0);
+        let (mut breaks, mut best, mut resets) = (0, 0, 0);
         loop {
             let (back, result) = self.send_once(run, session, disk, &segments).await;
             disk = back.ok_or(TransferError::Interrupted)?;
             let Err(error) = result else { return Ok(disk) };
             match error {
-                TransferError::Scan(ScanError::Table(why)) => {
+                // A folder without space damages every new cache, too: then the backup says so and ends.
+                TransferError::Scan(ScanError::Table(why)) if resets < RESETS => {
+                    resets += 1;
                     disk = reset(disk, why).await?;
                     segments = Segments::From(0);
                 }
-                TransferError::Cache(error @ CacheError::Damaged { .. }) => {
+                TransferError::Cache(error @ CacheError::Damaged { .. }) if resets < RESETS => {
+                    resets += 1;
                     disk = reset(disk, error.to_string()).await?;
                     segments = Segments::From(0);
                 }

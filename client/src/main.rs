@@ -34,7 +34,11 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     let settings = cli::loader().load(matches, std::env::vars_os()).map_err(Failure::usage)?;
     let filter = tracing_subscriber::EnvFilter::builder().parse(&settings.log);
     let filter = filter.map_err(|error| Failure::usage(format!("setting log: {error}")))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_writer(std::io::stderr)
+        .init();
     let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -194,7 +194,8 @@ fn within(
 
 fn parse(answer: ReadHashesResponse) -> Result<(u64, Vec<BlockHash>), LinkError> {
     let batch = answer.batch.unwrap_or_default();
-    if batch.hashes.len() % BlockHash::LEN != 0 || batch.hashes.len() > MAX_HASHES * BlockHash::LEN
+    if !batch.hashes.len().is_multiple_of(BlockHash::LEN)
+        || batch.hashes.len() > MAX_HASHES * BlockHash::LEN
     {
         let length =
             WireError::Length { field: "hashes", expected: 32, actual: batch.hashes.len() };

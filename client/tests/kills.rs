@@ -44,7 +44,7 @@ fn committed_snapshots_survive_kills_at_random_moments() {
         // Large changes keep the run going long enough to be hit anywhere in it.
         disk::change(&path, noise.below(DISK_MIB / 2) * MIB + MIB, noise.number()).unwrap();
         let victim = ["client", "janus", "server-a", "server-b"][noise.below(4) as usize];
-        let delay = Duration::from_millis(noise.below(900));
+        let delay = Duration::from_millis(noise.below(500));
         let mut running = client.start(&["backup", "--json"]).unwrap();
         thread::sleep(delay);
         let hit = !running.has_ended();

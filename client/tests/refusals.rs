@@ -106,7 +106,7 @@ fn a_missing_certificate_and_one_of_the_wrong_role_are_named() {
     client.settings.set("cert", "");
     assert_says(&client.failure(&["backup"]).unwrap(), &["cert", "is empty"]);
     client.settings.set("cert", "/does/not/exist.pem");
-    assert_says(&client.failure(&["backup"]).unwrap(), &["/does/not/exist.pem", "No such file"]);
+    assert_says(&client.failure(&["backup"]).unwrap(), &["/does/not/exist.pem", "no such file"]);
     site.issue("operator", "olga", &[]).unwrap();
     use_keys(&mut client, &site.folder().join("pki/olga"));
     let failure = client.failure(&["backup"]).unwrap();
@@ -230,7 +230,9 @@ fn missing_disks_and_odd_sizes_fail_before_anything_is_stored() {
     client.settings.set("disks", vec![format!("disk={}", path.display())]);
     let failure = client.failure(&["backup"]).unwrap();
     assert_says(&failure, &["disk.raw", "512"]);
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(MIB).unwrap();
 
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(MIB).unwrap();
     client
         .settings
         .set("disks", vec![format!("same={}", path.display()), format!("same={}", path.display())]);

@@ -1,6 +1,6 @@
 //! `janus`: routes backups to the server used longest ago.
 
-use std::process::ExitCode;
+use std::{io::IsTerminal, process::ExitCode};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus::{config, serve::Janus};
@@ -62,7 +62,12 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
 
 fn start_log(filter: &str) -> Result<(), tracing_subscriber::filter::ParseError> {
     let filter = tracing_subscriber::EnvFilter::builder().parse(filter)?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colours)
+        .with_writer(std::io::stderr)
+        .init();
     Ok(())
 }
 

@@ -145,7 +145,10 @@ impl Upstream {
 
     /// Keeps the connections until `stop`. To be called once.
     pub async fn run(self, identity: Identity, stop: CancellationToken) {
-        stop.run_until_cancelled(task::run(self, identity, stop.clone())).await;
+        // The connections end after the task that watches them, or it would take our own end for a loss.
+        let kill = CancellationToken::new();
+        let _kill_on_drop = kill.clone().drop_guard();
+        stop.run_until_cancelled(task::run(self, identity, kill)).await;
     }
 
     /// Name in its certificate, once it was reached.

@@ -35,7 +35,7 @@ struct Texts {
 }
 
 fn vectors() -> Vectors {
-    serde_json::from_str(include_str!("../vectors.json")).unwrap()
+    serde_json::from_str(include_str!("../vectors.json")).expect("vectors.json is valid")
 }
 
 impl Disk {

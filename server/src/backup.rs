@@ -118,7 +118,7 @@ fn wanted_disk(start: &pb::DiskStart, seen: &mut HashSet<String>) -> Result<Want
         .into());
     }
     let size_bytes = start.size_bytes;
-    if size_bytes % u64::from(logical_sector_bytes) != 0 || size_bytes > MAX_DISK_BYTES {
+    if !size_bytes.is_multiple_of(u64::from(logical_sector_bytes)) || size_bytes > MAX_DISK_BYTES {
         let reason =
             format!("{size_bytes} is not a multiple of {logical_sector_bytes} up to 64 TiB");
         return Err(WireError::invalid("size_bytes", reason).into());

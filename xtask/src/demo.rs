@@ -32,12 +32,9 @@ pub struct Args {
     /// Size of the disk that is made when none is given
     #[arg(long, default_value_t = 256)]
     size_mib: u64,
-    /// Folder for everything; it is kept (else a temporary one)
+    /// Folder for everything, kept afterwards; by default target/demo, emptied first
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// Keep the temporary folder
-    #[arg(long)]
-    keep: bool,
     /// Print one JSON object instead of the story
     #[arg(long)]
     json: bool,
@@ -74,22 +71,20 @@ pub fn run(args: &Args) -> Result<()> {
 fn tell(args: &Args, seed: u64, steps: &mut Steps) -> Result<()> {
     let programs =
         steps.step("build the programs", || Ok((Programs::build(Profile::Dev)?, String::new())))?;
-    let plan = Plan { folder: args.dir.clone(), ..Plan::default() };
+    let folder = args.dir.clone().map_or_else(emptied, Ok)?;
+    let plan = Plan { folder: Some(folder), ..Plan::default() };
     let mut site = steps.step("make keys, start two servers and a janus", || {
         let site = Site::start(programs, &plan)?;
         let said = format!("mutual TLS on {}", site.url());
         Ok((site, said))
     })?;
-    if args.keep {
-        site.keep();
-    }
     let mut story = steps.step("make the disk", || Story::begin(args, &site, seed))?;
     site.await_ready(&story.client)?;
     story.turns(&mut site, steps)?;
     story.loss(&mut site, steps)?;
     story.return_of_a(&mut site, steps)?;
     if !args.json {
-        story.farewell(&mut site, args)?;
+        story.farewell(&site);
     }
     Ok(())
 }
@@ -277,13 +272,9 @@ impl Story {
         Ok(((), said))
     }
 
-    fn farewell(&self, site: &mut Site, args: &Args) -> Result<()> {
+    fn farewell(&self, site: &Site) {
         let images: Vec<_> = self.last_image.iter().flatten().collect();
-        if args.dir.is_none() && !args.keep {
-            println!("\nImages (removed now; --keep or --dir FOLDER keeps them):");
-        } else {
-            println!("\nKept in {}. Images:", site.folder().display());
-        }
+        println!("\nKept in {}. Newest images:", site.folder().display());
         for image in &images {
             println!("  {image}");
         }
@@ -296,7 +287,17 @@ impl Story {
         println!(
             "  qemu-img info IMAGE   (bases, the first image of each folder; qemu does not read VHDX children)"
         );
-        Ok(())
+    }
+}
+
+/// The default folder, without what an earlier demo left there.
+fn emptied() -> Result<PathBuf> {
+    let folder = PathBuf::from("target/demo");
+    match std::fs::remove_dir_all(&folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("empty {}", folder.display()))
+        }
+        _ => Ok(folder),
     }
 }
 

@@ -22,7 +22,7 @@ mod programs;
 
 pub use client::{Client, Finished, Running};
 pub use process::{Process, stop_children_on_interrupt};
-pub use programs::{PROGRAMS_VARIABLE, Profile, Programs, target, workspace};
+pub use programs::{PROGRAMS_VARIABLE, Profile, Programs, cargo, target, workspace};
 
 use crate::noise::Noise;
 

@@ -107,7 +107,7 @@ impl Assembly {
     fn push(&mut self, hash: BlockHash) {
         self.current.push(hash);
         self.next += 1;
-        if self.next % SEGMENT_BLOCKS == 0 || self.next == block_count(self.size_bytes) {
+        if self.next.is_multiple_of(SEGMENT_BLOCKS) || self.next == block_count(self.size_bytes) {
             self.segments.push(hash::segment_digest(&self.current));
             self.current.clear();
         }

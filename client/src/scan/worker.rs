@@ -14,7 +14,7 @@ use super::{
     buffers::{Buffer, Pool},
 };
 use crate::{
-    delta::{self, Known, SEGMENT_WORDS, SegmentBits, WORD_BLOCKS},
+    delta::{self, Known, SegmentBits, WORD_BLOCKS},
     source::Stretch,
 };
 
@@ -63,12 +63,12 @@ impl<'a> Worker<'a> {
             return Ok(scanned);
         }
         let mut hashes = Vec::with_capacity(SEGMENT_BLOCKS as usize);
-        for word in 0..SEGMENT_WORDS {
+        for (word, must) in must.into_iter().enumerate() {
             let offset = start + word as u64 * PIECE_BYTES;
             if offset >= end {
                 break;
             }
-            self.piece(offset, table.as_deref(), word, must[word], &mut hashes, &mut scanned)?;
+            self.piece(offset, table.as_deref(), word, must, &mut hashes, &mut scanned)?;
         }
         self.flush(&mut scanned)?;
         scanned.digest = Some(hash::segment_digest(&hashes));

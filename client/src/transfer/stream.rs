@@ -233,8 +233,9 @@ impl Life {
     async fn watch(&self) -> LinkError {
         loop {
             tokio::time::sleep(Duration::from_secs(1)).await;
-            let still =
-                self.began.elapsed().as_millis() as u64 - self.moved_ms.load(Ordering::Relaxed);
+            let now = self.began.elapsed().as_millis() as u64;
+            // Something may have moved since `now`.
+            let still = now.saturating_sub(self.moved_ms.load(Ordering::Relaxed));
             if still > STALL.as_millis() as u64 {
                 let seconds = STALL.as_secs();
                 let status = Status::unavailable(format!("nothing moved for {seconds} s"));

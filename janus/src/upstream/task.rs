@@ -45,12 +45,12 @@ struct Session {
 }
 
 /// Runs until it is dropped.
-pub(super) async fn run(upstream: Upstream, identity: Identity, stop: CancellationToken) {
+pub(super) async fn run(upstream: Upstream, identity: Identity, kill: CancellationToken) {
     let mut pause = FIRST_PAUSE;
     loop {
         let begun = Instant::now();
         upstream.note_look(true);
-        let reason = match connect(&upstream, &identity, stop.child_token()).await {
+        let reason = match connect(&upstream, &identity, kill.child_token()).await {
             Ok(session) => {
                 pause = FIRST_PAUSE;
                 stay(&upstream, session).await

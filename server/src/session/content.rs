@@ -108,7 +108,7 @@ impl StartContent {
 
     fn boundary_block(&self) -> Result<Option<(u64, BlockHash)>, SessionError> {
         let common = self.old_bytes().min(self.disk_bytes);
-        if self.keeps_size() || common % BLOCK_BYTES == 0 {
+        if self.keeps_size() || common.is_multiple_of(BLOCK_BYTES) {
             return Ok(None);
         }
         let block = common / BLOCK_BYTES;

@@ -32,7 +32,7 @@ impl Programs {
     /// # Errors
     /// When the build fails.
     pub fn build(profile: Profile) -> Result<Self> {
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        let mut cargo = cargo();
         cargo.current_dir(workspace()).args([
             "build",
             "-p",
@@ -94,6 +94,26 @@ impl Programs {
         }
         command
     }
+}
+
+/// A command that runs cargo as a user would. What `cargo run` and `cargo test` tell us about our own package would
+/// else look like changed settings to build scripts, and ring would be built anew each time.
+pub fn cargo() -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let ours = [
+        "CARGO_PKG_",
+        "CARGO_MANIFEST_",
+        "CARGO_BIN_",
+        "CARGO_CRATE_NAME",
+        "CARGO_PRIMARY_PACKAGE",
+        "CARGO_TARGET_TMPDIR",
+    ];
+    for (key, _) in std::env::vars_os()
+        .filter(|(key, _)| ours.iter().any(|name| key.to_string_lossy().starts_with(name)))
+    {
+        cargo.env_remove(key);
+    }
+    cargo
 }
 
 /// The workspace's folder.

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use crate::site::{PROGRAMS_VARIABLE, target};
+use crate::site::{PROGRAMS_VARIABLE, cargo, target};
 
 /// Tests, or checks, by outcome.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -27,6 +27,11 @@ pub(super) struct Runner {
 impl Runner {
     pub fn new(quick: bool, soak: bool) -> Result<Self> {
         Ok(Self { quick, soak, failures: Vec::new(), counts: Counts::default() })
+    }
+
+    /// True for tests that print a seed or figures worth a log line.
+    pub fn shows_figures(&self, name: &str) -> bool {
+        self.soak || name == "kills"
     }
 
     pub fn take_counts(&mut self) -> Counts {
@@ -49,7 +54,7 @@ impl Runner {
     /// Runs cargo. The tests it ran are counted; a run without tests counts as one.
     pub fn cargo_with(&mut self, name: &str, arguments: &[&str], environment: &[(&str, &str)]) {
         println!("-- {name}: cargo {}", arguments.join(" "));
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        let mut cargo = cargo();
         cargo.args(arguments).envs(environment.iter().copied());
         if self.soak {
             cargo.env("JANUS_SOAK", "1");

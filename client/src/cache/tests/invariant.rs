@@ -131,7 +131,7 @@ impl History {
 
     fn open(&mut self) {
         self.cache = None;
-        let cache = DiskCache::open(self.folder.path(), &disk_id(), self.disk.size_bytes).unwrap();
+        let cache = open(self.folder.path(), self.disk.size_bytes);
         match cache.fresh_reason() {
             None | Some(FreshReason::New) => {}
             Some(reason) => {
@@ -250,6 +250,21 @@ impl History {
         fs::remove_dir_all(&from).unwrap();
         fs::rename(&to, &from).unwrap();
         self.open();
+    }
+}
+
+/// Opens the cache. Another test of this process may be starting a child: until that has begun its own program it holds
+/// a copy of every open file, and with it the lock that was just let go.
+fn open(folder: &Path, size_bytes: u64) -> DiskCache {
+    let mut tries = 0;
+    loop {
+        match DiskCache::open(folder, &disk_id(), size_bytes) {
+            Err(CacheError::Busy { .. }) if tries < 200 => {
+                tries += 1;
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            opened => return opened.unwrap(),
+        }
     }
 }
 
