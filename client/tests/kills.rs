@@ -62,6 +62,8 @@ fn committed_snapshots_survive_kills_at_random_moments() {
         site.await_ready(&client).unwrap();
         points.check_list(&client, finished.code == Some(0), &path);
         points.take(&client, &path, &format!("round-{round}"));
+        // Also a commit that was at work when its client was killed has ended by now: this backup waited for it.
+        points.check_list(&client, false, &path);
     }
     points.check_restores(&client);
 }

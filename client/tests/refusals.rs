@@ -324,8 +324,8 @@ fn no_server_ready_says_why_for_each() {
 fn as_root_a_full_store_keeps_what_it_has() {
     let mut site = one_server();
     site.stop_server("server-a").unwrap();
-    let store = SmallFileSystem::mount(&site.folder().join("small"), 64 * MIB).unwrap();
-    let images = site.folder().join("small/images");
+    let store = SmallFileSystem::mount(64 * MIB).unwrap();
+    let images = store.folder().join("images");
     site.server("server-a").unwrap().settings.set("image_path", images.to_string_lossy());
     site.start_server("server-a").unwrap();
     let (path, mut client) = disk_of(&site, 8 * MIB);
@@ -371,7 +371,7 @@ fn as_root_mounted_devices_are_neither_read_nor_written_by_accident() {
     let site = one_server();
     let (_, mut client) = disk_of(&site, MIB);
     client.backup().unwrap();
-    let mounted = SmallFileSystem::mount(&site.folder().join("mounted"), 16 * MIB).unwrap();
+    let mounted = SmallFileSystem::mount(16 * MIB).unwrap();
     let name = mounted.device().to_string_lossy().into_owned();
     let failure = client.failure(&["restore", "disk", "--to", &name, "--force"]).unwrap();
     assert_says(&failure, &[&name, "mounted"]);

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use tempfile::TempDir;
 
 use crate::{disk, packages};
 
@@ -38,30 +39,41 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A mounted ext4 of a given size; unmounted when dropped.
+/// A mounted ext4 of a given size; unmounted and removed when dropped.
 #[derive(Debug)]
 pub struct SmallFileSystem {
-    folder: PathBuf,
+    // In the order in which they must go: first the mount, then the device under it, then the files.
+    mount: Mount,
     device: LoopDevice,
+    _folder: TempDir,
 }
 
+#[derive(Debug)]
+struct Mount(PathBuf);
+
 impl SmallFileSystem {
-    /// Makes `<folder>.img` and mounts it on `folder`.
+    /// Makes it in a temporary folder and mounts it there.
     ///
     /// # Errors
     /// When we aren't root or a tool fails.
-    pub fn mount(folder: &Path, size_bytes: u64) -> Result<Self> {
+    pub fn mount(size_bytes: u64) -> Result<Self> {
         require_root()?;
         packages::require(packages::DISK_TOOLS)?;
-        fs::create_dir_all(folder)?;
-        let image = folder.with_extension("img");
+        let folder = tempfile::Builder::new().prefix("janus-small-").tempdir()?;
+        let (image, mount) = (folder.path().join("image"), folder.path().join("mount"));
+        fs::create_dir(&mount)?;
         disk::blank(&image, size_bytes)?;
         packages::output(
             packages::command("mke2fs").args(["-q", "-t", "ext4", "-m", "0", "-F"]).arg(&image),
         )?;
         let device = LoopDevice::attach(&image)?;
-        packages::output(Command::new("mount").arg(device.path()).arg(folder))?;
-        Ok(Self { folder: folder.to_owned(), device })
+        packages::output(Command::new("mount").arg(device.path()).arg(&mount))?;
+        Ok(Self { mount: Mount(mount), device, _folder: folder })
+    }
+
+    /// Where it is mounted.
+    pub fn folder(&self) -> &Path {
+        &self.mount.0
     }
 
     /// Its block device, which is mounted.
@@ -70,10 +82,10 @@ impl SmallFileSystem {
     }
 }
 
-impl Drop for SmallFileSystem {
+impl Drop for Mount {
     fn drop(&mut self) {
         // Lazily: a program that still holds a file there must not leave the mount behind.
-        let _ = packages::output(Command::new("umount").arg("--lazy").arg(&self.folder));
+        let _ = packages::output(Command::new("umount").arg("--lazy").arg(&self.0));
     }
 }
 
