@@ -153,7 +153,7 @@ impl Backup {
         }
         let again = error.remedy() != Remedy::None;
         match self.gate.abort(run.plan.backup_id, &run.server).await {
-            Ok(_) => self.state.close_run()?,
+            Ok(()) => self.state.close_run()?,
             Err(_) => self.state.abandon_run()?,
         }
         Ok(again && !self.stop.is_cancelled())
@@ -166,11 +166,6 @@ impl Backup {
             .iter()
             .map(|d| (d.source.disk_id().clone(), d.source.size_bytes()))
             .collect();
-        // A start that was never answered may have been accepted: under the same id it is taken over, under another it would
-        // be refused until that run's lease ends.
-        let unanswered =
-            self.state.open_run().filter(|open| open.server.is_none() && open.disks == disks);
-        let unanswered = unanswered.map(|open| open.backup_id);
         if let Some(open) = self.state.open_run().cloned() {
             let fits = self.server.is_none() || self.server == open.server;
             if fits
@@ -181,7 +176,7 @@ impl Backup {
             }
             self.drop_open(&open).await?;
         }
-        let plan = self.plan(unanswered.unwrap_or_else(BackupId::new));
+        let plan = self.plan(BackupId::new());
         self.state.set_open(RunRecord {
             backup_id: plan.backup_id,
             server: None,
@@ -190,13 +185,7 @@ impl Backup {
         let run = match self.start_new(&plan).await {
             Ok(run) => run,
             Err(error) => {
-                // A server may have taken the start though its answer was lost.
-                match error.remedy() == Remedy::Reconnect
-                    || matches!(error, TransferError::Interrupted)
-                {
-                    true => self.state.abandon_run()?,
-                    false => self.state.close_run()?,
-                }
+                self.state.close_run()?;
                 return Err(error.into());
             }
         };
@@ -208,7 +197,7 @@ impl Backup {
 
     /// Goes on with an open run where it was; `None` when that server is away or has dropped it.
     async fn start_open(&mut self, open: &RunRecord) -> Result<Option<Run>, BackupError> {
-        // A run whose StartBackup was never answered may be anywhere, and nothing is lost with it: see `abort_abandoned`.
+        // A run whose StartBackup was never answered may be anywhere, and nothing is lost with it.
         let Some(server) = &open.server else { return Ok(None) };
         let plan = self.plan(open.backup_id);
         match self.cancellable(self.gate.start(&plan, Some(server))).await {
@@ -243,23 +232,15 @@ impl Backup {
         if error.reason() != Some(ErrorReason::LeaseHeld) || self.state.abandoned().is_empty() {
             return first;
         }
-        self.abort_abandoned(error.answered_by()).await;
-        self.cancellable(self.gate.start(plan, self.server.as_ref())).await
-    }
-
-    /// Ends runs of this machine that nobody goes on with. One whose start was never answered may be on any server:
-    /// `held_by` is asked, which has said that some run is open there.
-    async fn abort_abandoned(&mut self, held_by: Option<ServerId>) {
         for abandoned in self.state.abandoned().to_vec() {
-            let Some(server) = abandoned.server.as_ref().or(held_by.as_ref()) else { continue };
-            let gone = match self.gate.abort(abandoned.backup_id, server).await {
-                Ok(was_open) => was_open || abandoned.server.is_some(),
-                Err(_) => false,
-            };
-            if gone && let Err(error) = self.state.forget_abandoned(abandoned.backup_id) {
+            let Some(server) = &abandoned.server else { continue };
+            if self.gate.abort(abandoned.backup_id, server).await.is_ok()
+                && let Err(error) = self.state.forget_abandoned(abandoned.backup_id)
+            {
                 tracing::warn!(%error, "a run that was given up stays remembered");
             }
         }
+        self.cancellable(self.gate.start(plan, self.server.as_ref())).await
     }
 
     fn plan(&self, backup_id: BackupId) -> StartPlan {

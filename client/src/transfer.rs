@@ -226,11 +226,11 @@ impl Gate {
         Err(TransferError::Lost { server: run.server.clone(), source: Box::new(cause) })
     }
 
-    /// Tells a server that a run is given up. True when it was open there.
+    /// Tells a server that a run is given up.
     ///
     /// # Errors
     /// When it can't be told through any URL.
-    pub async fn abort(&self, backup_id: BackupId, server: &ServerId) -> Result<bool, LinkError> {
+    pub async fn abort(&self, backup_id: BackupId, server: &ServerId) -> Result<(), LinkError> {
         let address = Address { server: Some(server.clone()), run: Some(backup_id), machine: None };
         let mut last = LinkError::Unreachable(vec![]);
         for url in &self.urls {
@@ -249,10 +249,9 @@ impl Gate {
                 .await
                 .map_err(LinkError::call("giving the run up"))
             {
-                Ok(_) => return Ok(true),
-                // The server has no such run any more, or has committed it.
-                Err(error) if error.remedy() == Remedy::NewRun => return Ok(false),
-                Err(error) => last = error,
+                // NewRun: the server has no such run any more, or has committed it.
+                Err(error) if error.remedy() != Remedy::NewRun => last = error,
+                _ => return Ok(()),
             }
         }
         Err(last)
@@ -270,7 +269,8 @@ async fn start_through(
         encodings: vec![Encoding::None.into(), Encoding::Lz4.into(), Encoding::Zstd.into()],
         features: vec![],
     };
-    let address = Address { server: server.cloned(), run: Some(plan.backup_id), machine: None };
+    let address =
+        Address { server: server.cloned(), run: server.map(|_| plan.backup_id), machine: None };
     let mut request = address.request(message, Some(START));
     request.metadata_mut().insert(metadata::USE, plan.use_counter.into());
     let (headers, answer, _) =

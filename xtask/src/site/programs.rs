@@ -118,8 +118,7 @@ pub fn cargo() -> Command {
 
 /// The workspace's folder.
 pub fn workspace() -> &'static Path {
-    let ours = Path::new(env!("CARGO_MANIFEST_DIR"));
-    ours.parent().unwrap_or(ours)
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
 /// Where cargo builds.
