@@ -200,7 +200,7 @@ fn nth_block(ranges: &[std::ops::Range<u64>], mut number: u64) -> u64 {
 }
 
 /// Whole blocks that are not holes, as byte ranges.
-fn written_ranges(file: &File) -> Result<Vec<std::ops::Range<u64>>> {
+pub(crate) fn written_ranges(file: &File) -> Result<Vec<std::ops::Range<u64>>> {
     let end = file.metadata()?.len();
     let mut ranges = Vec::new();
     let mut offset = 0;

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 /// A program and the Debian package that brings it.
 #[derive(Debug, Clone, Copy)]
 pub struct Tool {
-    /// Name of the program.
+    /// Name of the program, or path of a file.
     pub program: &'static str,
     /// Debian package.
     pub package: &'static str,

@@ -12,10 +12,25 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use super::{Images, Row, assert_equal};
-use crate::{measure, packages, site::target};
+use crate::{
+    measure,
+    packages::{self, Tool},
+    site::target,
+};
 
 const BORG: &str = "borgbackup==1.4.5";
 const RUSTIC: &str = "0.11.4";
+
+/// What borg is built with; a path stands for a header.
+const BORG_NEEDS: &[Tool] = &[
+    Tool { program: "gcc", package: "gcc" },
+    Tool { program: "pkg-config", package: "pkg-config" },
+    Tool { program: "/usr/include/sys/acl.h", package: "libacl1-dev" },
+    Tool { program: "/usr/include/openssl/ssl.h", package: "libssl-dev" },
+    Tool { program: "/usr/include/lz4.h", package: "liblz4-dev" },
+    Tool { program: "/usr/include/zstd.h", package: "libzstd-dev" },
+    Tool { program: "/usr/include/xxhash.h", package: "libxxhash-dev" },
+];
 
 /// A program to compare with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -58,17 +73,13 @@ impl Peer {
     fn install(self) -> Result<PathBuf> {
         match self {
             Self::Borg => {
-                packages::require(&[
-                    packages::Tool { program: "gcc", package: "gcc" },
-                    packages::Tool { program: "pkg-config", package: "pkg-config" },
-                ])?;
-                let python = packages::python("borg", &[BORG]).context(
-                    "borg from PyPI (apt-get install libacl1-dev libssl-dev liblz4-dev libzstd-dev libxxhash-dev python3-dev)",
-                )?;
+                packages::require(BORG_NEEDS)?;
+                let python = packages::python("borg", &[BORG])
+                    .context("build borg from PyPI (apt-get install python3-dev?)")?;
                 Ok(python.with_file_name("borg"))
             }
             Self::Restic => {
-                packages::require(&[packages::Tool { program: "restic", package: "restic" }])?;
+                packages::require(&[Tool { program: "restic", package: "restic" }])?;
                 Ok("restic".into())
             }
             Self::Rustic => {
@@ -165,10 +176,9 @@ impl Run<'_> {
                 command.current_dir(&out);
                 (command, out.join("disk.img"))
             }
-            Peer::Restic => (
-                self.command(&["restore", "latest", "--sparse", "--target", &text]),
-                out.join("disk.img"),
-            ),
+            Peer::Restic => {
+                (self.command(&["restore", "latest", "--target", &text]), out.join("disk.img"))
+            }
             Peer::Rustic => (
                 self.command(&["restore", "latest:/disk.img", &format!("{text}/disk.img")]),
                 out.join("disk.img"),

@@ -118,7 +118,8 @@ pub fn cargo() -> Command {
 
 /// The workspace's folder.
 pub fn workspace() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+    let ours = Path::new(env!("CARGO_MANIFEST_DIR"));
+    ours.parent().unwrap_or(ours)
 }
 
 /// Where cargo builds.
