@@ -185,7 +185,14 @@ impl Backup {
         let run = match self.start_new(&plan).await {
             Ok(run) => run,
             Err(error) => {
-                self.state.close_run()?;
+                // A server may have taken the start though its answer was lost.
+                let unanswered = error.remedy() == Remedy::Reconnect
+                    || matches!(error, TransferError::Interrupted);
+                if unanswered {
+                    self.state.abandon_run()?;
+                } else {
+                    self.state.close_run()?;
+                }
                 return Err(error.into());
             }
         };
@@ -197,7 +204,7 @@ impl Backup {
 
     /// Goes on with an open run where it was; `None` when that server is away or has dropped it.
     async fn start_open(&mut self, open: &RunRecord) -> Result<Option<Run>, BackupError> {
-        // A run whose StartBackup was never answered may be anywhere, and nothing is lost with it.
+        // A run whose StartBackup was never answered may be anywhere, and nothing is lost with it: see `abort_abandoned`.
         let Some(server) = &open.server else { return Ok(None) };
         let plan = self.plan(open.backup_id);
         match self.cancellable(self.gate.start(&plan, Some(server))).await {
@@ -232,15 +239,24 @@ impl Backup {
         if error.reason() != Some(ErrorReason::LeaseHeld) || self.state.abandoned().is_empty() {
             return first;
         }
+        self.abort_abandoned(error.answered_by()).await;
+        self.cancellable(self.gate.start(plan, self.server.as_ref())).await
+    }
+
+    /// Ends runs of this machine that nobody goes on with. One whose start was never answered may be on any server:
+    /// `held_by`, which has said that some run is open there, is told.
+    async fn abort_abandoned(&mut self, held_by: Option<ServerId>) {
         for abandoned in self.state.abandoned().to_vec() {
-            let Some(server) = &abandoned.server else { continue };
-            if self.gate.abort(abandoned.backup_id, server).await.is_ok()
+            let Some(server) = abandoned.server.as_ref().or(held_by.as_ref()) else { continue };
+            let told = self.gate.abort(abandoned.backup_id, server).await.is_ok();
+            // Of a run that may be anywhere, one server says nothing about the others.
+            if told
+                && abandoned.server.is_some()
                 && let Err(error) = self.state.forget_abandoned(abandoned.backup_id)
             {
                 tracing::warn!(%error, "a run that was given up stays remembered");
             }
         }
-        self.cancellable(self.gate.start(plan, self.server.as_ref())).await
     }
 
     fn plan(&self, backup_id: BackupId) -> StartPlan {

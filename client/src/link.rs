@@ -84,6 +84,12 @@ impl LinkError {
         }
     }
 
+    /// The server that answered with this error, as far as it said so.
+    pub fn answered_by(&self) -> Option<ServerId> {
+        let Self::Call { status, .. } = self else { return None };
+        status.metadata().get(metadata::SERVER)?.to_str().ok()?.parse().ok()
+    }
+
     /// What this failure is good for.
     pub fn remedy(&self) -> Remedy {
         use ErrorReason as R;

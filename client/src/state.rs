@@ -135,7 +135,7 @@ impl MachineState {
     /// # Errors
     /// When it can't be stored durably.
     pub fn abandon_run(&mut self) -> Result<(), StateError> {
-        if let Some(run) = self.stored.open.take().filter(|run| run.server.is_some()) {
+        if let Some(run) = self.stored.open.take() {
             self.stored.abandoned.push(run);
             let surplus = self.stored.abandoned.len().saturating_sub(ABANDONED_KEPT);
             self.stored.abandoned.drain(..surplus);

@@ -264,6 +264,28 @@ fn an_interrupted_backup_goes_on_where_it_was() {
     assert_restores(&client, &site, &backup.disks[0].snapshot_id, &path);
 }
 
+/// A client killed while its start is on the way knows no server, but a server may hold the run.
+#[test]
+fn a_start_whose_answer_was_lost_does_not_hold_the_machine_up() {
+    let site = one_server();
+    let (path, client) = disk_of(&site, 256 * MIB);
+    disk::write_noise(&path, 0..256 * MIB, 1).unwrap();
+    let images = site.folder().join("server-a");
+    let running = client.start(&["backup", "--json"]).unwrap();
+    while folder_bytes(&images) < 16 * MIB {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    running.kill();
+    running.wait().unwrap();
+    let state = client.cache().join("state.json");
+    let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&state).unwrap()).unwrap();
+    assert_eq!(record["open"]["server"], "server-a");
+    record["open"]["server"] = serde_json::Value::Null;
+    fs::write(&state, record.to_string()).unwrap();
+    let backup = client.backup().unwrap();
+    assert_restores(&client, &site, &backup.disks[0].snapshot_id, &path);
+}
+
 fn folder_bytes(folder: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(folder) else { return 0 };
     entries

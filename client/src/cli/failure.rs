@@ -10,7 +10,7 @@ use crate::{
     backup::BackupError,
     cache::CacheError,
     config::ConfigError,
-    link::{LinkError, reason_name},
+    link::{LinkError, Remedy, reason_name},
     restore::RestoreError,
     scan::ScanError,
     source::SourceError,
@@ -70,6 +70,8 @@ impl From<LinkError> for Failure {
             }
             (_, Some(R::SnapshotUnknown | R::MachineUnknown)) => NOT_FOUND,
             (_, Some(R::LeaseHeld)) => BUSY,
+            // The connection broke, and no other URL took its place.
+            (_, None) if error.remedy() == Remedy::Reconnect => NO_SERVER,
             _ => FAILED,
         };
         Self { reason, ..Self::new(exit_code, error) }
