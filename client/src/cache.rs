@@ -47,9 +47,7 @@ mod tests;
 pub use self::{block_set::MustSend, stage::Stage};
 
 use self::{block_set::BlockSet, engine::Engine, place::Place, state::State};
-
-/// Words (64 blocks each) in the bits of one segment.
-pub const SEGMENT_WORDS: usize = (SEGMENT_BLOCKS / 64) as usize;
+use crate::delta::SEGMENT_WORDS;
 
 /// The newest snapshot of the disk on one server, as far as this machine knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -164,11 +164,6 @@ impl History {
         self.runs.values().next_back()
     }
 
-    /// The disks that have a head.
-    pub fn disks(&self) -> impl Iterator<Item = &DiskId> {
-        self.heads.keys()
-    }
-
     /// The chain that ends in `id`, newest first; `None` when a link is missing.
     pub fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
         let mut chain = vec![self.snapshot(id)?.clone()];

@@ -187,7 +187,7 @@ fn machine_report(machine: &Machine) -> pb::MachineReport {
     pb::MachineReport {
         machine: machine.key.to_string(),
         use_counter: machine.use_counter(),
-        has_chain: !machine.heads().is_empty(),
+        has_chain: machine.has_chain(),
     }
 }
 

@@ -225,7 +225,7 @@ impl Runs {
 
     /// A snapshot by its id, of whatever machine.
     pub fn snapshot(&self, id: SnapshotId) -> Option<Held> {
-        self.machines().iter().find_map(|machine| machine.snapshot(id))
+        lock(&self.machines).values().find_map(|machine| machine.snapshot(id))
     }
 
     /// Opens a snapshot for reading.

@@ -72,10 +72,9 @@ impl Machine {
         lock(&self.state).history.snapshot(id).cloned()
     }
 
-    /// Newest snapshot of each disk.
-    pub fn heads(&self) -> Vec<Held> {
-        let state = lock(&self.state);
-        state.history.disks().filter_map(|disk| state.history.head(disk).cloned()).collect()
+    /// True when a run was committed here.
+    pub fn has_chain(&self) -> bool {
+        lock(&self.state).history.newest().is_some()
     }
 
     pub(super) fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {

@@ -15,9 +15,9 @@ use uuid::Uuid;
 
 use super::{Inner, PAYLOAD_BLOCKS, Session, SessionError, Touch};
 use crate::{
-    chain::table::{SegmentBitmap, TableHeader, TableWriter},
+    chain::table::{SegmentBitmap, TableError, TableHeader, TableWriter},
     image::{
-        Identity, Kind, Parent,
+        Identity, ImageError, Kind, Parent,
         vhdx::{Payload, write_structures},
     },
 };
@@ -108,8 +108,6 @@ impl Session {
                     .map_err(SessionError::io("write", &self.image_path()))?;
             }
         }
-        let end = self.layout.slot_offset(slots.len() as u32);
-        self.image.set_len(end).map_err(SessionError::io("extend", &self.image_path()))?;
         Ok(slots)
     }
 
@@ -136,12 +134,8 @@ impl Session {
                 true => bitmap(inner.index.touched.get(&segment)),
                 false => self.not_zero(segment, &hashes),
             };
-            let kept: Vec<BlockHash> = hashes
-                .iter()
-                .enumerate()
-                .filter(|(i, _)| present.0[i / 64] >> (i % 64) & 1 == 1)
-                .map(|(_, h)| *h)
-                .collect();
+            let kept: Vec<BlockHash> =
+                present.blocks().filter_map(|index| hashes.get(index).copied()).collect();
             writer
                 .push(segment, &present, &kept, digests[segment as usize])
                 .map_err(|e| self.table_error(e))?;
@@ -181,7 +175,7 @@ impl Session {
             payloads,
         )
         .map_err(|error| match error {
-            crate::image::ImageError::Io { action, source } => {
+            ImageError::Io { action, source } => {
                 SessionError::io(action, &self.image_path())(source)
             }
             other => other.into(),
@@ -197,19 +191,19 @@ impl Session {
     }
 
     fn not_zero(&self, segment: u64, hashes: &[BlockHash]) -> SegmentBitmap {
-        let mut bits = [0u64; 16];
+        let mut present = SegmentBitmap::default();
         for (index, hash) in hashes.iter().enumerate() {
             let block = segment * SEGMENT_BLOCKS + index as u64;
             if *hash != zero_hash(block_len(self.disk.size_bytes, block)) {
-                bits[index / 64] |= 1 << (index % 64);
+                present.insert(index);
             }
         }
-        SegmentBitmap(bits)
+        present
     }
 
-    fn table_error(&self, error: crate::chain::table::TableError) -> SessionError {
+    fn table_error(&self, error: TableError) -> SessionError {
         match error {
-            crate::chain::table::TableError::Io { source, .. } => {
+            TableError::Io { source, .. } => {
                 let path = self.folder.join(self.disk.partial("table"));
                 SessionError::io("write", &path)(source)
             }
@@ -220,13 +214,13 @@ impl Session {
 
 /// Blocks of a segment that were written.
 fn bitmap(touches: Option<&Vec<Touch>>) -> SegmentBitmap {
-    let mut bits = [0u64; 16];
+    let mut present = SegmentBitmap::default();
     for touch in touches.into_iter().flatten() {
-        for index in usize::from(touch.first)..usize::from(touch.first + touch.count) {
-            bits[index / 64] |= 1 << (index % 64);
+        for index in touch.first..touch.first + touch.count {
+            present.insert(usize::from(index));
         }
     }
-    SegmentBitmap(bits)
+    present
 }
 
 /// The half of a segment's bitmap that belongs to payload block `index`.
