@@ -4,8 +4,7 @@ use std::{io::Write, process::ExitCode, time::Duration};
 
 use clap::ArgMatches;
 use janus_client::cli::{self, Context, Failure, Outcome};
-use janus_proto::tls::Identity;
-use tokio::signal::unix::{SignalKind, signal};
+use janus_proto::{program, tls::Identity};
 use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
@@ -32,13 +31,8 @@ fn print(matches: &ArgMatches, json: &serde_json::Value, text: &str) {
 
 fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     let settings = cli::loader().load(matches, std::env::vars_os()).map_err(Failure::usage)?;
-    let filter = tracing_subscriber::EnvFilter::builder().parse(&settings.log);
-    let filter = filter.map_err(|error| Failure::usage(format!("setting log: {error}")))?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr)
-        .init();
+    program::start_log(&settings.log)
+        .map_err(|error| Failure::usage(format!("setting log: {error}")))?;
     let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -57,10 +51,7 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
 }
 
 async fn stop_on_signals(stop: CancellationToken) {
-    let Ok(mut term) = signal(SignalKind::terminate()) else { return };
-    tokio::select! {
-        _ = term.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
-    }
+    let Ok(signal) = program::stop_signal() else { return };
+    signal.await;
     stop.cancel();
 }

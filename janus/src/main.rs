@@ -1,10 +1,10 @@
 //! `janus`: routes backups to the server used longest ago.
 
-use std::{io::IsTerminal, process::ExitCode};
+use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus::{config, serve::Janus};
-use tokio::signal::unix::{SignalKind, signal};
+use janus_proto::program;
 use tokio_util::sync::CancellationToken;
 
 /// Exit code of wrong settings or usage, as clap has it.
@@ -18,13 +18,13 @@ fn main() -> ExitCode {
     let serve = config::loader()
         .add_flags(Command::new("serve").about("Route backups to the servers"))
         .arg(check);
-    let program = Command::new("janus")
+    let command = Command::new("janus")
         .about("Router of Janus Backup: each backup goes to the server used longest ago")
         .version(env!("CARGO_PKG_VERSION"))
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommand(serve);
-    match program.get_matches().subcommand() {
+    match command.get_matches().subcommand() {
         Some(("serve", matches)) => serve_command(matches),
         _ => ExitCode::from(USAGE),
     }
@@ -43,7 +43,7 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
     if let Err(error) = settings.check() {
         return fail(error, USAGE);
     }
-    if let Err(error) = start_log(&settings.log) {
+    if let Err(error) = program::start_log(&settings.log) {
         return fail(format!("setting log: {error}"), USAGE);
     }
     if matches.get_flag("check") {
@@ -60,28 +60,13 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
     }
 }
 
-fn start_log(filter: &str) -> Result<(), tracing_subscriber::filter::ParseError> {
-    let filter = tracing_subscriber::EnvFilter::builder().parse(filter)?;
-    let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(colours)
-        .with_writer(std::io::stderr)
-        .init();
-    Ok(())
-}
-
 async fn serve(settings: config::Settings) -> anyhow::Result<()> {
     let janus = Janus::start(settings).await?;
     let shutdown = CancellationToken::new();
-    let (mut term, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let stop = program::stop_signal()?;
     let signalled = shutdown.clone();
     let signals = tokio::spawn(async move {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = interrupt.recv() => {}
-        }
+        stop.await;
         tracing::info!("stopping: calls in progress may end");
         signalled.cancel();
     });

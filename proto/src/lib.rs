@@ -18,5 +18,6 @@ pub mod ids;
 pub mod listener;
 pub mod metadata;
 pub mod model;
+pub mod program;
 pub mod settings;
 pub mod tls;

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{ArgMatches, Command, FromArgMatches, Subcommand};
+use janus_proto::program;
 use janus_server::{
     config,
     pki::{self, PkiCommand},
@@ -18,14 +19,14 @@ fn main() -> ExitCode {
     let serve = loader.add_flags(Command::new("serve").about("Serve backups and restores"));
     let pki = PkiCommand::augment_subcommands(Command::new("pki").about("Make certificates"))
         .subcommand_required(true);
-    let program = Command::new("janus-server")
+    let command = Command::new("janus-server")
         .about("Backup server of Janus Backup: keeps chains of virtual disks")
         .version(env!("CARGO_PKG_VERSION"))
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommand(serve)
         .subcommand(pki);
-    match program.get_matches().subcommand() {
+    match command.get_matches().subcommand() {
         Some(("serve", matches)) => serve_command(matches),
         Some(("pki", matches)) => pki_command(matches),
         _ => ExitCode::from(USAGE),
@@ -55,7 +56,7 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
     if let Err(error) = settings.check() {
         return fail(error, USAGE);
     }
-    if let Err(error) = start_log(&settings.log) {
+    if let Err(error) = program::start_log(&settings.log) {
         return fail(format!("setting log: {error}"), USAGE);
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -68,26 +69,13 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
     }
 }
 
-fn start_log(filter: &str) -> Result<(), tracing_subscriber::filter::ParseError> {
-    let filter = tracing_subscriber::EnvFilter::builder().parse(filter)?;
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_writer(std::io::stderr)
-        .init();
-    Ok(())
-}
-
 async fn serve(settings: config::Settings) -> anyhow::Result<()> {
     let server = Server::start(settings).await?;
     let shutdown = CancellationToken::new();
-    let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let stop = program::stop_signal()?;
     let signalled = shutdown.clone();
     let signals = tokio::spawn(async move {
-        tokio::select! {
-            _ = term.recv() => {}
-            _ = tokio::signal::ctrl_c() => {}
-        }
+        stop.await;
         tracing::info!("stopping: calls in progress may end");
         signalled.cancel();
     });

@@ -1,0 +1,39 @@
+//! What every program does with its process: the log, and being asked to stop.
+
+use std::{
+    future::Future,
+    io::{self, IsTerminal},
+};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::{EnvFilter, filter::ParseError};
+
+/// Starts the log on stderr, in colours only on a terminal. Once in a process.
+///
+/// # Errors
+/// When `filter` is not one.
+pub fn start_log(filter: &str) -> Result<(), ParseError> {
+    let filter = EnvFilter::builder().parse(filter)?;
+    let colours = io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colours)
+        .with_writer(io::stderr)
+        .init();
+    Ok(())
+}
+
+/// Listens for SIGTERM and SIGINT from now on; the future ends at the first of them. Needs a tokio runtime.
+///
+/// # Errors
+/// When the system refuses to tell of signals.
+pub fn stop_signal() -> io::Result<impl Future<Output = ()> + Send + 'static> {
+    let mut term = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
