@@ -232,6 +232,8 @@ impl Engine {
 
     fn connect(&mut self) -> Result<(), CacheError> {
         let begun = Instant::now();
+        remove_unfinished_snapshots(&self.folder)
+            .map_err(|source| CacheError::Io { path: self.folder.clone(), source })?;
         let config = sled::Config::new()
             .path(&self.folder)
             .cache_capacity(CACHE_BYTES)
@@ -314,6 +316,27 @@ fn sum(key: &[u8], payload: &[u8]) -> [u8; SUM_BYTES] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(payload).update(key);
     *hasher.finalize().as_bytes().first_chunk().expect("a BLAKE3 hash is longer than a sum")
+}
+
+/// Removes what a process that was killed while it opened the database left of sled's snapshot file.
+///
+/// sled writes `snap.<position>.generating` and renames it, but takes such a file for a whole snapshot when it opens next
+/// (0.34.7, `get_snapshot_files` leaves out another ending), and gives the database up as corrupt. It only writes one
+/// while it opens, which is when we hold the folder's lock, so nobody is writing one now.
+fn remove_unfinished_snapshots(folder: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.as_encoded_bytes();
+        if name.starts_with(b"snap.") && name.ends_with(b".generating") {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 fn is_locked(error: &sled::Error) -> bool {

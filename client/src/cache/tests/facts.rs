@@ -141,6 +141,28 @@ fn an_open_sessions_content_is_not_believed_after_a_restart() {
     assert_eq!(cache.segment(0).unwrap(), disk.segment(0));
 }
 
+/// sled would take the file for its newest snapshot and give the database up.
+#[test]
+fn a_kill_while_the_database_opens_costs_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = disk(3);
+    let mut world = World::default();
+    let cache = DiskCache::open(folder.path(), &disk_id(), disk.size_bytes).unwrap();
+    back_up(&cache, &mut world, &server(0), &disk, Until::Done).unwrap();
+    let known = (cache.head(&server(0)), cache.cursor());
+    drop(cache);
+    let is_database = |path: &std::path::Path| path.join("conf").exists();
+    let place =
+        fs::read_dir(folder.path().join("disk")).unwrap().map(|entry| entry.unwrap().path());
+    let databases: Vec<_> = place.filter(|path| is_database(path)).collect();
+    assert_eq!(databases.len(), 1);
+    fs::write(databases[0].join("snap.7FFFFFFFFFFFFFFF.generating"), b"torn").unwrap();
+    let cache = DiskCache::open(folder.path(), &disk_id(), disk.size_bytes).unwrap();
+    assert_eq!(cache.fresh_reason(), None);
+    assert_eq!((cache.head(&server(0)), cache.cursor()), known);
+    assert_eq!(cache.segment_digests().unwrap(), disk.digests());
+}
+
 #[test]
 fn a_newer_cache_is_moved_aside_and_only_the_last_one_is_kept() {
     let folder = tempfile::tempdir().unwrap();
