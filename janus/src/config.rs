@@ -65,7 +65,7 @@ pub struct ConfigError {
 
 /// Loads settings from file, environment and flags.
 pub fn loader() -> Loader<Settings> {
-    Loader::new("JANUS").ignore_variables(&["JANUS_SERVER_", "JANUS_CLIENT_"]).describe(&[
+    Loader::new("JANUS_ROUTER").describe(&[
         ("listen", "Address and port to listen on"),
         ("server_urls", "The servers, local one first"),
         ("cert", "This janus' certificate, PEM"),

@@ -88,7 +88,6 @@ impl fmt::Display for Place {
 /// Makes a `T` of all layers.
 pub struct Loader<T> {
     prefix: &'static str,
-    foreign: &'static [&'static str],
     texts: BTreeMap<&'static str, &'static str>,
     defaults: Value,
     keys: Vec<Key>,
@@ -108,20 +107,13 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         // A settings struct that can't be shown as JSON has no keys: every test of its program would fail.
         let defaults = serde_json::to_value(T::default()).unwrap_or(Value::Null);
         let keys = known_keys(&defaults);
-        Self { prefix, foreign: &[], texts: BTreeMap::new(), defaults, keys, settings: PhantomData }
+        Self { prefix, texts: BTreeMap::new(), defaults, keys, settings: PhantomData }
     }
 
     /// One line of help for keys, by dotted name.
     #[must_use]
     pub fn describe(mut self, texts: &[(&'static str, &'static str)]) -> Self {
         self.texts.extend(texts.iter().copied());
-        self
-    }
-
-    /// Variables with these beginnings belong to other programs and are not refused as unknown.
-    #[must_use]
-    pub fn ignore_variables(mut self, beginnings: &'static [&'static str]) -> Self {
-        self.foreign = beginnings;
         self
     }
 
@@ -208,9 +200,6 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
                 continue;
             }
             let Some(key) = self.keys.iter().find(|key| key.variable(self.prefix) == name) else {
-                if self.foreign.iter().any(|beginning| name.starts_with(beginning)) {
-                    continue;
-                }
                 let hint = nearest(name, self.keys.iter().map(|key| key.variable(self.prefix)));
                 return Err(SettingsError::UnknownKey { place, key: name.to_string(), hint });
             };

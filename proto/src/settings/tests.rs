@@ -42,7 +42,7 @@ impl Default for Settings {
 }
 
 fn load(file: Option<&str>, env: &[(&str, &str)], flags: &[&str]) -> Result<Settings, String> {
-    let loader = Loader::<Settings>::new("JANUS").ignore_variables(&["JANUS_CLIENT_"]);
+    let loader = Loader::<Settings>::new("JANUS_ROUTER");
     let folder = tempfile::tempdir().unwrap();
     let mut arguments = vec!["janus".to_string()];
     if let Some(text) = file {
@@ -61,9 +61,9 @@ fn load(file: Option<&str>, env: &[(&str, &str)], flags: &[&str]) -> Result<Sett
 fn flags_win_over_environment_over_file_over_defaults() {
     let file = "listen = \"file\"\nlease_seconds = 1\nnote = \"n\"\n[limits]\nprobe_ms = 5\n";
     let env = [
-        ("JANUS_LISTEN", "env"),
-        ("JANUS_LEASE_SECONDS", "2"),
-        ("JANUS_LIMITS_PROBE_MS", "7"),
+        ("JANUS_ROUTER_LISTEN", "env"),
+        ("JANUS_ROUTER_LEASE_SECONDS", "2"),
+        ("JANUS_ROUTER_LIMITS_PROBE_MS", "7"),
         ("HOME", "x"),
     ];
     let loaded = load(
@@ -90,7 +90,7 @@ fn nothing_given_means_defaults() {
 
 #[test]
 fn the_command_is_consistent() {
-    Loader::<Settings>::new("JANUS").add_flags(Command::new("janus")).debug_assert();
+    Loader::<Settings>::new("JANUS_ROUTER").add_flags(Command::new("janus")).debug_assert();
 }
 
 #[test]
@@ -105,8 +105,8 @@ fn unknown_keys_are_refused_with_the_nearest_one() {
         "janus.toml line 2: unknown key \"limits.probe\"; did you mean \"limits.probe_ms\"?"
     );
     assert!(error("zzz = 1").ends_with("--help lists all keys"));
-    let variable = load(None, &[("JANUS_LISTN", "x")], &[]).unwrap_err();
-    assert!(variable.contains("did you mean \"JANUS_LISTEN\"?"), "{variable}");
+    let variable = load(None, &[("JANUS_ROUTER_LISTN", "x")], &[]).unwrap_err();
+    assert!(variable.contains("did you mean \"JANUS_ROUTER_LISTEN\"?"), "{variable}");
     load(None, &[("JANUS_CLIENT_URLS", "x"), ("JANUSX", "y")], &[]).unwrap();
 }
 
@@ -122,10 +122,10 @@ fn wrong_values_name_place_key_and_expected_type() {
     assert!(error("mode = \"x\"").contains("expected `allow` or `hold`"));
     assert!(error("limits = 3").contains("limits"));
     assert!(error("listen = ").starts_with("janus.toml line 1: not valid TOML"));
-    let variable = load(None, &[("JANUS_PREFER_VHDX", "yes")], &[]).unwrap_err();
+    let variable = load(None, &[("JANUS_ROUTER_PREFER_VHDX", "yes")], &[]).unwrap_err();
     assert_eq!(
         variable,
-        "environment variable JANUS_PREFER_VHDX: prefer_vhdx = \"yes\": expected true or false"
+        "environment variable JANUS_ROUTER_PREFER_VHDX: prefer_vhdx = \"yes\": expected true or false"
     );
     let flag = load(None, &[], &["--lease-seconds", "many"]).unwrap_err();
     assert_eq!(flag, "flag --lease-seconds: lease_seconds = \"many\": expected a whole number");
@@ -133,6 +133,6 @@ fn wrong_values_name_place_key_and_expected_type() {
 
 #[test]
 fn a_missing_file_is_named() {
-    let error = load(None, &[("JANUS_CONFIG", "/nowhere/janus.toml")], &[]).unwrap_err();
+    let error = load(None, &[("JANUS_ROUTER_CONFIG", "/nowhere/janus.toml")], &[]).unwrap_err();
     assert!(error.starts_with("can't read settings file /nowhere/janus.toml"), "{error}");
 }

@@ -86,7 +86,7 @@ impl Programs {
 
     fn command(&self, name: &str) -> Command {
         let mut command = Command::new(self.folder.join(name));
-        // Every setting is also an environment variable, and unknown ones are refused: ours are no settings.
+        // Every setting is also an environment variable: those of whoever runs this are not for these programs.
         for (key, _) in
             std::env::vars_os().filter(|(key, _)| key.to_string_lossy().starts_with("JANUS_"))
         {
