@@ -69,7 +69,9 @@ pub enum RunError {
     },
     /// The head is not what the client thinks.
     #[error(
-        "disk {disk}: the session starts from head {actual:?}, the commit expects {expected:?}"
+        "disk {disk}: the session started from {}, the commit expects {}: start a new run",
+        head(actual.as_ref()),
+        head(expected.as_ref())
     )]
     HeadMoved {
         /// The disk.
@@ -113,6 +115,10 @@ pub enum RunError {
     /// The store failed.
     #[error(transparent)]
     Store(StoreError),
+}
+
+fn head(snapshot: Option<&SnapshotId>) -> String {
+    snapshot.map_or_else(|| "no snapshot".into(), |id| format!("snapshot {id}"))
 }
 
 impl From<StoreError> for RunError {

@@ -85,7 +85,10 @@ impl From<TransferError> for Failure {
             TransferError::Scan(ScanError::Source(error)) => error.into(),
             TransferError::Cache(error) => error.into(),
             TransferError::Interrupted => Self::new(INTERRUPTED, error),
-            TransferError::Lost { ref source, .. } | TransferError::Differs { ref source, .. } => {
+            TransferError::Lost { ref source, .. } => {
+                Self { reason: source.reason(), ..Self::new(NO_SERVER, &error) }
+            }
+            TransferError::Differs { ref source, .. } => {
                 Self { reason: source.reason(), ..Self::new(FAILED, &error) }
             }
             TransferError::Scan(_) | TransferError::Features { .. } => Self::new(FAILED, error),
