@@ -23,7 +23,6 @@ use crate::{
     source::{Source, SourceError},
 };
 
-mod buffers;
 mod worker;
 
 /// Segments in flight, 4 MiB each at most.

@@ -3,12 +3,13 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::{FileExt, FileTypeExt, MetadataExt},
+    os::unix::fs::{FileTypeExt, MetadataExt},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
 
 use janus_proto::{
+    direct::DirectFile,
     ids::{BLOCK_BYTES, DiskId, MAX_DISK_BYTES},
     pb::Consistency,
 };
@@ -85,7 +86,7 @@ pub enum SourceError {
 #[derive(Debug)]
 pub struct Source {
     path: PathBuf,
-    file: File,
+    file: DirectFile,
     disk_id: DiskId,
     size_bytes: u64,
     sector_bytes: u32,
@@ -138,7 +139,7 @@ impl Source {
             .clone()
             .or_else(found)
             .ok_or_else(|| SourceError::Nameless { path: path.clone() })?;
-        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
+        let file = DirectFile::for_reading(file, &path);
         let tells_holes = AtomicBool::new(!device);
         Ok(Self { path, file, disk_id, size_bytes, sector_bytes, consistency, tells_holes })
     }
@@ -188,9 +189,9 @@ impl Source {
         if !self.tells_holes.load(Ordering::Relaxed) {
             return all;
         }
-        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+        match rustix::fs::seek(self.file.file(), SeekFrom::Data(offset)) {
             Ok(data) if data > offset => Stretch { end: data.min(self.size_bytes), hole: true },
-            Ok(_) => match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
+            Ok(_) => match rustix::fs::seek(self.file.file(), SeekFrom::Hole(offset)) {
                 Ok(hole) if hole > offset => {
                     Stretch { end: hole.min(self.size_bytes), hole: false }
                 }
@@ -198,7 +199,8 @@ impl Source {
             },
             // Also the answer past the end of a file that has shrunk: that must be a failed read, not zeros.
             Err(rustix::io::Errno::NXIO) => {
-                let whole = self.file.metadata().is_ok_and(|meta| meta.len() >= self.size_bytes);
+                let whole =
+                    self.file.file().metadata().is_ok_and(|meta| meta.len() >= self.size_bytes);
                 Stretch { end: self.size_bytes, hole: whole }
             }
             Err(_) => {
@@ -259,6 +261,8 @@ fn consistency(
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     fn image(size: u64) -> (tempfile::TempDir, PathBuf) {

@@ -11,7 +11,11 @@ pub mod pb {
     pub const DESCRIPTORS: &[u8] = include_bytes!("gen/descriptors.bin");
 }
 
+mod cached;
+
+pub mod buffers;
 pub mod channel;
+pub mod direct;
 pub mod error;
 pub mod hash;
 pub mod ids;

@@ -22,6 +22,7 @@ use std::{
 };
 
 use janus_proto::{
+    direct::DirectFile,
     hash::{hash_blocks, segment_digest, zero_hash},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_count, block_len},
     model::{Batch, Extent},
@@ -140,7 +141,7 @@ pub struct Session {
     folder: PathBuf,
     layout: Layout,
     start: StartContent,
-    image: Arc<File>,
+    image: Arc<DirectFile>,
     inner: Mutex<Inner>,
 }
 
@@ -177,7 +178,7 @@ impl Session {
         let is_fresh =
             journal_file.metadata().map_err(SessionError::io("read", &journal_path))?.len() == 0;
         // A journal without its image would promise blocks that are not there.
-        let image = open_file(&image_path, is_fresh)?;
+        let image = DirectFile::for_writing(open_file(&image_path, is_fresh)?, &image_path);
         let mut index = Index::default();
         let mut last = Vec::new();
         let has_head = start.head().is_some();
@@ -330,7 +331,7 @@ impl Session {
                 let Some(slot) = index.slots.get(&(part.first / PAYLOAD_BLOCKS)) else { continue };
                 let at = self.layout.slot_offset(*slot) + part.first % PAYLOAD_BLOCKS * BLOCK_BYTES;
                 if piece.extent.zero {
-                    punch(&self.image, at, part.count * BLOCK_BYTES).map_err(failed)?;
+                    punch(self.image.file(), at, part.count * BLOCK_BYTES).map_err(failed)?;
                 } else {
                     let from = ((part.first - piece.extent.first) * BLOCK_BYTES) as usize;
                     let to = (from + (part.count * BLOCK_BYTES) as usize).min(piece.data.len());
@@ -369,7 +370,7 @@ impl Session {
     /// Cuts off what lies behind the last slot.
     fn cut(&self, index: &Index) -> Result<(), SessionError> {
         let end = self.layout.slot_offset(index.slots.len() as u32);
-        self.image.set_len(end).map_err(SessionError::io("cut", &self.image_path()))
+        self.image.file().set_len(end).map_err(SessionError::io("cut", &self.image_path()))
     }
 
     /// Notes the true hashes of blocks inside one payload block.
@@ -383,6 +384,7 @@ impl Session {
         let mut bytes = vec![0; len];
         let at = self.layout.slot_offset(slot) + extent.first % PAYLOAD_BLOCKS * BLOCK_BYTES;
         self.image
+            .file()
             .read_exact_at(&mut bytes, at)
             .map_err(SessionError::io("read", &self.image_path()))?;
         let mut found = Vec::new();
@@ -436,6 +438,7 @@ impl Session {
         // A thread of its own, since this one belongs to a stream that should go on receiving. It ends by itself.
         std::thread::spawn(move || {
             let synced = image
+                .file()
                 .sync_data()
                 .inspect_err(|error| tracing::error!(%error, "cannot sync a partial image"));
             let _ = done.set(synced.is_ok());

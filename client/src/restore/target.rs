@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use janus_proto::ids::BLOCK_BYTES;
+use janus_proto::{direct::DirectFile, ids::BLOCK_BYTES};
 use rustix::fs::{FallocateFlags, RenameFlags};
 
 use crate::source::{mounts, size_of, sysfs};
@@ -58,7 +58,7 @@ pub enum TargetError {
 #[derive(Debug)]
 pub(super) struct Target {
     path: PathBuf,
-    file: File,
+    file: DirectFile,
     size_bytes: u64,
     /// Name until it is complete; `None`: a device.
     partial: Option<PathBuf>,
@@ -96,9 +96,11 @@ impl Target {
             .mode(0o600)
             .open(&partial)
             .map_err(|source| io_error(path, "created", source))?;
+        let file = DirectFile::for_writing(file, &partial);
         let target = Self { path: path.into(), file, size_bytes, partial: Some(partial), force };
         target
             .file
+            .file()
             .set_len(size_bytes)
             .map_err(|source| io_error(path, "made as large as the disk", source))?;
         Ok(target)
@@ -123,6 +125,7 @@ impl Target {
         if has < size_bytes {
             return Err(TargetError::TooSmall { path: path.into(), has, needs: size_bytes });
         }
+        let file = DirectFile::for_writing(file, path);
         Ok(Self { path: path.into(), file, size_bytes, partial: None, force })
     }
 
@@ -140,7 +143,7 @@ impl Target {
         let start = first_block * BLOCK_BYTES;
         let len = (block_count * BLOCK_BYTES).min(self.size_bytes.saturating_sub(start));
         match rustix::fs::fallocate(
-            &self.file,
+            self.file.file(),
             FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE,
             start,
             len,
@@ -156,6 +159,7 @@ impl Target {
         while done < len {
             let piece = (len - done).min(zeros.len() as u64);
             self.file
+                .file()
                 .write_all_at(&zeros[..piece as usize], start + done)
                 .map_err(|source| io_error(&self.path, "written", source))?;
             done += piece;
@@ -166,7 +170,7 @@ impl Target {
     /// Syncs, and gives a file its name.
     pub(super) fn publish(&self) -> Result<(), TargetError> {
         let failed = |source| io_error(&self.path, "completed", source);
-        self.file.sync_all().map_err(failed)?;
+        self.file.file().sync_all().map_err(failed)?;
         let Some(partial) = &self.partial else { return Ok(()) };
         let named = if self.force {
             fs::rename(partial, &self.path)

@@ -1,18 +1,14 @@
 //! One thread's work: a segment in, its hashes and messages out.
 
-use std::sync::OnceLock;
-
 use bytes::Bytes;
 use janus_proto::{
+    buffers::Buffer,
     hash,
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, SEGMENT_BYTES, block_count, block_len},
     model::{Batch, Extent, MAX_BATCH_BYTES},
 };
 
-use super::{
-    Outgoing, ScanError, ScanJob, Scanned, SessionContent,
-    buffers::{Buffer, Pool},
-};
+use super::{Outgoing, ScanError, ScanJob, Scanned, SessionContent};
 use crate::{
     delta::{self, Known, SegmentBits, WORD_BLOCKS},
     source::Stretch,
@@ -24,7 +20,6 @@ const PIECE_BYTES: u64 = WORD_BLOCKS * BLOCK_BYTES;
 pub(super) struct Worker<'a> {
     job: &'a ScanJob<'a>,
     size_bytes: u64,
-    pool: Pool,
     buffer: Option<Buffer>,
     /// Bytes of `buffer` that wait for being sent.
     used: usize,
@@ -34,17 +29,11 @@ pub(super) struct Worker<'a> {
     stretch: Stretch,
 }
 
-fn pool() -> Pool {
-    static POOL: OnceLock<Pool> = OnceLock::new();
-    POOL.get_or_init(Pool::default).clone()
-}
-
 impl<'a> Worker<'a> {
     pub(super) fn new(job: &'a ScanJob<'a>) -> Self {
         Self {
             job,
             size_bytes: job.source.size_bytes(),
-            pool: pool(),
             buffer: None,
             used: 0,
             extents: Vec::new(),
@@ -95,8 +84,8 @@ impl<'a> Worker<'a> {
             if self.used + len > MAX_BATCH_BYTES {
                 self.flush(scanned)?;
             }
-            let buffer = self.buffer.get_or_insert_with(|| self.pool.take());
-            let piece = &mut buffer.bytes[self.used..self.used + len];
+            let buffer = self.buffer.get_or_insert_with(Buffer::take);
+            let piece = &mut buffer[self.used..self.used + len];
             self.job.source.read_at(offset, piece)?;
             scanned.read_bytes += len as u64;
             hash::hash_blocks(piece, hashes);
@@ -127,7 +116,7 @@ impl<'a> Worker<'a> {
             let from = piece + bit * BLOCK_BYTES as usize;
             let len = block_len(self.size_bytes, first_block + bit as u64);
             if from != self.used {
-                buffer.bytes.copy_within(from..from + len, self.used);
+                buffer.copy_within(from..from + len, self.used);
             }
             self.used += len;
             self.hashes.extend_from_slice(&new[bit].0);

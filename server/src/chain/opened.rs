@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use janus_proto::ids::SnapshotId;
+use janus_proto::{direct::DirectFile, ids::SnapshotId};
 
 use super::{
     Held,
@@ -70,7 +70,7 @@ impl OpenedSnapshot {
         let mut tables = Vec::with_capacity(chain.len());
         for held in chain {
             let path = folder.join(&held.snapshot().image);
-            let image = VhdxImage::open(open_file(&path)?)
+            let image = VhdxImage::open(DirectFile::for_reading(open_file(&path)?, &path))
                 .map_err(|source| OpenError::Image { path, source })?;
             images.push(Arc::new(image));
             let path = folder.join(&held.snapshot().table);

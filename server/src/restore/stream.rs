@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use janus_proto::{
+    buffers::Buffer,
     hash::{zero_hash, zero_segment_of},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_len},
     model::{Batch, Extent, MAX_BATCH_BYTES, MAX_HASHES},
@@ -168,7 +169,7 @@ impl Message<'_> {
         if self.extents.is_empty() {
             return Ok(());
         }
-        let mut data = vec![0; self.bytes];
+        let mut data = Buffer::take();
         let mut at = 0;
         for extent in self.extents.iter().filter(|extent| !extent.zero) {
             let end = (extent.end() * BLOCK_BYTES).min(self.size_bytes());
@@ -181,7 +182,7 @@ impl Message<'_> {
         let (extents, hashes) =
             (std::mem::take(&mut self.extents), Bytes::from(std::mem::take(&mut self.hashes)));
         self.bytes = 0;
-        let batch = Batch::new(self.size_bytes(), extents, hashes, data.into())
+        let batch = Batch::new(self.size_bytes(), extents, hashes, data.into_bytes(at))
             .map_err(|e| Some(e.into()))?;
         let answer = pb::ReadBlocksResponse { batch: Some(batch.into_wire(self.encoding)) };
         send(self.answers, answer).map_err(|Gone| None)

@@ -66,8 +66,8 @@ impl Session {
         let identity = self.write_image(&inner, &slots)?;
         let path = self.image_path();
         let failed = SessionError::io("sync", &path);
-        let metadata =
-            self.image.sync_all().and_then(|()| self.image.metadata()).map_err(failed)?;
+        let image = self.image.file();
+        let metadata = image.sync_all().and_then(|()| image.metadata()).map_err(failed)?;
         Ok(Finished {
             identity,
             table_digest: stored,
@@ -104,6 +104,7 @@ impl Session {
                 self.start.read_at(block * BLOCK_BYTES, bytes)?;
                 let at = self.layout.slot_offset(slot) + block % PAYLOAD_BLOCKS * BLOCK_BYTES;
                 self.image
+                    .file()
                     .write_all_at(bytes, at)
                     .map_err(SessionError::io("write", &self.image_path()))?;
             }
@@ -167,7 +168,7 @@ impl Session {
             Ok::<_, Infallible>(Payload { index, slot, present })
         });
         write_structures(
-            &self.image,
+            self.image.file(),
             &self.layout,
             &identity,
             parent.as_ref(),

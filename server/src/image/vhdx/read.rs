@@ -1,7 +1,8 @@
 //! Opens a VHDX of any origin and says where its data lies.
 
-use std::{fs::File, ops::Range, os::unix::fs::FileExt};
+use std::ops::Range;
 
+use janus_proto::direct::DirectFile;
 use uuid::Uuid;
 
 use super::{
@@ -18,7 +19,7 @@ const WINDOW: u64 = 512;
 /// An open image. Nothing of its allocation table is kept in memory.
 #[derive(Debug)]
 pub struct VhdxImage {
-    file: File,
+    file: DirectFile,
     file_bytes: u64,
     data_write: Uuid,
     metadata: Metadata,
@@ -35,15 +36,17 @@ impl VhdxImage {
     /// # Errors
     /// [`ImageError::DirtyLog`] when it wasn't closed, `Unsupported` when it needs what we don't know, `Damaged` when it breaks
     /// the format's rules.
-    pub fn open(file: File) -> Result<Self, ImageError> {
+    pub fn open(file: impl Into<DirectFile>) -> Result<Self, ImageError> {
+        let direct = file.into();
+        let file = direct.file();
         let file_bytes = file.metadata().map_err(ImageError::io("length"))?.len();
-        let header = header::read(&file)?;
+        let header = header::read(file)?;
         let log = header.log_offset..header.log_offset.saturating_add(header.log_bytes);
-        let regions = region::read(&file, file_bytes, log)?;
-        let metadata = metadata::read(&file, regions.metadata)?;
+        let regions = region::read(file, file_bytes, log)?;
+        let metadata = metadata::read(file, regions.metadata)?;
         let ratio = chunk_ratio(metadata.geometry.logical_sector_bytes, metadata.block_bytes);
         let image = Self {
-            file,
+            file: direct,
             file_bytes,
             data_write: header.data_write,
             ratio,
