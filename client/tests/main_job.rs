@@ -10,6 +10,8 @@ use std::{
     time::Instant,
 };
 
+use janus_client::cache::DiskCache;
+use janus_proto::hash::hash_block;
 use xtask::{
     disk,
     loopback::LoopDevice,
@@ -242,6 +244,32 @@ fn a_lost_cache_costs_time_but_no_data() {
         "{taken:?}"
     );
     assert_restores(&client, &site, &taken.snapshot_id, &path);
+}
+
+/// A cache that believes in blocks which the server doesn't have: the commit's digest finds it out.
+#[test]
+fn a_cache_that_lies_is_found_at_the_commit_and_repaired() {
+    let site = one_server();
+    let (path, client) = disk_of(&site, 64 * MIB);
+    disk::write_noise(&path, 0..32 * MIB, 1).unwrap();
+    backup(&client);
+    let lies = [(0, 700, [7; 4096]), (5, 3, [8; 4096])];
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    let cache = DiskCache::open(&client.cache(), &"disk".parse().unwrap(), 64 * MIB).unwrap();
+    let server = "server-a".parse().unwrap();
+    let (head, stage) = (cache.head(&server).unwrap(), cache.stage());
+    for (segment, index, content) in lies {
+        file.write_all_at(&content, segment * 4 * MIB + u64::from(index) * 4096).unwrap();
+        stage.put(segment, &[(index, hash_block(&content))]).unwrap();
+    }
+    cache.commit(stage, &server, head, Vec::new()).unwrap();
+    drop(cache);
+    let taken = backup(&client);
+    // The two segments in doubt, and nothing else.
+    assert_eq!((taken.kind.as_str(), taken.sent_bytes), ("delta", 2 * 4 * MIB), "{taken:?}");
+    assert_restores(&client, &site, &taken.snapshot_id, &path);
+    let unchanged = backup(&client);
+    assert_eq!(unchanged.sent_bytes, 0, "{unchanged:?}");
 }
 
 #[test]
