@@ -4,12 +4,15 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     fs::{File, OpenOptions},
-    os::unix::fs::{FileExt, MetadataExt},
+    ops::Range,
+    os::unix::fs::MetadataExt,
 };
 
 use janus_proto::{
+    buffers::Buffer,
     hash::{table_digest, zero_hash, zero_segment_of},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_len},
+    model::MAX_BATCH_BYTES,
 };
 use uuid::Uuid;
 
@@ -87,24 +90,22 @@ impl Session {
         if self.start.head().is_none() {
             return Ok(slots);
         }
+        let mut buffer = Buffer::take();
         for segment in self.segments_with_data(digests) {
             let hashes = self.segment_of(inner, segment)?;
-            let first = segment * SEGMENT_BLOCKS;
-            for (block, hash) in (first..).zip(&hashes) {
-                if *hash == zero_hash(block_len(self.disk.size_bytes, block)) {
-                    continue;
-                }
+            let sent = bitmap(inner.index.touched.get(&segment));
+            let mut unsent = self.not_zero(segment, &hashes);
+            for (word, sent) in unsent.0.iter_mut().zip(sent.0) {
+                *word &= !sent;
+            }
+            for run in runs(&unsent, segment) {
                 let next = slots.len() as u32;
-                let slot = *slots.entry(block / PAYLOAD_BLOCKS).or_insert(next);
-                if inner.index.is_touched(segment, (block - first) as u16) {
-                    continue;
-                }
-                let mut bytes = [0; BLOCK_BYTES as usize];
-                let bytes = &mut bytes[..block_len(self.disk.size_bytes, block)];
-                self.start.read_at(block * BLOCK_BYTES, bytes)?;
-                let at = self.layout.slot_offset(slot) + block % PAYLOAD_BLOCKS * BLOCK_BYTES;
+                let slot = *slots.entry(run.start / PAYLOAD_BLOCKS).or_insert(next);
+                let end = (run.end * BLOCK_BYTES).min(self.disk.size_bytes);
+                let bytes = &mut buffer[..(end - run.start * BLOCK_BYTES) as usize];
+                self.start.read_at(run.start * BLOCK_BYTES, bytes)?;
+                let at = self.layout.slot_offset(slot) + run.start % PAYLOAD_BLOCKS * BLOCK_BYTES;
                 self.image
-                    .file()
                     .write_all_at(bytes, at)
                     .map_err(SessionError::io("write", &self.image_path()))?;
             }
@@ -222,6 +223,20 @@ fn bitmap(touches: Option<&Vec<Touch>>) -> SegmentBitmap {
         }
     }
     present
+}
+
+/// Marked blocks that follow each other, as block numbers of the disk: in one payload block, and no more than a buffer holds.
+fn runs(marked: &SegmentBitmap, segment: u64) -> Vec<Range<u64>> {
+    const MOST: u64 = MAX_BATCH_BYTES as u64 / BLOCK_BYTES;
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for block in marked.blocks().map(|index| segment * SEGMENT_BLOCKS + index as u64) {
+        match runs.last_mut() {
+            // A payload block is whole buffers long.
+            Some(run) if run.end == block && !block.is_multiple_of(MOST) => run.end += 1,
+            _ => runs.push(block..block + 1),
+        }
+    }
+    runs
 }
 
 /// The half of a segment's bitmap that belongs to payload block `index`.
