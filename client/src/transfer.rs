@@ -276,7 +276,8 @@ async fn start_through(
     let (headers, answer, _) =
         link.backup().start_backup(request).await.map_err(LinkError::call(STARTING))?.into_parts();
     let run = parse_start(link, plan, &headers, &answer).map_err(LinkError::answer(STARTING))?;
-    for warning in &answer.warnings {
+    let of_janus = values(&headers, metadata::WARNING);
+    for warning in of_janus.chain(answer.warnings.iter().map(String::as_str)) {
         tracing::warn!(server = %run.server, "{warning}");
     }
     if !answer.required_features.is_empty() {
@@ -341,11 +342,14 @@ fn parse_session(info: &pb::SessionInfo) -> Result<Session, WireError> {
 }
 
 fn skipped(headers: &MetadataMap) -> Vec<(String, String)> {
-    let texts = headers.get_all(metadata::SKIPPED).iter().filter_map(|value| value.to_str().ok());
-    texts
+    values(headers, metadata::SKIPPED)
         .map(|text| {
             let (server, reason) = text.split_once(':').unwrap_or((text, ""));
             (server.trim().to_owned(), reason.trim().to_owned())
         })
         .collect()
+}
+
+fn values<'a>(headers: &'a MetadataMap, name: &str) -> impl Iterator<Item = &'a str> {
+    headers.get_all(name).iter().filter_map(|value| value.to_str().ok())
 }

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use janus_proto::{channel::Target, settings::Loader};
 use serde::{Deserialize, Serialize};
 
-use crate::{router::StartRule, selection::InitialBackups};
+use crate::{agreement::Required, router::StartRule, selection::InitialBackups};
 
 /// Settings as they stand in the file; see `janus.example.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,6 +27,12 @@ pub struct Settings {
     pub initial_backups: InitialBackups,
     /// First backups that one server takes at once before others are preferred.
     pub max_initial_runs: u32,
+    /// Prefer servers whose next two settings are as here.
+    pub require_equal_settings: bool,
+    /// What servers should have.
+    pub prefer_vhdx: bool,
+    /// What servers should have.
+    pub separate_folders_by_user: bool,
     /// How long a server may take to answer a probe.
     pub probe_ms: u64,
     /// Hard limit for calls in progress after SIGTERM.
@@ -46,6 +52,9 @@ impl Default for Settings {
             view_file: String::new(),
             initial_backups: InitialBackups::Allow,
             max_initial_runs: 2,
+            require_equal_settings: false,
+            prefer_vhdx: true,
+            separate_folders_by_user: true,
             probe_ms: 1000,
             drain_seconds: 10,
             log: "info".into(),
@@ -77,6 +86,12 @@ pub fn loader() -> Loader<Settings> {
             "max_initial_runs",
             "First backups that one server takes at once before others are preferred",
         ),
+        (
+            "require_equal_settings",
+            "Send backups to servers with another prefer_vhdx or separate_folders_by_user last",
+        ),
+        ("prefer_vhdx", "What servers should have"),
+        ("separate_folders_by_user", "What servers should have"),
         ("probe_ms", "How long a server may take to answer a probe"),
         ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
         ("log", "Log filter, such as info or janus=debug"),
@@ -132,6 +147,13 @@ impl Settings {
     /// The probe deadline.
     pub fn probe(&self) -> Duration {
         Duration::from_millis(self.probe_ms)
+    }
+
+    /// What servers must have to get starts in their turn.
+    pub fn required(&self) -> Option<Required> {
+        let (prefer_vhdx, separate_folders_by_user) =
+            (self.prefer_vhdx, self.separate_folders_by_user);
+        self.require_equal_settings.then_some(Required { prefer_vhdx, separate_folders_by_user })
     }
 
     /// How starts are spread.

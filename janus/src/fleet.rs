@@ -9,6 +9,7 @@ use janus_proto::{
 };
 
 use crate::{
+    agreement::Required,
     balance::Directory,
     registry::{Claim, Registry},
     selection::{Candidate, Place, Policy, order},
@@ -20,6 +21,7 @@ use crate::{
 pub struct Fleet {
     servers: Arc<[Upstream]>,
     registry: Registry,
+    required: Option<Required>,
 }
 
 /// What the order of servers depends on.
@@ -39,9 +41,15 @@ pub struct Call {
 
 impl Fleet {
     /// Servers at `targets`; each still needs its [`Upstream::run`].
-    pub fn new(targets: Vec<Target>, probe: Duration, registry: Registry) -> Self {
+    /// With `required`, servers that contradict it get starts only when no other can take them.
+    pub fn new(
+        targets: Vec<Target>,
+        probe: Duration,
+        registry: Registry,
+        required: Option<Required>,
+    ) -> Self {
         let servers = targets.into_iter().map(|target| Upstream::new(target, probe)).collect();
-        Self { servers, registry }
+        Self { servers, registry, required }
     }
 
     /// All servers, in the order of `server_urls`.
@@ -122,6 +130,11 @@ impl Fleet {
         distinct
     }
 
+    fn contradiction(&self, server: Option<&ServerId>) -> Option<&'static str> {
+        let (required, server) = (self.required?, server?);
+        required.contradicted_by(&self.registry.settings_of(server)?)
+    }
+
     fn candidates(&self, machine: Option<&MachineKey>, targets: &[Upstream]) -> Vec<Candidate> {
         let ids: Vec<Option<ServerId>> = targets.iter().map(Upstream::server).collect();
         let known = self.registry.known(machine, &ids);
@@ -133,6 +146,7 @@ impl Fleet {
                 has_chain: known.has_chain,
                 last_starts: known.last_starts,
                 initial_runs: known.initial_runs,
+                contradicts: self.contradiction(upstream.server().as_ref()),
             });
         candidates.collect()
     }

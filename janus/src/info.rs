@@ -13,6 +13,7 @@ use janus_proto::{
 use tonic::{Request, Response, Status};
 
 use crate::{
+    agreement::differences,
     clock::unix_ms,
     fleet::Fleet,
     upstream::{Need, Upstream},
@@ -42,6 +43,7 @@ impl Info {
         let counters = upstream.counters();
         ServerStatus {
             report_age_ms: self.report_age_ms(server.as_ref()),
+            settings: server.as_ref().and_then(|id| self.fleet.registry().settings_of(id)),
             server_id: server.map(String::from).unwrap_or_default(),
             url: upstream.url(),
             ready: down.is_none(),
@@ -59,6 +61,7 @@ impl Info {
             server_id: server.to_string(),
             reason: "reports to this janus but is not in its server_urls".into(),
             report_age_ms: self.report_age_ms(Some(server)),
+            settings: self.fleet.registry().settings_of(server),
             ..Default::default()
         }
     }
@@ -102,6 +105,7 @@ impl ServerInfoService for Info {
             janus_id: self.id.to_string(),
             version,
             servers,
+            warnings: differences(&self.fleet.registry().settings()),
         }))
     }
 }

@@ -4,6 +4,7 @@
 //! It forwards HTTP/2 requests untouched and keeps nothing that it can't lose. `serve` wires everything up; `balance`
 //! and `selection` are usable alone.
 
+pub mod agreement;
 pub mod balance;
 pub mod catalog;
 mod clock;

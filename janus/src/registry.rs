@@ -190,6 +190,14 @@ impl Registry {
         self.lock().servers.keys().cloned().collect()
     }
 
+    /// Settings of all servers that have reported since this janus began.
+    pub fn settings(&self) -> Vec<(ServerId, pb::SharedSettings)> {
+        let inner = self.lock();
+        let told =
+            |(id, state): (&ServerId, &ServerState)| Some((id.clone(), state.settings.clone()?));
+        inner.servers.iter().filter_map(told).collect()
+    }
+
     /// Settings that a server has reported.
     pub fn settings_of(&self, server: &ServerId) -> Option<pb::SharedSettings> {
         self.lock().servers.get(server)?.settings.clone()

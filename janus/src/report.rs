@@ -1,6 +1,9 @@
 //! The Report service: servers tell what they hold. Each may speak only for the name in its own certificate.
 
-use std::{pin::Pin, sync::Arc};
+use std::{
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use futures::{Stream, StreamExt, stream};
 use janus_proto::{
@@ -17,6 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use crate::{
+    agreement::differences,
     fleet::Fleet,
     registry::{ReportRefused, ReportSlot},
 };
@@ -37,12 +41,14 @@ impl From<ReportRefused> for Status {
 #[derive(Debug, Clone)]
 pub struct Reports {
     fleet: Fleet,
+    /// What was logged last.
+    warned: Arc<Mutex<Vec<String>>>,
 }
 
 impl Reports {
     /// The service for the servers of `fleet`, and others that report.
     pub fn service(fleet: Fleet) -> ReportServiceServer<Self> {
-        ReportServiceServer::new(Self { fleet })
+        ReportServiceServer::new(Self { fleet, warned: Arc::default() })
     }
 
     fn open(&self, server: &ServerId, hello: &ReportHello) -> Result<ReportSlot, Status> {
@@ -50,9 +56,26 @@ impl Reports {
             warn!(%server, %error, "report stream refused");
         })?;
         info!(%server, generation = hello.store_generation, epoch = hello.start_epoch, "reports");
+        self.warn_of_differences();
         // A server that reports is there: don't wait for the end of a pause to look for it.
         self.fleet.look_now(server);
         Ok(slot)
+    }
+}
+
+impl Reports {
+    /// Logs what the servers' settings differ in, when that has changed.
+    fn warn_of_differences(&self) {
+        let found = differences(&self.fleet.registry().settings());
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if *warned == found {
+            return;
+        }
+        match found.is_empty() {
+            true => info!("the servers' settings are equal again"),
+            false => found.iter().for_each(|difference| warn!(difference, "servers' settings")),
+        }
+        *warned = found;
     }
 }
 

@@ -48,6 +48,8 @@ pub struct Candidate {
     pub last_starts: usize,
     /// First backups that run there now.
     pub initial_runs: u32,
+    /// Setting in which it differs though all servers must be equal.
+    pub contradicts: Option<&'static str>,
 }
 
 impl Candidate {
@@ -63,6 +65,18 @@ pub enum Hold {
     InitialBackupsHeld,
     /// It holds no chain of the machine and takes this many first backups already.
     InitialRunsFull(u32),
+    /// This setting isn't as all servers must have it.
+    SettingDiffers(&'static str),
+}
+
+impl Hold {
+    /// Later ones are tried after all others.
+    fn rank(self) -> u8 {
+        match self {
+            Self::InitialBackupsHeld | Self::InitialRunsFull(_) => 1,
+            Self::SettingDiffers(_) => 2,
+        }
+    }
 }
 
 impl fmt::Display for Hold {
@@ -73,6 +87,9 @@ impl fmt::Display for Hold {
             }
             Self::InitialRunsFull(runs) => {
                 write!(f, "takes {runs} first backups already (max_initial_runs)")
+            }
+            Self::SettingDiffers(key) => {
+                write!(f, "its {key} differs from this janus' (require_equal_settings)")
             }
         }
     }
@@ -103,7 +120,7 @@ pub fn order(policy: Policy, candidates: &[Candidate]) -> Vec<Place> {
         })
         .collect();
     // Stable: held servers keep their turns among themselves.
-    places.sort_by_key(|place| place.hold.is_some());
+    places.sort_by_key(|place| place.hold.map_or(0, Hold::rank));
     places
 }
 
@@ -122,6 +139,9 @@ fn compare(policy: Policy, a: &Candidate, b: &Candidate) -> Ordering {
 
 fn hold(policy: Policy, candidate: &Candidate) -> Option<Hold> {
     let Policy::LeastRecent { initial_backups, max_initial_runs } = policy else { return None };
+    if let Some(key) = candidate.contradicts {
+        return Some(Hold::SettingDiffers(key));
+    }
     if candidate.has_chain {
         return None;
     }
@@ -151,6 +171,7 @@ mod tests {
             has_chain: use_counter > 0,
             last_starts: 0,
             initial_runs: 0,
+            contradicts: None,
         }
     }
 
@@ -198,6 +219,16 @@ mod tests {
         assert_eq!(names(ALLOW, &servers), ["old", "new"]);
     }
 
+    #[test]
+    fn servers_with_other_settings_come_after_all_others() {
+        let mut servers =
+            [candidate("differs", 0, 1), candidate("used", 1, 2), candidate("new", 2, 0)];
+        servers[0].contradicts = Some("prefer_vhdx");
+        assert_eq!(names(HOLD, &servers), ["used", "new", "differs"]);
+        assert_eq!(names(HOLD, &servers[..1]), ["differs"], "never the last one");
+        assert_eq!(names(Policy::MostRecent, &servers), ["used", "differs", "new"]);
+    }
+
     /// The rules of the design, one question after the other.
     fn model_before(policy: Policy, a: &Candidate, b: &Candidate) -> bool {
         let used = |c: &Candidate| if c.has_chain { c.use_counter } else { 0 };
@@ -208,7 +239,10 @@ mod tests {
             !c.has_chain
                 && (initial_backups == InitialBackups::Hold || c.initial_runs >= max_initial_runs)
         };
-        if held(a) != held(b) {
+        if a.contradicts.is_some() != b.contradicts.is_some() {
+            return b.contradicts.is_some();
+        }
+        if a.contradicts.is_none() && held(a) != held(b) {
             return held(b);
         }
         if used(a) != used(b) {
@@ -241,12 +275,13 @@ mod tests {
 
     prop_compose! {
         fn servers()(
-            facts in prop::collection::vec((0..4u64, any::<bool>(), 0..3usize, 0..4u32), 1..7),
+            facts in prop::collection::vec((0..4u64, any::<bool>(), 0..3usize, 0..4u32, 0..4u8), 1..7),
             shift in 0..7usize,
         ) -> Vec<Candidate> {
             let count = facts.len();
-            facts.into_iter().enumerate().map(|(i, (use_counter, has_chain, last_starts, initial_runs))| Candidate {
+            facts.into_iter().enumerate().map(|(i, (use_counter, has_chain, last_starts, initial_runs, differs))| Candidate {
                 name: format!("s{i}"), position: (i + shift) % count, use_counter, has_chain, last_starts, initial_runs,
+                contradicts: (differs == 0).then_some("prefer_vhdx"),
             }).collect()
         }
     }

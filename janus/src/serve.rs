@@ -95,7 +95,9 @@ impl Janus {
     /// # Errors
     /// When the wiring fails.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
-        let fleet = Fleet::new(self.settings.targets()?, self.settings.probe(), Registry::new());
+        let (settings, registry) = (&self.settings, Registry::new());
+        let fleet =
+            Fleet::new(settings.targets()?, settings.probe(), registry, settings.required());
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let local = Routes::new(health_service)
             .add_service(Catalog::service(fleet.clone()))

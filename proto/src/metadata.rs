@@ -12,3 +12,5 @@ pub const USE: &str = "janus-use";
 pub const PRINCIPAL: &str = "janus-principal";
 /// Answer of StartBackup through janus: `<server>: <reason>`, one value for each server passed over.
 pub const SKIPPED: &str = "janus-skipped";
+/// Answer of StartBackup through janus: something an administrator should look at, one value for each.
+pub const WARNING: &str = "janus-warning";

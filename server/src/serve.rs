@@ -1,9 +1,9 @@
 //! Wiring: store, services, reports, health, and an end in good order.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
 use janus_proto::{
-    ids::ServerId,
+    ids::{MachineKey, ServerId},
     listener::{self, Limits},
     model::MAX_MESSAGE_BYTES,
     pb::{
@@ -22,12 +22,13 @@ use crate::{
     backup::Backup,
     caller::Gate,
     catalog::Catalog,
-    chain::store::{Store, StoreError},
+    chain::store::{MachineState, Store, StoreError},
     config::Settings,
     info::Info,
     report::Reporter,
     restore::Restore,
     runs::Runs,
+    storage,
 };
 
 /// Names under which health is asked for.
@@ -58,6 +59,14 @@ pub enum ServeError {
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The store would be shared.
+    #[error("image_path {} is on a network file system ({kind}): its loss would be that of every server on it; use a local disk, or remove janus_urls", path.display())]
+    NetworkFileSystem {
+        /// The setting.
+        path: PathBuf,
+        /// Kind of file system.
+        kind: &'static str,
+    },
     /// Wiring that can't fail for valid names.
     #[error("cannot start: {0}")]
     Wiring(String),
@@ -85,8 +94,8 @@ impl Server {
         };
         let listen = |source| ServeError::Listen { address: settings.listen.clone(), source };
         let listener = TcpListener::bind(&settings.listen).await.map_err(listen)?;
-        let (path, by_user) = (settings.image_path.clone(), settings.separate_folders_by_user);
-        let opened = tokio::task::spawn_blocking(move || Store::open(&path, by_user)).await;
+        let stored = settings.clone();
+        let opened = tokio::task::spawn_blocking(move || open_store(&stored)).await;
         let (store, machines) = opened.map_err(|error| ServeError::Wiring(error.to_string()))??;
         let runs =
             Arc::new(Runs::new(store, machines, Duration::from_secs(settings.lease_seconds)));
@@ -171,6 +180,20 @@ impl Server {
         });
         tasks
     }
+}
+
+fn open_store(
+    settings: &Settings,
+) -> Result<(Store, HashMap<MachineKey, MachineState>), ServeError> {
+    let path = settings.image_path.clone();
+    // Of several servers each must have its own disk; a single one may know what it does.
+    // What can't be looked at is for the store to explain.
+    if !settings.janus_urls.is_empty()
+        && let Ok(Some(kind)) = storage::network_file_system(&path)
+    {
+        return Err(ServeError::NetworkFileSystem { path, kind });
+    }
+    Ok(Store::open(&path, settings.separate_folders_by_user)?)
 }
 
 fn wiring(error: impl std::fmt::Display) -> ServeError {

@@ -3,7 +3,8 @@
 use std::fmt::Write;
 
 use janus_proto::pb::{
-    GetRouterStatusRequest, GetServerInfoRequest, GetServerInfoResponse, ServerStatus,
+    GetRouterStatusRequest, GetRouterStatusResponse, GetServerInfoRequest, GetServerInfoResponse,
+    ServerStatus,
 };
 use serde_json::{Value, json};
 use tonic::Code;
@@ -14,19 +15,17 @@ use crate::link::{Address, Link, LinkError, QUICK};
 pub(super) async fn run(context: &Context) -> Result<Outcome, Failure> {
     let link = context.connect().await?;
     let request = Address::default().request(GetRouterStatusRequest {}, Some(QUICK));
-    let (name, servers) = match link.info().get_router_status(request).await {
-        Ok(answer) => {
-            let answer = answer.into_inner();
-            (answer.janus_id, answer.servers)
-        }
+    let status = match link.info().get_router_status(request).await {
+        Ok(answer) => answer.into_inner(),
         // A server was asked: it speaks for itself.
         Err(status) if status.code() == Code::Unimplemented => {
-            (String::new(), vec![own(&link).await?])
+            GetRouterStatusResponse { servers: vec![own(&link).await?], ..Default::default() }
         }
         Err(status) => return Err(LinkError::call("asking for the status")(status).into()),
     };
-    let json = json!({ "ok": true, "janus": name, "servers": servers.iter().map(server_json).collect::<Vec<_>>() });
-    Ok(Outcome { json, text: text(&name, &servers) })
+    let servers: Vec<Value> = status.servers.iter().map(server_json).collect();
+    let json = json!({ "ok": true, "janus": status.janus_id, "servers": servers, "warnings": status.warnings });
+    Ok(Outcome { json, text: text(&status) })
 }
 
 async fn own(link: &Link) -> Result<ServerStatus, Failure> {
@@ -64,15 +63,20 @@ fn server_json(s: &ServerStatus) -> Value {
         "starts": s.starts,
         "bytes_sent": s.bytes_sent,
         "bytes_received": s.bytes_received,
+        "settings": s.settings.as_ref().map(|told| json!({
+            "image_path": told.image_path,
+            "prefer_vhdx": told.prefer_vhdx,
+            "separate_folders_by_user": told.separate_folders_by_user,
+        })),
     })
 }
 
-fn text(janus: &str, servers: &[ServerStatus]) -> String {
+fn text(status: &GetRouterStatusResponse) -> String {
     let mut text = String::new();
-    if !janus.is_empty() {
-        let _ = writeln!(text, "janus {janus}");
+    if !status.janus_id.is_empty() {
+        let _ = writeln!(text, "janus {}", status.janus_id);
     }
-    for s in servers {
+    for s in &status.servers {
         let state = if s.ready { "ready".to_owned() } else { format!("not ready: {}", s.reason) };
         let since =
             if s.since_ms > 0 { format!(" since {}", date(s.since_ms)) } else { String::new() };
@@ -89,6 +93,9 @@ fn text(janus: &str, servers: &[ServerStatus]) -> String {
             amount(s.bytes_sent),
             amount(s.bytes_received),
         );
+    }
+    for warning in &status.warnings {
+        let _ = writeln!(text, "warning: {warning}");
     }
     text
 }

@@ -50,6 +50,7 @@ impl Directory for Fake {
                 has_chain: uses[position] > 0,
                 last_starts: 0,
                 initial_runs: 0,
+                contradicts: None,
             })
             .collect();
         order(*policy, &candidates)

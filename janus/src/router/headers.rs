@@ -14,8 +14,8 @@ use tonic::Status;
 
 use crate::balance::Skipped;
 
-/// Longest value of `janus-skipped`, so that many of them stay below the header limit.
-const MAX_SKIPPED_BYTES: usize = 300;
+/// Longest value of `janus-skipped` and `janus-warning`, so that many of them stay below the header limit.
+const MAX_TEXT_BYTES: usize = 300;
 /// Headers of one connection, which mean nothing on the next.
 const HOP_BY_HOP: [HeaderName; 6] = [
     header::CONNECTION,
@@ -104,11 +104,20 @@ pub(crate) fn name_answer(headers: &mut HeaderMap, server: &str) {
 
 /// Adds the servers that were passed over.
 pub(crate) fn add_skipped(headers: &mut HeaderMap, skipped: &[Skipped]) {
-    for one in skipped {
-        let plain = |c: char| if c.is_ascii_graphic() || c == ' ' { c } else { '?' };
-        let text: String = one.to_string().chars().map(plain).take(MAX_SKIPPED_BYTES).collect();
+    add_texts(headers, metadata::SKIPPED, skipped.iter().map(ToString::to_string));
+}
+
+/// Adds what an administrator should look at.
+pub(crate) fn add_warnings(headers: &mut HeaderMap, warnings: Vec<String>) {
+    add_texts(headers, metadata::WARNING, warnings.into_iter());
+}
+
+fn add_texts(headers: &mut HeaderMap, name: &'static str, texts: impl Iterator<Item = String>) {
+    let plain = |c: char| if c.is_ascii_graphic() || c == ' ' { c } else { '?' };
+    for text in texts {
+        let text: String = text.chars().map(plain).take(MAX_TEXT_BYTES).collect();
         if let Ok(value) = HeaderValue::from_str(&text) {
-            headers.append(metadata::SKIPPED, value);
+            headers.append(name, value);
         }
     }
 }
@@ -180,6 +189,6 @@ mod tests {
         let reason = format!("line\nbreak ü {}", "x".repeat(1000));
         add_skipped(&mut out, &[Skipped { server: "a".into(), reason }]);
         let text = out[metadata::SKIPPED].to_str().unwrap();
-        assert!(text.starts_with("a: line?break ? xxx") && text.len() == MAX_SKIPPED_BYTES);
+        assert!(text.starts_with("a: line?break ? xxx") && text.len() == MAX_TEXT_BYTES);
     }
 }

@@ -44,20 +44,25 @@ async fn report(
     snapshots: Vec<pb::Snapshot>,
     use_counter: u64,
 ) -> (mpsc::Sender<ReportRequest>, Streaming<pb::ReportResponse>) {
-    let identity = keys.identity(&format!("server/{server}"));
-    let mut reports = ReportServiceClient::new(channel(&janus.url, &identity).await);
-    let (sender, messages) = mpsc::channel(8);
     let machines =
         vec![pb::MachineReport { machine: "alice/web".into(), use_counter, has_chain: true }];
     let full = pb::StateChange { machines, snapshots, ..Default::default() };
-    for (sequence, event) in [
-        Event::Hello(pb::ReportHello::default()),
-        Event::Full(full),
-        Event::FullEnd(pb::FullEnd {}),
-    ]
-    .into_iter()
-    .enumerate()
-    {
+    report_all(keys, janus, server, pb::ReportHello::default(), full).await
+}
+
+/// A report stream with this beginning and full state.
+pub async fn report_all(
+    keys: &Keys,
+    janus: &Running,
+    server: &str,
+    hello: pb::ReportHello,
+    full: pb::StateChange,
+) -> (mpsc::Sender<ReportRequest>, Streaming<pb::ReportResponse>) {
+    let identity = keys.identity(&format!("server/{server}"));
+    let mut reports = ReportServiceClient::new(channel(&janus.url, &identity).await);
+    let (sender, messages) = mpsc::channel(8);
+    let events = [Event::Hello(hello), Event::Full(full), Event::FullEnd(pb::FullEnd {})];
+    for (sequence, event) in events.into_iter().enumerate() {
         sender
             .send(ReportRequest { sequence: sequence as u64 + 1, event: Some(event) })
             .await

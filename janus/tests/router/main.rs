@@ -3,6 +3,7 @@
 // Helpers of tests are tests.
 #![allow(clippy::unwrap_used)]
 
+mod agreement;
 mod backend;
 mod catalog;
 mod forwarding;

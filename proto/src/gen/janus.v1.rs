@@ -2851,6 +2851,9 @@ pub struct ServerStatus {
     pub bytes_sent: u64,
     #[prost(uint64, tag = "9")]
     pub bytes_received: u64,
+    /// Settings that should be equal on all servers, as this one reports them; absent: it has not reported.
+    #[prost(message, optional, tag = "10")]
+    pub settings: ::core::option::Option<SharedSettings>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetRouterStatusResponse {
@@ -2860,6 +2863,9 @@ pub struct GetRouterStatusResponse {
     pub version: ::prost::alloc::string::String,
     #[prost(message, repeated, tag = "3")]
     pub servers: ::prost::alloc::vec::Vec<ServerStatus>,
+    /// What an administrator should look at, such as settings in which servers differ; a line each.
+    #[prost(string, repeated, tag = "4")]
+    pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Generated client implementations.
 pub mod server_info_service_client {

@@ -1,0 +1,92 @@
+//! Servers whose settings differ: shown everywhere, and with `require_equal_settings` used last.
+
+use janus::config::Settings;
+use janus_proto::{
+    metadata,
+    pb::{
+        self, GetRouterStatusRequest, SharedSettings,
+        server_info_service_client::ServerInfoServiceClient,
+    },
+};
+use tonic::metadata::MetadataMap;
+
+use crate::{
+    backend::Backend,
+    catalog::report_all,
+    site::{Keys, Running, channel, client, janus_with},
+    starts::start_request,
+};
+
+/// A report of a server with these settings.
+async fn report(
+    keys: &Keys,
+    janus: &Running,
+    server: &str,
+    prefer_vhdx: bool,
+) -> impl Sized + use<> {
+    let settings = SharedSettings {
+        image_path: "/srv/janus".into(),
+        prefer_vhdx,
+        separate_folders_by_user: true,
+    };
+    let hello = pb::ReportHello { settings: Some(settings), ..Default::default() };
+    report_all(keys, janus, server, hello, pb::StateChange::default()).await
+}
+
+fn values(answer: &MetadataMap, name: &str) -> Vec<String> {
+    answer.get_all(name).iter().map(|value| value.to_str().unwrap().to_owned()).collect()
+}
+
+async fn status(keys: &Keys, janus: &Running) -> pb::GetRouterStatusResponse {
+    let channel = channel(&janus.url, &keys.identity("client/alice/web")).await;
+    let mut info = ServerInfoServiceClient::new(channel);
+    info.get_router_status(GetRouterStatusRequest {}).await.unwrap().into_inner()
+}
+
+#[tokio::test]
+async fn differences_are_shown_in_the_status_and_in_the_answer_of_each_start() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let janus = janus_with(&keys, &[a.address(), b.address()], |_| {}).await;
+    let _a = report(&keys, &janus, "a", true).await;
+    let mut client = client(&keys, &janus.url).await;
+    let answer = client.start_backup(start_request()).await.unwrap();
+    assert!(values(answer.metadata(), metadata::WARNING).is_empty());
+    assert!(status(&keys, &janus).await.warnings.is_empty());
+
+    let with_other = report(&keys, &janus, "b", false).await;
+    let expected = ["prefer_vhdx differs: false on b; true on a"];
+    let answer = client.start_backup(start_request()).await.unwrap();
+    assert_eq!(values(answer.metadata(), metadata::WARNING), expected);
+    let shown = status(&keys, &janus).await;
+    assert_eq!(shown.warnings, expected);
+    assert!(!shown.servers[1].settings.clone().unwrap().prefer_vhdx);
+
+    drop(with_other);
+    let _same = report(&keys, &janus, "b", true).await;
+    assert!(status(&keys, &janus).await.warnings.is_empty());
+}
+
+#[tokio::test]
+async fn a_server_with_other_settings_is_left_out_but_never_the_last() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let servers = [a.address(), b.address()];
+    let strict = |settings: &mut Settings| {
+        settings.require_equal_settings = true;
+        settings.prefer_vhdx = false;
+    };
+    let janus = janus_with(&keys, &servers, strict).await;
+    let (_a, _b) =
+        (report(&keys, &janus, "a", true).await, report(&keys, &janus, "b", false).await);
+    let mut client = client(&keys, &janus.url).await;
+    for _ in 0..2 {
+        let answer = client.start_backup(start_request()).await.unwrap();
+        assert_eq!(answer.get_ref().server_id, "b");
+    }
+    let answer = client.start_backup(start_request()).await.unwrap();
+    let reason = "a: its prefer_vhdx differs from this janus' (require_equal_settings)";
+    assert_eq!(values(answer.metadata(), metadata::SKIPPED), [reason]);
+    b.line.cut();
+    assert_eq!(client.start_backup(start_request()).await.unwrap().into_inner().server_id, "a");
+}
