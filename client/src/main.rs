@@ -8,7 +8,10 @@ use janus_proto::{program, tls::Identity};
 use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
-    let matches = cli::command().get_matches();
+    let matches = match cli::command().try_get_matches() {
+        Ok(matches) => matches,
+        Err(error) => return refuse_usage(&error),
+    };
     let Some((name, matches)) = matches.subcommand() else { return ExitCode::from(2) };
     match run(name, matches) {
         Ok(outcome) => {
@@ -21,6 +24,17 @@ fn main() -> ExitCode {
             ExitCode::from(failure.exit_code)
         }
     }
+}
+
+/// Wrong arguments, or a question for help or version. Without arguments that were understood, `--json` is looked for.
+fn refuse_usage(error: &clap::Error) -> ExitCode {
+    if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") {
+        let text = error.to_string();
+        let said = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+        println!("{}", Failure::usage(said).json());
+    }
+    let _ = error.print();
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
 }
 
 fn print(matches: &ArgMatches, json: &serde_json::Value, text: &str) {

@@ -205,6 +205,9 @@ fn wrong_settings_name_the_nearest_key() {
     let failure = wrong.failure(&["backup"]).unwrap();
     assert_eq!(failure.exit_code, 2, "{failure:?}");
     assert_says(&failure, &["hash_threads", "many"]);
+    let failure = client.failure(&["backup", "--no-such-flag"]).unwrap();
+    assert_eq!(failure.exit_code, 2, "{failure:?}");
+    assert_says(&failure, &["--no-such-flag"]);
 
     let mut site = site;
     site.stop_server("server-a").unwrap();
