@@ -35,6 +35,8 @@ pub struct Settings {
     pub separate_folders_by_user: bool,
     /// How long a server may take to answer a probe.
     pub probe_ms: u64,
+    /// Address and port for Prometheus, plain HTTP; empty: none.
+    pub metrics_listen: String,
     /// Hard limit for calls in progress after SIGTERM.
     pub drain_seconds: u64,
     /// Log filter.
@@ -56,6 +58,7 @@ impl Default for Settings {
             prefer_vhdx: true,
             separate_folders_by_user: true,
             probe_ms: 1000,
+            metrics_listen: String::new(),
             drain_seconds: 10,
             log: "info".into(),
         }
@@ -93,6 +96,7 @@ pub fn loader() -> Loader<Settings> {
         ("prefer_vhdx", "What servers should have"),
         ("separate_folders_by_user", "What servers should have"),
         ("probe_ms", "How long a server may take to answer a probe"),
+        ("metrics_listen", "Address and port for Prometheus, plain HTTP; empty: none"),
         ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
         ("log", "Log filter, such as info or janus=debug"),
     ])

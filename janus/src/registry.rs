@@ -215,6 +215,20 @@ impl Registry {
         state.snapshots(machine, disk).cloned().collect()
     }
 
+    /// Unix milliseconds of the newest backup of each machine on each server, as reported.
+    pub fn last_backups(&self) -> BTreeMap<(String, ServerId), i64> {
+        let inner = self.lock();
+        let mut newest = BTreeMap::new();
+        for (server, state) in &inner.servers {
+            for snapshot in state.told.snapshots.values() {
+                let key = (snapshot.machine.clone(), server.clone());
+                let at = newest.entry(key).or_insert(i64::MIN);
+                *at = snapshot.committed_ms.max(*at);
+            }
+        }
+        newest
+    }
+
     /// One snapshot, with the server that has reported it.
     pub fn snapshot(&self, id: SnapshotId) -> Option<(ServerId, pb::Snapshot)> {
         let inner = self.lock();

@@ -20,6 +20,7 @@ use crate::{
     fleet::Fleet,
     health,
     info::Info,
+    metrics,
     registry::Registry,
     report::Reports,
     router::Router,
@@ -38,8 +39,10 @@ pub enum ServeError {
         role: String,
     },
     /// The address can't be had.
-    #[error("cannot listen on {address}: {source}; choose another address in setting listen")]
+    #[error("cannot listen on {address}: {source}; choose another address in setting {key}")]
     Listen {
+        /// The setting.
+        key: &'static str,
         /// The address.
         address: String,
         /// Why not.
@@ -63,6 +66,7 @@ pub struct Janus {
     identity: Identity,
     id: ServerId,
     listener: TcpListener,
+    metrics: Option<TcpListener>,
 }
 
 impl Janus {
@@ -77,9 +81,17 @@ impl Janus {
             Role::Janus(id) => id.clone(),
             role => return Err(ServeError::WrongRole { role: role.to_string() }),
         };
-        let listen = |source| ServeError::Listen { address: settings.listen.clone(), source };
-        let listener = TcpListener::bind(&settings.listen).await.map_err(listen)?;
-        Ok(Self { settings, identity, id, listener })
+        let listener = bind("listen", &settings.listen).await?;
+        let metrics = match settings.metrics_listen.as_str() {
+            "" => None,
+            address => Some(bind("metrics_listen", address).await?),
+        };
+        Ok(Self { settings, identity, id, listener, metrics })
+    }
+
+    /// The address for Prometheus, where there is one.
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics.as_ref()?.local_addr().ok()
     }
 
     /// The address that was bound.
@@ -114,6 +126,16 @@ impl Janus {
         }
         let drain = CancellationToken::new();
         tasks.spawn(follow_health(fleet.clone(), reporter, shutdown.clone(), drain.clone()));
+        if let Some(metrics) = self.metrics {
+            let (fleet, shutdown, stop) = (fleet.clone(), shutdown.clone(), stop.clone());
+            tasks.spawn(async move {
+                let serving = metrics::serve(metrics, fleet, shutdown);
+                // A reader that holds its connection may do so until the drain is over.
+                if let Some(Err(error)) = stop.run_until_cancelled(serving).await {
+                    tracing::error!(%error, "metrics are no longer served");
+                }
+            });
+        }
         let router = Router::new(self.id.clone(), fleet, self.settings.start_rule(), local, drain);
         let limits =
             Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
@@ -137,6 +159,11 @@ async fn follow_health(
     health::not_serving(&reporter).await;
     sleep(LAST_WORDS).await;
     drain.cancel();
+}
+
+async fn bind(key: &'static str, address: &str) -> Result<TcpListener, ServeError> {
+    let failed = |source| ServeError::Listen { key, address: address.to_owned(), source };
+    TcpListener::bind(address).await.map_err(failed)
 }
 
 fn wiring(error: impl std::fmt::Display) -> ServeError {

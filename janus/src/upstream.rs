@@ -171,6 +171,12 @@ impl Upstream {
         self.0.state.borrow().since_ms
     }
 
+    /// Smoothed round trip; `None` before the first.
+    pub(crate) fn round_trip(&self) -> Option<Duration> {
+        let micros = self.0.round_trip.load(Ordering::Relaxed);
+        (micros > 0).then(|| Duration::from_micros(micros))
+    }
+
     pub(crate) fn counters(&self) -> &Arc<Counters> {
         &self.0.counters
     }

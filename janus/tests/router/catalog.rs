@@ -21,7 +21,7 @@ use crate::{
     starts::start_request,
 };
 
-fn snapshot(server: &str, committed_ms: i64) -> pb::Snapshot {
+pub fn snapshot(server: &str, committed_ms: i64) -> pb::Snapshot {
     pb::Snapshot {
         snapshot_id: SnapshotId::new().to_string(),
         server_id: server.into(),
@@ -37,7 +37,7 @@ async fn catalog(keys: &Keys, janus: &Running) -> CatalogServiceClient<Channel> 
 }
 
 /// A report stream with a full state of `snapshots` and a use counter.
-async fn report(
+pub async fn report(
     keys: &Keys,
     janus: &Running,
     server: &str,

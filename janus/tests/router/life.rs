@@ -1,9 +1,17 @@
 //! Health of the janus itself, and its end.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
+use janus::config::Settings;
 use janus_proto::{metadata, pb};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
 use tonic::Code;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -11,7 +19,9 @@ use tonic_health::pb::{
 
 use crate::{
     backend::Backend,
-    site::{Keys, channel, client, janus, nobody, until},
+    catalog::{report, snapshot},
+    site::{Keys, channel, client, janus, janus_with, nobody, until},
+    starts::start_request,
 };
 
 fn asking(service: &str) -> HealthCheckRequest {
@@ -113,4 +123,51 @@ async fn an_idle_janus_with_watchers_and_reports_stops_at_once() {
     janus.stop.cancel();
     timeout(Duration::from_secs(5), janus.task.take().unwrap()).await.unwrap().unwrap();
     assert!(begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
+}
+
+/// What Prometheus gets, by plain HTTP/1.1.
+async fn scrape(address: SocketAddr) -> String {
+    let mut tcp = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET /metrics HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    tcp.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    tcp.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
+    assert!(answer.contains("content-type: application/openmetrics-text"), "{answer}");
+    answer
+}
+
+#[tokio::test]
+async fn prometheus_sees_the_servers_and_a_slow_reader_does_not_keep_janus() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let listen = |settings: &mut Settings| settings.metrics_listen = "127.0.0.1:0".into();
+    let mut janus = janus_with(&keys, &[a.address(), b.address()], listen).await;
+    let metrics = janus.metrics.unwrap();
+    let snapshots = vec![snapshot("a", 1_767_225_600_000), snapshot("a", 5)];
+    let _report = report(&keys, &janus, "a", snapshots, 1).await;
+    let mut client = client(&keys, &janus.url).await;
+    client.start_backup(start_request()).await.unwrap();
+    b.line.cut();
+    let down = "janus_server_ready{server=\"b\"} 0.0";
+    until("b is down", || async { scrape(metrics).await.contains(down) }).await;
+    let page = scrape(metrics).await;
+    for line in [
+        "janus_server_ready{server=\"a\"} 1.0",
+        "janus_server_starts_total{server=\"b\"} 1",
+        "janus_machine_last_backup_timestamp_seconds{machine=\"alice/web\",server=\"a\"} 1767225600.0",
+        "janus_settings_differences 0",
+        "# EOF",
+    ] {
+        assert!(page.lines().any(|found| found == line), "no {line} in {page}");
+    }
+    assert!(page.contains("janus_server_report_age_seconds{server=\"a\"} "), "{page}");
+    assert!(!page.contains("janus_server_report_age_seconds{server=\"b\"} "), "{page}");
+
+    let mut half_asked = TcpStream::connect(metrics).await.unwrap();
+    half_asked.write_all(b"GET /met").await.unwrap();
+    let began = Instant::now();
+    janus.stop.cancel();
+    janus.task.take().unwrap().await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
 }

@@ -159,6 +159,7 @@ async fn relay(
 /// A running janus; dropping it stops it.
 pub struct Running {
     pub url: String,
+    pub metrics: Option<SocketAddr>,
     pub stop: CancellationToken,
     pub task: Option<JoinHandle<()>>,
     _stop_on_drop: DropGuard,
@@ -187,12 +188,13 @@ pub async fn janus_with(
     change(&mut settings);
     let janus = Janus::start(settings).await.unwrap();
     let url = format!("https://{}", janus.address().unwrap());
+    let metrics = janus.metrics_address();
     let stop = CancellationToken::new();
     let task = tokio::spawn({
         let stop = stop.clone();
         async move { janus.run(stop).await.unwrap() }
     });
-    Running { url, task: Some(task), _stop_on_drop: stop.clone().drop_guard(), stop }
+    Running { url, metrics, task: Some(task), _stop_on_drop: stop.clone().drop_guard(), stop }
 }
 
 pub async fn channel(url: &str, identity: &Identity) -> Channel {
