@@ -140,23 +140,6 @@ fn address(matches: &ArgMatches) -> Result<Address, Failure> {
     Ok(Address { server, run: None, machine })
 }
 
-/// Bytes as people read them.
-fn amount(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let unit = (0..UNITS.len()).rev().find(|unit| bytes >> (10 * unit) > 0).unwrap_or(0);
-    match unit {
-        0 => format!("{bytes} B"),
-        _ => format!("{:.1} {}", bytes as f64 / (1u64 << (10 * unit)) as f64, UNITS[unit]),
-    }
-}
-
-/// Unix milliseconds as a date in UTC.
-fn date(ms: i64) -> String {
-    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second]");
-    let time = time::OffsetDateTime::from_unix_timestamp(ms / 1000).ok();
-    time.and_then(|time| time.format(&format).ok()).unwrap_or_else(|| ms.to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,13 +147,5 @@ mod tests {
     #[test]
     fn arguments_are_consistent() {
         command().debug_assert();
-    }
-
-    #[test]
-    fn amounts_and_dates_are_for_people() {
-        assert_eq!(amount(0), "0 B");
-        assert_eq!(amount(1536), "1.5 KiB");
-        assert_eq!(amount(64 << 40), "64.0 TiB");
-        assert_eq!(date(1_767_225_600_000), "2026-01-01 00:00:00");
     }
 }

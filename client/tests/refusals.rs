@@ -323,6 +323,41 @@ fn no_server_ready_says_why_for_each() {
     client.backup().unwrap();
 }
 
+/// What `janus status` prints, and its exit code.
+fn janus_status(site: &Site, flag: Option<&str>) -> (Option<i32>, String) {
+    let mut janus = site.programs().janus();
+    janus.arg("status").arg("--config").arg(site.folder().join("settings/janus.toml"));
+    let output = janus.args(flag).output().unwrap();
+    (output.status.code(), String::from_utf8(output.stdout).unwrap())
+}
+
+#[test]
+fn janus_status_is_for_people_and_for_monitoring() {
+    let mut site = one_server();
+    let (_, client) = disk_of(&site, MIB);
+    client.backup().unwrap();
+    let (code, line) = janus_status(&site, Some("--check"));
+    assert_eq!(code, Some(0), "{line}");
+    assert!(line.starts_with("JANUS OK - ") && line.contains("machines=1 overdue=0"), "{line}");
+    let (code, text) = janus_status(&site, None);
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("server-a") && text.contains("alice/machine  last backup 20"), "{text}");
+    let (_, json) = janus_status(&site, Some("--json"));
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["ok"], &json["machines"][0]["server"]), (&true.into(), &"server-a".into()));
+
+    site.kill_server("server-a").unwrap();
+    assert!(client.failure(&["backup"]).is_ok());
+    let (code, line) = janus_status(&site, Some("--check"));
+    assert_eq!(code, Some(2), "{line}");
+    assert!(line.contains("CRITICAL - no server takes backups; server-a: "), "{line}");
+    site.kill_janus().unwrap();
+    let (code, line) = janus_status(&site, Some("--check"));
+    assert!(code == Some(2) && line.contains("connection refused"), "{line}");
+    let (code, json) = janus_status(&site, Some("--json"));
+    assert!(code == Some(1) && json.contains("\"ok\":false"), "{json}");
+}
+
 #[test]
 fn as_root_a_full_store_keeps_what_it_has() {
     let mut site = one_server();

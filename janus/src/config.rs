@@ -37,6 +37,8 @@ pub struct Settings {
     pub probe_ms: u64,
     /// Address and port for Prometheus, plain HTTP; empty: none.
     pub metrics_listen: String,
+    /// Hours after which `janus status --check` calls a machine without a new backup overdue.
+    pub overdue_after_hours: u64,
     /// Hard limit for calls in progress after SIGTERM.
     pub drain_seconds: u64,
     /// Log filter.
@@ -59,6 +61,7 @@ impl Default for Settings {
             separate_folders_by_user: true,
             probe_ms: 1000,
             metrics_listen: String::new(),
+            overdue_after_hours: 26,
             drain_seconds: 10,
             log: "info".into(),
         }
@@ -97,6 +100,10 @@ pub fn loader() -> Loader<Settings> {
         ("separate_folders_by_user", "What servers should have"),
         ("probe_ms", "How long a server may take to answer a probe"),
         ("metrics_listen", "Address and port for Prometheus, plain HTTP; empty: none"),
+        (
+            "overdue_after_hours",
+            "A machine without a new backup for so long is overdue (janus status --check)",
+        ),
         ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
         ("log", "Log filter, such as info or janus=debug"),
     ])

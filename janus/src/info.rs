@@ -1,14 +1,19 @@
 //! Who this janus is, and what it knows of its servers.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use janus_proto::{
     ids::ServerId,
     pb::{
         GetRouterStatusRequest, GetRouterStatusResponse, GetServerInfoRequest,
-        GetServerInfoResponse, ServerStatus,
+        GetServerInfoResponse, MachineStatus, ServerStatus,
         server_info_service_server::{ServerInfoService, ServerInfoServiceServer},
     },
+    tls::{Principal, Role},
 };
 use tonic::{Request, Response, Status};
 
@@ -55,6 +60,24 @@ impl Info {
         }
     }
 
+    /// The newest backup of each machine that the caller may know of.
+    fn machines(&self, caller: &Role) -> Vec<MachineStatus> {
+        let mut newest: BTreeMap<String, MachineStatus> = BTreeMap::new();
+        for ((machine, server), last_backup_ms) in self.fleet.registry().last_backups() {
+            let foreign = matches!(caller, Role::Client(own) if own.as_str() != machine);
+            if foreign || newest.get(&machine).is_some_and(|m| m.last_backup_ms >= last_backup_ms) {
+                continue;
+            }
+            let status = MachineStatus {
+                machine: machine.clone(),
+                last_backup_ms,
+                server_id: server.into(),
+            };
+            newest.insert(machine, status);
+        }
+        newest.into_values().collect()
+    }
+
     /// A server that reports here but that no call can be sent to.
     fn stranger(&self, server: &ServerId) -> ServerStatus {
         ServerStatus {
@@ -88,8 +111,10 @@ impl ServerInfoService for Info {
 
     async fn get_router_status(
         &self,
-        _: Request<GetRouterStatusRequest>,
+        request: Request<GetRouterStatusRequest>,
     ) -> Result<Response<GetRouterStatusResponse>, Status> {
+        let principal = request.extensions().get::<Arc<Principal>>();
+        let machines = principal.map(|caller| self.machines(&caller.role)).unwrap_or_default();
         self.fleet.first_look().await;
         let mut servers: Vec<ServerStatus> =
             self.fleet.servers().iter().map(|server| self.line(server)).collect();
@@ -105,6 +130,7 @@ impl ServerInfoService for Info {
             janus_id: self.id.to_string(),
             version,
             servers,
+            machines,
             warnings: differences(&self.fleet.registry().settings()),
         }))
     }

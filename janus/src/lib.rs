@@ -18,4 +18,5 @@ pub mod report;
 pub mod router;
 pub mod selection;
 pub mod serve;
+pub mod status;
 pub mod upstream;

@@ -1,10 +1,10 @@
 //! `janus`: routes backups to the server used longest ago.
 
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode, time::Duration};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use janus::{config, serve::Janus};
-use janus_proto::program;
+use janus::{config, serve::Janus, status};
+use janus_proto::{program, show};
 use tokio_util::sync::CancellationToken;
 
 /// Exit code of wrong settings or usage, as clap has it.
@@ -18,14 +18,28 @@ fn main() -> ExitCode {
     let serve = config::loader()
         .add_flags(Command::new("serve").about("Route backups to the servers"))
         .arg(check);
+    let flag = |name: &'static str, help: &'static str| {
+        Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
+    };
+    let url = Arg::new("url")
+        .long("url")
+        .value_name("URL")
+        .help("The janus to ask; default: the one of the settings, at its listen address");
+    let status = config::loader()
+        .add_flags(Command::new("status").about("Show how a running janus stands"))
+        .arg(url)
+        .arg(flag("json", "Print one JSON object on stdout"))
+        .arg(flag("check", "Print one line for a monitoring system; exit with 0, 1 or 2"));
     let command = Command::new("janus")
         .about("Router of Janus Backup: each backup goes to the server used longest ago")
         .version(env!("CARGO_PKG_VERSION"))
         .subcommand_required(true)
         .arg_required_else_help(true)
-        .subcommand(serve);
+        .subcommand(serve)
+        .subcommand(status);
     match command.get_matches().subcommand() {
         Some(("serve", matches)) => serve_command(matches),
+        Some(("status", matches)) => status_command(matches),
         _ => ExitCode::from(USAGE),
     }
 }
@@ -33,6 +47,11 @@ fn main() -> ExitCode {
 fn fail(error: impl std::fmt::Display, code: u8) -> ExitCode {
     eprintln!("janus: {error}");
     ExitCode::from(code)
+}
+
+/// A reader that has gone is no failure of the command.
+fn print(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
 }
 
 fn serve_command(matches: &ArgMatches) -> ExitCode {
@@ -57,6 +76,46 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
     match runtime.block_on(serve(settings)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(error, 1),
+    }
+}
+
+fn status_command(matches: &ArgMatches) -> ExitCode {
+    let settings = match config::loader().load(matches, std::env::vars_os()) {
+        Ok(settings) => settings,
+        Err(error) => return fail(error, USAGE),
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(error, 1),
+    };
+    let url = matches.get_one::<String>("url").map(String::as_str);
+    let answer = runtime.block_on(status::ask(&settings, url));
+    let (check, json) = (matches.get_flag("check"), matches.get_flag("json"));
+    match answer {
+        Ok(status) if check => {
+            let overdue = Duration::from_secs(settings.overdue_after_hours.saturating_mul(3600));
+            let (verdict, line) = status::check(&status, overdue);
+            print(&line);
+            ExitCode::from(verdict as u8)
+        }
+        Ok(status) => {
+            match json {
+                true => print(&show::router_status_json(&status).to_string()),
+                false => print(show::router_status(&status).trim_end()),
+            }
+            ExitCode::SUCCESS
+        }
+        Err(error) if check => {
+            print(&format!("JANUS CRITICAL - {error}"));
+            ExitCode::from(status::Verdict::Critical as u8)
+        }
+        Err(error) => {
+            if json {
+                let failure = serde_json::json!({ "ok": false, "error": error, "exit_code": 1 });
+                print(&failure.to_string());
+            }
+            fail(error, 1)
+        }
     }
 }
 

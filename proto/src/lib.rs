@@ -24,4 +24,5 @@ pub mod metadata;
 pub mod model;
 pub mod program;
 pub mod settings;
+pub mod show;
 pub mod tls;

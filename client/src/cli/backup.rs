@@ -5,7 +5,7 @@ use std::{fmt::Write, sync::Arc};
 use clap::ArgMatches;
 use serde_json::{Value, json};
 
-use super::{Context, Failure, Outcome, address, amount};
+use super::{Context, Failure, Outcome, address};
 use crate::{
     backup::{Backup, BackupReport, Disk, DiskReport},
     cache::DiskCache,
@@ -14,6 +14,7 @@ use crate::{
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
 };
+use janus_proto::show::amount;
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let server = address(matches)?.server;

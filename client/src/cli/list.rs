@@ -6,11 +6,12 @@ use clap::ArgMatches;
 use janus_proto::pb::{Consistency, Snapshot, UnreachableServer};
 use serde_json::{Value, json};
 
-use super::{Context, Failure, Outcome, address, amount, date};
+use super::{Context, Failure, Outcome, address};
 use crate::{
     catalog::{self, Listing},
     link::Address,
 };
+use janus_proto::show::{amount, date};
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let Address { server, machine, .. } = address(matches)?;

@@ -6,11 +6,12 @@ use clap::ArgMatches;
 use janus_proto::ids::{MachineKey, SnapshotId};
 use serde_json::json;
 
-use super::{Context, Failure, Outcome, address, amount, date};
+use super::{Context, Failure, Outcome, address};
 use crate::{
     progress::{self, Progress},
     restore::{Restore, Wanted},
 };
+use janus_proto::show::{amount, date};
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let text = |name: &str| matches.get_one::<String>(name).cloned().unwrap_or_default();

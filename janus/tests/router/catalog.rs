@@ -9,6 +9,7 @@ use janus_proto::{
     pb::{
         self, ReportRequest, catalog_service_client::CatalogServiceClient, report_request::Event,
         report_service_client::ReportServiceClient,
+        server_info_service_client::ServerInfoServiceClient,
     },
 };
 use tokio::sync::mpsc;
@@ -183,4 +184,26 @@ async fn only_servers_report_and_only_for_themselves() {
         tokio::time::timeout(Duration::from_secs(5), answers.message()).await.unwrap().unwrap_err();
     assert_eq!(reason(&superseded), Some(ErrorReason::EpochSuperseded));
     drop(second);
+}
+
+#[tokio::test]
+async fn the_status_tells_clients_of_their_own_machine_only() {
+    let keys = Keys::new();
+    let a = Backend::new(&keys, "a").await;
+    let janus = janus(&keys, &[a.address()]).await;
+    let older = snapshot("a", 1);
+    let other = pb::Snapshot { machine: "bob/db".into(), ..snapshot("a", 3) };
+    let _a = report(&keys, &janus, "a", vec![older, snapshot("a", 2), other], 1).await;
+    for (role, expected) in [
+        ("client/alice/web", &[("alice/web", 2)][..]),
+        ("operator/root", &[("alice/web", 2), ("bob/db", 3)]),
+    ] {
+        let channel = channel(&janus.url, &keys.identity(role)).await;
+        let mut info = ServerInfoServiceClient::new(channel);
+        let status = info.get_router_status(pb::GetRouterStatusRequest {}).await.unwrap();
+        let machines = &status.get_ref().machines;
+        let found: Vec<_> =
+            machines.iter().map(|m| (m.machine.as_str(), m.last_backup_ms)).collect();
+        assert_eq!(found, expected, "{role}");
+    }
 }

@@ -2855,6 +2855,19 @@ pub struct ServerStatus {
     #[prost(message, optional, tag = "10")]
     pub settings: ::core::option::Option<SharedSettings>,
 }
+/// A machine's newest backup, as far as servers have reported.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MachineStatus {
+    /// `<user>/<machine>`.
+    #[prost(string, tag = "1")]
+    pub machine: ::prost::alloc::string::String,
+    /// Unix milliseconds of its commit.
+    #[prost(int64, tag = "2")]
+    pub last_backup_ms: i64,
+    /// The server that holds it.
+    #[prost(string, tag = "3")]
+    pub server_id: ::prost::alloc::string::String,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetRouterStatusResponse {
     #[prost(string, tag = "1")]
@@ -2866,6 +2879,9 @@ pub struct GetRouterStatusResponse {
     /// What an administrator should look at, such as settings in which servers differ; a line each.
     #[prost(string, repeated, tag = "4")]
     pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// By machine. To clients only their own.
+    #[prost(message, repeated, tag = "5")]
+    pub machines: ::prost::alloc::vec::Vec<MachineStatus>,
 }
 /// Generated client implementations.
 pub mod server_info_service_client {

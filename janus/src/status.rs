@@ -1,0 +1,165 @@
+//! `janus status`: asks a running janus how it stands, for people and for monitoring.
+
+use std::time::Duration;
+
+use janus_proto::{
+    channel::{self, ConnectOptions, Expect},
+    pb::{
+        GetRouterStatusRequest, GetRouterStatusResponse,
+        server_info_service_client::ServerInfoServiceClient,
+    },
+    show::date,
+    tls::Identity,
+};
+use tonic::Request;
+
+use crate::{clock::unix_ms, config::Settings};
+
+/// Deadline of the call.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// How a check ends, with the exit codes of monitoring plugins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verdict {
+    /// All is well.
+    Ok = 0,
+    /// Backups go on, but not as they should.
+    Warning = 1,
+    /// Backups don't go on, or a machine has none.
+    Critical = 2,
+}
+
+/// Asks the janus at `url`, or the one of these settings.
+///
+/// # Errors
+/// One line that says why it can't be asked.
+pub async fn ask(
+    settings: &Settings,
+    url: Option<&str>,
+) -> Result<GetRouterStatusResponse, String> {
+    let url = url.map_or_else(|| own_url(&settings.listen), |url| Ok(url.to_owned()))?;
+    let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)
+        .map_err(|error| error.to_string())?;
+    let options = ConnectOptions::expecting(Expect::Janus);
+    let connection =
+        channel::connect(&url, &identity, options).await.map_err(|error| error.to_string())?;
+    let mut request = Request::new(GetRouterStatusRequest {});
+    request.set_timeout(DEADLINE);
+    let answer = ServerInfoServiceClient::new(connection.channel).get_router_status(request).await;
+    answer.map(tonic::Response::into_inner).map_err(|status| channel::explain(&status))
+}
+
+fn own_url(listen: &str) -> Result<String, String> {
+    let everywhere = listen.starts_with("0.0.0.0:") || listen.starts_with("[::]:");
+    match everywhere {
+        true => Err(format!(
+            "janus listens on {listen}: name it by --url https://HOST:PORT, with a host of its certificate"
+        )),
+        false => Ok(format!("https://{listen}")),
+    }
+}
+
+/// The verdict and one line for a monitoring system. A machine is overdue when its newest backup is older than `overdue`.
+pub fn check(status: &GetRouterStatusResponse, overdue: Duration) -> (Verdict, String) {
+    check_at(status, overdue, unix_ms())
+}
+
+fn check_at(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64) -> (Verdict, String) {
+    let oldest = now_ms.saturating_sub(i64::try_from(overdue.as_millis()).unwrap_or(i64::MAX));
+    let late: Vec<_> =
+        status.machines.iter().filter(|machine| machine.last_backup_ms < oldest).collect();
+    let ready = status.servers.iter().filter(|server| server.ready).count();
+    let mut said = Vec::new();
+    let mut verdict = Verdict::Ok;
+    let mut say = |at_least: Verdict, text: String| {
+        verdict = verdict.max(at_least);
+        said.push(text);
+    };
+    if ready == 0 {
+        say(Verdict::Critical, "no server takes backups".into());
+    }
+    for machine in &late {
+        let text =
+            format!("{} has no backup since {}", machine.machine, date(machine.last_backup_ms));
+        say(Verdict::Critical, text);
+    }
+    for server in &status.servers {
+        let name = if server.server_id.is_empty() { &server.url } else { &server.server_id };
+        if !server.ready {
+            say(Verdict::Warning, format!("{name}: {}", server.reason));
+        } else if server.report_age_ms < 0 {
+            say(Verdict::Warning, format!("{name} does not report to this janus"));
+        }
+    }
+    for warning in &status.warnings {
+        say(Verdict::Warning, warning.clone());
+    }
+    let (servers, machines) = (status.servers.len(), status.machines.len());
+    if said.is_empty() {
+        said.push(format!("{servers} servers take backups, {machines} machines have theirs"));
+    }
+    let name = match verdict {
+        Verdict::Ok => "OK",
+        Verdict::Warning => "WARNING",
+        Verdict::Critical => "CRITICAL",
+    };
+    // A bar begins the figures.
+    let text = said.join("; ").replace('|', "/");
+    let figures =
+        format!("servers={servers} ready={ready} machines={machines} overdue={}", late.len());
+    (verdict, format!("JANUS {name} - {text} | {figures}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use janus_proto::pb::{MachineStatus, ServerStatus};
+
+    use super::*;
+
+    const HOUR: i64 = 3_600_000;
+    const DAY: Duration = Duration::from_secs(26 * 3600);
+
+    fn server(name: &str, reason: &str) -> ServerStatus {
+        let (server_id, reason) = (name.to_owned(), reason.to_owned());
+        ServerStatus { ready: reason.is_empty(), server_id, reason, ..Default::default() }
+    }
+
+    fn machine(name: &str, hours_ago: i64) -> MachineStatus {
+        let last_backup_ms = 1000 * HOUR - hours_ago * HOUR;
+        MachineStatus { machine: name.into(), last_backup_ms, ..Default::default() }
+    }
+
+    fn line(servers: Vec<ServerStatus>, machines: Vec<MachineStatus>) -> (Verdict, String) {
+        let status = GetRouterStatusResponse { servers, machines, ..Default::default() };
+        check_at(&status, DAY, 1000 * HOUR)
+    }
+
+    #[test]
+    fn the_worst_decides_and_each_is_named() {
+        let (verdict, text) =
+            line(vec![server("a", ""), server("b", "")], vec![machine("u/m", 25)]);
+        assert_eq!(verdict, Verdict::Ok);
+        assert_eq!(
+            text,
+            "JANUS OK - 2 servers take backups, 1 machines have theirs | servers=2 ready=2 machines=1 overdue=0"
+        );
+        let (verdict, text) = line(vec![server("a", ""), server("b", "x | y")], vec![]);
+        assert_eq!(verdict, Verdict::Warning);
+        assert_eq!(text, "JANUS WARNING - b: x / y | servers=2 ready=1 machines=0 overdue=0");
+        let (verdict, text) =
+            line(vec![server("a", "")], vec![machine("u/m", 27), machine("u/n", 1)]);
+        assert_eq!(verdict, Verdict::Critical);
+        assert!(text.contains("u/m has no backup since ") && !text.contains("u/n"), "{text}");
+        let (verdict, _) = line(vec![server("a", "down")], vec![]);
+        assert_eq!(verdict, Verdict::Critical, "no server");
+        let silent = ServerStatus { report_age_ms: -1, ..server("a", "") };
+        assert_eq!(line(vec![silent], vec![]).0, Verdict::Warning);
+    }
+
+    #[test]
+    fn an_address_for_all_interfaces_is_no_url() {
+        assert_eq!(own_url("127.0.0.1:7420").unwrap(), "https://127.0.0.1:7420");
+        assert!(own_url("0.0.0.0:7420").unwrap_err().contains("--url"));
+        assert!(own_url("[::]:7420").is_err());
+    }
+}

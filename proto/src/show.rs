@@ -1,0 +1,121 @@
+//! What programs tell people alike: amounts, dates, the status of a janus.
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+use crate::pb::{GetRouterStatusResponse, MachineStatus, ServerStatus};
+
+/// Bytes as people read them.
+pub fn amount(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let unit = (0..UNITS.len()).rev().find(|unit| bytes >> (10 * unit) > 0).unwrap_or(0);
+    match unit {
+        0 => format!("{bytes} B"),
+        _ => format!("{:.1} {}", bytes as f64 / (1u64 << (10 * unit)) as f64, UNITS[unit]),
+    }
+}
+
+/// Unix milliseconds as a date in UTC.
+pub fn date(ms: i64) -> String {
+    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second]");
+    let time = time::OffsetDateTime::from_unix_timestamp(ms / 1000).ok();
+    time.and_then(|time| time.format(&format).ok()).unwrap_or_else(|| ms.to_string())
+}
+
+/// A janus' status as text, a line for each thing it knows.
+pub fn router_status(status: &GetRouterStatusResponse) -> String {
+    let mut text = String::new();
+    if !status.janus_id.is_empty() {
+        let _ = writeln!(text, "janus {}", status.janus_id);
+    }
+    for server in &status.servers {
+        server_line(&mut text, server);
+    }
+    for machine in &status.machines {
+        let _ = writeln!(
+            text,
+            "{}  last backup {} on {}",
+            machine.machine,
+            date(machine.last_backup_ms),
+            machine.server_id
+        );
+    }
+    for warning in &status.warnings {
+        let _ = writeln!(text, "warning: {warning}");
+    }
+    text
+}
+
+fn server_line(text: &mut String, server: &ServerStatus) {
+    let state =
+        if server.ready { "ready".to_owned() } else { format!("not ready: {}", server.reason) };
+    let since = match server.since_ms {
+        1.. => format!(" since {}", date(server.since_ms)),
+        _ => String::new(),
+    };
+    let report = match server.report_age_ms {
+        -1 => "no report stream".to_owned(),
+        age => format!("last report {:.0} s ago", age as f64 / 1000.0),
+    };
+    let _ = writeln!(
+        text,
+        "{}  {}  {state}{since}; {report}; {} starts, {} to it, {} from it",
+        if server.server_id.is_empty() { "?" } else { &server.server_id },
+        server.url,
+        server.starts,
+        amount(server.bytes_sent),
+        amount(server.bytes_received),
+    );
+}
+
+/// A janus' status as `--json` prints it.
+pub fn router_status_json(status: &GetRouterStatusResponse) -> Value {
+    json!({
+        "ok": true,
+        "janus": status.janus_id,
+        "servers": status.servers.iter().map(server_json).collect::<Vec<_>>(),
+        "machines": status.machines.iter().map(machine_json).collect::<Vec<_>>(),
+        "warnings": status.warnings,
+    })
+}
+
+fn server_json(server: &ServerStatus) -> Value {
+    json!({
+        "server": server.server_id,
+        "url": server.url,
+        "ready": server.ready,
+        "reason": Some(&server.reason).filter(|reason| !reason.is_empty()),
+        "since_ms": server.since_ms,
+        "report_age_ms": server.report_age_ms,
+        "starts": server.starts,
+        "bytes_sent": server.bytes_sent,
+        "bytes_received": server.bytes_received,
+        "settings": server.settings.as_ref().map(|told| json!({
+            "image_path": told.image_path,
+            "prefer_vhdx": told.prefer_vhdx,
+            "separate_folders_by_user": told.separate_folders_by_user,
+        })),
+    })
+}
+
+fn machine_json(machine: &MachineStatus) -> Value {
+    json!({
+        "machine": machine.machine,
+        "last_backup_ms": machine.last_backup_ms,
+        "server": machine.server_id,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_and_dates_are_for_people() {
+        assert_eq!(amount(0), "0 B");
+        assert_eq!(amount(1536), "1.5 KiB");
+        assert_eq!(amount(64 << 40), "64.0 TiB");
+        assert_eq!(date(1_767_225_600_000), "2026-01-01 00:00:00");
+    }
+}
