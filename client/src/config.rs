@@ -2,7 +2,7 @@
 
 use std::{num::NonZero, path::PathBuf, time::Duration};
 
-use janus_proto::{ids::DiskId, pb};
+use janus_proto::{channel::Target, ids::DiskId, pb};
 use serde::{Deserialize, Serialize};
 
 /// Settings as they stand in the file; see `client.example.toml`.
@@ -57,6 +57,9 @@ pub enum ConfigError {
     /// No URL is set.
     #[error("no server is set; add urls = [\"https://HOST:7420\"] to the settings, or --urls")]
     NoUrls,
+    /// A URL can't be understood.
+    #[error("urls: {0}")]
+    Url(String),
     /// No disk is set.
     #[error("no disk is set; add disks = [\"NAME=/dev/sdX\"] to the settings, or --disks")]
     NoDisks,
@@ -106,7 +109,13 @@ impl Settings {
     /// # Errors
     /// When there is none.
     pub fn checked_urls(&self) -> Result<&[String], ConfigError> {
-        if self.urls.is_empty() { Err(ConfigError::NoUrls) } else { Ok(&self.urls) }
+        if self.urls.is_empty() {
+            return Err(ConfigError::NoUrls);
+        }
+        for url in &self.urls {
+            Target::parse(url).map_err(|error| ConfigError::Url(error.to_string()))?;
+        }
+        Ok(&self.urls)
     }
 
     /// The disks, at least one.

@@ -3,7 +3,7 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::{FileTypeExt, MetadataExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -111,8 +111,10 @@ impl Source {
     /// When it is missing, has an unusable size, can't be identified, or is mounted.
     pub fn open(spec: &DiskSpec, allow_live: bool) -> Result<Self, SourceError> {
         let path = spec.path.clone();
+        // A pipe without a writer would keep a plain open for ever; files and disks don't mind.
         let file = OpenOptions::new()
             .read(true)
+            .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
             .open(&path)
             .map_err(|source| SourceError::Open { path: path.clone(), source })?;
         let meta =

@@ -183,7 +183,10 @@ fn wrong_urls_are_told_apart() {
     ];
     for (url, words) in cases {
         client.settings.set("urls", vec![url]);
-        assert_says(&client.failure(&["backup"]).unwrap(), &words);
+        let failure = client.failure(&["backup"]).unwrap();
+        assert_says(&failure, &words);
+        let is_url = !words[0].contains("https") && words[0] != "not a url";
+        assert_eq!(failure.exit_code, if is_url { 3 } else { 2 }, "{failure:?}");
         assert_says(&client.failure(&["list"]).unwrap(), &words);
     }
     // A second URL that works is enough.
@@ -218,6 +221,24 @@ fn wrong_settings_name_the_nearest_key() {
     site.janus_settings().unwrap().set("server_url", "https://127.0.0.1:1");
     let error = format!("{:#}", site.start_janus().unwrap_err());
     assert!(error.contains("server_url") && error.contains("server_urls"), "{error}");
+}
+
+#[test]
+fn a_pipe_is_no_disk_and_a_router_no_machine() {
+    let site = one_server();
+    let (_, client) = disk_of(&site, MIB);
+    let pipe = site.folder().join("pipe");
+    packages::output(std::process::Command::new("mkfifo").arg(&pipe)).unwrap();
+    let mut wrong = client.clone();
+    wrong.settings.set("disks", vec![format!("disk={}", pipe.display())]);
+    let failure = wrong.failure(&["backup"]).unwrap();
+    assert_eq!(failure.exit_code, 4, "{failure:?}");
+    assert_says(&failure, &["pipe", "neither"]);
+    let mut wrong = client.clone();
+    use_keys(&mut wrong, &site.folder().join("pki/server-a"));
+    let failure = wrong.failure(&["backup"]).unwrap();
+    assert_eq!(failure.exit_code, 2, "{failure:?}");
+    assert_says(&failure, &["server server-a", "pki issue client"]);
 }
 
 #[test]

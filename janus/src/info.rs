@@ -18,7 +18,6 @@ use janus_proto::{
 use tonic::{Request, Response, Status};
 
 use crate::{
-    agreement::differences,
     clock::unix_ms,
     fleet::Fleet,
     upstream::{Need, Upstream},
@@ -131,7 +130,7 @@ impl ServerInfoService for Info {
             version,
             servers,
             machines,
-            warnings: differences(&self.fleet.registry().settings()),
+            warnings: self.fleet.registry().warnings(),
         }))
     }
 }

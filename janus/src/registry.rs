@@ -19,6 +19,8 @@ use janus_proto::{
 };
 use tokio::time::Instant;
 
+use crate::agreement::differences;
+
 use self::{
     runs::Runs,
     state::{Chain, ServerState, Told, Version},
@@ -156,6 +158,14 @@ impl Registry {
             let (known, epoch) = (known.epoch, hello.start_epoch);
             return Err(ReportRefused::OldEpoch { server: server.clone(), known, epoch });
         }
+        let is_other = state.version.generation != hello.store_generation;
+        match state.last_message {
+            Some(_) if is_other => {
+                state.rival = Some(std::mem::take(&mut state.version.generation))
+            }
+            Some(_) => {}
+            None => state.rival = None,
+        }
         state.version = Version {
             generation: hello.store_generation.clone(),
             epoch: hello.start_epoch,
@@ -196,6 +206,20 @@ impl Registry {
         let told =
             |(id, state): (&ServerId, &ServerState)| Some((id.clone(), state.settings.clone()?));
         inner.servers.iter().filter_map(told).collect()
+    }
+
+    /// What an administrator should look at: settings that differ, and names that two servers use.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = differences(&self.settings());
+        let inner = self.lock();
+        let rivals = inner.servers.iter().filter_map(|(server, state)| {
+            let (own, other) = (&state.version.generation, state.rival.as_ref()?);
+            Some(format!(
+                "server {server} reports two stores, {own} and {other}: two servers run with its certificate"
+            ))
+        });
+        warnings.extend(rivals);
+        warnings
     }
 
     /// Settings that a server has reported.

@@ -20,7 +20,6 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use crate::{
-    agreement::differences,
     fleet::Fleet,
     registry::{ReportRefused, ReportSlot},
 };
@@ -56,7 +55,7 @@ impl Reports {
             warn!(%server, %error, "report stream refused");
         })?;
         info!(%server, generation = hello.store_generation, epoch = hello.start_epoch, "reports");
-        self.warn_of_differences();
+        self.log_warnings();
         // A server that reports is there: don't wait for the end of a pause to look for it.
         self.fleet.look_now(server);
         Ok(slot)
@@ -64,16 +63,16 @@ impl Reports {
 }
 
 impl Reports {
-    /// Logs what the servers' settings differ in, when that has changed.
-    fn warn_of_differences(&self) {
-        let found = differences(&self.fleet.registry().settings());
+    /// Logs what an administrator should look at, when that has changed.
+    fn log_warnings(&self) {
+        let found = self.fleet.registry().warnings();
         let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
         if *warned == found {
             return;
         }
         match found.is_empty() {
-            true => info!("the servers' settings are equal again"),
-            false => found.iter().for_each(|difference| warn!(difference, "servers' settings")),
+            true => info!("the servers agree again"),
+            false => found.iter().for_each(|warning| warn!("{warning}")),
         }
         *warned = found;
     }

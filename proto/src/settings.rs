@@ -178,7 +178,7 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         for (name, line, value) in found {
             let place = Place::File { path: path.clone(), line: Some(line) };
             let Some(key) = self.keys.iter().find(|key| key.name == name) else {
-                let hint = nearest(&name, self.keys.iter().map(|key| key.name.clone()));
+                let hint = nearest(&name, "", self.keys.iter().map(|key| key.name.clone()));
                 return Err(SettingsError::UnknownKey { place, key: name, hint });
             };
             overrides.push(Override { key, value, place });
@@ -200,7 +200,11 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
                 continue;
             }
             let Some(key) = self.keys.iter().find(|key| key.variable(self.prefix) == name) else {
-                let hint = nearest(name, self.keys.iter().map(|key| key.variable(self.prefix)));
+                let hint = nearest(
+                    name,
+                    self.prefix,
+                    self.keys.iter().map(|key| key.variable(self.prefix)),
+                );
                 return Err(SettingsError::UnknownKey { place, key: name.to_string(), hint });
             };
             let text = value

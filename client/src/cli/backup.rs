@@ -3,6 +3,7 @@
 use std::{fmt::Write, sync::Arc};
 
 use clap::ArgMatches;
+use janus_proto::{show::amount, tls::Role};
 use serde_json::{Value, json};
 
 use super::{Context, Failure, Outcome, address};
@@ -14,17 +15,25 @@ use crate::{
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
 };
-use janus_proto::show::amount;
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let server = address(matches)?.server;
     let settings = &context.settings;
+    let role = &context.identity.principal().role;
+    if !matches!(role, Role::Client(_)) {
+        return Err(Failure::usage(format!(
+            "setting cert: the certificate says {role}; a backup needs one of `janus-server pki issue client`"
+        )));
+    }
     let urls = settings.checked_urls()?.to_vec();
     let encoding = settings.encoding()?;
     let specs = settings.disk_specs()?;
     let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
     let opening = tokio::task::spawn_blocking(move || open(&specs, allow_live, &folder));
-    let (state, disks) = opening.await.map_err(Failure::failed)??;
+    // A disk that hangs must not keep a user who wants to go.
+    let opened =
+        context.stop.run_until_cancelled(opening).await.ok_or_else(Failure::interrupted)?;
+    let (state, disks) = opened.map_err(Failure::failed)??;
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show("backup", &progress);
     let gate = Gate {

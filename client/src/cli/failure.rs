@@ -52,6 +52,11 @@ impl Failure {
         Self::new(FAILED, error)
     }
 
+    /// Asked to stop before anything was begun.
+    pub fn interrupted() -> Self {
+        Self::new(INTERRUPTED, "interrupted; nothing was done")
+    }
+
     /// As `--json` prints it.
     pub fn json(&self) -> Value {
         let reason = self.reason.map(reason_name);
@@ -137,7 +142,8 @@ impl From<StateError> for Failure {
 
 impl From<SourceError> for Failure {
     fn from(error: SourceError) -> Self {
-        Self::new(SOURCE, error)
+        let is_setting = matches!(error, SourceError::Nameless { .. } | SourceError::Twice { .. });
+        Self::new(if is_setting { USAGE } else { SOURCE }, error)
     }
 }
 

@@ -3,7 +3,10 @@
 use std::fmt::Write;
 
 use clap::ArgMatches;
-use janus_proto::pb::{Consistency, Snapshot, UnreachableServer};
+use janus_proto::{
+    pb::{Consistency, Snapshot, UnreachableServer},
+    show::{amount, date},
+};
 use serde_json::{Value, json};
 
 use super::{Context, Failure, Outcome, address};
@@ -11,7 +14,6 @@ use crate::{
     catalog::{self, Listing},
     link::Address,
 };
-use janus_proto::show::{amount, date};
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let Address { server, machine, .. } = address(matches)?;

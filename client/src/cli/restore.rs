@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 
 use clap::ArgMatches;
-use janus_proto::ids::{MachineKey, SnapshotId};
+use janus_proto::{
+    ids::{MachineKey, SnapshotId},
+    show::{amount, date},
+};
 use serde_json::json;
 
 use super::{Context, Failure, Outcome, address};
@@ -11,7 +14,6 @@ use crate::{
     progress::{self, Progress},
     restore::{Restore, Wanted},
 };
-use janus_proto::show::{amount, date};
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let text = |name: &str| matches.get_one::<String>(name).cloned().unwrap_or_default();

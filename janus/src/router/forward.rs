@@ -27,7 +27,6 @@ use super::{
     headers::{self, Caller},
 };
 use crate::{
-    agreement::differences,
     balance::{Attempt, BalanceLayer, Balanced, Outcome, Skipped},
     fleet::{Call, Fleet},
     registry::{Claim, RunCall},
@@ -187,8 +186,7 @@ impl Router {
         let mut response = response.ok_or_else(|| none_ready(is_start, &skipped))?;
         if is_start {
             headers::add_skipped(response.headers_mut(), &skipped);
-            let warnings = differences(&self.0.fleet.registry().settings());
-            headers::add_warnings(response.headers_mut(), warnings);
+            headers::add_warnings(response.headers_mut(), self.0.fleet.registry().warnings());
             note_skipped(&response, &skipped);
         }
         Ok(response)

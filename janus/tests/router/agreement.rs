@@ -13,7 +13,7 @@ use tonic::metadata::MetadataMap;
 use crate::{
     backend::Backend,
     catalog::report_all,
-    site::{Keys, Running, channel, client, janus_with},
+    site::{Keys, Running, channel, client, janus_with, until},
     starts::start_request,
 };
 
@@ -89,4 +89,26 @@ async fn a_server_with_other_settings_is_left_out_but_never_the_last() {
     assert_eq!(values(answer.metadata(), metadata::SKIPPED), [reason]);
     b.line.cut();
     assert_eq!(client.start_backup(start_request()).await.unwrap().into_inner().server_id, "a");
+}
+
+#[tokio::test]
+async fn two_servers_of_one_name_are_noticed_until_one_is_gone() {
+    let keys = Keys::new();
+    let a = Backend::new(&keys, "a").await;
+    let janus = janus_with(&keys, &[a.address()], |_| {}).await;
+    let of = |store_generation: &str| pb::ReportHello {
+        store_generation: store_generation.into(),
+        ..Default::default()
+    };
+    let full = pb::StateChange::default;
+    let _real = report_all(&keys, &janus, "a", of("real"), full()).await;
+    assert!(status(&keys, &janus).await.warnings.is_empty());
+    let other = report_all(&keys, &janus, "a", of("other"), full()).await;
+    let warnings = status(&keys, &janus).await.warnings;
+    assert!(warnings[0].starts_with("server a reports two stores, other and real"), "{warnings:?}");
+    drop(other);
+    let gone = || async { status(&keys, &janus).await.servers[0].report_age_ms == -1 };
+    until("the other is gone", gone).await;
+    let _real = report_all(&keys, &janus, "a", of("real"), full()).await;
+    assert!(status(&keys, &janus).await.warnings.is_empty());
 }

@@ -154,6 +154,10 @@ pub fn explain_error(error: &(dyn Error + 'static)) -> String {
         );
     }
     let root = causes(error).last().map_or_else(|| error.to_string(), ToString::to_string);
+    // What rustls says ends in a link to its own documentation.
+    if root.contains("close_notify") {
+        return "connection lost: the peer ended without closing it".into();
+    }
     format!("connection lost: {}", one_line(&root))
 }
 

@@ -24,7 +24,7 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Switch => "true or false",
-            Self::Whole => "a whole number",
+            Self::Whole => "a whole number, 0 or more",
             Self::Number => "a number",
             Self::Text => "text in quotes",
             Self::List => "a list, such as [\"a\", \"b\"]",
@@ -48,7 +48,7 @@ impl Kind {
     pub(super) fn fits(self, value: &Value) -> bool {
         match self {
             Self::Switch => value.is_boolean(),
-            Self::Whole => value.is_i64() || value.is_u64(),
+            Self::Whole => value.is_u64(),
             Self::Number => value.is_number(),
             Self::Text => value.is_string(),
             Self::List => value.is_array(),
@@ -149,9 +149,11 @@ pub(super) fn place(tree: &mut Value, name: &str, value: Value) {
     }
 }
 
-/// `did you mean …?`, or where to find the list when nothing is near.
-pub(super) fn nearest(name: &str, known: impl Iterator<Item = String>) -> String {
-    let plain = |text: &str| text.to_lowercase().replace(['_', '-', '.'], "");
+/// `did you mean …?`, or where to find the list when nothing is near. That all begin with `prefix` doesn't make them near.
+pub(super) fn nearest(name: &str, prefix: &str, known: impl Iterator<Item = String>) -> String {
+    let plain = |text: &str| {
+        text.strip_prefix(prefix).unwrap_or(text).to_lowercase().replace(['_', '-', '.'], "")
+    };
     let wanted = plain(name);
     let rated =
         known.map(|known| (strsim::normalized_damerau_levenshtein(&wanted, &plain(&known)), known));

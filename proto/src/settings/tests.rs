@@ -108,6 +108,10 @@ fn unknown_keys_are_refused_with_the_nearest_one() {
     let variable = load(None, &[("JANUS_ROUTER_LISTN", "x")], &[]).unwrap_err();
     assert!(variable.contains("did you mean \"JANUS_ROUTER_LISTEN\"?"), "{variable}");
     load(None, &[("JANUS_CLIENT_URLS", "x"), ("JANUSX", "y")], &[]).unwrap();
+    let variable = load(None, &[("JANUS_ROUTER_BOGUS", "x")], &[]).unwrap_err();
+    assert!(variable.contains("--help lists all keys"), "{variable}");
+    let negative = load(Some("lease_seconds = -2"), &[], &[]).unwrap_err();
+    assert!(negative.contains("expected a whole number, 0 or more"), "{negative}");
 }
 
 #[test]
@@ -115,7 +119,7 @@ fn wrong_values_name_place_key_and_expected_type() {
     let error = |file: &str| load(Some(file), &[], &[]).unwrap_err();
     assert_eq!(
         error("lease_seconds = \"x\""),
-        "janus.toml line 1: lease_seconds = \"x\": expected a whole number"
+        "janus.toml line 1: lease_seconds = \"x\": expected a whole number, 0 or more"
     );
     assert!(error("lease_seconds = -1").starts_with("janus.toml line 1: lease_seconds = -1: "));
     assert!(error("server_urls = \"a\"").contains("expected a list"));
@@ -128,7 +132,10 @@ fn wrong_values_name_place_key_and_expected_type() {
         "environment variable JANUS_ROUTER_PREFER_VHDX: prefer_vhdx = \"yes\": expected true or false"
     );
     let flag = load(None, &[], &["--lease-seconds", "many"]).unwrap_err();
-    assert_eq!(flag, "flag --lease-seconds: lease_seconds = \"many\": expected a whole number");
+    assert_eq!(
+        flag,
+        "flag --lease-seconds: lease_seconds = \"many\": expected a whole number, 0 or more"
+    );
 }
 
 #[test]
