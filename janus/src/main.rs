@@ -129,8 +129,10 @@ async fn serve(settings: config::Settings) -> anyhow::Result<()> {
         tracing::info!("stopping: calls in progress may end");
         signalled.cancel();
     });
+    let reloads = tokio::spawn(program::reload_on_hangup(janus.identity().clone())?);
     println!("listening on https://{}", janus.address()?);
     let served = janus.run(shutdown).await;
     signals.abort();
+    reloads.abort();
     Ok(served?)
 }

@@ -94,6 +94,11 @@ impl Janus {
         self.metrics.as_ref()?.local_addr().ok()
     }
 
+    /// Who this is, to read its certificates again.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
     /// The address that was bound.
     ///
     /// # Errors

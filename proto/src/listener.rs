@@ -91,7 +91,6 @@ pub async fn serve<S, B>(
     let kill = CancellationToken::new();
     // Also when this future is dropped, nothing goes on.
     let _kill_on_drop = kill.clone().drop_guard();
-    let acceptor = TlsAcceptor::from(identity.server_config());
     let places = Arc::new(Semaphore::new(limits.max_connections));
     while let Some((tcp, address)) = accept(&listener, &shutdown).await {
         let Ok(place) = places.clone().try_acquire_owned() else {
@@ -101,7 +100,8 @@ pub async fn serve<S, B>(
         let connection = Connection {
             address,
             identity: identity.clone(),
-            acceptor: acceptor.clone(),
+            // Asked for each time: the certificate may have been renewed.
+            acceptor: identity.server_config().into(),
             limits: limits.clone(),
             shutdown: shutdown.clone(),
             executor: OwnedTasks { tasks: tasks.clone(), kill: kill.child_token() },

@@ -1,4 +1,4 @@
-//! What every program does with its process: the log, and being asked to stop.
+//! What every program does with its process: the log, and being asked to stop or to read its certificates again.
 
 use std::{
     future::Future,
@@ -7,6 +7,8 @@ use std::{
 
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::{EnvFilter, filter::ParseError};
+
+use crate::tls::Identity;
 
 /// Starts the log on stderr, in colours only on a terminal. Once in a process.
 ///
@@ -34,6 +36,26 @@ pub fn stop_signal() -> io::Result<impl Future<Output = ()> + Send + 'static> {
         tokio::select! {
             _ = term.recv() => {}
             _ = interrupt.recv() => {}
+        }
+    })
+}
+
+/// Listens for SIGHUP from now on; the future reads the certificates of `identity` again at each, and never ends.
+///
+/// # Errors
+/// When the system refuses to tell of signals.
+pub fn reload_on_hangup(
+    identity: Identity,
+) -> io::Result<impl Future<Output = ()> + Send + 'static> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    Ok(async move {
+        while hangup.recv().await.is_some() {
+            let identity = identity.clone();
+            match tokio::task::spawn_blocking(move || identity.reload()).await {
+                Ok(Ok(())) => tracing::info!("certificate, key and CA were read again"),
+                Ok(Err(error)) => tracing::error!(%error, "the old certificates stay in use"),
+                Err(error) => tracing::error!(%error, "the old certificates stay in use"),
+            }
         }
     })
 }

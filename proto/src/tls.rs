@@ -7,7 +7,7 @@
 use std::{
     fmt, fs, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock},
 };
 
 use bytes::Bytes;
@@ -238,15 +238,50 @@ fn parse_uri(uri: &str) -> Option<(&str, Role)> {
     Some((parts[0], role))
 }
 
-/// Our certificate with its key, and the CA that peers are checked against. Cheap to clone.
+/// Our certificate with its key, and the CA that peers are checked against. Cheap to clone; all clones change together
+/// by [`Identity::reload`].
 #[derive(Clone)]
 pub struct Identity(Arc<Inner>);
 
 struct Inner {
+    files: Files,
     principal: Principal,
+    keys: RwLock<Keys>,
+}
+
+struct Files {
+    cert: PathBuf,
+    key: PathBuf,
+    ca: PathBuf,
+}
+
+/// What the files hold, ready for use.
+#[derive(Clone)]
+struct Keys {
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
     verifier: Arc<dyn ClientCertVerifier>,
+}
+
+impl Files {
+    fn read(&self) -> Result<(Principal, Keys), TlsError> {
+        let Self { cert, key, ca } = self;
+        let chain = certificates("cert", "certificate", cert)?;
+        let roots = roots(ca)?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider())
+            .build()
+            .map_err(|error| format_error("CA certificate", ca, error))?;
+        check_own(&*verifier, &chain, cert, ca)?;
+        let principal = Principal::from_der(chain[0].to_vec())
+            .map_err(|error| TlsError::Unusable { cert: cert.into(), reason: error.to_string() })?;
+        let private = private_key(key)?;
+        let mismatch = |error| key_error(&error, cert, key);
+        let server = server_config(verifier.clone(), chain.clone(), private.clone_key())
+            .map_err(mismatch)?
+            .into();
+        let client = client_config(roots, chain, private).map_err(mismatch)?.into();
+        Ok((principal, Keys { server, client, verifier }))
+    }
 }
 
 impl fmt::Debug for Identity {
@@ -265,36 +300,43 @@ impl Identity {
         key: impl AsRef<Path>,
         ca: impl AsRef<Path>,
     ) -> Result<Self, TlsError> {
-        let (cert, key, ca) = (cert.as_ref(), key.as_ref(), ca.as_ref());
-        let chain = certificates("cert", "certificate", cert)?;
-        let roots = roots(ca)?;
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider())
-            .build()
-            .map_err(|error| format_error("CA certificate", ca, error))?;
-        check_own(&*verifier, &chain, cert, ca)?;
-        let principal = Principal::from_der(chain[0].to_vec())
-            .map_err(|error| TlsError::Unusable { cert: cert.into(), reason: error.to_string() })?;
-        let private = private_key(key)?;
-        let mismatch = |error| key_error(&error, cert, key);
-        let server = server_config(verifier.clone(), chain.clone(), private.clone_key())
-            .map_err(mismatch)?;
-        let client = client_config(roots, chain, private).map_err(mismatch)?;
-        Ok(Self(Arc::new(Inner {
-            principal,
-            server: server.into(),
-            client: client.into(),
-            verifier,
-        })))
+        let files =
+            Files { cert: cert.as_ref().into(), key: key.as_ref().into(), ca: ca.as_ref().into() };
+        let (principal, keys) = files.read()?;
+        Ok(Self(Arc::new(Inner { files, principal, keys: RwLock::new(keys) })))
+    }
+
+    /// Reads the three files again: connections made from now on use what they hold. Open ones keep what they have. Blocks
+    /// on the file system.
+    ///
+    /// # Errors
+    /// As [`Identity::load`], and when the certificate is somebody else's; nothing has changed then.
+    pub fn reload(&self) -> Result<(), TlsError> {
+        let (principal, keys) = self.0.files.read()?;
+        let ours = &self.0.principal;
+        if (&principal.group, &principal.role) != (&ours.group, &ours.role) {
+            let reason = format!(
+                "it is that of {principal:?} now, and this is {ours:?}: restart to take it"
+            );
+            return Err(TlsError::Unusable { cert: self.0.files.cert.clone(), reason });
+        }
+        *self.0.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
+        Ok(())
+    }
+
+    fn keys(&self) -> Keys {
+        // A panic elsewhere can't leave half of them: they are replaced by one assignment.
+        self.0.keys.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Settings for the accepting side: TLS 1.3, HTTP/2, a certificate of our CA is required.
     pub fn server_config(&self) -> Arc<ServerConfig> {
-        self.0.server.clone()
+        self.keys().server
     }
 
     /// Settings for the connecting side.
     pub fn client_config(&self) -> Arc<ClientConfig> {
-        self.0.client.clone()
+        self.keys().client
     }
 
     /// Who we are.
@@ -310,13 +352,13 @@ impl Identity {
     /// When any of these checks fails.
     pub fn verify_forwarded(&self, der: &[u8]) -> Result<Principal, TlsError> {
         let principal = Principal::from_der(der.to_vec())?;
-        self.0
+        self.keys()
             .verifier
             .verify_client_cert(&CertificateDer::from(der), &[], UnixTime::now())
             .map_err(|error| TlsError::Refused {
-                subject: principal.to_string(),
-                reason: describe(&error),
-            })?;
+            subject: principal.to_string(),
+            reason: describe(&error),
+        })?;
         self.check_group(&principal)?;
         Ok(principal)
     }

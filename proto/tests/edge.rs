@@ -123,6 +123,34 @@ async fn a_lazy_channel_connects_at_the_first_call_and_again_after_a_loss() {
 }
 
 #[tokio::test]
+async fn a_renewed_certificate_is_used_without_a_restart_and_a_wrong_one_is_not() {
+    let ca = Ca::new();
+    let files = ca.files("g/server/a", "127.0.0.1", Duration::from_secs(60));
+    let identity = Identity::load(&files[0], &files[1], &files[2]).unwrap();
+    let server = start(identity.clone(), Limits::default()).await;
+    let client = ca.identity("g/client/alice/web1", "unused");
+    let seen = async || {
+        let options = ConnectOptions::default();
+        channel::connect(&server.url(), &client, options).await.unwrap().peer.der
+    };
+    let first = seen().await;
+    assert_eq!(seen().await, first);
+    let other = ca.files("g/server/b", "127.0.0.1", Duration::from_secs(60));
+    std::fs::copy(&other[0], &files[0]).unwrap();
+    std::fs::copy(&other[1], &files[1]).unwrap();
+    let error = identity.reload().unwrap_err().to_string();
+    assert!(error.contains("server b") && error.contains("restart"), "{error}");
+    std::fs::write(&files[0], "").unwrap();
+    assert!(identity.reload().is_err());
+    assert_eq!(seen().await, first, "the old one stays");
+    // Written over the old ones.
+    assert_eq!(ca.files("g/server/a", "127.0.0.1", Duration::from_secs(60)), files);
+    identity.reload().unwrap();
+    let second = seen().await;
+    assert_ne!(second, first);
+}
+
+#[tokio::test]
 async fn a_peer_of_another_ca_is_refused_by_either_side() {
     let (ours, theirs) = (Ca::new(), Ca::new());
     let server = start(theirs.identity("g/server/a", "127.0.0.1"), Limits::default()).await;

@@ -79,8 +79,10 @@ async fn serve(settings: config::Settings) -> anyhow::Result<()> {
         tracing::info!("stopping: calls in progress may end");
         signalled.cancel();
     });
+    let reloads = tokio::spawn(program::reload_on_hangup(server.identity().clone())?);
     println!("listening on https://{}", server.address()?);
     let served = server.run(shutdown).await;
     signals.abort();
+    reloads.abort();
     Ok(served?)
 }

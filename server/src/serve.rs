@@ -102,6 +102,11 @@ impl Server {
         Ok(Self { settings, identity, id, runs, listener })
     }
 
+    /// Who this is, to read its certificates again.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
     /// The address that was bound.
     ///
     /// # Errors
