@@ -344,7 +344,7 @@ fn parse_session(info: &pb::SessionInfo) -> Result<Session, WireError> {
 fn skipped(headers: &MetadataMap) -> Vec<(String, String)> {
     values(headers, metadata::SKIPPED)
         .map(|text| {
-            let (server, reason) = text.split_once(':').unwrap_or((text, ""));
+            let (server, reason) = text.split_once(": ").unwrap_or((text, ""));
             (server.trim().to_owned(), reason.trim().to_owned())
         })
         .collect()

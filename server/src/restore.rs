@@ -266,7 +266,12 @@ impl RestoreService for Restore {
         let ranges = ranges(&request.ranges, block_count(opened.held.snapshot().size_bytes))?;
         let encoding = request.encodings().next().unwrap_or(pb::Encoding::None);
         let (answers, stream) = mpsc::channel(QUEUE);
-        tokio::task::spawn_blocking(move || send_blocks(&opened, &ranges, encoding, &answers));
+        let runs = self.runs.clone();
+        tokio::task::spawn_blocking(move || {
+            if !send_blocks(&opened, &ranges, encoding, &answers) {
+                runs.note_damaged(&opened.held);
+            }
+        });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 }

@@ -81,6 +81,18 @@ pub enum RunError {
         /// What it is.
         actual: Option<SnapshotId>,
     },
+    /// What the run builds on is damaged. The run is given up.
+    #[error(
+        "the chain of disk {disk} is damaged: {reason}; this run is given up, the next one begins a new base"
+    )]
+    ChainDamaged {
+        /// The disk.
+        disk: DiskId,
+        /// Its head, which is not built on any more.
+        head: Option<SnapshotId>,
+        /// What was found.
+        reason: String,
+    },
     /// The call makes no sense in this state.
     #[error("run {backup} is {state}")]
     State {
@@ -245,6 +257,13 @@ impl Runs {
         OpenedSnapshot::open(&self.store.machine_folder(&held.run.machine), &chain)
     }
 
+    /// A snapshot was found to be damaged: no new one is built on it. Forgotten with this process, found again by the next.
+    pub fn note_damaged(&self, held: &Held) {
+        if let Some(machine) = self.machine(&held.run.machine) {
+            machine.note_damaged(Some(held.snapshot().id));
+        }
+    }
+
     /// Opens a run or takes it over.
     ///
     /// # Errors
@@ -367,7 +386,15 @@ impl Runs {
             machine.find(backup).ok_or_else(|| RunError::Unknown { id: backup.to_string() })?;
         active.check_epoch(epoch)?;
         let _committing = active.begin_commit();
-        let snapshots = active.finish(disks)?;
+        let snapshots = match active.finish(disks) {
+            Err(error @ RunError::ChainDamaged { head, .. }) => {
+                tracing::error!(%error, machine = %key, backup_id = %backup, "a commit found damage");
+                machine.note_damaged(head);
+                self.give_up(&machine, &active)?;
+                return Err(error);
+            }
+            finished => finished?,
+        };
         let (sequence, committed_ms) = machine.next_place();
         let run = Run {
             format: crate::chain::FORMAT,

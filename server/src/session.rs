@@ -75,6 +75,14 @@ pub enum SessionError {
         /// Of the commit.
         named: BlockHash,
     },
+    /// The head doesn't hold what its table says.
+    #[error(
+        "block {block} of the snapshot that the session started from is not what was backed up"
+    )]
+    HeadDamaged {
+        /// The first such block that was looked at.
+        block: u64,
+    },
     /// An image of the head, or the new one.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -87,6 +95,16 @@ pub enum SessionError {
 }
 
 impl SessionError {
+    /// True when the chain that the session started from can't be relied on: only a new base helps.
+    pub fn is_head_damage(&self) -> bool {
+        match self {
+            Self::HeadDamaged { .. } => true,
+            Self::Image(error) => !matches!(error, ImageError::Io { .. }),
+            Self::Table(error) => !matches!(error, TableError::Io { .. }),
+            _ => false,
+        }
+    }
+
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| match storage::is_full(&source) {

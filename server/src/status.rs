@@ -14,7 +14,9 @@ impl From<RunError> for Status {
     fn from(error: RunError) -> Self {
         let text = error.to_string();
         match error {
-            RunError::Unknown { .. } => status(ErrorReason::SessionExpired, text),
+            RunError::Unknown { .. } | RunError::ChainDamaged { .. } => {
+                status(ErrorReason::SessionExpired, text)
+            }
             RunError::LeaseHeld { .. } => status(ErrorReason::LeaseHeld, text),
             RunError::Superseded { .. } => status(ErrorReason::EpochSuperseded, text),
             RunError::HeadMoved { .. } => status(ErrorReason::HeadMoved, text),
@@ -37,7 +39,10 @@ impl From<SessionError> for Status {
             SessionError::Full { .. } => status(ErrorReason::StoreFull, text),
             SessionError::DigestMismatch { .. } => status(ErrorReason::DigestMismatch, text),
             SessionError::Failed => status(ErrorReason::SessionExpired, text),
-            SessionError::Io { .. } | SessionError::Image(_) | SessionError::Table(_) => {
+            SessionError::Io { .. }
+            | SessionError::HeadDamaged { .. }
+            | SessionError::Image(_)
+            | SessionError::Table(_) => {
                 tracing::error!(%error, "a session failed");
                 status(ErrorReason::StoreFailed, text)
             }

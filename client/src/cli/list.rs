@@ -6,6 +6,7 @@ use clap::ArgMatches;
 use janus_proto::{
     pb::{Consistency, Snapshot, UnreachableServer},
     show::{amount, date},
+    tls::Role,
 };
 use serde_json::{Value, json};
 
@@ -17,6 +18,9 @@ use crate::{
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let Address { server, machine, .. } = address(matches)?;
+    if machine.is_none() && matches!(context.identity.principal().role, Role::Operator(_)) {
+        return Err(Failure::usage("an operator must name a machine: --machine USER/MACHINE"));
+    }
     let listing =
         catalog::list(&context.connect().await?, machine.as_ref(), None, server.as_ref()).await?;
     Ok(Outcome { json: listing_json(&listing), text: listing_text(&listing) })

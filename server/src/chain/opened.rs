@@ -32,6 +32,16 @@ pub enum OpenError {
         /// Why not.
         source: io::Error,
     },
+    /// An image was cut.
+    #[error("image {} has {actual} bytes, {expected} were committed", path.display())]
+    Short {
+        /// The file.
+        path: PathBuf,
+        /// Length at its commit.
+        expected: u64,
+        /// Length now.
+        actual: u64,
+    },
     /// An image of the chain.
     #[error("image {}: {source}", path.display())]
     Image {
@@ -70,7 +80,12 @@ impl OpenedSnapshot {
         let mut tables = Vec::with_capacity(chain.len());
         for held in chain {
             let path = folder.join(&held.snapshot().image);
-            let image = VhdxImage::open(DirectFile::for_reading(open_file(&path)?, &path))
+            let file = open_file(&path)?;
+            let (expected, actual) = (held.snapshot().image_length_bytes, length(&file, &path)?);
+            if actual < expected {
+                return Err(OpenError::Short { path, expected, actual });
+            }
+            let image = VhdxImage::open(DirectFile::for_reading(file, &path))
                 .map_err(|source| OpenError::Image { path, source })?;
             images.push(Arc::new(image));
             let path = folder.join(&held.snapshot().table);
@@ -90,4 +105,9 @@ impl OpenedSnapshot {
 
 fn open_file(path: &Path) -> Result<File, OpenError> {
     File::open(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })
+}
+
+fn length(file: &File, path: &Path) -> Result<u64, OpenError> {
+    let failed = |source| OpenError::Io { path: path.to_owned(), source };
+    Ok(file.metadata().map_err(failed)?.len())
 }

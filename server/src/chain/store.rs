@@ -159,6 +159,8 @@ pub struct MachineState {
     pub use_counter: u64,
     /// Runs not yet committed.
     pub open: Vec<OpenRun>,
+    /// Highest number of a run manifest, readable or not: no number is used twice.
+    pub last_sequence: u64,
 }
 
 /// The folder tree of one server, locked for this process.
@@ -190,7 +192,7 @@ impl Store {
         rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| StoreError::Locked { path: root.to_owned() })?;
         let file_path = root.join(".store.json");
-        let mut file = match read::<StoreFile>(&file_path)? {
+        let mut file = match read_or_put_aside::<StoreFile>(&file_path)? {
             Some(file) => file,
             None => StoreFile { format: FORMAT, generation: StoreGeneration::new(), starts: 0 },
         };
@@ -299,17 +301,39 @@ impl Store {
         Ok(all)
     }
 
+    /// The machine whose folder this is, by its name alone.
+    fn machine_of(&self, folder: &Path) -> Option<MachineKey> {
+        let below = folder.strip_prefix(&self.root).ok()?.to_str()?;
+        let (user, machine) =
+            below.split_once(if self.separate_folders_by_user { '/' } else { '@' })?;
+        MachineKey::new(user, machine).ok()
+    }
+
     fn load_machine(
         &self,
         folder: &Path,
     ) -> Result<Option<(MachineKey, MachineState)>, StoreError> {
         let path = folder.join(MACHINE);
-        let Some(file) = read::<MachineFile>(&path)? else { return Ok(None) };
+        let file = match read_or_put_aside::<MachineFile>(&path)? {
+            Some(file) => file,
+            // Counters are raised by the next start; what was backed up counts.
+            None => match self.machine_of(folder) {
+                Some(machine) if !files_in(&folder.join(RUNS), "json")?.is_empty() => {
+                    tracing::error!(path = %path.display(), "a machine's file is missing or damaged: it is made again");
+                    let file = MachineFile { format: FORMAT, machine, use_counter: 0 };
+                    write(&path, &file)?;
+                    file
+                }
+                _ => return Ok(None),
+            },
+        };
         if self.machine_folder(&file.machine) != folder {
             let reason = format!("it belongs to machine {}, whose folder is another", file.machine);
             return Err(StoreError::Damaged { path, reason });
         }
         let mut state = MachineState { use_counter: file.use_counter, ..MachineState::default() };
+        state.last_sequence = last_sequence(&folder.join(RUNS))?;
+        let mut unread = false;
         for path in files_in(&folder.join(RUNS), "json")? {
             match read::<Run>(&path) {
                 Ok(Some(run)) if run.machine == file.machine => state.history.add(Arc::new(run)),
@@ -317,8 +341,13 @@ impl Store {
                     tracing::error!(path = %path.display(), "a run manifest of another machine is left out")
                 }
                 Err(error @ StoreError::Newer { .. }) => return Err(error),
+                Err(error @ StoreError::Damaged { .. }) => {
+                    tracing::error!(%error, "a run manifest is left out; its images stay where they are");
+                    put_aside(&path)?;
+                }
                 Err(error) => {
-                    tracing::error!(%error, "a run manifest can't be read and is left out")
+                    tracing::error!(%error, "a run manifest can't be read and is left out");
+                    unread = true;
                 }
             }
         }
@@ -339,9 +368,19 @@ impl Store {
                 }
             }
         }
-        set_aside_unknown(folder, &state)?;
+        // What a damaged manifest names may be whole: it stays, for whoever brings the manifest back.
+        if !unread && files_in(&folder.join(RUNS), DAMAGED)?.is_empty() {
+            set_aside_unknown(folder, &state)?;
+        }
         Ok(Some((file.machine, state)))
     }
+}
+
+/// Highest number that a file name in `runs` begins with.
+fn last_sequence(runs: &Path) -> Result<u64, StoreError> {
+    let number =
+        |entry: &fs::DirEntry| entry.file_name().to_str()?.split('.').next()?.parse::<u64>().ok();
+    Ok(list(runs)?.iter().filter_map(number).max().unwrap_or(0))
 }
 
 fn name_and_publish(folder: &Path, run: &Run, open: &OpenRun) -> Result<(), StoreError> {
@@ -354,7 +393,12 @@ fn name_and_publish(folder: &Path, run: &Run, open: &OpenRun) -> Result<(), Stor
         let disk_folder = folder.join(disk.disk.as_str());
         storage::sync_folder(&disk_folder).map_err(StoreError::io("sync", &disk_folder))?;
     }
-    write(&folder.join(RUNS).join(format!("{:08}.json", run.sequence)), run)
+    let path = folder.join(RUNS).join(format!("{:08}.json", run.sequence));
+    if path.exists() {
+        let source = io::Error::from(io::ErrorKind::AlreadyExists);
+        return Err(StoreError::Io { action: "write over", path, source });
+    }
+    write(&path, run)
 }
 
 /// Undoes the renames of a publication that did not reach its manifest.
@@ -433,6 +477,28 @@ fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
     let sum = blake3::hash(&bytes);
     bytes.extend_from_slice(format!("{sum}\n").as_bytes());
     storage::replace(path, &bytes).map_err(StoreError::io("write", path))
+}
+
+/// Extension of files that could not be read. They are kept, and never written over.
+const DAMAGED: &str = "damaged";
+
+/// A file that can be made again: a damaged one is kept beside and counts as missing.
+fn read_or_put_aside<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> {
+    match read(path) {
+        Err(error @ StoreError::Damaged { .. }) => {
+            tracing::error!(%error, "a file is put aside");
+            put_aside(path)?;
+            Ok(None)
+        }
+        other => other,
+    }
+}
+
+/// Gives a damaged file a name that nothing else has.
+fn put_aside(path: &Path) -> Result<(), StoreError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let aside = path.with_file_name(format!("{name}.{}.{DAMAGED}", uuid::Uuid::now_v7().simple()));
+    fs::rename(path, &aside).map_err(StoreError::io("put aside", path))
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> {

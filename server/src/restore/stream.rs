@@ -5,6 +5,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use janus_proto::{
     buffers::Buffer,
+    error::{ErrorReason, reason},
     hash::{zero_hash, zero_segment_of},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_len},
     model::{Batch, Extent, MAX_BATCH_BYTES, MAX_HASHES},
@@ -95,18 +96,19 @@ fn hashes(first: u64, piece: &[BlockHash]) -> pb::ReadHashesResponse {
     pb::ReadHashesResponse { batch: Some(pb::HashBatch { first, hashes: hashes.into() }) }
 }
 
-/// Sends the blocks of the ranges.
+/// Sends the blocks of the ranges; false when the snapshot was found to be damaged.
 pub(super) fn send_blocks(
     opened: &OpenedSnapshot,
     ranges: &[Range<u64>],
     encoding: pb::Encoding,
     answers: &Answers<pb::ReadBlocksResponse>,
-) {
+) -> bool {
     let mut message =
         Message { opened, encoding, answers, extents: Vec::new(), hashes: Vec::new(), bytes: 0 };
-    if let Err(Some(error)) = message.send_ranges(ranges) {
-        let _ = answers.blocking_send(Err(error));
-    }
+    let Err(Some(error)) = message.send_ranges(ranges) else { return true };
+    let is_whole = reason(&error) != Some(ErrorReason::StoreDamaged);
+    let _ = answers.blocking_send(Err(error));
+    is_whole
 }
 
 /// One message in the making.

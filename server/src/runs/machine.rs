@@ -1,7 +1,7 @@
 //! One machine on this server: its committed runs, and the open ones with their leases.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
@@ -38,9 +38,18 @@ struct State {
     use_counter: u64,
     active: Vec<Arc<ActiveRun>>,
     aborted: VecDeque<BackupId>,
+    /// Highest number of a run manifest, readable or not.
+    last_sequence: u64,
+    /// Snapshots whose chains were found to be damaged.
+    damaged: HashSet<SnapshotId>,
 }
 
 impl Machine {
+    /// No new snapshot is built on this one.
+    pub(super) fn note_damaged(&self, snapshot: Option<SnapshotId>) {
+        lock(&self.state).damaged.extend(snapshot);
+    }
+
     pub(super) fn new(key: MachineKey, state: MachineState, lease: Duration) -> Self {
         // Nobody holds the lease of a run that was left by an earlier process.
         let active = state
@@ -53,6 +62,8 @@ impl Machine {
             use_counter: state.use_counter,
             active,
             aborted: VecDeque::new(),
+            last_sequence: state.last_sequence,
+            damaged: HashSet::new(),
         };
         Self { key, state: Mutex::new(state), turn: Mutex::new(()) }
     }
@@ -129,10 +140,12 @@ impl Machine {
 
     /// Sequence and time of the next commit; both only grow.
     pub(super) fn next_place(&self) -> (u64, i64) {
-        match lock(&self.state).history.newest() {
-            Some(newest) => (newest.sequence + 1, now_ms().max(newest.committed_ms + 1)),
-            None => (1, now_ms()),
-        }
+        let state = lock(&self.state);
+        let (sequence, committed_ms) = match state.history.newest() {
+            Some(newest) => (newest.sequence, now_ms().max(newest.committed_ms + 1)),
+            None => (0, now_ms()),
+        };
+        (sequence.max(state.last_sequence).saturating_add(1), committed_ms)
     }
 
     pub(super) fn committed_now(&self, run: Arc<Run>) {
@@ -379,7 +392,13 @@ impl ActiveRun {
                 let (disk, expected) = (open.disk.clone(), commit.expected_head);
                 return Err(RunError::HeadMoved { disk, expected, actual: open.head });
             }
-            let finished = session.finish(commit.table_digest)?;
+            let finished = session.finish(commit.table_digest).map_err(|error| {
+                if !error.is_head_damage() {
+                    return error.into();
+                }
+                let (disk, head) = (open.disk.clone(), open.head);
+                RunError::ChainDamaged { disk, head, reason: error.to_string() }
+            })?;
             snapshots.push(Snapshot {
                 id: open.snapshot,
                 disk: open.disk.clone(),
@@ -403,6 +422,10 @@ impl ActiveRun {
 /// The head of a disk, unless its chain can't be read: then the session starts from zeros and makes a new base.
 fn readable_head(runs: &Runs, machine: &Machine, disk: &DiskId) -> Option<OpenedSnapshot> {
     let held = lock(&machine.state).history.head(disk).cloned()?;
+    if lock(&machine.state).damaged.contains(&held.snapshot().id) {
+        tracing::error!(machine = %machine.key, %disk, snapshot_id = %held.snapshot().id, "the disk's head was found to be damaged: a new base begins");
+        return None;
+    }
     match runs.open_snapshot(&held) {
         Ok(opened) => Some(opened),
         Err(error) => {

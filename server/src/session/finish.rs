@@ -10,7 +10,7 @@ use std::{
 
 use janus_proto::{
     buffers::Buffer,
-    hash::{table_digest, zero_hash, zero_segment_of},
+    hash::{hash_blocks, table_digest, zero_hash, zero_segment_of},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_len},
     model::MAX_BATCH_BYTES,
 };
@@ -104,6 +104,8 @@ impl Session {
                 let end = (run.end * BLOCK_BYTES).min(self.disk.size_bytes);
                 let bytes = &mut buffer[..(end - run.start * BLOCK_BYTES) as usize];
                 self.start.read_at(run.start * BLOCK_BYTES, bytes)?;
+                let first = (run.start - segment * SEGMENT_BLOCKS) as usize;
+                check_hashes(bytes, &hashes[first..], run.start)?;
                 let at = self.layout.slot_offset(slot) + run.start % PAYLOAD_BLOCKS * BLOCK_BYTES;
                 self.image
                     .write_all_at(bytes, at)
@@ -223,6 +225,16 @@ fn bitmap(touches: Option<&Vec<Touch>>) -> SegmentBitmap {
         }
     }
     present
+}
+
+/// Nothing that is not what was backed up gets into a new image.
+fn check_hashes(bytes: &[u8], expected: &[BlockHash], first: u64) -> Result<(), SessionError> {
+    let mut found = Vec::new();
+    hash_blocks(bytes, &mut found);
+    match found.iter().zip(expected).position(|(found, expected)| found != expected) {
+        Some(index) => Err(SessionError::HeadDamaged { block: first + index as u64 }),
+        None => Ok(()),
+    }
 }
 
 /// Marked blocks that follow each other, as block numbers of the disk: in one payload block, and no more than a buffer holds.

@@ -28,8 +28,12 @@ pub(super) const GROUPS: &[Group] = &[
 /// Modules of the client that belong to group `sources`.
 const SOURCE_MODULES: &[&str] = &["source::", "scan::", "delta::", "journal::"];
 /// Whole-system tests that belong to another group than `main-job`.
-const PLACED: &[(&str, &str)] =
-    &[("reasons", "janus"), ("python_client", "restore"), ("refusals", "security")];
+const PLACED: &[(&str, &str)] = &[
+    ("damage", "store"),
+    ("reasons", "janus"),
+    ("python_client", "restore"),
+    ("refusals", "security"),
+];
 /// Whole-system tests that `--quick` leaves out.
 const SLOW: &[&str] = &["kills", "python_client"];
 
@@ -66,6 +70,7 @@ fn janus(runner: &mut Runner) {
 
 fn store(runner: &mut Runner) {
     runner.cargo("server", &["test", "-p", "janus-server"]);
+    placed(runner, "store");
 }
 
 fn sources(runner: &mut Runner) {
