@@ -122,17 +122,9 @@ fn status_command(matches: &ArgMatches) -> ExitCode {
 async fn serve(settings: config::Settings) -> anyhow::Result<()> {
     let janus = Janus::start(settings).await?;
     let shutdown = CancellationToken::new();
-    let stop = program::stop_signal()?;
-    let signalled = shutdown.clone();
-    let signals = tokio::spawn(async move {
-        stop.await;
-        tracing::info!("stopping: calls in progress may end");
-        signalled.cancel();
-    });
-    let reloads = tokio::spawn(program::reload_on_hangup(janus.identity().clone())?);
+    let signals = program::follow_signals(janus.identity().clone(), shutdown.clone())?;
     println!("listening on https://{}", janus.address()?);
     let served = janus.run(shutdown).await;
     signals.abort();
-    reloads.abort();
     Ok(served?)
 }

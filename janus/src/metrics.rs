@@ -51,9 +51,6 @@ fn page(fleet: &Fleet) -> String {
 #[derive(Debug)]
 struct Figures(Fleet);
 
-/// A figure's labels.
-type Labels<'a> = [(&'static str, &'a str); 2];
-
 impl Collector for Figures {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let fleet = &self.0;
@@ -110,7 +107,7 @@ impl Figures {
         let name = "janus_machine_last_backup_timestamp_seconds";
         let mut family = encoder.encode_descriptor(name, help, None, kind)?;
         for ((machine, server), committed_ms) in self.0.registry().last_backups() {
-            let labels: Labels<'_> = [("machine", machine.as_str()), ("server", server.as_str())];
+            let labels = [("machine", machine.as_str()), ("server", server.as_str())];
             ConstGauge::new(committed_ms as f64 / 1000.0).encode(family.encode_family(&labels)?)?;
         }
         Ok(())

@@ -5,7 +5,11 @@ use std::{
     io::{self, IsTerminal},
 };
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{EnvFilter, filter::ParseError};
 
 use crate::tls::Identity;
@@ -40,22 +44,36 @@ pub fn stop_signal() -> io::Result<impl Future<Output = ()> + Send + 'static> {
     })
 }
 
-/// Listens for SIGHUP from now on; the future reads the certificates of `identity` again at each, and never ends.
+/// Follows the signals of a program that serves: `shutdown` is cancelled at SIGTERM or SIGINT, and `identity` is read again
+/// at each SIGHUP. The task is to be aborted when the program has ended. Needs a tokio runtime.
 ///
 /// # Errors
 /// When the system refuses to tell of signals.
-pub fn reload_on_hangup(
+pub fn follow_signals(
     identity: Identity,
-) -> io::Result<impl Future<Output = ()> + Send + 'static> {
+    shutdown: CancellationToken,
+) -> io::Result<JoinHandle<()>> {
+    let stop = stop_signal()?;
     let mut hangup = signal(SignalKind::hangup())?;
-    Ok(async move {
+    let reloads = async move {
         while hangup.recv().await.is_some() {
-            let identity = identity.clone();
-            match tokio::task::spawn_blocking(move || identity.reload()).await {
-                Ok(Ok(())) => tracing::info!("certificate, key and CA were read again"),
-                Ok(Err(error)) => tracing::error!(%error, "the old certificates stay in use"),
-                Err(error) => tracing::error!(%error, "the old certificates stay in use"),
-            }
+            reload(identity.clone()).await;
         }
-    })
+    };
+    let stopping = async move {
+        stop.await;
+        tracing::info!("stopping: calls in progress may end");
+        shutdown.cancel();
+    };
+    Ok(tokio::spawn(async move {
+        tokio::join!(stopping, reloads);
+    }))
+}
+
+async fn reload(identity: Identity) {
+    match tokio::task::spawn_blocking(move || identity.reload()).await {
+        Ok(Ok(())) => tracing::info!("certificate, key and CA were read again"),
+        Ok(Err(error)) => tracing::error!(%error, "the old certificates stay in use"),
+        Err(error) => tracing::error!(%error, "the old certificates stay in use"),
+    }
 }

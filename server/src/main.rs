@@ -72,17 +72,9 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
 async fn serve(settings: config::Settings) -> anyhow::Result<()> {
     let server = Server::start(settings).await?;
     let shutdown = CancellationToken::new();
-    let stop = program::stop_signal()?;
-    let signalled = shutdown.clone();
-    let signals = tokio::spawn(async move {
-        stop.await;
-        tracing::info!("stopping: calls in progress may end");
-        signalled.cancel();
-    });
-    let reloads = tokio::spawn(program::reload_on_hangup(server.identity().clone())?);
+    let signals = program::follow_signals(server.identity().clone(), shutdown.clone())?;
     println!("listening on https://{}", server.address()?);
     let served = server.run(shutdown).await;
     signals.abort();
-    reloads.abort();
     Ok(served?)
 }

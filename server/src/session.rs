@@ -347,7 +347,7 @@ impl Session {
         for piece in batch.pieces() {
             for part in split(piece.extent) {
                 let Some(slot) = index.slots.get(&(part.first / PAYLOAD_BLOCKS)) else { continue };
-                let at = self.layout.slot_offset(*slot) + part.first % PAYLOAD_BLOCKS * BLOCK_BYTES;
+                let at = self.place(*slot, part.first);
                 if piece.extent.zero {
                     punch(self.image.file(), at, part.count * BLOCK_BYTES).map_err(failed)?;
                 } else {
@@ -385,6 +385,11 @@ impl Session {
         Ok(())
     }
 
+    /// Byte of the image where `block` lies, whose payload block has `slot`.
+    fn place(&self, slot: u32, block: u64) -> u64 {
+        self.layout.slot_offset(slot) + block % PAYLOAD_BLOCKS * BLOCK_BYTES
+    }
+
     /// Cuts off what lies behind the last slot.
     fn cut(&self, index: &Index) -> Result<(), SessionError> {
         let end = self.layout.slot_offset(index.slots.len() as u32);
@@ -400,7 +405,7 @@ impl Session {
         let len =
             (extent.first..extent.first + count).map(|b| block_len(self.disk.size_bytes, b)).sum();
         let mut bytes = vec![0; len];
-        let at = self.layout.slot_offset(slot) + extent.first % PAYLOAD_BLOCKS * BLOCK_BYTES;
+        let at = self.place(slot, extent.first);
         self.image
             .file()
             .read_exact_at(&mut bytes, at)

@@ -106,9 +106,8 @@ impl Session {
                 self.start.read_at(run.start * BLOCK_BYTES, bytes)?;
                 let first = (run.start - segment * SEGMENT_BLOCKS) as usize;
                 check_hashes(bytes, &hashes[first..], run.start)?;
-                let at = self.layout.slot_offset(slot) + run.start % PAYLOAD_BLOCKS * BLOCK_BYTES;
                 self.image
-                    .write_all_at(bytes, at)
+                    .write_all_at(bytes, self.place(slot, run.start))
                     .map_err(SessionError::io("write", &self.image_path()))?;
             }
         }
