@@ -10,7 +10,7 @@ use janus_proto::{
     ids::ServerId,
     pb::{
         GetRouterStatusRequest, GetRouterStatusResponse, GetServerInfoRequest,
-        GetServerInfoResponse, MachineStatus, ServerStatus,
+        GetServerInfoResponse, MachineStatus, MachineUse, ServerStatus,
         server_info_service_server::{ServerInfoService, ServerInfoServiceServer},
     },
     tls::{Principal, Role},
@@ -59,22 +59,49 @@ impl Info {
         }
     }
 
-    /// The newest backup of each machine that the caller may know of.
+    /// The backups of each machine that the caller may know of, and how it has used the servers.
     fn machines(&self, caller: &Role) -> Vec<MachineStatus> {
-        let mut newest: BTreeMap<String, MachineStatus> = BTreeMap::new();
-        for ((machine, server), last_backup_ms) in self.fleet.registry().last_backups() {
-            let foreign = matches!(caller, Role::Client(own) if own.as_str() != machine);
-            if foreign || newest.get(&machine).is_some_and(|m| m.last_backup_ms >= last_backup_ms) {
+        let foreign = |name: &str| matches!(caller, Role::Client(own) if own.as_str() != name);
+        let mut machines: BTreeMap<String, MachineStatus> = BTreeMap::new();
+        for ((name, server), last_backup_ms) in self.fleet.registry().last_backups() {
+            if foreign(&name) {
                 continue;
             }
-            let status = MachineStatus {
-                machine: machine.clone(),
-                last_backup_ms,
+            let machine = machines.entry(name.clone()).or_insert_with(|| MachineStatus {
+                machine: name,
+                last_backup_ms: i64::MIN,
+                ..Default::default()
+            });
+            if last_backup_ms > machine.last_backup_ms {
+                machine.last_backup_ms = last_backup_ms;
+                machine.server_id = server.to_string();
+            }
+            machine.uses.push(MachineUse {
                 server_id: server.into(),
-            };
-            newest.insert(machine, status);
+                use_counter: 0,
+                last_backup_ms,
+            });
         }
-        newest.into_values().collect()
+        for server in self.fleet.registry().servers() {
+            for (name, use_counter) in self.fleet.registry().uses(&server) {
+                let Some(machine) = machines.get_mut(name.as_str()) else { continue };
+                match machine.uses.iter_mut().find(|at| at.server_id == server.as_str()) {
+                    Some(at) => at.use_counter = use_counter,
+                    None => machine.uses.push(MachineUse {
+                        server_id: server.to_string(),
+                        use_counter,
+                        last_backup_ms: 0,
+                    }),
+                }
+            }
+        }
+        machines
+            .into_values()
+            .map(|mut machine| {
+                machine.uses.sort_by(|one, other| one.server_id.cmp(&other.server_id));
+                machine
+            })
+            .collect()
     }
 
     /// A server that reports here but that no call can be sent to.

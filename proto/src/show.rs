@@ -104,6 +104,11 @@ fn machine_json(machine: &MachineStatus) -> Value {
         "machine": machine.machine,
         "last_backup_ms": machine.last_backup_ms,
         "server": machine.server_id,
+        "uses": machine.uses.iter().map(|at| json!({
+            "server": at.server_id,
+            "use_counter": at.use_counter,
+            "last_backup_ms": Some(at.last_backup_ms).filter(|ms| *ms > 0),
+        })).collect::<Vec<_>>(),
     })
 }
 

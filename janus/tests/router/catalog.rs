@@ -207,3 +207,21 @@ async fn the_status_tells_clients_of_their_own_machine_only() {
         assert_eq!(found, expected, "{role}");
     }
 }
+
+#[tokio::test]
+async fn the_status_shows_how_a_machine_stands_with_each_server() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let janus = janus(&keys, &[a.address(), b.address()]).await;
+    let _b = report(&keys, &janus, "b", vec![], 6).await;
+    let _a = report(&keys, &janus, "a", vec![snapshot("a", 2), snapshot("a", 1)], 5).await;
+    let channel = channel(&janus.url, &keys.identity("client/alice/web")).await;
+    let mut info = ServerInfoServiceClient::new(channel);
+    let status = info.get_router_status(pb::GetRouterStatusRequest {}).await.unwrap().into_inner();
+    let of = |server: &str, use_counter, last_backup_ms| pb::MachineUse {
+        server_id: server.into(),
+        use_counter,
+        last_backup_ms,
+    };
+    assert_eq!(status.machines[0].uses, [of("a", 5, 2), of("b", 6, 0)]);
+}

@@ -2856,7 +2856,7 @@ pub struct ServerStatus {
     pub settings: ::core::option::Option<SharedSettings>,
 }
 /// A machine's newest backup, as far as servers have reported.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct MachineStatus {
     /// `<user>/<machine>`.
     #[prost(string, tag = "1")]
@@ -2867,6 +2867,22 @@ pub struct MachineStatus {
     /// The server that holds it.
     #[prost(string, tag = "3")]
     pub server_id: ::prost::alloc::string::String,
+    /// How it stands with each server that it has used or that has its backups, by name. Every janus that hears the same
+    /// servers says the same here. Empty from an older janus.
+    #[prost(message, repeated, tag = "4")]
+    pub uses: ::prost::alloc::vec::Vec<MachineUse>,
+}
+/// How a machine stands with one server.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MachineUse {
+    #[prost(string, tag = "1")]
+    pub server_id: ::prost::alloc::string::String,
+    /// Counter of its newest start there; the next start goes to the lowest. 0: never.
+    #[prost(uint64, tag = "2")]
+    pub use_counter: u64,
+    /// Unix milliseconds of the commit of its newest backup there; 0: none.
+    #[prost(int64, tag = "3")]
+    pub last_backup_ms: i64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetRouterStatusResponse {
