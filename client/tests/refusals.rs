@@ -344,30 +344,6 @@ fn no_server_ready_says_why_for_each() {
     client.backup().unwrap();
 }
 
-#[test]
-fn certificates_are_read_again_at_a_hangup() {
-    let mut site = one_server();
-    let (_, client) = disk_of(&site, MIB);
-    let server = site.server("server-a").unwrap().process().unwrap().pid();
-    let janus = site.janus().unwrap().pid();
-    let log =
-        |name: &str| fs::read_to_string(site.folder().join(format!("logs/{name}.log"))).unwrap();
-    let hang_up = |pid: u32, name: &str, said: &str| {
-        packages::output(std::process::Command::new("kill").args(["-HUP", &pid.to_string()]))
-            .unwrap();
-        let begun = std::time::Instant::now();
-        while !log(name).contains(said) {
-            assert!(begun.elapsed() < Duration::from_secs(10), "{}", log(name));
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    };
-    hang_up(server, "server-a", "were read again");
-    hang_up(janus, "janus", "were read again");
-    fs::write(site.folder().join("pki/server-a/cert.pem"), "no certificate").unwrap();
-    hang_up(server, "server-a", "the old certificates stay in use");
-    client.backup().unwrap();
-}
-
 /// What `janus status` prints, and its exit code.
 fn janus_status(site: &Site, flag: Option<&str>) -> (Option<i32>, String) {
     let mut janus = site.programs().janus();

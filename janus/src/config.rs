@@ -78,35 +78,35 @@ pub struct ConfigError {
     pub reason: String,
 }
 
+/// One line of help for each key.
+pub const KEYS: &[(&str, &str)] = &[
+    ("listen", "Address and port to listen on"),
+    ("server_urls", "The servers, local one first"),
+    ("cert", "This janus' certificate, PEM"),
+    ("key", "Its private key, PEM"),
+    ("ca", "The CA's certificate, PEM"),
+    ("view_file", "Not used yet; leave it empty"),
+    ("initial_backups", "First full backups to a server in their turn: allow, or hold"),
+    ("max_initial_runs", "First backups that one server takes at once before others are preferred"),
+    (
+        "require_equal_settings",
+        "Send backups to servers with another prefer_vhdx or separate_folders_by_user last",
+    ),
+    ("prefer_vhdx", "What servers should have"),
+    ("separate_folders_by_user", "What servers should have"),
+    ("probe_ms", "How long a server may take to answer a probe"),
+    ("metrics_listen", "Address and port for Prometheus, plain HTTP; empty: none"),
+    (
+        "overdue_after_hours",
+        "A machine without a new backup for so long is overdue (janus status --check)",
+    ),
+    ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
+    ("log", "Log filter, such as info or janus=debug"),
+];
+
 /// Loads settings from file, environment and flags.
 pub fn loader() -> Loader<Settings> {
-    Loader::new("JANUS_ROUTER").describe(&[
-        ("listen", "Address and port to listen on"),
-        ("server_urls", "The servers, local one first"),
-        ("cert", "This janus' certificate, PEM"),
-        ("key", "Its private key, PEM"),
-        ("ca", "The CA's certificate, PEM"),
-        ("view_file", "Not used yet; leave it empty"),
-        ("initial_backups", "First full backups to a server in their turn: allow, or hold"),
-        (
-            "max_initial_runs",
-            "First backups that one server takes at once before others are preferred",
-        ),
-        (
-            "require_equal_settings",
-            "Send backups to servers with another prefer_vhdx or separate_folders_by_user last",
-        ),
-        ("prefer_vhdx", "What servers should have"),
-        ("separate_folders_by_user", "What servers should have"),
-        ("probe_ms", "How long a server may take to answer a probe"),
-        ("metrics_listen", "Address and port for Prometheus, plain HTTP; empty: none"),
-        (
-            "overdue_after_hours",
-            "A machine without a new backup for so long is overdue (janus status --check)",
-        ),
-        ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
-        ("log", "Log filter, such as info or janus=debug"),
-    ])
+    Loader::new("JANUS_ROUTER").describe(KEYS)
 }
 
 impl Settings {

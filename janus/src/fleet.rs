@@ -1,12 +1,19 @@
 //! The servers of this janus: all upstreams, in the order of `server_urls`, and the order in which calls try them.
+//!
+//! `server_urls` may change while janus runs: [`Fleet::follow`] keeps the connections as the list says.
 
 use std::{sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use futures::future::{BoxFuture, join_all};
 use janus_proto::{
     channel::Target,
     ids::{MachineKey, ServerId},
+    tls::Identity,
 };
+use tokio::{sync::watch, task::JoinSet, time::sleep};
+use tokio_util::sync::CancellationToken;
+use tracing::info;
 
 use crate::{
     agreement::Required,
@@ -19,7 +26,8 @@ use crate::{
 /// All servers; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Fleet {
-    servers: Arc<[Upstream]>,
+    servers: Arc<ArcSwap<Vec<Upstream>>>,
+    probe: Duration,
     registry: Registry,
     required: Option<Required>,
 }
@@ -40,21 +48,72 @@ pub struct Call {
 }
 
 impl Fleet {
-    /// Servers at `targets`; each still needs its [`Upstream::run`].
+    /// Servers at `targets`; they are looked for once [`Fleet::follow`] runs.
     /// With `required`, servers that contradict it get starts only when no other can take them.
     pub fn new(
-        targets: Vec<Target>,
+        targets: &[Target],
         probe: Duration,
         registry: Registry,
         required: Option<Required>,
     ) -> Self {
-        let servers = targets.into_iter().map(|target| Upstream::new(target, probe)).collect();
-        Self { servers, registry, required }
+        let fleet = Self { servers: Arc::default(), probe, registry, required };
+        fleet.replace(targets);
+        fleet
+    }
+
+    /// Keeps connections to the servers of `targets`, whenever the list changes, until `stop`.
+    ///
+    /// A server that is no longer on the list gets no new calls; calls in progress there may go on for `drain`.
+    pub async fn follow(
+        self,
+        mut targets: watch::Receiver<Vec<Target>>,
+        identity: Identity,
+        drain: Duration,
+        stop: CancellationToken,
+    ) {
+        let mut tasks = JoinSet::new();
+        let mut kept: Vec<(Upstream, CancellationToken)> = Vec::new();
+        loop {
+            self.replace(&targets.borrow_and_update());
+            let servers = self.servers();
+            kept.retain(|(upstream, leave)| {
+                let stays = servers.iter().any(|other| other.url() == upstream.url());
+                if !stays {
+                    info!(server = %upstream.name(), url = upstream.url(), "no longer in server_urls");
+                    leave.cancel();
+                }
+                stays
+            });
+            for upstream in servers.iter() {
+                if kept.iter().all(|(other, _)| other.url() != upstream.url()) {
+                    let leave = CancellationToken::new();
+                    let running = upstream.clone().run(identity.clone(), stop.clone());
+                    tasks.spawn(run_until_left(running, leave.clone(), drain));
+                    kept.push((upstream.clone(), leave));
+                }
+            }
+            tokio::select! {
+                changed = targets.changed() => if changed.is_err() { break },
+                () = stop.cancelled() => break,
+            }
+            while tasks.try_join_next().is_some() {}
+        }
+        while tasks.join_next().await.is_some() {}
+    }
+
+    /// The servers of `targets` in their order; those that were here stay as they are.
+    fn replace(&self, targets: &[Target]) {
+        let known = self.servers();
+        let upstream = |target: &Target| {
+            let same = known.iter().find(|upstream| upstream.url() == target.to_string());
+            same.cloned().unwrap_or_else(|| Upstream::new(target.clone(), self.probe))
+        };
+        self.servers.store(Arc::new(targets.iter().map(upstream).collect()));
     }
 
     /// All servers, in the order of `server_urls`.
-    pub fn servers(&self) -> &[Upstream] {
-        &self.servers
+    pub fn servers(&self) -> Arc<Vec<Upstream>> {
+        self.servers.load_full()
     }
 
     /// What is known of them.
@@ -64,17 +123,17 @@ impl Fleet {
 
     /// Waits, at most a probe's time, until each server was looked for once.
     pub async fn first_look(&self) {
-        join_all(self.servers.iter().map(Upstream::first_look)).await;
+        join_all(self.servers().iter().map(Upstream::first_look)).await;
     }
 
     /// Whether any server can be used.
     pub fn any_ready(&self, need: Need) -> bool {
-        self.servers.iter().any(|server| server.stand(need).is_ok())
+        self.servers().iter().any(|server| server.stand(need).is_ok())
     }
 
     /// Looks for `server` now: it has just shown that it lives.
     pub fn look_now(&self, server: &ServerId) {
-        for upstream in self.servers.iter() {
+        for upstream in self.servers().iter() {
             if upstream.server().is_none_or(|known| known == *server)
                 && upstream.stand(Need::Link).is_err()
             {
@@ -90,7 +149,8 @@ impl Fleet {
     pub(crate) async fn pinned(&self, server: &ServerId) -> Result<(Upstream, Link), Down> {
         if self.named(server).is_none() {
             // It may be one that was never reached yet: then its name isn't known either.
-            let nameless = self.servers.iter().filter(|upstream| upstream.server().is_none());
+            let servers = self.servers();
+            let nameless = servers.iter().filter(|upstream| upstream.server().is_none());
             join_all(nameless.map(|upstream| upstream.gate(Need::Link))).await;
         }
         let upstream = self.named(server).ok_or_else(|| self.unknown(server))?;
@@ -107,7 +167,7 @@ impl Fleet {
     }
 
     fn unknown(&self, server: &ServerId) -> Down {
-        let names: Vec<String> = self.servers.iter().map(Upstream::name).collect();
+        let names: Vec<String> = self.servers().iter().map(Upstream::name).collect();
         let reason = format!(
             "no server of this name was reached yet; server_urls gives {}",
             names.join(", ")
@@ -118,8 +178,9 @@ impl Fleet {
 
     /// Each server once, also when two URLs lead to it: then the first that has a connection.
     pub(crate) fn distinct(&self) -> Vec<Upstream> {
-        let mut distinct: Vec<Upstream> = Vec::with_capacity(self.servers.len());
-        for upstream in self.servers.iter() {
+        let servers = self.servers();
+        let mut distinct: Vec<Upstream> = Vec::with_capacity(servers.len());
+        for upstream in servers.iter() {
             let server = upstream.server();
             match distinct.iter_mut().find(|other| server.is_some() && other.server() == server) {
                 None => distinct.push(upstream.clone()),
@@ -149,6 +210,22 @@ impl Fleet {
                 contradicts: self.contradiction(upstream.server().as_ref()),
             });
         candidates.collect()
+    }
+}
+
+/// Runs to its end, or for `drain` after `leave`.
+async fn run_until_left(
+    running: impl Future<Output = ()>,
+    leave: CancellationToken,
+    drain: Duration,
+) {
+    let left = async {
+        leave.cancelled().await;
+        sleep(drain).await;
+    };
+    tokio::select! {
+        () = running => {}
+        () = left => {}
     }
 }
 

@@ -4,7 +4,7 @@ use std::{io::Write, process::ExitCode, time::Duration};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus::{config, serve::Janus, status};
-use janus_proto::{program, show};
+use janus_proto::{program, settings::SettingsError, show};
 use tokio_util::sync::CancellationToken;
 
 /// Exit code of wrong settings or usage, as clap has it.
@@ -73,7 +73,9 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(error, 1),
     };
-    match runtime.block_on(serve(settings)) {
+    let matches = matches.clone();
+    let again = move || config::loader().load(&matches, std::env::vars_os());
+    match runtime.block_on(serve(settings, again)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(error, 1),
     }
@@ -119,10 +121,15 @@ fn status_command(matches: &ArgMatches) -> ExitCode {
     }
 }
 
-async fn serve(settings: config::Settings) -> anyhow::Result<()> {
+async fn serve(
+    settings: config::Settings,
+    again: impl Fn() -> Result<config::Settings, SettingsError> + Send + Sync + 'static,
+) -> anyhow::Result<()> {
     let janus = Janus::start(settings).await?;
     let shutdown = CancellationToken::new();
-    let signals = program::follow_signals(janus.identity().clone(), shutdown.clone())?;
+    let reload = janus.reload();
+    let reload = move || reload.apply(again().map_err(|error| error.to_string()));
+    let signals = program::follow_signals(shutdown.clone(), reload)?;
     println!("listening on https://{}", janus.address()?);
     let served = janus.run(shutdown).await;
     signals.abort();

@@ -3,16 +3,18 @@
 use std::{net::SocketAddr, time::Duration};
 
 use janus_proto::{
+    channel::Target,
     ids::ServerId,
     listener::{self, Limits},
-    pb,
+    pb, program,
+    settings::changed_keys,
     tls::{Identity, Role, TlsError},
 };
-use tokio::{net::TcpListener, task::JoinSet, time::sleep};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
-use tracing::info;
+use tracing::{error, info, warn};
 
 use crate::{
     catalog::Catalog,
@@ -67,6 +69,46 @@ pub struct Janus {
     id: ServerId,
     listener: TcpListener,
     metrics: Option<TcpListener>,
+    targets: watch::Sender<Vec<Target>>,
+}
+
+/// Takes changes over while janus runs; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Reload {
+    identity: Identity,
+    settings: Settings,
+    targets: watch::Sender<Vec<Target>>,
+}
+
+impl Reload {
+    /// Reads certificate, key and CA again and takes `server_urls` of `settings`. What can't be used changes nothing; what
+    /// takes a restart is said in the log. Reads files.
+    pub fn apply(&self, settings: Result<Settings, String>) {
+        program::reload_identity(&self.identity);
+        let checked = settings.and_then(|settings| {
+            settings
+                .check()
+                .and_then(|()| settings.targets())
+                .map(|targets| (settings, targets))
+                .map_err(|error| error.to_string())
+        });
+        let (settings, targets) = match checked {
+            Ok(checked) => checked,
+            Err(error) => return error!(error, "the old settings stay in use"),
+        };
+        self.targets.send_if_modified(|known| {
+            let is_new = *known != targets;
+            if is_new {
+                info!(server_urls = ?settings.server_urls, "server_urls were read again");
+                *known = targets;
+            }
+            is_new
+        });
+        let others = changed_keys(&self.settings, &settings, &["server_urls"]);
+        if !others.is_empty() {
+            warn!(keys = others.join(", "), "changed settings that need a restart");
+        }
+    }
 }
 
 impl Janus {
@@ -86,17 +128,19 @@ impl Janus {
             "" => None,
             address => Some(bind("metrics_listen", address).await?),
         };
-        Ok(Self { settings, identity, id, listener, metrics })
+        let targets = watch::Sender::new(settings.targets()?);
+        Ok(Self { settings, identity, id, listener, metrics, targets })
+    }
+
+    /// Takes changes over while janus runs.
+    pub fn reload(&self) -> Reload {
+        let (identity, settings) = (self.identity.clone(), self.settings.clone());
+        Reload { identity, settings, targets: self.targets.clone() }
     }
 
     /// The address for Prometheus, where there is one.
     pub fn metrics_address(&self) -> Option<SocketAddr> {
         self.metrics.as_ref()?.local_addr().ok()
-    }
-
-    /// Who this is, to read its certificates again.
-    pub fn identity(&self) -> &Identity {
-        &self.identity
     }
 
     /// The address that was bound.
@@ -114,7 +158,8 @@ impl Janus {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
         let (settings, registry) = (&self.settings, Registry::new());
         let fleet =
-            Fleet::new(settings.targets()?, settings.probe(), registry, settings.required());
+            Fleet::new(&self.targets.borrow(), settings.probe(), registry, settings.required());
+        let drain_limit = Duration::from_secs(settings.drain_seconds);
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let local = Routes::new(health_service)
             .add_service(Catalog::service(fleet.clone()))
@@ -126,9 +171,10 @@ impl Janus {
         let stop = CancellationToken::new();
         let _stop_on_drop = stop.clone().drop_guard();
         let mut tasks = JoinSet::new();
-        for upstream in fleet.servers() {
-            tasks.spawn(upstream.clone().run(self.identity.clone(), stop.clone()));
-        }
+        let targets = self.targets.subscribe();
+        let following =
+            fleet.clone().follow(targets, self.identity.clone(), drain_limit, stop.clone());
+        tasks.spawn(following);
         let drain = CancellationToken::new();
         tasks.spawn(follow_health(fleet.clone(), reporter, shutdown.clone(), drain.clone()));
         if let Some(metrics) = self.metrics {
@@ -137,13 +183,12 @@ impl Janus {
                 let serving = metrics::serve(metrics, fleet, shutdown);
                 // A reader that holds its connection may do so until the drain is over.
                 if let Some(Err(error)) = stop.run_until_cancelled(serving).await {
-                    tracing::error!(%error, "metrics are no longer served");
+                    error!(%error, "metrics are no longer served");
                 }
             });
         }
         let router = Router::new(self.id.clone(), fleet, self.settings.start_rule(), local, drain);
-        let limits =
-            Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
+        let limits = Limits { drain: drain_limit, ..Limits::default() };
         info!(janus = %self.id, address = ?self.listener.local_addr().ok(), "serving");
         listener::serve(self.listener, self.identity, router, limits, shutdown).await;
         stop.cancel();

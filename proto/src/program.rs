@@ -1,8 +1,9 @@
-//! What every program does with its process: the log, and being asked to stop or to read its certificates again.
+//! What every program does with its process: the log, and being asked to stop or to read its settings again.
 
 use std::{
     future::Future,
     io::{self, IsTerminal},
+    sync::Arc,
 };
 
 use tokio::{
@@ -44,20 +45,32 @@ pub fn stop_signal() -> io::Result<impl Future<Output = ()> + Send + 'static> {
     })
 }
 
-/// Follows the signals of a program that serves: `shutdown` is cancelled at SIGTERM or SIGINT, and `identity` is read again
-/// at each SIGHUP. The task is to be aborted when the program has ended. Needs a tokio runtime.
+/// Reads certificate, key and CA again, and says in the log what came of it. Blocks on the file system.
+pub fn reload_identity(identity: &Identity) {
+    match identity.reload() {
+        Ok(()) => tracing::info!("certificate, key and CA were read again"),
+        Err(error) => tracing::error!(%error, "the old certificates stay in use"),
+    }
+}
+
+/// Follows the signals of a program that serves: `shutdown` is cancelled at SIGTERM or SIGINT, and `reload` runs at each
+/// SIGHUP on a thread that may block. The task is to be aborted when the program has ended. Needs a tokio runtime.
 ///
 /// # Errors
 /// When the system refuses to tell of signals.
 pub fn follow_signals(
-    identity: Identity,
     shutdown: CancellationToken,
+    reload: impl Fn() + Send + Sync + 'static,
 ) -> io::Result<JoinHandle<()>> {
     let stop = stop_signal()?;
     let mut hangup = signal(SignalKind::hangup())?;
+    let reload = Arc::new(reload);
     let reloads = async move {
         while hangup.recv().await.is_some() {
-            reload(identity.clone()).await;
+            let reload = reload.clone();
+            if let Err(error) = tokio::task::spawn_blocking(move || reload()).await {
+                tracing::error!(%error, "what was changed is not in use");
+            }
         }
     };
     let stopping = async move {
@@ -68,12 +81,4 @@ pub fn follow_signals(
     Ok(tokio::spawn(async move {
         tokio::join!(stopping, reloads);
     }))
-}
-
-async fn reload(identity: Identity) {
-    match tokio::task::spawn_blocking(move || identity.reload()).await {
-        Ok(Ok(())) => tracing::info!("certificate, key and CA were read again"),
-        Ok(Err(error)) => tracing::error!(%error, "the old certificates stay in use"),
-        Err(error) => tracing::error!(%error, "the old certificates stay in use"),
-    }
 }

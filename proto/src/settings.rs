@@ -88,7 +88,7 @@ impl fmt::Display for Place {
 /// Makes a `T` of all layers.
 pub struct Loader<T> {
     prefix: &'static str,
-    texts: BTreeMap<&'static str, &'static str>,
+    texts: BTreeMap<String, &'static str>,
     defaults: Value,
     keys: Vec<Key>,
     settings: PhantomData<fn() -> T>,
@@ -113,7 +113,18 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
     /// One line of help for keys, by dotted name.
     #[must_use]
     pub fn describe(mut self, texts: &[(&'static str, &'static str)]) -> Self {
-        self.texts.extend(texts.iter().copied());
+        self.texts.extend(texts.iter().map(|(key, text)| ((*key).to_owned(), *text)));
+        self
+    }
+
+    /// The same for the keys of a section.
+    #[must_use]
+    pub fn describe_section(
+        mut self,
+        section: &str,
+        texts: &[(&'static str, &'static str)],
+    ) -> Self {
+        self.texts.extend(texts.iter().map(|(key, text)| (format!("{section}.{key}"), *text)));
         self
     }
 
@@ -127,7 +138,7 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
     }
 
     fn flag(&self, key: &Key) -> Arg {
-        let text = self.texts.get(key.name.as_str()).copied().unwrap_or_default();
+        let text = self.texts.get(&key.name).copied().unwrap_or_default();
         let space = if text.is_empty() { "" } else { " " };
         let list = if key.kind == Kind::List { ", comma-separated" } else { "" };
         let help = format!(
@@ -264,6 +275,16 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
             Err(error) => Err(wrong(given.key, &given.place, shown, error.to_string())),
         }
     }
+}
+
+/// Dotted names of the keys whose values differ, but for those in `except`.
+pub fn changed_keys<T: Serialize>(old: &T, new: &T, except: &[&str]) -> Vec<String> {
+    let shown = |settings: &T| serde_json::to_value(settings).unwrap_or(Value::Null);
+    let (old, new) = (shown(old), shown(new));
+    let at = |tree: &Value, key: &Key| tree.pointer(&keys::pointer(&key.name)).cloned();
+    let mut changed = known_keys(&new);
+    changed.retain(|key| !except.contains(&key.name.as_str()) && at(&old, key) != at(&new, key));
+    changed.into_iter().map(|key| key.name).collect()
 }
 
 fn wrong(key: &Key, place: &Place, value: String, reason: String) -> SettingsError {

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use janus_proto::settings::Loader;
 use serde::{Deserialize, Serialize};
 
 /// Settings of one server. Every key is also an environment variable and a flag.
@@ -60,25 +59,23 @@ impl Default for Settings {
     }
 }
 
-/// Loads settings from file, environment and flags.
-pub fn loader() -> Loader<Settings> {
-    Loader::new("JANUS_SERVER").describe(&[
-        ("listen", "Address and port to listen on"),
-        ("image_path", "Root folder of all images"),
-        ("cert", "This server's certificate, PEM"),
-        ("key", "Its private key, PEM"),
-        ("ca", "The CA's certificate, PEM"),
-        ("janus_urls", "Every janus to report to"),
-        ("urls", "URLs under which clients reach this server"),
-        ("prefer_vhdx", "New chains are VHDX (VHD comes later)"),
-        ("separate_folders_by_user", "A folder for each user below the image path"),
-        ("lease_seconds", "A silent run keeps others of its machine away for so long"),
-        ("session_keep_days", "Open runs that nobody touches are given up after this"),
-        ("refresh_seconds", "Heartbeat of the report streams"),
-        ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
-        ("log", "Log filter, such as info or janus_server=debug"),
-    ])
-}
+/// One line of help for each key.
+pub const KEYS: &[(&str, &str)] = &[
+    ("listen", "Address and port to listen on"),
+    ("image_path", "Root folder of all images"),
+    ("cert", "This server's certificate, PEM"),
+    ("key", "Its private key, PEM"),
+    ("ca", "The CA's certificate, PEM"),
+    ("janus_urls", "Every janus to report to"),
+    ("urls", "URLs under which clients reach this server"),
+    ("prefer_vhdx", "New chains are VHDX (VHD comes later)"),
+    ("separate_folders_by_user", "A folder for each user below the image path"),
+    ("lease_seconds", "A silent run keeps others of its machine away for so long"),
+    ("session_keep_days", "Open runs that nobody touches are given up after this"),
+    ("refresh_seconds", "Heartbeat of the report streams"),
+    ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
+    ("log", "Log filter, such as info or janus_server=debug"),
+];
 
 /// A combination of settings that can't work.
 #[derive(Debug, thiserror::Error)]

@@ -3,7 +3,7 @@
 //! One task for each janus, reconnecting for ever. A janus that falls behind gets the full state again on a new
 //! stream; nothing is kept for one that is away.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use janus_proto::{
     channel::{self, ConnectOptions, Expect, explain},
@@ -11,7 +11,8 @@ use janus_proto::{
     tls::Identity,
 };
 use tokio::{
-    sync::{broadcast, mpsc},
+    sync::{broadcast, mpsc, watch},
+    task::{AbortHandle, JoinSet},
     time::{Instant, sleep, timeout_at},
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -46,8 +47,34 @@ pub struct Reporter {
 }
 
 impl Reporter {
+    /// Reports to each janus of `urls`, whenever the list changes, until `shutdown`.
+    pub async fn follow(
+        self,
+        mut urls: watch::Receiver<Vec<String>>,
+        identity: Identity,
+        shutdown: CancellationToken,
+    ) {
+        let mut streams = JoinSet::new();
+        let mut kept: HashMap<String, AbortHandle> = HashMap::new();
+        loop {
+            let wanted = urls.borrow_and_update().clone();
+            for (_, stream) in kept.extract_if(|url, _| !wanted.contains(url)) {
+                stream.abort();
+            }
+            for url in wanted {
+                let run = self.clone().run(url.clone(), identity.clone(), shutdown.clone());
+                kept.entry(url).or_insert_with(|| streams.spawn(run));
+            }
+            tokio::select! {
+                changed = urls.changed() => if changed.is_err() { break },
+                () = shutdown.cancelled() => break,
+            }
+        }
+        while streams.join_next().await.is_some() {}
+    }
+
     /// Reports to one janus until `shutdown`.
-    pub async fn run(self, url: String, identity: Identity, shutdown: CancellationToken) {
+    async fn run(self, url: String, identity: Identity, shutdown: CancellationToken) {
         let mut pause = FIRST_PAUSE;
         let mut said = String::new();
         loop {

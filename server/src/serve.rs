@@ -1,6 +1,11 @@
 //! Wiring: store, services, reports, health, and an end in good order.
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use janus_proto::{
     ids::{MachineKey, ServerId},
@@ -11,9 +16,11 @@ use janus_proto::{
         catalog_service_server::CatalogServiceServer, restore_service_server::RestoreServiceServer,
         server_info_service_server::ServerInfoServiceServer,
     },
+    program,
+    settings::changed_keys,
     tls::{Identity, Role, TlsError},
 };
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -79,6 +86,45 @@ pub struct Server {
     id: ServerId,
     runs: Arc<Runs>,
     listener: TcpListener,
+    janus_urls: watch::Sender<Vec<String>>,
+}
+
+/// Takes changes over while a server runs; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Reload {
+    identity: Identity,
+    settings: Settings,
+    janus_urls: watch::Sender<Vec<String>>,
+}
+
+impl Reload {
+    /// Reads certificate, key and CA again and takes `janus_urls` of `settings`. What can't be used changes nothing; what
+    /// takes a restart is said in the log. Reads files.
+    pub fn apply(&self, settings: Result<Settings, String>) {
+        program::reload_identity(&self.identity);
+        let checked = settings.and_then(|settings| {
+            settings.check().map_err(|error| error.to_string())?;
+            refuse_network(&settings.janus_urls, &self.settings.image_path)
+                .map_err(|error| error.to_string())?;
+            Ok(settings)
+        });
+        let settings = match checked {
+            Ok(settings) => settings,
+            Err(error) => return tracing::error!(error, "the old settings stay in use"),
+        };
+        self.janus_urls.send_if_modified(|known| {
+            let is_new = *known != settings.janus_urls;
+            if is_new {
+                tracing::info!(janus_urls = ?settings.janus_urls, "janus_urls were read again");
+                known.clone_from(&settings.janus_urls);
+            }
+            is_new
+        });
+        let others = changed_keys(&self.settings, &settings, &["janus_urls"]);
+        if !others.is_empty() {
+            tracing::warn!(keys = others.join(", "), "changed settings that need a restart");
+        }
+    }
 }
 
 impl Server {
@@ -99,12 +145,14 @@ impl Server {
         let (store, machines) = opened.map_err(|error| ServeError::Wiring(error.to_string()))??;
         let runs =
             Arc::new(Runs::new(store, machines, Duration::from_secs(settings.lease_seconds)));
-        Ok(Self { settings, identity, id, runs, listener })
+        let janus_urls = watch::Sender::new(settings.janus_urls.clone());
+        Ok(Self { settings, identity, id, runs, listener, janus_urls })
     }
 
-    /// Who this is, to read its certificates again.
-    pub fn identity(&self) -> &Identity {
-        &self.identity
+    /// Takes changes over while the server runs.
+    pub fn reload(&self) -> Reload {
+        let (identity, settings) = (self.identity.clone(), self.settings.clone());
+        Reload { identity, settings, janus_urls: self.janus_urls.clone() }
     }
 
     /// The address that was bound.
@@ -172,9 +220,8 @@ impl Server {
             },
             refresh: Duration::from_secs(self.settings.refresh_seconds),
         };
-        for url in &self.settings.janus_urls {
-            tasks.spawn(reporter.clone().run(url.clone(), self.identity.clone(), shutdown.clone()));
-        }
+        let urls = self.janus_urls.subscribe();
+        tasks.spawn(reporter.follow(urls, self.identity.clone(), shutdown.clone()));
         let keep = Duration::from_secs(self.settings.session_keep_days.saturating_mul(86_400));
         let (runs, shutdown) = (self.runs.clone(), shutdown.clone());
         tasks.spawn(async move {
@@ -190,15 +237,20 @@ impl Server {
 fn open_store(
     settings: &Settings,
 ) -> Result<(Store, HashMap<MachineKey, MachineState>), ServeError> {
-    let path = settings.image_path.clone();
-    // Of several servers each must have its own disk; a single one may know what it does.
-    // What can't be looked at is for the store to explain.
-    if !settings.janus_urls.is_empty()
-        && let Ok(Some(kind)) = storage::network_file_system(&path)
-    {
-        return Err(ServeError::NetworkFileSystem { path, kind });
+    let path = &settings.image_path;
+    refuse_network(&settings.janus_urls, path)?;
+    Ok(Store::open(path, settings.separate_folders_by_user)?)
+}
+
+/// Of several servers each must have its own disk; a single one may know what it does.
+/// What can't be looked at is for the store to explain.
+fn refuse_network(janus_urls: &[String], path: &Path) -> Result<(), ServeError> {
+    match storage::network_file_system(path) {
+        Ok(Some(kind)) if !janus_urls.is_empty() => {
+            Err(ServeError::NetworkFileSystem { path: path.into(), kind })
+        }
+        _ => Ok(()),
     }
-    Ok(Store::open(&path, settings.separate_folders_by_user)?)
 }
 
 fn wiring(error: impl std::fmt::Display) -> ServeError {

@@ -290,6 +290,18 @@ pub fn allocated_bytes(path: &Path) -> Result<u64> {
     Ok(fs::metadata(path).with_context(|| format!("look at {}", path.display()))?.blocks() * 512)
 }
 
+/// Bytes that all files below a folder take on disk; what can't be looked at counts as nothing.
+pub fn allocated_below(folder: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(folder) else { return 0 };
+    entries
+        .flatten()
+        .map(|entry| match entry.file_type() {
+            Ok(kind) if kind.is_dir() => allocated_below(&entry.path()),
+            _ => allocated_bytes(&entry.path()).unwrap_or(0),
+        })
+        .sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

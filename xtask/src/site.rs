@@ -41,6 +41,11 @@ impl Settings {
         self.0.insert(key.to_owned(), value.into());
     }
 
+    /// The value of a key that was set.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.0.get(key)
+    }
+
     /// Writes the file.
     ///
     /// # Errors

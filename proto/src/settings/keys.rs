@@ -141,10 +141,14 @@ fn collect_keys(table: &Map<String, Value>, section: &str, keys: &mut Vec<Key>) 
     }
 }
 
+/// A dotted name as a JSON pointer.
+pub(super) fn pointer(name: &str) -> String {
+    format!("/{}", name.replace('.', "/"))
+}
+
 /// Puts a value at a dotted name.
 pub(super) fn place(tree: &mut Value, name: &str, value: Value) {
-    let pointer = format!("/{}", name.replace('.', "/"));
-    if let Some(slot) = tree.pointer_mut(&pointer) {
+    if let Some(slot) = tree.pointer_mut(&pointer(name)) {
         *slot = value;
     }
 }

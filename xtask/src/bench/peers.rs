@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::{Images, Row, assert_equal};
 use crate::{
-    measure,
+    disk, measure,
     packages::{self, Tool},
     site::target,
 };
@@ -130,7 +130,7 @@ impl Run<'_> {
     }
 
     fn backup(&self, what: &str, tag: &str, live: &Path) -> Result<Row> {
-        let before = folder_bytes(&self.repository);
+        let before = disk::allocated_below(&self.repository);
         let mut command = match self.peer {
             Peer::Borg => {
                 let mut command =
@@ -162,7 +162,7 @@ impl Run<'_> {
             command.stdin(File::open(live)?);
         }
         let mut row = self.measured(what, command)?;
-        row.stored_bytes = Some(folder_bytes(&self.repository).saturating_sub(before));
+        row.stored_bytes = Some(disk::allocated_below(&self.repository).saturating_sub(before));
         Ok(row)
     }
 
@@ -205,15 +205,4 @@ impl Run<'_> {
         row.peak_rss_mib.push((name, used.peak_rss_bytes >> 20));
         Ok(row)
     }
-}
-
-fn folder_bytes(folder: &Path) -> u64 {
-    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
-    entries
-        .flatten()
-        .map(|entry| match entry.file_type() {
-            Ok(kind) if kind.is_dir() => folder_bytes(&entry.path()),
-            _ => crate::disk::allocated_bytes(&entry.path()).unwrap_or(0),
-        })
-        .sum()
 }

@@ -162,6 +162,11 @@ impl Process {
         signal(self.pid(), Signal::CONT);
     }
 
+    /// Asks it to read its settings again (SIGHUP).
+    pub fn hang_up(&self) {
+        signal(self.pid(), Signal::HUP);
+    }
+
     /// False when it has ended by itself.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
