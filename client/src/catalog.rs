@@ -3,7 +3,8 @@
 use janus_proto::{
     ids::{DiskId, MachineKey, ServerId, SnapshotId},
     pb::{
-        self, ErrorReason, GetSnapshotRequest, ListSnapshotsRequest, Snapshot, UnreachableServer,
+        self, ErrorReason, GetSnapshotRequest, ListSnapshotsRequest, ServerAddresses, Snapshot,
+        UnreachableServer,
     },
 };
 
@@ -20,6 +21,8 @@ pub struct Listing {
     pub snapshots: Vec<Snapshot>,
     /// Known servers that did not answer.
     pub unreachable: Vec<UnreachableServer>,
+    /// Where the servers of these snapshots can be reached without janus, as far as they have told.
+    pub addresses: Vec<ServerAddresses>,
 }
 
 /// All snapshots of a machine (`None`: our own), of one disk or of all.
@@ -50,6 +53,11 @@ pub async fn list(
             .map_err(LinkError::call(LISTING))?
             .into_inner();
         listing.snapshots.extend(page.snapshots);
+        for server in page.addresses {
+            if !listing.addresses.iter().any(|known| known.server_id == server.server_id) {
+                listing.addresses.push(server);
+            }
+        }
         for server in page.unreachable {
             if !listing.unreachable.iter().any(|known| known.server_id == server.server_id) {
                 listing.unreachable.push(server);
@@ -68,7 +76,7 @@ pub async fn list(
     Ok(listing)
 }
 
-/// One snapshot by its id; `None` when no server that answers has it.
+/// One snapshot by its id, and where its server can be reached without janus; `None` when no server that answers has it.
 ///
 /// # Errors
 /// When the call fails.
@@ -77,7 +85,7 @@ pub async fn find(
     id: SnapshotId,
     machine: Option<&MachineKey>,
     server: Option<&ServerId>,
-) -> Result<Option<Snapshot>, LinkError> {
+) -> Result<Option<(Snapshot, ServerAddresses)>, LinkError> {
     let address = Address { server: server.cloned(), run: None, machine: machine.cloned() };
     let request = address.request(GetSnapshotRequest { snapshot_id: id.to_string() }, Some(QUICK));
     match link
@@ -86,7 +94,10 @@ pub async fn find(
         .await
         .map_err(LinkError::call("looking the snapshot up"))
     {
-        Ok(answer) => Ok(answer.into_inner().snapshot),
+        Ok(answer) => {
+            let answer = answer.into_inner();
+            Ok(answer.snapshot.map(|snapshot| (snapshot, answer.addresses.unwrap_or_default())))
+        }
         Err(error) if error.reason() == Some(ErrorReason::SnapshotUnknown) => Ok(None),
         Err(error) => Err(error),
     }

@@ -33,6 +33,7 @@ pub fn loader() -> Loader<Settings> {
             "failover_after_seconds",
             "A lost server is waited for so long, then another takes the backup",
         ),
+        ("direct", "Data straight to the server where it answers at once: never, or prefer"),
         ("log", "Log filter, such as info or janus_client=debug"),
     ])
 }

@@ -5,6 +5,8 @@ use std::{num::NonZero, path::PathBuf, time::Duration};
 use janus_proto::{channel::Target, ids::DiskId, pb};
 use serde::{Deserialize, Serialize};
 
+use crate::link::Direct;
+
 /// Settings as they stand in the file; see `client.example.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -29,6 +31,8 @@ pub struct Settings {
     pub encoding: String,
     /// How long a lost server is waited for before the backup starts again elsewhere.
     pub failover_after_seconds: u64,
+    /// `never`: all data goes through janus; `prefer`: straight to the server where it can be reached at once.
+    pub direct: Direct,
     /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter as of `RUST_LOG`.
     pub log: String,
 }
@@ -46,6 +50,7 @@ impl Default for Settings {
             hash_threads: 0,
             encoding: "none".into(),
             failover_after_seconds: 60,
+            direct: Direct::Never,
             log: "info".into(),
         }
     }

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use futures::future::select_ok;
 use janus_proto::{
-    channel::{self, ConnectError, ConnectOptions},
+    channel::{self, ConnectError, ConnectOptions, Expect},
     error,
     ids::{BackupId, MachineKey, ServerId},
     metadata,
@@ -12,8 +13,9 @@ use janus_proto::{
         catalog_service_client::CatalogServiceClient, restore_service_client::RestoreServiceClient,
         server_info_service_client::ServerInfoServiceClient,
     },
-    tls::Identity,
+    tls::{Identity, Role},
 };
+use serde::{Deserialize, Serialize};
 use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
 
 /// Deadline of calls that a server answers from memory.
@@ -22,6 +24,10 @@ pub const QUICK: Duration = Duration::from_secs(20);
 pub const START: Duration = Duration::from_secs(60);
 /// Deadline of one CommitBackup call; a lost one is asked after.
 pub const COMMIT: Duration = Duration::from_secs(3600);
+/// A server that can't be reached directly within this is reached through janus.
+const DIRECT: Duration = Duration::from_millis(300);
+/// URLs of one server that are tried.
+const MAX_DIRECT: usize = 8;
 
 /// A call that failed.
 #[derive(Debug, thiserror::Error)]
@@ -169,11 +175,25 @@ impl Address {
     }
 }
 
+/// Whether streams may leave the way on which they were started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direct {
+    /// Everything goes through janus.
+    #[default]
+    Never,
+    /// Streams go straight to the server where it can be reached at once.
+    Prefer,
+}
+
 /// A connection to janus or a server.
 #[derive(Debug, Clone)]
 pub struct Link {
     url: String,
     channel: Channel,
+    peer: Role,
+    /// Of streams: straight to the server, past janus.
+    direct: Option<Channel>,
 }
 
 impl Link {
@@ -183,7 +203,51 @@ impl Link {
     /// When nobody of the right role answers there.
     pub async fn connect(url: &str, identity: &Identity) -> Result<Self, ConnectError> {
         let connection = channel::connect(url, identity, ConnectOptions::default()).await?;
-        Ok(Self { url: url.to_owned(), channel: connection.channel })
+        let (channel, peer) = (connection.channel, connection.peer.role);
+        Ok(Self { url: url.to_owned(), channel, peer, direct: None })
+    }
+
+    /// The same link, with its streams straight to `server` where one of `urls` leads to it at once. A peer that doesn't
+    /// prove to be this server of our group is none. Otherwise nothing changes, and nobody has to know.
+    pub async fn prefer_direct(
+        self,
+        server: &ServerId,
+        urls: &[String],
+        identity: &Identity,
+    ) -> Self {
+        let wanted = Role::Server(server.clone());
+        if self.peer == wanted {
+            return self;
+        }
+        let options = ConnectOptions { connect_timeout: DIRECT, expect: Expect::Server };
+        let tries = urls.iter().take(MAX_DIRECT).map(|url| {
+            let options = options.clone();
+            let wanted = &wanted;
+            Box::pin(async move {
+                let connection =
+                    channel::connect(url, identity, options).await.map_err(|error| {
+                        tracing::debug!(%server, url, %error, "not reached directly");
+                    })?;
+                if connection.peer.role != *wanted {
+                    tracing::debug!(%server, url, peer = %connection.peer, "another server");
+                    return Err(());
+                }
+                tracing::info!(%server, url, "streams go straight to the server");
+                Ok(connection.channel)
+            })
+        });
+        let tries: Vec<_> = tries.collect();
+        if tries.is_empty() {
+            return self;
+        }
+        let first = tokio::time::timeout(DIRECT, select_ok(tries)).await;
+        let direct = first.ok().and_then(Result::ok).map(|(channel, _)| channel);
+        Self { direct, ..self }
+    }
+
+    /// Where streams go.
+    fn bulk(&self) -> Channel {
+        self.direct.clone().unwrap_or_else(|| self.channel.clone())
     }
 
     /// Connects to the first URL that answers.
@@ -214,6 +278,16 @@ impl Link {
     /// Client of RestoreService.
     pub fn restore(&self) -> RestoreServiceClient<Channel> {
         RestoreServiceClient::new(self.channel.clone())
+    }
+
+    /// Client of BackupService for streams of blocks.
+    pub fn bulk_backup(&self) -> BackupServiceClient<Channel> {
+        BackupServiceClient::new(self.bulk())
+    }
+
+    /// Client of RestoreService for streams of blocks and hashes.
+    pub fn bulk_restore(&self) -> RestoreServiceClient<Channel> {
+        RestoreServiceClient::new(self.bulk())
     }
 
     /// Client of CatalogService.

@@ -161,7 +161,7 @@ impl SessionReader {
             self.address.request(ReadHashesRequest { level: level.into(), ranges, of }, None);
         let answers = self
             .link
-            .restore()
+            .bulk_restore()
             .read_hashes(request)
             .await
             .map_err(LinkError::call(DOING))?

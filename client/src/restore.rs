@@ -21,7 +21,7 @@ use tonic::Status;
 
 use crate::{
     catalog,
-    link::{Address, Link, LinkError, QUICK, Remedy},
+    link::{Address, Direct, Link, LinkError, QUICK, Remedy},
     progress::Progress,
 };
 
@@ -130,6 +130,8 @@ pub struct Restore {
     pub threads: usize,
     /// How long a lost server is waited for.
     pub failover_after: Duration,
+    /// Whether streams may go past janus.
+    pub direct: Direct,
     /// What is shown meanwhile.
     pub progress: Arc<Progress>,
     /// Asks it to stop.
@@ -157,7 +159,7 @@ impl Restore {
     pub async fn run(&self) -> Result<RestoreReport, RestoreError> {
         let began = Instant::now();
         let link = Link::connect_any(&self.urls, &self.identity).await?;
-        let snapshot = self.find(&link).await?;
+        let (snapshot, server_urls) = self.find(&link).await?;
         if snapshot.size_bytes > MAX_DISK_BYTES {
             return Err(self.damaged(
                 &snapshot,
@@ -169,7 +171,7 @@ impl Restore {
         let mut writers = Writers::start(self.threads, &target, snapshot.size_bytes);
         let mut assembly = Assembly::new(snapshot.size_bytes);
         let fetched = tokio::select! {
-            fetched = self.fetch_all(link, &snapshot, &mut assembly, &writers) => fetched,
+            fetched = self.fetch_all(link, &server_urls, &snapshot, &mut assembly, &writers) => fetched,
             () = self.stop.cancelled() => Err(RestoreError::Interrupted),
         };
         // A writer's failure is the cause when both failed.
@@ -187,13 +189,17 @@ impl Restore {
         })
     }
 
-    async fn find(&self, link: &Link) -> Result<Snapshot, RestoreError> {
+    /// The snapshot, and where its server can be reached without janus.
+    async fn find(&self, link: &Link) -> Result<(Snapshot, Vec<String>), RestoreError> {
         let (machine, server) = (self.machine.as_ref(), self.server.as_ref());
-        let (found, unreachable) = match &self.wanted {
-            Wanted::Snapshot(id) => (catalog::find(link, *id, machine, server).await?, vec![]),
+        let (found, unreachable, addresses) = match &self.wanted {
+            Wanted::Snapshot(id) => match catalog::find(link, *id, machine, server).await? {
+                Some((snapshot, addresses)) => (Some(snapshot), vec![], vec![addresses]),
+                None => (None, vec![], vec![]),
+            },
             Wanted::Newest(disk) => {
                 let listing = catalog::list(link, machine, Some(disk), server).await?;
-                (self.newest(listing.snapshots), listing.unreachable)
+                (self.newest(listing.snapshots), listing.unreachable, listing.addresses)
             }
         };
         let Some(snapshot) = found else {
@@ -207,7 +213,8 @@ impl Restore {
             return Err(RestoreError::Unknown { wanted: self.wanted_text(), hint });
         };
         if snapshot.reachable {
-            return Ok(snapshot);
+            let own = addresses.into_iter().find(|a| a.server_id == snapshot.server_id);
+            return Ok((snapshot, own.map(|own| own.urls).unwrap_or_default()));
         }
         Err(RestoreError::Away {
             snapshot: snapshot.snapshot_id,
@@ -241,17 +248,30 @@ impl Restore {
     async fn fetch_all(
         &self,
         link: Link,
+        server_urls: &[String],
         snapshot: &Snapshot,
         assembly: &mut Assembly,
         writers: &Writers,
     ) -> Result<u64, RestoreError> {
-        let server = snapshot.server_id.parse().map_err(|error| self.damaged(snapshot, error))?;
-        let address = Address { server: Some(server), run: None, machine: self.machine.clone() };
+        let server: ServerId =
+            snapshot.server_id.parse().map_err(|error| self.damaged(snapshot, error))?;
+        let address =
+            Address { server: Some(server.clone()), run: None, machine: self.machine.clone() };
         let (mut fetched, mut link) = (0, Some(link));
         let (mut lost_at, mut reached) = (None::<Instant>, 0);
         loop {
+            let through = match link.take() {
+                Some(link) => Ok(link),
+                None => Link::connect_any(&self.urls, &self.identity).await,
+            };
+            let through = match through {
+                Ok(link) if self.direct == Direct::Prefer => {
+                    Ok(link.prefer_direct(&server, server_urls, &self.identity).await)
+                }
+                other => other,
+            };
             let error = match self
-                .open_and_fetch(&mut link, &address, snapshot, assembly, writers, &mut fetched)
+                .open_and_fetch(through, &address, snapshot, assembly, writers, &mut fetched)
                 .await
             {
                 Ok(()) => return Ok(fetched),
@@ -269,24 +289,20 @@ impl Restore {
                 return Err(error.into());
             }
             tracing::warn!(server = %snapshot.server_id, %error, "connection lost; going on as soon as the server answers");
-            link = None;
             tokio::time::sleep(PAUSE).await;
         }
     }
 
     async fn open_and_fetch(
         &self,
-        link: &mut Option<Link>,
+        link: Result<Link, LinkError>,
         address: &Address,
         snapshot: &Snapshot,
         assembly: &mut Assembly,
         writers: &Writers,
         fetched: &mut u64,
     ) -> Result<(), RestoreError> {
-        let link = match link.take() {
-            Some(link) => link,
-            None => Link::connect_any(&self.urls, &self.identity).await?,
-        };
+        let link = link?;
         let message = OpenSnapshotRequest { snapshot_id: snapshot.snapshot_id.clone() };
         let request = address.request(message, Some(QUICK));
         let opened = link.restore().open_snapshot(request).await;
@@ -321,7 +337,7 @@ impl Restore {
             let message = ReadBlocksRequest { handle: handle.to_owned(), ranges, encodings };
             let request = address.request(message, None);
             let mut answers = link
-                .restore()
+                .bulk_restore()
                 .read_blocks(request)
                 .await
                 .map_err(LinkError::call(READING))?

@@ -16,7 +16,7 @@ use tonic::metadata::MetadataMap;
 
 use crate::{
     cache::{CacheError, Head},
-    link::{Address, Link, LinkError, Remedy, START},
+    link::{Address, Direct, Link, LinkError, Remedy, START},
     reconcile::ReconcileError,
     scan::ScanError,
 };
@@ -104,6 +104,8 @@ pub struct Gate {
     pub identity: Identity,
     /// How long a lost server is waited for.
     pub failover_after: Duration,
+    /// Whether streams may go past janus.
+    pub direct: Direct,
 }
 
 /// What to start.
@@ -143,6 +145,8 @@ pub struct Run {
     pub plan: StartPlan,
     /// Connection it was started through.
     pub link: Link,
+    /// Where its server can be reached without janus, as it says.
+    pub server_urls: Vec<String>,
     /// Where it is.
     pub server: ServerId,
     /// Raised by each takeover.
@@ -189,6 +193,12 @@ impl Gate {
             match start_through(link, plan, server).await {
                 Err(TransferError::Link(error)) if error.remedy() == Remedy::Reconnect => {
                     failed.get_or_insert(error);
+                }
+                Ok(run) if self.direct == Direct::Prefer => {
+                    let Run { link, server, server_urls, .. } = &run;
+                    let link =
+                        link.clone().prefer_direct(server, server_urls, &self.identity).await;
+                    return Ok(Run { link, ..run });
                 }
                 other => return other,
             }
@@ -313,6 +323,7 @@ fn parse_start(
     Ok(Run {
         plan: plan.clone(),
         link,
+        server_urls: answer.server_urls.clone(),
         server,
         epoch: answer.epoch,
         lease: Duration::from_secs(answer.lease_seconds.clamp(3, 3600).into()),

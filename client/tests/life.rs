@@ -200,3 +200,53 @@ fn a_janus_section_that_cannot_work_is_refused() {
     let said = refused("janus.log", "debug");
     assert!(said.contains("janus.log: one process has one log: set log"), "{said}");
 }
+
+#[test]
+fn a_server_that_is_gone_can_be_forgotten() {
+    let mut site = site(true);
+    let (_, client) = disk_of(&site, MIB);
+    site.await_ready(&client).unwrap();
+    client.backup().unwrap();
+    client.backup().unwrap();
+    let config = site.folder().join("settings/janus.toml");
+    let forget = |site: &Site, name: &str| {
+        let mut janus = site.programs().janus();
+        let output = janus.args(["forget", name, "--config"]).arg(&config).output().unwrap();
+        let said = if output.status.success() { output.stdout } else { output.stderr };
+        (output.status.code(), String::from_utf8(said).unwrap())
+    };
+    let said = forget(&site, "server-b");
+    assert!(said.0 == Some(1) && said.1.contains("of server_urls: take it out"), "{said:?}");
+    let a = site.server("server-a").unwrap().url();
+    site.janus_settings().unwrap().set("server_urls", json!([a]));
+    site.janus_settings().unwrap().write(&config).unwrap();
+    hang_up(&site, site.janus().unwrap(), "janus", "no longer in server_urls");
+    let said = forget(&site, "server-b");
+    assert!(said.0 == Some(1) && said.1.contains("still reports"), "{said:?}");
+    site.stop_server("server-b").unwrap();
+    until("the report stream has ended", || !forget(&site, "server-b").1.contains("still reports"));
+    let listed = client.list().unwrap();
+    assert_eq!(listed.snapshots.len(), 1, "{listed:?}");
+    assert!(
+        listed.snapshots[0].server == "server-a" && listed.unreachable.is_empty(),
+        "{listed:?}"
+    );
+    let said = forget(&site, "server-b");
+    assert!(said.0 == Some(1) && said.1.contains("knows no server server-b"), "{said:?}");
+}
+
+#[test]
+fn a_machine_may_not_forget_a_server() {
+    let site = site(true);
+    let (_, client) = disk_of(&site, MIB);
+    site.await_ready(&client).unwrap();
+    let mut janus = site.programs().janus();
+    janus.args(["forget", "server-b", "--url", &site.url()]);
+    for name in ["cert", "key", "ca"] {
+        let path = client.settings.get(name).unwrap().as_str().unwrap().to_owned();
+        janus.args([format!("--{name}"), path]);
+    }
+    let output = janus.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && said.contains("an operator may"), "{said}");
+}

@@ -4,7 +4,7 @@
 mod entries;
 mod page;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use futures::future::join_all;
 use http::{HeaderMap, HeaderValue};
@@ -237,6 +237,12 @@ impl Catalog {
         known.into_iter().filter(|server| !names.contains(&Some(server.clone()))).collect()
     }
 
+    /// Where a server can be reached without us, if it has told.
+    fn addresses(&self, server: &str) -> Option<pb::ServerAddresses> {
+        let urls = self.fleet.registry().urls_of(&server.parse().ok()?)?;
+        Some(pb::ServerAddresses { server_id: server.to_owned(), urls })
+    }
+
     async fn find(&self, asker: &Asker, id: SnapshotId) -> Result<pb::Snapshot, Status> {
         self.fleet.first_look().await;
         let servers = self.fleet.distinct();
@@ -374,7 +380,15 @@ impl CatalogService for Catalog {
         let merged =
             self.list(&asker, Query { machine, disk }, asked.page_size, &asked.page_token).await?;
         let Merged { entries: snapshots, token: next_page_token, unreachable } = merged;
-        Ok(Response::new(pb::ListSnapshotsResponse { snapshots, next_page_token, unreachable }))
+        let servers: BTreeSet<&str> =
+            snapshots.iter().map(|s: &pb::Snapshot| s.server_id.as_str()).collect();
+        let addresses = servers.into_iter().filter_map(|server| self.addresses(server)).collect();
+        Ok(Response::new(pb::ListSnapshotsResponse {
+            snapshots,
+            next_page_token,
+            unreachable,
+            addresses,
+        }))
     }
 
     async fn get_snapshot(
@@ -383,7 +397,8 @@ impl CatalogService for Catalog {
     ) -> Result<Response<pb::GetSnapshotResponse>, Status> {
         let asker = Asker::of(&request)?;
         let id: SnapshotId = request.get_ref().snapshot_id.parse()?;
-        let snapshot = Some(self.find(&asker, id).await?);
-        Ok(Response::new(pb::GetSnapshotResponse { snapshot }))
+        let snapshot = self.find(&asker, id).await?;
+        let addresses = self.addresses(&snapshot.server_id);
+        Ok(Response::new(pb::GetSnapshotResponse { snapshot: Some(snapshot), addresses }))
     }
 }

@@ -12,6 +12,7 @@ pub mod config;
 pub mod fleet;
 mod health;
 pub mod info;
+pub mod maintenance;
 pub mod metrics;
 pub mod registry;
 pub mod report;

@@ -3,8 +3,9 @@
 use std::{io::Write, process::ExitCode, time::Duration};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use janus::{config, serve::Janus, status};
+use janus::{config, maintenance, serve::Janus, status};
 use janus_proto::{program, settings::SettingsError, show};
+use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
 /// Exit code of wrong settings or usage, as clap has it.
@@ -27,19 +28,28 @@ fn main() -> ExitCode {
         .help("The janus to ask; default: the one of the settings, at its listen address");
     let status = config::loader()
         .add_flags(Command::new("status").about("Show how a running janus stands"))
-        .arg(url)
+        .arg(url.clone())
         .arg(flag("json", "Print one JSON object on stdout"))
         .arg(flag("check", "Print one line for a monitoring system; exit with 0, 1 or 2"));
+    let forget = config::loader()
+        .add_flags(
+            Command::new("forget").about("Forget a server that is gone for good, at one janus"),
+        )
+        .arg(Arg::new("server").value_name("SERVER").required(true).help("Its name"))
+        .arg(url)
+        .arg(flag("json", "Print one JSON object on stdout"));
     let command = Command::new("janus")
         .about("Router of Janus Backup: each backup goes to the server used longest ago")
         .version(env!("CARGO_PKG_VERSION"))
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommand(serve)
-        .subcommand(status);
+        .subcommand(status)
+        .subcommand(forget);
     match command.get_matches().subcommand() {
         Some(("serve", matches)) => serve_command(matches),
         Some(("status", matches)) => status_command(matches),
+        Some(("forget", matches)) => forget_command(matches),
         _ => ExitCode::from(USAGE),
     }
 }
@@ -81,14 +91,46 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
     }
 }
 
-fn status_command(matches: &ArgMatches) -> ExitCode {
-    let settings = match config::loader().load(matches, std::env::vars_os()) {
-        Ok(settings) => settings,
-        Err(error) => return fail(error, USAGE),
+/// The settings, and the runtime for one call.
+fn for_one_call(matches: &ArgMatches) -> Result<(config::Settings, Runtime), ExitCode> {
+    let settings = config::loader().load(matches, std::env::vars_os());
+    let settings = settings.map_err(|error| fail(error, USAGE))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    Ok((settings, runtime.map_err(|error| fail(error, 1))?))
+}
+
+fn failed_call(error: &str, json: bool) -> ExitCode {
+    if json {
+        print(&serde_json::json!({ "ok": false, "error": error, "exit_code": 1 }).to_string());
+    }
+    fail(error, 1)
+}
+
+fn forget_command(matches: &ArgMatches) -> ExitCode {
+    let (settings, runtime) = match for_one_call(matches) {
+        Ok(ready) => ready,
+        Err(code) => return code,
     };
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(error, 1),
+    let url = matches.get_one::<String>("url").map(String::as_str);
+    let server = matches.get_one::<String>("server").map(String::as_str).unwrap_or_default();
+    let json = matches.get_flag("json");
+    match runtime.block_on(maintenance::forget(&settings, url, server)) {
+        Ok(forgotten) => {
+            let (snapshots, machines) = (forgotten.snapshots, forgotten.machines);
+            print(&match json {
+                true => serde_json::json!({ "ok": true, "server": server, "snapshots": snapshots, "machines": machines }).to_string(),
+                false => format!("forgot {server}: {snapshots} snapshots of {machines} machines are no longer listed by this janus"),
+            });
+            ExitCode::SUCCESS
+        }
+        Err(error) => failed_call(&error, json),
+    }
+}
+
+fn status_command(matches: &ArgMatches) -> ExitCode {
+    let (settings, runtime) = match for_one_call(matches) {
+        Ok(ready) => ready,
+        Err(code) => return code,
     };
     let url = matches.get_one::<String>("url").map(String::as_str);
     let answer = runtime.block_on(status::ask(&settings, url));
@@ -111,13 +153,7 @@ fn status_command(matches: &ArgMatches) -> ExitCode {
             print(&format!("JANUS CRITICAL - {error}"));
             ExitCode::from(status::Verdict::Critical as u8)
         }
-        Err(error) => {
-            if json {
-                let failure = serde_json::json!({ "ok": false, "error": error, "exit_code": 1 });
-                print(&failure.to_string());
-            }
-            fail(error, 1)
-        }
+        Err(error) => failed_call(&error, json),
     }
 }
 

@@ -55,6 +55,46 @@ pub enum ReportRefused {
     TooMany,
 }
 
+/// What was known of a server that was forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Forgotten {
+    /// Its snapshots.
+    pub snapshots: usize,
+    /// Machines that had used it.
+    pub machines: usize,
+}
+
+/// Why a server isn't forgotten.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ForgetRefused {
+    /// There is none of that name.
+    #[error("this janus knows no server {server}; `janus status` names those it knows")]
+    Unknown {
+        /// As asked for.
+        server: ServerId,
+    },
+    /// It would be back at once.
+    #[error(
+        "server {server} still reports, {seconds} s ago last: stop it, or take this janus out of its janus_urls, first"
+    )]
+    Reports {
+        /// The server.
+        server: ServerId,
+        /// Since its last message.
+        seconds: u64,
+    },
+    /// Calls are still sent there.
+    #[error(
+        "server {server} is {url} of server_urls: take it out there and send janus a SIGHUP first"
+    )]
+    InServerUrls {
+        /// The server.
+        server: ServerId,
+        /// Its URL.
+        url: String,
+    },
+}
+
 /// How one machine stands with one server, for the selection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Known {
@@ -225,6 +265,29 @@ impl Registry {
     /// Settings that a server has reported.
     pub fn settings_of(&self, server: &ServerId) -> Option<pb::SharedSettings> {
         self.lock().servers.get(server)?.settings.clone()
+    }
+
+    /// URLs under which clients reach a server, as it has reported them.
+    pub fn urls_of(&self, server: &ServerId) -> Option<Vec<String>> {
+        Some(self.lock().servers.get(server)?.urls.clone())
+    }
+
+    /// Forgets a server that is gone: what it has reported and how machines have used it. A server that still reports stays.
+    ///
+    /// # Errors
+    /// Why it stays.
+    pub fn forget(&self, server: &ServerId) -> Result<Forgotten, ForgetRefused> {
+        let mut inner = self.lock();
+        let known = inner.servers.get(server);
+        let state = known.ok_or_else(|| ForgetRefused::Unknown { server: server.clone() })?;
+        if let Some(at) = state.last_message {
+            let seconds = at.elapsed().as_secs();
+            return Err(ForgetRefused::Reports { server: server.clone(), seconds });
+        }
+        let forgotten =
+            Forgotten { snapshots: state.told.snapshots.len(), machines: state.uses.len() };
+        inner.servers.remove(server);
+        Ok(forgotten)
     }
 
     /// Snapshots of `server` as reported, in no order.

@@ -22,6 +22,7 @@ use crate::{
     fleet::Fleet,
     health,
     info::Info,
+    maintenance::Maintenance,
     metrics,
     registry::Registry,
     report::Reports,
@@ -165,6 +166,7 @@ impl Janus {
             .add_service(Catalog::service(fleet.clone()))
             .add_service(Reports::service(fleet.clone()))
             .add_service(Info::service(self.id.clone(), fleet.clone()))
+            .add_service(Maintenance::service(self.id.clone(), fleet.clone()))
             .add_service(reflection().build_v1().map_err(wiring)?)
             .add_service(reflection().build_v1alpha().map_err(wiring)?);
         // Servers are kept until the last call is over, so that calls in progress can end.

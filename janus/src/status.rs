@@ -11,12 +11,12 @@ use janus_proto::{
     show::date,
     tls::Identity,
 };
-use tonic::Request;
+use tonic::{Request, transport::Channel};
 
 use crate::{clock::unix_ms, config::Settings};
 
 /// Deadline of the call.
-const DEADLINE: Duration = Duration::from_secs(5);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
 
 /// How a check ends, with the exit codes of monitoring plugins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,16 +37,21 @@ pub async fn ask(
     settings: &Settings,
     url: Option<&str>,
 ) -> Result<GetRouterStatusResponse, String> {
+    let channel = connect(settings, url).await?;
+    let mut request = Request::new(GetRouterStatusRequest {});
+    request.set_timeout(DEADLINE);
+    let answer = ServerInfoServiceClient::new(channel).get_router_status(request).await;
+    answer.map(tonic::Response::into_inner).map_err(|status| channel::explain(&status))
+}
+
+/// Connects to the janus at `url`, or the one of these settings, with its own certificate.
+pub(crate) async fn connect(settings: &Settings, url: Option<&str>) -> Result<Channel, String> {
     let url = url.map_or_else(|| own_url(&settings.listen), |url| Ok(url.to_owned()))?;
     let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)
         .map_err(|error| error.to_string())?;
     let options = ConnectOptions::expecting(Expect::Janus);
-    let connection =
-        channel::connect(&url, &identity, options).await.map_err(|error| error.to_string())?;
-    let mut request = Request::new(GetRouterStatusRequest {});
-    request.set_timeout(DEADLINE);
-    let answer = ServerInfoServiceClient::new(connection.channel).get_router_status(request).await;
-    answer.map(tonic::Response::into_inner).map_err(|status| channel::explain(&status))
+    let connection = channel::connect(&url, &identity, options).await;
+    connection.map(|connection| connection.channel).map_err(|error| error.to_string())
 }
 
 fn own_url(listen: &str) -> Result<String, String> {

@@ -66,7 +66,7 @@ pub fn code(reason: ErrorReason) -> Code {
         R::DigestMismatch | R::StoreDamaged => Code::DataLoss,
         R::StoreFull | R::TooMany => Code::ResourceExhausted,
         R::NoServerReady | R::ServerUnreachable | R::WrongServer | R::Draining => Code::Unavailable,
-        R::VersionUnsupported | R::RunState => Code::FailedPrecondition,
+        R::VersionUnsupported | R::RunState | R::ServerInUse => Code::FailedPrecondition,
         R::StoreFailed => Code::Internal,
         R::Unspecified => Code::Unknown,
     }

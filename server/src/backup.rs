@@ -35,20 +35,20 @@ pub const ENCODINGS: [pb::Encoding; 3] =
 /// The service; see `backup.proto`.
 pub struct Backup {
     runs: Arc<Runs>,
-    server: String,
+    here: pb::ServerAddresses,
 }
 
 impl Backup {
-    /// A service over the runs of the server of this name.
-    pub fn new(runs: Arc<Runs>, server: String) -> Self {
-        Self { runs, server }
+    /// A service over the runs of the server of this name and URLs.
+    pub fn new(runs: Arc<Runs>, here: pb::ServerAddresses) -> Self {
+        Self { runs, here }
     }
 
     fn started(&self, run: &ActiveRun) -> pb::StartBackupResponse {
         let record = run.record();
         pb::StartBackupResponse {
             backup_id: run.backup.to_string(),
-            server_id: self.server.clone(),
+            server_id: self.here.server_id.clone(),
             epoch: record.epoch,
             lease_seconds: self.runs.lease().as_secs() as u32,
             sessions: run.sessions().iter().map(|session| self.session_info(session)).collect(),
@@ -56,6 +56,7 @@ impl Backup {
             encodings: ENCODINGS.map(i32::from).to_vec(),
             required_features: Vec::new(),
             warnings: Vec::new(),
+            server_urls: self.here.urls.clone(),
         }
     }
 
@@ -81,7 +82,9 @@ impl Backup {
     fn committed(&self, run: &Arc<Run>) -> pb::CommitBackupResponse {
         let folder = self.runs.store().relative_folder(&run.machine);
         pb::CommitBackupResponse {
-            snapshots: Held::all(run).map(|held| held.to_wire(&self.server, &folder)).collect(),
+            snapshots: Held::all(run)
+                .map(|held| held.to_wire(&self.here.server_id, &folder))
+                .collect(),
             store_generation: self.runs.store().generation.to_string(),
         }
     }

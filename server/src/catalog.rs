@@ -22,13 +22,13 @@ const MAX_PAGE: usize = 1000;
 /// The service; see `catalog.proto`.
 pub struct Catalog {
     runs: Arc<Runs>,
-    server: String,
+    here: pb::ServerAddresses,
 }
 
 impl Catalog {
-    /// A service over the runs of the server of this name.
-    pub fn new(runs: Arc<Runs>, server: String) -> Self {
-        Self { runs, server }
+    /// A service over the runs of the server of this name and URLs.
+    pub fn new(runs: Arc<Runs>, here: pb::ServerAddresses) -> Self {
+        Self { runs, here }
     }
 
     /// The machine a list is about: named in the message or in the metadata.
@@ -55,7 +55,7 @@ impl Catalog {
         let snapshots = machine.snapshots();
         let last_committed_ms = snapshots.first().map_or(0, |held| held.run.committed_ms);
         let here = pb::MachineServer {
-            server_id: self.server.clone(),
+            server_id: self.here.server_id.clone(),
             use_counter: machine.use_counter(),
             last_committed_ms,
             snapshot_count: snapshots.len() as u64,
@@ -153,13 +153,17 @@ impl CatalogService for Catalog {
             .filter(|held| disk.as_ref().is_none_or(|disk| held.snapshot().disk == *disk));
         let folder = |key: &MachineKey| self.runs.store().relative_folder(key);
         let items = wanted.map(|held| {
-            (held.snapshot().id.to_string(), held.to_wire(&self.server, &folder(&held.run.machine)))
+            (
+                held.snapshot().id.to_string(),
+                held.to_wire(&self.here.server_id, &folder(&held.run.machine)),
+            )
         });
         let (snapshots, next_page_token) = page(items, request.page_size, &request.page_token)?;
         Ok(Response::new(pb::ListSnapshotsResponse {
             snapshots,
             next_page_token,
             unreachable: Vec::new(),
+            addresses: vec![self.here.clone()],
         }))
     }
 
@@ -170,11 +174,14 @@ impl CatalogService for Catalog {
         let caller = Caller::of(&request)?;
         let id: SnapshotId = request.into_inner().snapshot_id.parse()?;
         let held = self.runs.snapshot(id).filter(|held| caller.may_read(&held.run.machine));
-        let held =
-            held.ok_or_else(|| RestoreError::UnknownSnapshot { id, server: self.server.clone() })?;
-        let snapshot =
-            held.to_wire(&self.server, &self.runs.store().relative_folder(&held.run.machine));
-        Ok(Response::new(pb::GetSnapshotResponse { snapshot: Some(snapshot) }))
+        let held = held.ok_or_else(|| RestoreError::UnknownSnapshot {
+            id,
+            server: self.here.server_id.clone(),
+        })?;
+        let folder = self.runs.store().relative_folder(&held.run.machine);
+        let snapshot = Some(held.to_wire(&self.here.server_id, &folder));
+        let addresses = Some(self.here.clone());
+        Ok(Response::new(pb::GetSnapshotResponse { snapshot, addresses }))
     }
 }
 

@@ -171,9 +171,11 @@ impl Server {
         let (health, health_service) = tonic_health::server::health_reporter();
         set_health(&health, ServingStatus::Serving).await;
         let name = self.id.to_string();
+        let urls = self.settings.urls.clone();
+        let here = pb::ServerAddresses { server_id: name.clone(), urls };
         let routes = Routes::new(health_service)
             .add_service(
-                BackupServiceServer::new(Backup::new(self.runs.clone(), name.clone()))
+                BackupServiceServer::new(Backup::new(self.runs.clone(), here.clone()))
                     .max_decoding_message_size(MAX_MESSAGE_BYTES)
                     .max_encoding_message_size(MAX_MESSAGE_BYTES),
             )
@@ -182,7 +184,7 @@ impl Server {
                     .max_decoding_message_size(MAX_MESSAGE_BYTES)
                     .max_encoding_message_size(MAX_MESSAGE_BYTES),
             )
-            .add_service(CatalogServiceServer::new(Catalog::new(self.runs.clone(), name.clone())))
+            .add_service(CatalogServiceServer::new(Catalog::new(self.runs.clone(), here)))
             .add_service(ServerInfoServiceServer::new(Info::new(self.runs.clone(), name.clone())))
             .add_service(reflection().build_v1().map_err(wiring)?)
             .add_service(reflection().build_v1alpha().map_err(wiring)?)

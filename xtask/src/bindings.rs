@@ -7,7 +7,7 @@ use prost::Message;
 
 const SCHEMA: &str = "proto/schema";
 const GENERATED: &str = "proto/src/gen";
-const FILES: [&str; 6] = ["types", "backup", "restore", "catalog", "report", "info"];
+const FILES: [&str; 7] = ["types", "backup", "restore", "catalog", "report", "info", "maintenance"];
 
 /// Arguments of `cargo xtask bindings`.
 #[derive(Debug, clap::Args)]

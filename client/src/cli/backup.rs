@@ -40,6 +40,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         urls,
         identity: context.identity.clone(),
         failover_after: settings.failover_after(),
+        direct: settings.direct,
     };
     let scan = ScanSettings { threads: settings.threads() };
     let stop = context.stop.clone();

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use clap::ArgMatches;
 use janus_proto::{
-    pb::{Consistency, Snapshot, UnreachableServer},
+    pb::{Snapshot, UnreachableServer},
     show::{amount, date},
     tls::Role,
 };
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{Context, Failure, Outcome, address};
 use crate::{
-    catalog::{self, Listing},
+    catalog::{self, Listing, consistency_name},
     link::Address,
 };
 
@@ -24,15 +24,6 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let listing =
         catalog::list(&context.connect().await?, machine.as_ref(), None, server.as_ref()).await?;
     Ok(Outcome { json: listing_json(&listing), text: listing_text(&listing) })
-}
-
-fn consistency(snapshot: &Snapshot) -> &'static str {
-    match snapshot.consistency() {
-        Consistency::Frozen => "frozen",
-        Consistency::Crash => "crash",
-        Consistency::Smeared => "smeared",
-        Consistency::Unspecified => "unknown",
-    }
 }
 
 fn listing_json(listing: &Listing) -> Value {
@@ -50,7 +41,7 @@ fn listing_json(listing: &Listing) -> Value {
             "image": s.image,
             "image_allocated_bytes": s.image_allocated_bytes,
             "image_length_bytes": s.image_length_bytes,
-            "consistency": consistency(s),
+            "consistency": consistency_name(s.consistency()),
             "reachable": s.reachable,
         })
     };
@@ -79,7 +70,7 @@ fn listing_text(listing: &Listing) -> String {
             s.server_id,
             amount(s.size_bytes),
             amount(s.image_allocated_bytes),
-            consistency(s),
+            consistency_name(s.consistency()),
             if s.reachable { "" } else { "  unreachable" },
         );
     }

@@ -33,6 +33,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         encoding: settings.encoding()?,
         threads: settings.threads(),
         failover_after: settings.failover_after(),
+        direct: settings.direct,
         progress,
         stop: context.stop.clone(),
     };

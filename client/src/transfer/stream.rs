@@ -97,7 +97,7 @@ async fn write(
 ) -> Result<(), LinkError> {
     let mut answers = run
         .link
-        .backup()
+        .bulk_backup()
         .write_blocks(request)
         .await
         .map_err(LinkError::call(WRITING))?

@@ -28,8 +28,9 @@ pub(crate) enum Route {
 const START: &str = "/janus.v1.BackupService/StartBackup";
 const PACKAGE: &str = "/janus.v1.";
 const MERGED: [&str; 2] = ["/janus.v1.CatalogService/", "/janus.v1.ServerInfoService/"];
-const LOCAL: [&str; 4] = [
+const LOCAL: [&str; 5] = [
     "/janus.v1.ReportService/",
+    "/janus.v1.MaintenanceService/",
     "/grpc.health.v1.Health/",
     "/grpc.reflection.v1.ServerReflection/",
     "/grpc.reflection.v1alpha.ServerReflection/",

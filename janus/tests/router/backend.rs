@@ -268,6 +268,7 @@ impl CatalogService for Fake {
             snapshots,
             next_page_token,
             unreachable: vec![],
+            ..Default::default()
         }))
     }
 
@@ -279,6 +280,9 @@ impl CatalogService for Fake {
         let all = self.1.snapshots.lock().unwrap();
         let found = all.iter().find(|snapshot| snapshot.snapshot_id == id).cloned();
         let found = found.ok_or_else(|| status(ErrorReason::SnapshotUnknown, "not here"))?;
-        Ok(tonic::Response::new(pb::GetSnapshotResponse { snapshot: Some(found) }))
+        Ok(tonic::Response::new(pb::GetSnapshotResponse {
+            snapshot: Some(found),
+            ..Default::default()
+        }))
     }
 }

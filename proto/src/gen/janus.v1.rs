@@ -116,6 +116,15 @@ pub struct UnreachableServer {
     #[prost(int64, tag = "3")]
     pub since_ms: i64,
 }
+/// Where a server can be reached without janus.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ServerAddresses {
+    #[prost(string, tag = "1")]
+    pub server_id: ::prost::alloc::string::String,
+    /// As its settings name them, best first.
+    #[prost(string, repeated, tag = "2")]
+    pub urls: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
 /// Why a call failed: `reason` of the google.rpc.ErrorInfo (domain `janus.v1`) in `grpc-status-details-bin`. "Retry"
 /// says what repeating the same call can bring; where waiting helps, a google.rpc.RetryInfo comes along.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -169,6 +178,9 @@ pub enum ErrorReason {
     StoreFailed = 22,
     /// INVALID_ARGUMENT, no retry: two disks of one run have the same disk_id.
     DiskTwice = 23,
+    /// FAILED_PRECONDITION, no retry: the server that is to be forgotten still reports or is one of `server_urls`; the
+    /// message says which.
+    ServerInUse = 24,
 }
 impl ErrorReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -201,6 +213,7 @@ impl ErrorReason {
             Self::RunState => "ERROR_REASON_RUN_STATE",
             Self::StoreFailed => "ERROR_REASON_STORE_FAILED",
             Self::DiskTwice => "ERROR_REASON_DISK_TWICE",
+            Self::ServerInUse => "ERROR_REASON_SERVER_IN_USE",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -230,6 +243,7 @@ impl ErrorReason {
             "ERROR_REASON_RUN_STATE" => Some(Self::RunState),
             "ERROR_REASON_STORE_FAILED" => Some(Self::StoreFailed),
             "ERROR_REASON_DISK_TWICE" => Some(Self::DiskTwice),
+            "ERROR_REASON_SERVER_IN_USE" => Some(Self::ServerInUse),
             _ => None,
         }
     }
@@ -382,6 +396,10 @@ pub struct StartBackupResponse {
     /// For people; to be shown or logged.
     #[prost(string, repeated, tag = "9")]
     pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// URLs at which clients may reach this server without janus, as its settings name them. Streams of this run may go
+    /// there when the peer's certificate is that of `server_id`. Empty: only the way this call took.
+    #[prost(string, repeated, tag = "10")]
+    pub server_urls: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WriteBlocksRequest {
@@ -1871,6 +1889,9 @@ pub struct ListSnapshotsResponse {
     pub next_page_token: ::prost::alloc::string::String,
     #[prost(message, repeated, tag = "3")]
     pub unreachable: ::prost::alloc::vec::Vec<UnreachableServer>,
+    /// Of the servers that hold these snapshots, as far as they have told: reads may go straight there.
+    #[prost(message, repeated, tag = "4")]
+    pub addresses: ::prost::alloc::vec::Vec<ServerAddresses>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetSnapshotRequest {
@@ -1881,6 +1902,9 @@ pub struct GetSnapshotRequest {
 pub struct GetSnapshotResponse {
     #[prost(message, optional, tag = "1")]
     pub snapshot: ::core::option::Option<Snapshot>,
+    /// Of the server that holds it, if it has told: reads may go straight there.
+    #[prost(message, optional, tag = "2")]
+    pub addresses: ::core::option::Option<ServerAddresses>,
 }
 /// Generated client implementations.
 pub mod catalog_service_client {
@@ -3270,6 +3294,316 @@ pub mod server_info_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "janus.v1.ServerInfoService";
     impl<T> tonic::server::NamedService for ServerInfoServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForgetServerRequest {
+    /// A server that is gone for good: not in `server_urls`, and no report stream of it open (else SERVER_IN_USE).
+    #[prost(string, tag = "1")]
+    pub server_id: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForgetServerResponse {
+    /// Snapshots of it that are not listed any more.
+    #[prost(uint64, tag = "1")]
+    pub snapshots: u64,
+    /// Machines that have used it.
+    #[prost(uint64, tag = "2")]
+    pub machines: u64,
+}
+/// Generated client implementations.
+pub mod maintenance_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// What administrators change at a janus.
+    #[derive(Debug, Clone)]
+    pub struct MaintenanceServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> MaintenanceServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> MaintenanceServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            MaintenanceServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Served by janus, to operators and to holders of this janus' own certificate. A janus knows only what servers tell it,
+        /// so each janus is told by itself. Retry: safe; a server that isn't known (any more) is INVALID_FIELD.
+        pub async fn forget_server(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ForgetServerRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ForgetServerResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/janus.v1.MaintenanceService/ForgetServer",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("janus.v1.MaintenanceService", "ForgetServer"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod maintenance_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with MaintenanceServiceServer.
+    #[async_trait]
+    pub trait MaintenanceService: std::marker::Send + std::marker::Sync + 'static {
+        /// Served by janus, to operators and to holders of this janus' own certificate. A janus knows only what servers tell it,
+        /// so each janus is told by itself. Retry: safe; a server that isn't known (any more) is INVALID_FIELD.
+        async fn forget_server(
+            &self,
+            request: tonic::Request<super::ForgetServerRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ForgetServerResponse>,
+            tonic::Status,
+        >;
+    }
+    /// What administrators change at a janus.
+    #[derive(Debug)]
+    pub struct MaintenanceServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> MaintenanceServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for MaintenanceServiceServer<T>
+    where
+        T: MaintenanceService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/janus.v1.MaintenanceService/ForgetServer" => {
+                    #[allow(non_camel_case_types)]
+                    struct ForgetServerSvc<T: MaintenanceService>(pub Arc<T>);
+                    impl<
+                        T: MaintenanceService,
+                    > tonic::server::UnaryService<super::ForgetServerRequest>
+                    for ForgetServerSvc<T> {
+                        type Response = super::ForgetServerResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ForgetServerRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as MaintenanceService>::forget_server(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ForgetServerSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for MaintenanceServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "janus.v1.MaintenanceService";
+    impl<T> tonic::server::NamedService for MaintenanceServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
