@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     cache::{CacheError, DiskCache, Head},
-    link::{LinkError, Remedy},
+    link::{LinkError, PATIENCE, Remedy},
     progress::Progress,
     scan::{ScanError, Segments},
     source::Source,
@@ -308,7 +308,7 @@ impl Backup {
         mut disk: DiskTransfer,
         mut segments: Segments,
     ) -> Result<DiskTransfer, TransferError> {
-        let (mut breaks, mut best, mut resets) = (0, 0, 0);
+        let (mut breaks, mut best, mut resets, mut busy_since) = (0, 0, 0, None);
         loop {
             let (back, result) = self.send_once(run, session, disk, &segments).await;
             disk = back.ok_or(TransferError::Interrupted)?;
@@ -324,6 +324,11 @@ impl Backup {
                     resets += 1;
                     disk = reset(disk, error.to_string()).await?;
                     segments = Segments::From(0);
+                }
+                TransferError::Link(error) if error.busy().is_some() => {
+                    let since = *busy_since.get_or_insert_with(Instant::now);
+                    self.wait_for_place(run, since, error).await?;
+                    continue;
                 }
                 TransferError::Link(error) if error.remedy() == Remedy::Reconnect => {
                     let received = self.take_over(run, session, error).await? / SEGMENT_BLOCKS;
@@ -343,6 +348,24 @@ impl Backup {
                 }
                 other => return Err(other),
             }
+            busy_since = None;
+        }
+    }
+
+    /// Waits as long as a busy janus or server asks; for [`PATIENCE`] in all.
+    async fn wait_for_place(
+        &self,
+        run: &Run,
+        since: Instant,
+        error: LinkError,
+    ) -> Result<(), TransferError> {
+        let Some(pause) = error.busy().filter(|_| since.elapsed() < PATIENCE) else {
+            return Err(error.into());
+        };
+        tracing::warn!(server = %run.server, %error, ?pause, "waiting for a place");
+        tokio::select! {
+            () = tokio::time::sleep(pause) => Ok(()),
+            () = self.stop.cancelled() => Err(TransferError::Interrupted),
         }
     }
 

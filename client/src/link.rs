@@ -29,6 +29,12 @@ const DIRECT: Duration = Duration::from_millis(300);
 /// URLs of one server that are tried.
 const MAX_DIRECT: usize = 8;
 
+/// Bounds of the pause that a busy janus or server may ask for.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// How long a stream waits for its place behind others before its command fails.
+pub const PATIENCE: Duration = Duration::from_secs(3600);
+
 /// A call that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
@@ -88,6 +94,14 @@ impl LinkError {
             Self::Call { status, .. } => error::reason(status),
             _ => None,
         }
+    }
+
+    /// The time after which to come back, when all places are taken for now.
+    pub fn busy(&self) -> Option<Duration> {
+        let Self::Call { status, .. } = self else { return None };
+        let is_busy = error::reason(status) == Some(ErrorReason::TooMany);
+        let asked = error::retry_delay(status).unwrap_or_default();
+        is_busy.then(|| asked.clamp(SHORTEST_PAUSE, LONGEST_PAUSE))
     }
 
     /// The server that answered with this error, as far as it said so.
@@ -322,6 +336,10 @@ mod tests {
     #[test]
     fn failures_say_what_they_are_good_for() {
         let remedy = |status| LinkError::call("test")(status).remedy();
+        let call = |status| LinkError::call("testing")(status);
+        let busy = call(error::status(ErrorReason::TooMany, ""));
+        assert_eq!(busy.busy(), Some(Duration::from_secs(5)));
+        assert_eq!(call(error::status(ErrorReason::Draining, "")).busy(), None);
         assert_eq!(remedy(error::status(ErrorReason::Draining, "")), Remedy::Reconnect);
         assert_eq!(remedy(error::status(ErrorReason::SessionExpired, "")), Remedy::NewRun);
         assert_eq!(remedy(error::status(ErrorReason::NotAllowed, "")), Remedy::None);

@@ -21,7 +21,7 @@ use tonic::Status;
 
 use crate::{
     catalog,
-    link::{Address, Direct, Link, LinkError, QUICK, Remedy},
+    link::{Address, Direct, Link, LinkError, PATIENCE, QUICK, Remedy},
     progress::Progress,
 };
 
@@ -283,6 +283,11 @@ impl Restore {
             }
             let expired = error.reason() == Some(ErrorReason::HandleExpired);
             let since = *lost_at.get_or_insert_with(Instant::now);
+            if let Some(pause) = error.busy().filter(|_| since.elapsed() < PATIENCE) {
+                tracing::warn!(server = %snapshot.server_id, %error, ?pause, "waiting for a place");
+                tokio::time::sleep(pause).await;
+                continue;
+            }
             if (error.remedy() != Remedy::Reconnect && !expired)
                 || since.elapsed() > self.failover_after
             {

@@ -5,7 +5,14 @@ use std::{path::PathBuf, time::Duration};
 use janus_proto::{channel::Target, settings::Loader};
 use serde::{Deserialize, Serialize};
 
-use crate::{agreement::Required, router::StartRule, selection::InitialBackups};
+use crate::{
+    agreement::Required,
+    router::{BulkLimit, StartRule},
+    selection::InitialBackups,
+};
+
+/// Below what one connection to a server takes (1024): probes travel on it, too.
+const MAX_BULK_STREAMS: u32 = 1000;
 
 /// Settings as they stand in the file; see `janus.example.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +42,10 @@ pub struct Settings {
     pub separate_folders_by_user: bool,
     /// How long a server may take to answer a probe.
     pub probe_ms: u64,
+    /// Uploads and downloads that pass through at once; each holds at most one stream window of memory.
+    pub max_bulk_streams: u32,
+    /// How many of them one caller may have.
+    pub max_bulk_streams_per_caller: u32,
     /// Address and port for Prometheus, plain HTTP; empty: none.
     pub metrics_listen: String,
     /// Hours after which `janus status --check` calls a machine without a new backup overdue.
@@ -60,6 +71,8 @@ impl Default for Settings {
             prefer_vhdx: true,
             separate_folders_by_user: true,
             probe_ms: 1000,
+            max_bulk_streams: 64,
+            max_bulk_streams_per_caller: 16,
             metrics_listen: String::new(),
             overdue_after_hours: 26,
             drain_seconds: 10,
@@ -95,6 +108,8 @@ pub const KEYS: &[(&str, &str)] = &[
     ("prefer_vhdx", "What servers should have"),
     ("separate_folders_by_user", "What servers should have"),
     ("probe_ms", "How long a server may take to answer a probe"),
+    ("max_bulk_streams", "Uploads and downloads that pass through at once"),
+    ("max_bulk_streams_per_caller", "How many of them one caller may have"),
     ("metrics_listen", "Address and port for Prometheus, plain HTTP; empty: none"),
     (
         "overdue_after_hours",
@@ -124,6 +139,14 @@ impl Settings {
                 "max_initial_runs",
                 "must be at least 1; to keep first backups back, set initial_backups",
             );
+        }
+        for (key, value) in [
+            ("max_bulk_streams", self.max_bulk_streams),
+            ("max_bulk_streams_per_caller", self.max_bulk_streams_per_caller),
+        ] {
+            if !(1..=MAX_BULK_STREAMS).contains(&value) {
+                return invalid(key, &format!("must be 1 to {MAX_BULK_STREAMS}"));
+            }
         }
         if !self.view_file.is_empty() {
             return invalid("view_file", "is not supported yet: leave it empty");
@@ -167,6 +190,14 @@ impl Settings {
         self.require_equal_settings.then_some(Required { prefer_vhdx, separate_folders_by_user })
     }
 
+    /// How many bulk streams pass through at once.
+    pub fn bulk_limit(&self) -> BulkLimit {
+        // At most 1000, which every usize holds.
+        let [streams, of_one_caller] =
+            [self.max_bulk_streams, self.max_bulk_streams_per_caller].map(|n| n as usize);
+        BulkLimit { streams, of_one_caller }
+    }
+
     /// How starts are spread.
     pub fn start_rule(&self) -> StartRule {
         StartRule { initial_backups: self.initial_backups, max_initial_runs: self.max_initial_runs }
@@ -208,6 +239,8 @@ mod tests {
         );
         let good = servers(&["https://a:1", "https://b:1"]);
         good.check().unwrap();
+        let none = Settings { max_bulk_streams: 0, ..good.clone() };
+        assert_eq!(none.check().unwrap_err().key, "max_bulk_streams");
         assert_eq!(Settings { probe_ms: 0, ..good }.check().unwrap_err().key, "probe_ms");
     }
 }

@@ -9,6 +9,7 @@ mod body;
 mod classify;
 mod forward;
 mod headers;
+mod places;
 
 use std::{
     convert::Infallible,
@@ -35,6 +36,7 @@ use self::{
     body::{Budget, UntilDrain},
     classify::{Route, Routes},
     headers::Caller,
+    places::Places,
 };
 use crate::{fleet::Fleet, selection::InitialBackups};
 
@@ -45,6 +47,15 @@ pub struct StartRule {
     pub initial_backups: InitialBackups,
     /// First backups that one server takes at once before others are preferred.
     pub max_initial_runs: u32,
+}
+
+/// How many bulk streams pass through at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BulkLimit {
+    /// In all.
+    pub streams: usize,
+    /// Of one caller.
+    pub of_one_caller: usize,
 }
 
 /// The service behind the listener; cheap to clone.
@@ -58,6 +69,7 @@ struct Inner {
     routes: Routes,
     local: tonic::service::Routes,
     budget: Budget,
+    places: Places,
     drain: CancellationToken,
 }
 
@@ -68,6 +80,7 @@ impl Router {
         id: ServerId,
         fleet: Fleet,
         rule: StartRule,
+        bulk: BulkLimit,
         local: tonic::service::Routes,
         drain: CancellationToken,
     ) -> Self {
@@ -79,6 +92,7 @@ impl Router {
             routes,
             local: local.prepare(),
             budget: Budget::new(),
+            places: Places::new(bulk.streams, bulk.of_one_caller),
             drain,
         }))
     }

@@ -189,7 +189,8 @@ impl Janus {
                 }
             });
         }
-        let router = Router::new(self.id.clone(), fleet, self.settings.start_rule(), local, drain);
+        let (rule, bulk) = (settings.start_rule(), settings.bulk_limit());
+        let router = Router::new(self.id.clone(), fleet, rule, bulk, local, drain);
         let limits = Limits { drain: drain_limit, ..Limits::default() };
         info!(janus = %self.id, address = ?self.listener.local_addr().ok(), "serving");
         listener::serve(self.listener, self.identity, router, limits, shutdown).await;

@@ -103,6 +103,11 @@ pub fn reason(status: &Status) -> Option<ErrorReason> {
     ErrorReason::from_str_name(&info.reason)
 }
 
+/// How long a status asks its caller to wait.
+pub fn retry_delay(status: &Status) -> Option<Duration> {
+    status.get_details_retry_info()?.retry_delay
+}
+
 /// The first 80 characters of text from outside, for a message.
 pub fn shorten(text: &str) -> String {
     text.chars().take(80).collect()

@@ -24,5 +24,6 @@ pub mod metadata;
 pub mod model;
 pub mod program;
 pub mod settings;
+pub mod shares;
 pub mod show;
 pub mod tls;

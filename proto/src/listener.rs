@@ -2,6 +2,9 @@
 //! [`Principal`] in the extensions of each request.
 //!
 //! Every task started here is owned and ended before [`serve`] returns; a drain never takes longer than its limit.
+//! No caller can take all connections or calls: each has a share. A janus speaks for many, so its calls aren't counted.
+
+mod counted;
 
 use std::{convert::Infallible, error::Error, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -20,13 +23,15 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::{Service, ServiceExt};
 use tracing::{debug, info, warn};
 
+use self::counted::Counted;
 use crate::{
     channel::{
         CONNECTION_WINDOW_BYTES, MAX_CONCURRENT_STREAMS, MAX_FRAME_BYTES, MAX_HEADER_BYTES,
         STREAM_WINDOW_BYTES,
     },
     error::{ErrorReason, status},
-    tls::{Identity, Principal, describe},
+    shares::{Share, Shares},
+    tls::{Identity, Principal, Role, describe},
 };
 
 /// First byte of a TLS connection: a handshake record.
@@ -43,6 +48,10 @@ type BoxError = Box<dyn Error + Send + Sync>;
 pub struct Limits {
     /// Open connections; more are closed at once, so that a caller goes to another server instead of waiting.
     pub max_connections: usize,
+    /// Connections of one caller; on more, each call is refused with TOO_MANY.
+    pub max_connections_per_caller: usize,
+    /// Open calls of one caller on all its connections; more are refused with TOO_MANY.
+    pub max_calls_per_caller: usize,
     /// From the TCP accept to the end of the TLS handshake.
     pub handshake_timeout: Duration,
     /// A connection is pinged this often …
@@ -57,6 +66,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_connections: 1024,
+            max_connections_per_caller: 64,
+            max_calls_per_caller: 512,
             handshake_timeout: Duration::from_secs(5),
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(20),
@@ -92,6 +103,8 @@ pub async fn serve<S, B>(
     // Also when this future is dropped, nothing goes on.
     let _kill_on_drop = kill.clone().drop_guard();
     let places = Arc::new(Semaphore::new(limits.max_connections));
+    let connections = Shares::new(limits.max_connections_per_caller);
+    let calls = Shares::new(limits.max_calls_per_caller);
     while let Some((tcp, address)) = accept(&listener, &shutdown).await {
         let Ok(place) = places.clone().try_acquire_owned() else {
             warn!(%address, limit = limits.max_connections, "connection closed: too many are open");
@@ -103,6 +116,8 @@ pub async fn serve<S, B>(
             // Asked for each time: the certificate may have been renewed.
             acceptor: identity.server_config().into(),
             limits: limits.clone(),
+            connections: connections.clone(),
+            calls: calls.clone(),
             shutdown: shutdown.clone(),
             executor: OwnedTasks { tasks: tasks.clone(), kill: kill.child_token() },
             _place: place,
@@ -169,6 +184,8 @@ struct Connection {
     identity: Identity,
     acceptor: TlsAcceptor,
     limits: Limits,
+    connections: Shares,
+    calls: Shares,
     shutdown: CancellationToken,
     executor: OwnedTasks,
     _place: OwnedSemaphorePermit,
@@ -195,10 +212,30 @@ impl Connection {
             Some(Ok(Some(tls))) => tls,
         };
         match self.identity.peer(tls.get_ref().1.peer_certificates()) {
-            Ok(principal) => self.serve(tls, Arc::new(principal), service).await,
+            Ok(principal) => self.admit(tls, principal, service).await,
             Err(error) => {
                 warn!(address = %self.address, %error, "connection refused");
-                self.refuse(tls, error.to_string()).await;
+                self.refuse(tls, ErrorReason::IdentityMissing, error.to_string()).await;
+            }
+        }
+    }
+
+    async fn admit<S, B>(&self, tls: TlsStream<TcpStream>, principal: Principal, service: S)
+    where
+        S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+        S::Future: Send,
+        S::Error: Into<BoxError>,
+        B: hyper::body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        let caller: Arc<str> = principal.to_string().into();
+        match self.connections.take(&caller) {
+            Some(_share) => self.serve(tls, Arc::new(principal), caller, service).await,
+            None => {
+                let limit = self.connections.each();
+                warn!(address = %self.address, %principal, limit, "connection refused: the caller has too many");
+                let reason = format!("{principal} has {limit} connections here already");
+                self.refuse(tls, ErrorReason::TooMany, reason).await;
             }
         }
     }
@@ -234,8 +271,13 @@ impl Connection {
         }
     }
 
-    async fn serve<S, B>(&self, tls: TlsStream<TcpStream>, principal: Arc<Principal>, service: S)
-    where
+    async fn serve<S, B>(
+        &self,
+        tls: TlsStream<TcpStream>,
+        principal: Arc<Principal>,
+        name: Arc<str>,
+        service: S,
+    ) where
         S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
         S::Future: Send,
         S::Error: Into<BoxError>,
@@ -243,11 +285,20 @@ impl Connection {
         B::Error: Into<BoxError>,
     {
         let address = PeerAddress(self.address);
-        let caller = principal.clone();
+        let (caller, calls) = (principal.clone(), self.calls.clone());
         let with_caller = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+            let counted = count(&calls, &caller, &name);
             request.extensions_mut().insert(caller.clone());
             request.extensions_mut().insert(address);
-            service.clone().oneshot(request)
+            let service = service.clone();
+            async move {
+                match counted {
+                    Ok(share) => {
+                        service.oneshot(request).await.map(|answer| Counted::answer(answer, share))
+                    }
+                    Err(refused) => Ok(Counted::refusal(refused)),
+                }
+            }
         });
         let connection = self.http2().serve_connection(TokioIo::new(tls), with_caller);
         tokio::pin!(connection);
@@ -265,9 +316,9 @@ impl Connection {
     }
 
     /// Answers every call with why the connection is refused: a gRPC caller shows that, a closed socket it doesn't.
-    async fn refuse(&self, tls: TlsStream<TcpStream>, reason: String) {
+    async fn refuse(&self, tls: TlsStream<TcpStream>, reason: ErrorReason, message: String) {
         let refusing = hyper::service::service_fn(move |_: Request<Incoming>| {
-            let refused = status(ErrorReason::IdentityMissing, reason.clone());
+            let refused = status(reason, message.clone());
             std::future::ready(Ok::<_, Infallible>(refused.into_http::<tonic::body::Body>()))
         });
         let connection = self.http2().serve_connection(TokioIo::new(tls), refusing);
@@ -288,6 +339,20 @@ impl Connection {
             .keep_alive_timeout(self.limits.keepalive_timeout);
         builder
     }
+}
+
+/// One more open call of `caller`.
+fn count(
+    calls: &Shares,
+    caller: &Principal,
+    name: &Arc<str>,
+) -> Result<Option<Share>, tonic::Status> {
+    if matches!(caller.role, Role::Janus(_)) {
+        return Ok(None);
+    }
+    let refused =
+        || status(ErrorReason::TooMany, format!("{name} has {} open calls here", calls.each()));
+    calls.take(name).map(Some).ok_or_else(refused)
 }
 
 /// Tells a plain-HTTP caller what this port is.

@@ -353,6 +353,54 @@ async fn connections_over_the_limit_are_closed_at_once() {
     assert!(begin.elapsed() < Duration::from_secs(1));
 }
 
+#[tokio::test]
+async fn one_caller_takes_neither_all_connections_nor_all_calls() {
+    let ca = Ca::new();
+    let limits =
+        Limits { max_connections_per_caller: 2, max_calls_per_caller: 3, ..Limits::default() };
+    let server = start(ca.identity("g/server/a", "127.0.0.1"), limits).await;
+    let open = async |role: &str| {
+        let identity = ca.identity(role, "unused");
+        channel::connect(&server.url(), &identity, ConnectOptions::default()).await.unwrap().channel
+    };
+    let code = |answer: Response<tonic::body::Body>| {
+        answer.headers().get("grpc-status").map(|code| code.to_str().unwrap().to_owned())
+    };
+    let busy = Some((tonic::Code::ResourceExhausted as i32).to_string());
+    let call = |channel: &tonic::transport::Channel, path: &'static str| {
+        tokio::spawn(channel.clone().oneshot(call(path, Body::empty())))
+    };
+    let (first, second) = (open("g/client/alice/web").await, open("g/client/alice/web").await);
+    let third = open("g/client/alice/web").await;
+    let answer = call(&third, "/x").await.unwrap().unwrap();
+    assert_eq!(code(answer), busy, "a third connection");
+    let pending = [&first, &second, &first].map(|channel| call(channel, "/never"));
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let refused = call(&second, "/x").await.unwrap().unwrap();
+    let status = tonic::Status::from_header_map(refused.headers()).unwrap();
+    assert_eq!(janus_proto::error::reason(&status), Some(janus_proto::pb::ErrorReason::TooMany));
+    assert_eq!(status.message(), "client alice/web has 3 open calls here");
+    let other = open("g/client/alice/db").await;
+    assert_eq!(code(call(&other, "/x").await.unwrap().unwrap()), None, "others have theirs");
+    for call in pending {
+        call.abort();
+    }
+    for attempt in 0.. {
+        if code(call(&second, "/x").await.unwrap().unwrap()).is_none() {
+            break;
+        }
+        assert!(attempt < 100, "ended calls don't count");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    // A janus speaks for many.
+    let janus = open("g/janus/j").await;
+    let pending: Vec<_> = (0..10).map(|_| call(&janus, "/never")).collect();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(code(call(&janus, "/x").await.unwrap().unwrap()), None);
+    drop(pending);
+}
+
 fn streamed(chunks: tokio::sync::mpsc::Receiver<Bytes>) -> Body {
     let frames = futures::stream::unfold(chunks, async |mut chunks| {
         let chunk = chunks.recv().await?;

@@ -20,7 +20,7 @@ use tokio::{
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, body::Body};
 
-use super::broken;
+use super::{broken, places::Place};
 use crate::{registry::RunCall, upstream::Counters};
 
 /// Largest request that is kept for another attempt: the largest message of the contract, with its gRPC prefix.
@@ -79,6 +79,7 @@ impl Budget {
 pub(crate) struct Upload {
     pub body: Body,
     pub counters: Arc<Counters>,
+    pub _place: Option<Place>,
 }
 
 impl http_body::Body for Upload {
@@ -116,6 +117,7 @@ pub(crate) struct Download {
     pub is_over: bool,
     /// The call's run counts as running for as long.
     pub _run: Option<RunCall>,
+    pub _place: Option<Place>,
 }
 
 impl http_body::Body for Download {

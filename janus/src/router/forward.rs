@@ -25,6 +25,7 @@ use super::{
     broken,
     classify::Route,
     headers::{self, Caller},
+    places::Place,
 };
 use crate::{
     balance::{Attempt, BalanceLayer, Balanced, Outcome, Skipped},
@@ -45,6 +46,7 @@ struct Outgoing {
     uri: Uri,
     headers: HeaderMap,
     payload: Payload,
+    place: Option<Place>,
 }
 
 enum Payload {
@@ -59,7 +61,8 @@ impl Outgoing {
             Payload::Kept(bytes, _) => Body::new(Full::new(bytes)),
             Payload::Stream(body) => body,
         };
-        let body = Body::new(Upload { body, counters: upstream.counters().clone() });
+        let counters = upstream.counters().clone();
+        let body = Body::new(Upload { body, counters, _place: self.place });
         let mut request = Request::new(body);
         *request.method_mut() = Method::POST;
         *request.version_mut() = Version::HTTP_2;
@@ -72,12 +75,13 @@ impl Outgoing {
     fn again(&self) -> Option<Self> {
         let Payload::Kept(bytes, permit) = &self.payload else { return None };
         let payload = Payload::Kept(bytes.clone(), permit.clone());
-        Some(Self { uri: self.uri.clone(), headers: self.headers.clone(), payload })
+        let (uri, headers, place) = (self.uri.clone(), self.headers.clone(), self.place.clone());
+        Some(Self { uri, headers, payload, place })
     }
 
-    fn unsent(request: Request<Body>) -> Self {
+    fn unsent(request: Request<Body>, place: Option<Place>) -> Self {
         let (parts, body) = request.into_parts();
-        Self { uri: parts.uri, headers: parts.headers, payload: Payload::Stream(body) }
+        Self { uri: parts.uri, headers: parts.headers, payload: Payload::Stream(body), place }
     }
 }
 
@@ -95,9 +99,17 @@ impl Router {
             );
             return Err(status(ErrorReason::InvalidField, message));
         }
+        let place = is_bulk(route).then(|| self.0.places.take(&caller.principal)).transpose()?;
         let (parts, body) = request.into_parts();
         let headers = headers::for_server(parts.headers, &caller.principal);
-        let out = Outgoing { uri: parts.uri, headers, payload: Payload::Stream(body) };
+        let payload = match route {
+            Route::Stream => Payload::Stream(body),
+            _ => {
+                let (bytes, permit) = self.0.budget.keep(body).await?;
+                Payload::Kept(bytes, Arc::new(permit))
+            }
+        };
+        let out = Outgoing { uri: parts.uri, headers, payload, place };
         let known = caller.run.and_then(|run| self.0.fleet.registry().server_of_run(run));
         let owner = caller.pin.clone().or(known.clone().filter(|_| route != Route::Start));
         match owner {
@@ -128,9 +140,10 @@ impl Router {
         set_use(&mut out.headers, claim.as_ref());
         let run = self.run_call(&caller, &server);
         let asked = out.headers.get(metadata::USE).cloned();
+        let place = out.place.clone();
         match wire(&link, route).send(out.request(&upstream)).await {
             Ok(response) => {
-                let mut response = returning(response, &upstream, run);
+                let mut response = returning(response, &upstream, run, place);
                 self.note_start(&mut response, &upstream, claim, asked);
                 Ok(response)
             }
@@ -146,15 +159,9 @@ impl Router {
         &self,
         route: Route,
         caller: Caller,
-        mut out: Outgoing,
+        out: Outgoing,
         prefer: Option<ServerId>,
     ) -> Result<Response<Body>, Status> {
-        if let (Route::Start | Route::Unary { .. }, Payload::Stream(body)) =
-            (route, &mut out.payload)
-        {
-            let (bytes, permit) = self.0.budget.keep(std::mem::take(body)).await?;
-            out.payload = Payload::Kept(bytes, Arc::new(permit));
-        }
         self.0.fleet.first_look().await;
         let is_start = route == Route::Start;
         let rule = self.0.rule;
@@ -206,6 +213,7 @@ impl Router {
         };
         let kept = request.again();
         let asked = request.headers.get(metadata::USE).cloned();
+        let place = request.place.clone();
         let sent = wire(&link, route).send(request.request(&upstream));
         let answer = match kept.is_some() {
             true => while_alive(&upstream, &link, is_start, sent).await,
@@ -214,7 +222,7 @@ impl Router {
         let run = self.run_call(caller, &server);
         match (answer, kept) {
             (Ok(Ok(response)), kept) => {
-                let mut response = returning(response, &upstream, run);
+                let mut response = returning(response, &upstream, run, place);
                 if let (Some(request), Some(reason)) = (kept, refusal(is_start, &response)) {
                     let worth_showing = grpc_code(&response) != Some(Code::Unavailable);
                     return Outcome::Next {
@@ -233,7 +241,7 @@ impl Router {
             }
             (Ok(Err(SendError::Unsent(request, error))), None) => {
                 let reason = janus_proto::channel::explain_error(&error);
-                Outcome::Next { reason, request: Outgoing::unsent(*request), refusal: None }
+                Outcome::Next { reason, request: Outgoing::unsent(*request, place), refusal: None }
             }
             (Ok(Err(SendError::Lost(error))), None) => {
                 Outcome::Done(broken(&upstream.name(), &error).into_http())
@@ -272,10 +280,12 @@ impl Router {
 }
 
 fn wire(link: &Link, route: Route) -> &crate::upstream::Wire {
-    match route {
-        Route::Stream | Route::Unary { bulk: true } => &link.bulk,
-        _ => &link.control,
-    }
+    if is_bulk(route) { &link.bulk } else { &link.control }
+}
+
+/// Whether as much may travel as somebody likes.
+fn is_bulk(route: Route) -> bool {
+    matches!(route, Route::Stream | Route::Unary { bulk: true })
 }
 
 fn set_use(headers: &mut HeaderMap, claim: Option<&Claim>) {
@@ -322,11 +332,13 @@ fn returning(
     response: Response<hyper::body::Incoming>,
     upstream: &Upstream,
     run: Option<RunCall>,
+    place: Option<Place>,
 ) -> Response<Body> {
     let server = upstream.name();
     let counters = upstream.counters().clone();
     let mut response = response.map(|body| {
-        Body::new(Download { body, counters, server: server.clone(), is_over: false, _run: run })
+        let server = server.clone();
+        Body::new(Download { body, counters, server, is_over: false, _run: run, _place: place })
     });
     headers::name_answer(response.headers_mut(), &server);
     response

@@ -26,6 +26,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 
+/// Receive window of a whole connection: as large as there is. Streams are bounded by `max_bulk_streams` and their own
+/// windows; a smaller one here would let a few slow readers hold up all other streams of the server.
+const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
+
 /// When something was last received.
 #[derive(Debug)]
 pub(crate) struct Pulse {
@@ -165,7 +169,7 @@ impl Wire {
         let pulse = Arc::new(Pulse::new());
         let io = TokioIo::new(Listened { stream, pulse: pulse.clone() });
         let mut builder = channel::client_builder(Tasks(kill));
-        builder.keep_alive_interval(None);
+        builder.keep_alive_interval(None).initial_connection_window_size(CONNECTION_WINDOW_BYTES);
         let (sender, connection) = builder.handshake(io).await?;
         Ok((Self { sender, authority, pulse }, Box::pin(connection)))
     }

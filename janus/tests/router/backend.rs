@@ -22,6 +22,7 @@ use janus_proto::{
         self,
         backup_service_server::{BackupService, BackupServiceServer},
         catalog_service_server::{CatalogService, CatalogServiceServer},
+        restore_service_server::{RestoreService, RestoreServiceServer},
     },
 };
 use tokio::net::TcpListener;
@@ -83,6 +84,7 @@ impl Backend {
                 BackupServiceServer::new(Fake(name, seen.clone()))
                     .max_decoding_message_size(8 << 20),
             )
+            .add_service(RestoreServiceServer::new(Fake(name, seen.clone())))
             .add_service(CatalogServiceServer::new(Fake(name, seen.clone())));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -235,6 +237,50 @@ impl BackupService for Fake {
         _: tonic::Request<pb::GetBackupRequest>,
     ) -> Result<tonic::Response<pb::GetBackupResponse>, Status> {
         Ok(tonic::Response::new(pb::GetBackupResponse::default()))
+    }
+}
+
+type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl RestoreService for Fake {
+    async fn open_snapshot(
+        &self,
+        _: tonic::Request<pb::OpenSnapshotRequest>,
+    ) -> Result<tonic::Response<pb::OpenSnapshotResponse>, Status> {
+        Ok(tonic::Response::new(pb::OpenSnapshotResponse::default()))
+    }
+
+    async fn close_snapshot(
+        &self,
+        _: tonic::Request<pb::CloseSnapshotRequest>,
+    ) -> Result<tonic::Response<pb::CloseSnapshotResponse>, Status> {
+        Ok(tonic::Response::new(pb::CloseSnapshotResponse {}))
+    }
+
+    type ReadHashesStream = Answers<pb::ReadHashesResponse>;
+
+    async fn read_hashes(
+        &self,
+        _: tonic::Request<pb::ReadHashesRequest>,
+    ) -> Result<tonic::Response<Self::ReadHashesStream>, Status> {
+        Ok(tonic::Response::new(Box::pin(stream::empty())))
+    }
+
+    type ReadBlocksStream = Answers<pb::ReadBlocksResponse>;
+
+    /// 1 GiB in messages of 1 MiB; `bytes` counts what was taken from here.
+    async fn read_blocks(
+        &self,
+        _: tonic::Request<pb::ReadBlocksRequest>,
+    ) -> Result<tonic::Response<Self::ReadBlocksStream>, Status> {
+        let (seen, data) = (self.1.clone(), bytes::Bytes::from(vec![7; 1 << 20]));
+        let answers = stream::repeat(data).take(1024).map(move |data| {
+            seen.bytes.fetch_add(data.len() as u64, Ordering::SeqCst);
+            let batch = Some(pb::BlockBatch { data, ..Default::default() });
+            Ok(pb::ReadBlocksResponse { batch })
+        });
+        Ok(tonic::Response::new(Box::pin(answers)))
     }
 }
 

@@ -9,6 +9,7 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use http_body::Frame;
+use janus::config::Settings;
 use janus_proto::{error::ErrorReason, metadata, pb};
 use prost::Message;
 use tokio::{sync::mpsc, time::sleep};
@@ -18,11 +19,11 @@ use tower::ServiceExt;
 
 use crate::{
     backend::{Backend, Mood},
-    site::{Keys, channel, client, janus, reason, until},
+    site::{Keys, channel, client, janus, janus_with, reason, until},
     starts::start_request,
 };
 
-fn hello(session: &str) -> pb::WriteBlocksRequest {
+pub fn hello(session: &str) -> pb::WriteBlocksRequest {
     pb::WriteBlocksRequest { session_id: session.into(), ..Default::default() }
 }
 
@@ -31,7 +32,7 @@ fn data(bytes: Bytes) -> pb::WriteBlocksRequest {
     pb::WriteBlocksRequest { batch: Some(batch), ..Default::default() }
 }
 
-fn pinned<T>(message: T) -> Request<T> {
+pub fn pinned<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.metadata_mut().insert(metadata::SERVER, "a".parse().unwrap());
     request
@@ -67,7 +68,10 @@ async fn a_large_upload_arrives_whole() {
 async fn many_streams_flow_at_once() {
     let keys = Keys::new();
     let a = Backend::new(&keys, "a").await;
-    let janus = janus(&keys, &[a.address()]).await;
+    let many = |settings: &mut Settings| {
+        (settings.max_bulk_streams, settings.max_bulk_streams_per_caller) = (300, 300);
+    };
+    let janus = janus_with(&keys, &[a.address()], many).await;
     let client = client(&keys, &janus.url).await;
     let (mut senders, mut calls) = (Vec::new(), Vec::new());
     for _ in 0..300 {

@@ -8,5 +8,6 @@ mod backend;
 mod catalog;
 mod forwarding;
 mod life;
+mod limits;
 mod site;
 mod starts;

@@ -636,7 +636,8 @@ pub mod backup_service_client {
         /// Writes blocks into one session. Acknowledgements come as they are due, at least one after the last message.
         /// A block may be written again, the last write counts. Half-close when done; the stream ends after the last
         /// acknowledgement. Retry: open a new stream and go on from `received_block` of the last acknowledgement or of
-        /// StartBackup. Fails with SESSION_EXPIRED, EPOCH_SUPERSEDED, BLOCK_HASH_MISMATCH, INVALID_FIELD, STORE_FULL.
+        /// StartBackup. Fails with SESSION_EXPIRED, EPOCH_SUPERSEDED, BLOCK_HASH_MISMATCH, INVALID_FIELD, STORE_FULL,
+        /// TOO_MANY (this janus carries as many streams as it may, or as many of this caller: wait for a place).
         pub async fn write_blocks(
             &mut self,
             request: impl tonic::IntoStreamingRequest<
@@ -774,7 +775,8 @@ pub mod backup_service_server {
         /// Writes blocks into one session. Acknowledgements come as they are due, at least one after the last message.
         /// A block may be written again, the last write counts. Half-close when done; the stream ends after the last
         /// acknowledgement. Retry: open a new stream and go on from `received_block` of the last acknowledgement or of
-        /// StartBackup. Fails with SESSION_EXPIRED, EPOCH_SUPERSEDED, BLOCK_HASH_MISMATCH, INVALID_FIELD, STORE_FULL.
+        /// StartBackup. Fails with SESSION_EXPIRED, EPOCH_SUPERSEDED, BLOCK_HASH_MISMATCH, INVALID_FIELD, STORE_FULL,
+        /// TOO_MANY (this janus carries as many streams as it may, or as many of this caller: wait for a place).
         async fn write_blocks(
             &self,
             request: tonic::Request<tonic::Streaming<super::WriteBlocksRequest>>,
@@ -1386,7 +1388,7 @@ pub mod restore_service_client {
             self.inner.unary(req, path, codec).await
         }
         /// Hashes of a snapshot or of an open session, in ascending order. Retry: safe, from where the stream broke.
-        /// Fails with HANDLE_EXPIRED, SESSION_EXPIRED, STORE_DAMAGED, INVALID_FIELD.
+        /// Fails with HANDLE_EXPIRED, SESSION_EXPIRED, STORE_DAMAGED, INVALID_FIELD, TOO_MANY (streams through janus).
         pub async fn read_hashes(
             &mut self,
             request: impl tonic::IntoRequest<super::ReadHashesRequest>,
@@ -1412,7 +1414,8 @@ pub mod restore_service_client {
             self.inner.server_streaming(req, path, codec).await
         }
         /// Blocks of a snapshot, in ascending order of the ranges. Each non-zero block comes with the hash recorded at its
-        /// commit: check it. Retry: safe, from where the stream broke. Fails with HANDLE_EXPIRED, STORE_DAMAGED, INVALID_FIELD.
+        /// commit: check it. Retry: safe, from where the stream broke. Fails with HANDLE_EXPIRED, STORE_DAMAGED,
+        /// INVALID_FIELD, TOO_MANY (streams through janus).
         pub async fn read_blocks(
             &mut self,
             request: impl tonic::IntoRequest<super::ReadBlocksRequest>,
@@ -1476,7 +1479,7 @@ pub mod restore_service_server {
             + std::marker::Send
             + 'static;
         /// Hashes of a snapshot or of an open session, in ascending order. Retry: safe, from where the stream broke.
-        /// Fails with HANDLE_EXPIRED, SESSION_EXPIRED, STORE_DAMAGED, INVALID_FIELD.
+        /// Fails with HANDLE_EXPIRED, SESSION_EXPIRED, STORE_DAMAGED, INVALID_FIELD, TOO_MANY (streams through janus).
         async fn read_hashes(
             &self,
             request: tonic::Request<super::ReadHashesRequest>,
@@ -1488,7 +1491,8 @@ pub mod restore_service_server {
             + std::marker::Send
             + 'static;
         /// Blocks of a snapshot, in ascending order of the ranges. Each non-zero block comes with the hash recorded at its
-        /// commit: check it. Retry: safe, from where the stream broke. Fails with HANDLE_EXPIRED, STORE_DAMAGED, INVALID_FIELD.
+        /// commit: check it. Retry: safe, from where the stream broke. Fails with HANDLE_EXPIRED, STORE_DAMAGED,
+        /// INVALID_FIELD, TOO_MANY (streams through janus).
         async fn read_blocks(
             &self,
             request: tonic::Request<super::ReadBlocksRequest>,

@@ -31,6 +31,7 @@ const SOURCE_MODULES: &[&str] = &["source::", "scan::", "delta::", "journal::"];
 const PLACED: &[(&str, &str)] = &[
     ("damage", "store"),
     ("direct", "janus"),
+    ("janus_limits", "janus"),
     ("life", "janus"),
     ("reasons", "janus"),
     ("python_client", "restore"),
