@@ -7,9 +7,8 @@ use std::{sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use futures::future::{BoxFuture, join_all};
 use janus_proto::{
-    channel::Target,
+    channel::{Dialer, Target},
     ids::{MachineKey, ServerId},
-    tls::Identity,
 };
 use tokio::{sync::watch, task::JoinSet, time::sleep};
 use tokio_util::sync::CancellationToken;
@@ -67,7 +66,7 @@ impl Fleet {
     pub async fn follow(
         self,
         mut targets: watch::Receiver<Vec<Target>>,
-        identity: Identity,
+        dialer: Dialer,
         drain: Duration,
         stop: CancellationToken,
     ) {
@@ -87,12 +86,13 @@ impl Fleet {
             for upstream in servers.iter() {
                 if kept.iter().all(|(other, _)| other.url() != upstream.url()) {
                     let leave = CancellationToken::new();
-                    let running = upstream.clone().run(identity.clone(), stop.clone());
+                    let running = upstream.clone().run(dialer.clone(), stop.clone());
                     tasks.spawn(run_until_left(running, leave.clone(), drain));
                     kept.push((upstream.clone(), leave));
                 }
             }
             tokio::select! {
+                biased;
                 changed = targets.changed() => if changed.is_err() { break },
                 () = stop.cancelled() => break,
             }
@@ -224,6 +224,7 @@ async fn run_until_left(
         sleep(drain).await;
     };
     tokio::select! {
+        biased;
         () = running => {}
         () = left => {}
     }

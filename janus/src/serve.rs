@@ -1,11 +1,11 @@
 //! Wiring: servers, services, listener, and an end in good order.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use janus_proto::{
-    channel::Target,
+    channel::{Dialer, Target},
     ids::ServerId,
-    listener::{self, Limits},
+    listener::{Door, Limits},
     pb, program,
     settings::changed_keys,
     tls::{Identity, Role, TlsError},
@@ -63,12 +63,13 @@ pub enum ServeError {
 }
 
 /// A janus that listens, but serves nothing yet.
-#[derive(Debug)]
 pub struct Janus {
     settings: Settings,
     identity: Identity,
     id: ServerId,
-    listener: TcpListener,
+    fleet: Fleet,
+    door: Door,
+    dialer: Dialer,
     metrics: Option<TcpListener>,
     targets: watch::Sender<Vec<Target>>,
 }
@@ -120,17 +121,38 @@ impl Janus {
     pub async fn start(settings: Settings) -> Result<Self, ServeError> {
         settings.check()?;
         let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
-        let id = match &identity.principal().role {
-            Role::Janus(id) => id.clone(),
-            role => return Err(ServeError::WrongRole { role: role.to_string() }),
-        };
+        name(&identity)?;
         let listener = bind("listen", &settings.listen).await?;
         let metrics = match settings.metrics_listen.as_str() {
             "" => None,
             address => Some(bind("metrics_listen", address).await?),
         };
-        let targets = watch::Sender::new(settings.targets()?);
-        Ok(Self { settings, identity, id, listener, metrics, targets })
+        let (door, dialer) =
+            (Door::Tls(listener, identity.clone()), Arc::new(identity.clone()) as Dialer);
+        Ok(Self { metrics, ..Self::between(settings, identity, door, dialer)? })
+    }
+
+    /// A janus whose connections come through `door` and are made by `dialer`.
+    ///
+    /// # Errors
+    /// As [`ServeError`] says.
+    pub fn between(
+        settings: Settings,
+        identity: Identity,
+        door: Door,
+        dialer: Dialer,
+    ) -> Result<Self, ServeError> {
+        settings.check()?;
+        let id = name(&identity)?;
+        let (targets, registry) = (settings.targets()?, Registry::new());
+        let fleet = Fleet::new(&targets, settings.probe(), registry, settings.required());
+        let targets = watch::Sender::new(targets);
+        Ok(Self { settings, identity, id, fleet, door, dialer, metrics: None, targets })
+    }
+
+    /// Its servers, and what it knows of them.
+    pub fn fleet(&self) -> &Fleet {
+        &self.fleet
     }
 
     /// Takes changes over while janus runs.
@@ -149,7 +171,7 @@ impl Janus {
     /// # Errors
     /// As the system says.
     pub fn address(&self) -> std::io::Result<SocketAddr> {
-        self.listener.local_addr()
+        self.door.address()
     }
 
     /// Serves until `shutdown`, then drains and ends.
@@ -157,10 +179,8 @@ impl Janus {
     /// # Errors
     /// When the wiring fails.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
-        let (settings, registry) = (&self.settings, Registry::new());
-        let fleet =
-            Fleet::new(&self.targets.borrow(), settings.probe(), registry, settings.required());
-        let drain_limit = Duration::from_secs(settings.drain_seconds);
+        let fleet = self.fleet;
+        let drain_limit = Duration::from_secs(self.settings.drain_seconds);
         let (reporter, health_service) = tonic_health::server::health_reporter();
         let local = Routes::new(health_service)
             .add_service(Catalog::service(fleet.clone()))
@@ -175,7 +195,7 @@ impl Janus {
         let mut tasks = JoinSet::new();
         let targets = self.targets.subscribe();
         let following =
-            fleet.clone().follow(targets, self.identity.clone(), drain_limit, stop.clone());
+            fleet.clone().follow(targets, self.dialer.clone(), drain_limit, stop.clone());
         tasks.spawn(following);
         let drain = CancellationToken::new();
         tasks.spawn(follow_health(fleet.clone(), reporter, shutdown.clone(), drain.clone()));
@@ -189,11 +209,11 @@ impl Janus {
                 }
             });
         }
-        let (rule, bulk) = (settings.start_rule(), settings.bulk_limit());
+        let (rule, bulk) = (self.settings.start_rule(), self.settings.bulk_limit());
         let router = Router::new(self.id.clone(), fleet, rule, bulk, local, drain);
         let limits = Limits { drain: drain_limit, ..Limits::default() };
-        info!(janus = %self.id, address = ?self.listener.local_addr().ok(), "serving");
-        listener::serve(self.listener, self.identity, router, limits, shutdown).await;
+        info!(janus = %self.id, address = ?self.door.address().ok(), "serving");
+        self.door.serve(router, limits, shutdown).await;
         stop.cancel();
         while tasks.join_next().await.is_some() {}
         info!(janus = %self.id, "stopped");
@@ -212,6 +232,13 @@ async fn follow_health(
     health::not_serving(&reporter).await;
     sleep(LAST_WORDS).await;
     drain.cancel();
+}
+
+fn name(identity: &Identity) -> Result<ServerId, ServeError> {
+    match &identity.principal().role {
+        Role::Janus(id) => Ok(id.clone()),
+        role => Err(ServeError::WrongRole { role: role.to_string() }),
+    }
 }
 
 async fn bind(key: &'static str, address: &str) -> Result<TcpListener, ServeError> {

@@ -12,6 +12,7 @@ mod task;
 mod wire;
 
 use std::{
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicI64, AtomicU64, Ordering},
@@ -19,7 +20,10 @@ use std::{
     time::Duration,
 };
 
-use janus_proto::{channel::Target, ids::ServerId, tls::Identity};
+use janus_proto::{
+    channel::{Dialer, Target},
+    ids::ServerId,
+};
 use tokio::{
     sync::{Notify, watch},
     time::{Instant, timeout_at},
@@ -95,6 +99,8 @@ struct Inner {
     target: Target,
     probe: Duration,
     state: watch::Sender<State>,
+    /// Wakes in the order of waiting, which a watch doesn't promise: simulations need it to replay.
+    changed: Notify,
     look: Notify,
     counters: Arc<Counters>,
     /// Milliseconds after `begun` when it didn't answer a probe; 0: it did.
@@ -133,6 +139,7 @@ impl Upstream {
             target,
             probe,
             state: watch::Sender::new(state),
+            changed: Notify::new(),
             look: Notify::new(),
             counters: Arc::default(),
             suspect: AtomicU64::new(0),
@@ -144,11 +151,11 @@ impl Upstream {
     }
 
     /// Keeps the connections until `stop`. To be called once.
-    pub async fn run(self, identity: Identity, stop: CancellationToken) {
+    pub async fn run(self, dialer: Dialer, stop: CancellationToken) {
         // The connections end after the task that watches them, or it would take our own end for a loss.
         let kill = CancellationToken::new();
         let _kill_on_drop = kill.clone().drop_guard();
-        stop.run_until_cancelled(task::run(self, identity, kill)).await;
+        stop.run_until_cancelled(task::run(self, dialer, kill)).await;
     }
 
     /// Name in its certificate, once it was reached.
@@ -249,24 +256,32 @@ impl Upstream {
 
     /// Looks now and waits for what comes of it. A look that is under way has had a part of the time already.
     async fn look_again(&self) {
-        let mut states = self.0.state.subscribe();
-        let looks = states.borrow_and_update().looks;
+        let looks = self.0.state.borrow().looks;
         self.look_now();
         let since = match self.0.looking_since.load(Ordering::Relaxed) {
             0 => Instant::now(),
             since => self.0.begun + Duration::from_millis(since),
         };
         let until = since + self.probe_limit();
-        let _ =
-            timeout_at(until, states.wait_for(|state| state.link.is_some() || state.looks > looks))
-                .await;
+        let over = |state: &State| state.link.is_some() || state.looks > looks;
+        let _ = timeout_at(until, self.wait_for(over)).await;
     }
 
     /// Waits until the first look is over, at most a probe's time: before that nothing is known.
     pub(crate) async fn first_look(&self) {
-        let mut states = self.0.state.subscribe();
         let until = Instant::now() + self.0.probe;
-        let _ = timeout_at(until, states.wait_for(|state| state.looks > 0)).await;
+        let _ = timeout_at(until, self.wait_for(|state| state.looks > 0)).await;
+    }
+
+    async fn wait_for(&self, is_met: impl Fn(&State) -> bool) {
+        loop {
+            let mut changed = pin!(self.0.changed.notified());
+            changed.as_mut().enable();
+            if is_met(&self.0.state.borrow()) {
+                return;
+            }
+            changed.await;
+        }
     }
 
     fn suspect(&self) {
@@ -301,5 +316,6 @@ impl Upstream {
 
     fn change(&self, change: impl FnOnce(&mut State)) {
         self.0.state.send_modify(change);
+        self.0.changed.notify_waiters();
     }
 }

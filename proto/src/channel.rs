@@ -14,9 +14,11 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tonic::transport::{Channel, Endpoint};
 
 mod connect;
+mod dial;
 mod explain;
 
 pub use connect::{Target, TlsStream, connect_tls};
+pub use dial::{Dial, Dialer, Dialing, Stream};
 pub use explain::{ConnectError, explain, explain_error};
 
 use crate::tls::{Identity, Principal, Role};
@@ -105,9 +107,21 @@ pub async fn connect(
     identity: &Identity,
     options: ConnectOptions,
 ) -> Result<Connection, ConnectError> {
+    connect_through(url, Arc::new(identity.clone()), options).await
+}
+
+/// The same with connections made by `dialer`.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_through(
+    url: &str,
+    dialer: Dialer,
+    options: ConnectOptions,
+) -> Result<Connection, ConnectError> {
     let target = Target::parse(url)?;
     let peer = Arc::new(OnceLock::new());
-    let connector = connector(target.clone(), identity.clone(), options, peer.clone());
+    let connector = connector(target.clone(), dialer, options, peer.clone());
     let channel = endpoint(&target)?.connect_with_connector(connector).await.map_err(|error| {
         ConnectError::in_chain(&error).unwrap_or_else(|| target.closed(explain_error(&error)))
     })?;
@@ -125,7 +139,7 @@ pub fn lazy(
     options: ConnectOptions,
 ) -> Result<Channel, ConnectError> {
     let target = Target::parse(url)?;
-    let connector = connector(target.clone(), identity.clone(), options, Arc::default());
+    let connector = connector(target.clone(), Arc::new(identity.clone()), options, Arc::default());
     Ok(endpoint(&target)?.connect_with_connector_lazy(connector))
 }
 
@@ -162,25 +176,25 @@ fn endpoint(target: &Target) -> Result<Endpoint, ConnectError> {
 }
 
 type Connecting =
-    std::pin::Pin<Box<dyn Future<Output = Result<TokioIo<TlsStream>, ConnectError>> + Send>>;
+    std::pin::Pin<Box<dyn Future<Output = Result<TokioIo<Stream>, ConnectError>> + Send>>;
 
 fn connector(
     target: Target,
-    identity: Identity,
+    dialer: Dialer,
     options: ConnectOptions,
     first_peer: Arc<OnceLock<Principal>>,
 ) -> impl tower::Service<
     http::Uri,
-    Response = TokioIo<TlsStream>,
+    Response = TokioIo<Stream>,
     Error = ConnectError,
     Future = Connecting,
 > + Send
 + 'static {
     tower::service_fn(move |_: http::Uri| -> Connecting {
-        let (target, identity, options) = (target.clone(), identity.clone(), options.clone());
+        let (target, dialer, options) = (target.clone(), dialer.clone(), options.clone());
         let first_peer = first_peer.clone();
         Box::pin(async move {
-            let (stream, peer) = connect_tls(&target, &identity, &options).await?;
+            let (stream, peer) = dialer.dial(&target, &options).await?;
             let _ = first_peer.set(peer); // Later connections don't change who answered at first.
             Ok(TokioIo::new(stream))
         })

@@ -100,7 +100,7 @@ macro_rules! uuid_id {
             /// A new id (UUIDv7: later ids sort later).
             #[allow(clippy::new_without_default)]
             pub fn new() -> Self {
-                Self(uuid::Uuid::now_v7())
+                Self(crate::chance::id())
             }
 
             /// The id's 16 bytes.

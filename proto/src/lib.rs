@@ -14,6 +14,7 @@ pub mod pb {
 mod cached;
 
 pub mod buffers;
+pub mod chance;
 pub mod channel;
 pub mod direct;
 pub mod error;

@@ -3,6 +3,7 @@
 //!
 //! Every task started here is owned and ended before [`serve`] returns; a drain never takes longer than its limit.
 //! No caller can take all connections or calls: each has a share. A janus speaks for many, so its calls aren't counted.
+//! A [`Door`] says where connections come from: TCP and TLS in the programs, memory in the whole-system simulation.
 
 mod counted;
 
@@ -13,9 +14,9 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -27,7 +28,7 @@ use self::counted::Counted;
 use crate::{
     channel::{
         CONNECTION_WINDOW_BYTES, MAX_CONCURRENT_STREAMS, MAX_FRAME_BYTES, MAX_HEADER_BYTES,
-        STREAM_WINDOW_BYTES,
+        STREAM_WINDOW_BYTES, Stream,
     },
     error::{ErrorReason, status},
     shares::{Share, Shares},
@@ -98,35 +99,128 @@ pub async fn serve<S, B>(
     B: hyper::body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
-    let tasks = TaskTracker::new();
-    let kill = CancellationToken::new();
-    // Also when this future is dropped, nothing goes on.
-    let _kill_on_drop = kill.clone().drop_guard();
-    let places = Arc::new(Semaphore::new(limits.max_connections));
-    let connections = Shares::new(limits.max_connections_per_caller);
-    let calls = Shares::new(limits.max_calls_per_caller);
-    while let Some((tcp, address)) = accept(&listener, &shutdown).await {
-        let Ok(place) = places.clone().try_acquire_owned() else {
-            warn!(%address, limit = limits.max_connections, "connection closed: too many are open");
-            continue;
-        };
-        let connection = Connection {
-            address,
-            identity: identity.clone(),
-            // Asked for each time: the certificate may have been renewed.
-            acceptor: identity.server_config().into(),
-            limits: limits.clone(),
-            connections: connections.clone(),
-            calls: calls.clone(),
-            shutdown: shutdown.clone(),
-            executor: OwnedTasks { tasks: tasks.clone(), kill: kill.child_token() },
-            _place: place,
-        };
-        let (service, kill) = (service.clone(), kill.clone());
-        tasks.spawn(async move { kill.run_until_cancelled(connection.run(tcp, service)).await });
+    Door::Tls(listener, identity).serve(service, limits, shutdown).await;
+}
+
+/// A connection that needs no handshake: whoever made it says who is at the other end, and at which address.
+pub struct Known {
+    /// The connection.
+    pub stream: Stream,
+    /// Who is at its other end.
+    pub principal: Principal,
+    /// Its address.
+    pub address: SocketAddr,
+}
+
+/// Where connections come from.
+pub enum Door {
+    /// TCP, then TLS with certificates on both sides.
+    Tls(TcpListener, Identity),
+    /// Connections whose other end is known, until the channel is closed.
+    Known(mpsc::Receiver<Known>),
+}
+
+impl Door {
+    /// The address that is listened on.
+    ///
+    /// # Errors
+    /// As the system says; `Unsupported` where there is none.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        match self {
+            Self::Tls(listener, _) => listener.local_addr(),
+            Self::Known(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
-    drop(listener);
-    drain(&tasks, &kill, limits.drain).await;
+
+    /// As [`serve`].
+    pub async fn serve<S, B>(self, service: S, limits: Limits, shutdown: CancellationToken)
+    where
+        S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+        S::Future: Send,
+        S::Error: Into<BoxError>,
+        B: hyper::body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        let hall = Hall::new(limits, shutdown);
+        // Also when this future is dropped, nothing goes on.
+        let _kill_on_drop = hall.kill.clone().drop_guard();
+        match self {
+            Self::Tls(listener, identity) => {
+                while let Some((tcp, address)) = accept(&listener, &hall.shutdown).await {
+                    let Some(connection) = hall.open(address) else { continue };
+                    // Asked for each time: the certificate may have been renewed.
+                    let acceptor = identity.server_config().into();
+                    let tls = Handshake { identity: identity.clone(), acceptor, tcp };
+                    hall.spawn(connection.run(tls, service.clone()));
+                }
+            }
+            Self::Known(mut connections) => {
+                while let Some(Some(known)) =
+                    hall.shutdown.run_until_cancelled(connections.recv()).await
+                {
+                    let Some(connection) = hall.open(known.address) else { continue };
+                    let service = service.clone();
+                    hall.spawn(async move {
+                        connection.admit(known.stream, known.principal, service).await;
+                    });
+                }
+            }
+        }
+        hall.drain().await;
+    }
+}
+
+/// Open connections, and what they share.
+struct Hall {
+    tasks: TaskTracker,
+    kill: CancellationToken,
+    places: Arc<Semaphore>,
+    connections: Shares,
+    calls: Shares,
+    limits: Limits,
+    shutdown: CancellationToken,
+}
+
+impl Hall {
+    fn new(limits: Limits, shutdown: CancellationToken) -> Self {
+        let places = Arc::new(Semaphore::new(limits.max_connections));
+        Self {
+            tasks: TaskTracker::new(),
+            kill: CancellationToken::new(),
+            places,
+            connections: Shares::new(limits.max_connections_per_caller),
+            calls: Shares::new(limits.max_calls_per_caller),
+            limits,
+            shutdown,
+        }
+    }
+
+    /// A place for one more connection, if there is one.
+    fn open(&self, address: SocketAddr) -> Option<Connection> {
+        let Ok(place) = self.places.clone().try_acquire_owned() else {
+            warn!(%address, limit = self.limits.max_connections, "connection closed: too many are open");
+            return None;
+        };
+        let executor = OwnedTasks { tasks: self.tasks.clone(), kill: self.kill.child_token() };
+        Some(Connection {
+            address,
+            limits: self.limits.clone(),
+            connections: self.connections.clone(),
+            calls: self.calls.clone(),
+            shutdown: self.shutdown.clone(),
+            executor,
+            _place: place,
+        })
+    }
+
+    fn spawn(&self, connection: impl Future<Output = ()> + Send + 'static) {
+        let kill = self.kill.clone();
+        self.tasks.spawn(async move { kill.run_until_cancelled(connection).await });
+    }
+
+    async fn drain(self) {
+        drain(&self.tasks, &self.kill, self.limits.drain).await;
+    }
 }
 
 /// The next connection; `None` when `shutdown` begins.
@@ -179,10 +273,15 @@ where
     }
 }
 
-struct Connection {
-    address: SocketAddr,
+/// A connection whose other end hasn't proved yet who it is.
+struct Handshake {
     identity: Identity,
     acceptor: TlsAcceptor,
+    tcp: TcpStream,
+}
+
+struct Connection {
+    address: SocketAddr,
     limits: Limits,
     connections: Shares,
     calls: Shares,
@@ -192,7 +291,7 @@ struct Connection {
 }
 
 impl Connection {
-    async fn run<S, B>(self, tcp: TcpStream, service: S)
+    async fn run<S, B>(self, peer: Handshake, service: S)
     where
         S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
         S::Future: Send,
@@ -201,7 +300,8 @@ impl Connection {
         B::Error: Into<BoxError>,
     {
         let _end_streams = self.executor.kill.clone().drop_guard();
-        let handshake = timeout(self.limits.handshake_timeout, self.handshake(tcp));
+        let Handshake { identity, acceptor, tcp } = peer;
+        let handshake = timeout(self.limits.handshake_timeout, self.handshake(tcp, acceptor));
         let tls = match self.shutdown.run_until_cancelled(handshake).await {
             None => return,
             Some(Err(_)) => {
@@ -211,7 +311,7 @@ impl Connection {
             Some(Ok(None)) => return,
             Some(Ok(Some(tls))) => tls,
         };
-        match self.identity.peer(tls.get_ref().1.peer_certificates()) {
+        match identity.peer(tls.get_ref().1.peer_certificates()) {
             Ok(principal) => self.admit(tls, principal, service).await,
             Err(error) => {
                 warn!(address = %self.address, %error, "connection refused");
@@ -220,8 +320,9 @@ impl Connection {
         }
     }
 
-    async fn admit<S, B>(&self, tls: TlsStream<TcpStream>, principal: Principal, service: S)
+    async fn admit<S, B, T>(&self, stream: T, principal: Principal, service: S)
     where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
         S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
         S::Future: Send,
         S::Error: Into<BoxError>,
@@ -230,18 +331,22 @@ impl Connection {
     {
         let caller: Arc<str> = principal.to_string().into();
         match self.connections.take(&caller) {
-            Some(_share) => self.serve(tls, Arc::new(principal), caller, service).await,
+            Some(_share) => self.serve(stream, Arc::new(principal), caller, service).await,
             None => {
                 let limit = self.connections.each();
                 warn!(address = %self.address, %principal, limit, "connection refused: the caller has too many");
                 let reason = format!("{principal} has {limit} connections here already");
-                self.refuse(tls, ErrorReason::TooMany, reason).await;
+                self.refuse(stream, ErrorReason::TooMany, reason).await;
             }
         }
     }
 
     /// TLS, or `None` when the peer was refused (and told, and logged).
-    async fn handshake(&self, mut tcp: TcpStream) -> Option<TlsStream<TcpStream>> {
+    async fn handshake(
+        &self,
+        mut tcp: TcpStream,
+        acceptor: TlsAcceptor,
+    ) -> Option<TlsStream<TcpStream>> {
         let address = self.address;
         if let Err(error) = tcp.set_nodelay(true) {
             debug!(%address, %error, "connection lost");
@@ -261,7 +366,7 @@ impl Connection {
                 return None;
             }
         }
-        match self.acceptor.accept(tcp).into_fallible().await {
+        match acceptor.accept(tcp).into_fallible().await {
             Ok(tls) => Some(tls),
             Err((error, tcp)) => {
                 warn!(%address, reason = handshake_problem(&error), "connection refused in the TLS handshake");
@@ -271,13 +376,9 @@ impl Connection {
         }
     }
 
-    async fn serve<S, B>(
-        &self,
-        tls: TlsStream<TcpStream>,
-        principal: Arc<Principal>,
-        name: Arc<str>,
-        service: S,
-    ) where
+    async fn serve<S, B, T>(&self, stream: T, principal: Arc<Principal>, name: Arc<str>, service: S)
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
         S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
         S::Future: Send,
         S::Error: Into<BoxError>,
@@ -300,9 +401,10 @@ impl Connection {
                 }
             }
         });
-        let connection = self.http2().serve_connection(TokioIo::new(tls), with_caller);
+        let connection = self.http2().serve_connection(TokioIo::new(stream), with_caller);
         tokio::pin!(connection);
         let ended = tokio::select! {
+            biased;
             ended = connection.as_mut() => ended,
             () = self.shutdown.cancelled() => {
                 connection.as_mut().graceful_shutdown();
@@ -316,12 +418,15 @@ impl Connection {
     }
 
     /// Answers every call with why the connection is refused: a gRPC caller shows that, a closed socket it doesn't.
-    async fn refuse(&self, tls: TlsStream<TcpStream>, reason: ErrorReason, message: String) {
+    async fn refuse<T>(&self, stream: T, reason: ErrorReason, message: String)
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let refusing = hyper::service::service_fn(move |_: Request<Incoming>| {
             let refused = status(reason, message.clone());
             std::future::ready(Ok::<_, Infallible>(refused.into_http::<tonic::body::Body>()))
         });
-        let connection = self.http2().serve_connection(TokioIo::new(tls), refusing);
+        let connection = self.http2().serve_connection(TokioIo::new(stream), refusing);
         // A caller of ours has seen the same fault and is gone; others get time for one call.
         let _ = timeout(REFUSAL_TIME, connection).await;
     }

@@ -19,6 +19,7 @@ use crate::{
     chain::{Held, Run},
     runs::{ActiveRun, CommitDisk, RunState, Runs, WantedDisk, Writer},
     session::{Marks, Session},
+    spawn_work,
 };
 
 const MAX_DISKS: usize = 64;
@@ -265,7 +266,7 @@ async fn receive(
     let writer = Writer::new(runs.run_of(session, machine)?, session, first.epoch)?;
     let (queue, messages) = mpsc::channel(QUEUE);
     let thread_acks = acks.clone();
-    let thread = tokio::task::spawn_blocking(move || write(&writer, messages, &thread_acks));
+    let thread = spawn_work(async move { write(&writer, messages, &thread_acks).await });
     let mut next = Some(first);
     let mut broken = Ok(());
     while let Some(message) = next {
@@ -273,6 +274,7 @@ async fn receive(
             break;
         }
         next = tokio::select! {
+            biased;
             message = stream.message() => message.unwrap_or_else(|error| { broken = Err(error); None }),
             () = acks.closed() => None,
         };
@@ -284,25 +286,25 @@ async fn receive(
 }
 
 /// Writes what comes through the queue until it ends. Blocks the thread.
-fn write(
+async fn write(
     writer: &Writer,
     mut messages: mpsc::Receiver<pb::WriteBlocksRequest>,
     acks: &Acks,
 ) -> Result<(), Status> {
     let (mut received, mut unacknowledged) = (0, 0);
     let mut marks = writer.session().marks();
-    while let Some(message) = messages.blocking_recv() {
+    while let Some(message) = messages.recv().await {
         marks = take(writer, message)?;
         (received, unacknowledged) = (received + 1, unacknowledged + 1);
         if messages.is_empty() || unacknowledged >= ACK_EVERY {
             unacknowledged = 0;
-            if acks.blocking_send(Ok(ack(marks, received))).is_err() {
+            if acks.send(Ok(ack(marks, received))).await.is_err() {
                 return Ok(());
             }
         }
     }
     if unacknowledged > 0 {
-        let _ = acks.blocking_send(Ok(ack(marks, received)));
+        let _ = acks.send(Ok(ack(marks, received))).await;
     }
     Ok(())
 }

@@ -21,15 +21,35 @@ pub mod storage;
 
 use janus_proto::error::{ErrorReason, status};
 
-/// Runs work that blocks on a thread meant for it.
+/// Runs work that blocks on a thread meant for it. A runtime with a single thread has no others to keep waiting: there
+/// it runs in place, so that a whole-system simulation has one order of events.
 ///
 /// # Errors
 /// `STORE_FAILED` when it panicked, which is a bug.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, tonic::Status> {
+    if is_single_threaded() {
+        return Ok(work());
+    }
     tokio::task::spawn_blocking(work).await.map_err(|error| {
         tracing::error!(%error, "a task failed");
         status(ErrorReason::StoreFailed, "the server failed inside; its log says more")
     })
+}
+
+fn is_single_threaded() -> bool {
+    let flavor = tokio::runtime::Handle::current().runtime_flavor();
+    flavor == tokio::runtime::RuntimeFlavor::CurrentThread
+}
+
+/// Runs a task that awaits between pieces of work that block: see [`blocking`].
+pub(crate) fn spawn_work<T: Send + 'static>(
+    work: impl Future<Output = T> + Send + 'static,
+) -> tokio::task::JoinHandle<T> {
+    if is_single_threaded() {
+        return tokio::spawn(work);
+    }
+    let runtime = tokio::runtime::Handle::current();
+    tokio::task::spawn_blocking(move || runtime.block_on(work))
 }

@@ -6,9 +6,8 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use janus_proto::{
-    channel::{self, ConnectOptions, Expect, explain},
+    channel::{self, ConnectOptions, Dialer, Expect, explain},
     pb::{self, report_request::Event, report_service_client::ReportServiceClient},
-    tls::Identity,
 };
 use tokio::{
     sync::{broadcast, mpsc, watch},
@@ -51,7 +50,7 @@ impl Reporter {
     pub async fn follow(
         self,
         mut urls: watch::Receiver<Vec<String>>,
-        identity: Identity,
+        dialer: Dialer,
         shutdown: CancellationToken,
     ) {
         let mut streams = JoinSet::new();
@@ -62,10 +61,11 @@ impl Reporter {
                 stream.abort();
             }
             for url in wanted {
-                let run = self.clone().run(url.clone(), identity.clone(), shutdown.clone());
+                let run = self.clone().run(url.clone(), dialer.clone(), shutdown.clone());
                 kept.entry(url).or_insert_with(|| streams.spawn(run));
             }
             tokio::select! {
+                biased;
                 changed = urls.changed() => if changed.is_err() { break },
                 () = shutdown.cancelled() => break,
             }
@@ -74,13 +74,12 @@ impl Reporter {
     }
 
     /// Reports to one janus until `shutdown`.
-    async fn run(self, url: String, identity: Identity, shutdown: CancellationToken) {
+    async fn run(self, url: String, dialer: Dialer, shutdown: CancellationToken) {
         let mut pause = FIRST_PAUSE;
         let mut said = String::new();
         loop {
             let began = Instant::now();
-            let Some(ended) = shutdown.run_until_cancelled(self.stream(&url, &identity)).await
-            else {
+            let Some(ended) = shutdown.run_until_cancelled(self.stream(&url, &dialer)).await else {
                 return;
             };
             if began.elapsed() > LONGEST_PAUSE {
@@ -99,12 +98,12 @@ impl Reporter {
     }
 
     /// One stream, until it breaks; says why it did.
-    async fn stream(&self, url: &str, identity: &Identity) -> String {
-        let channel =
-            match channel::connect(url, identity, ConnectOptions::expecting(Expect::Janus)).await {
-                Ok(connection) => connection.channel,
-                Err(error) => return error.to_string(),
-            };
+    async fn stream(&self, url: &str, dialer: &Dialer) -> String {
+        let options = ConnectOptions::expecting(Expect::Janus);
+        let channel = match channel::connect_through(url, dialer.clone(), options).await {
+            Ok(connection) => connection.channel,
+            Err(error) => return error.to_string(),
+        };
         let changes = self.runs.subscribe();
         let (send, events) = mpsc::channel(QUEUE);
         let mut client = ReportServiceClient::new(channel);
@@ -124,6 +123,7 @@ impl Reporter {
             }
         };
         tokio::select! {
+            biased;
             why = feed => why,
             why = read => why,
         }

@@ -10,14 +10,14 @@ use std::{
     collections::HashMap,
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use janus_proto::{
     ids::{BackupId, BlockHash, DiskId, MachineKey, SessionId, SnapshotId},
     model::Batch,
 };
-use tokio::sync::broadcast;
+use tokio::{sync::broadcast, time::Instant};
 
 pub use self::machine::{ActiveRun, Machine};
 use crate::{

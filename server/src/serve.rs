@@ -8,8 +8,9 @@ use std::{
 };
 
 use janus_proto::{
+    channel::Dialer,
     ids::{MachineKey, ServerId},
-    listener::{self, Limits},
+    listener::{Door, Limits},
     model::MAX_MESSAGE_BYTES,
     pb::{
         self, backup_service_server::BackupServiceServer,
@@ -85,7 +86,8 @@ pub struct Server {
     identity: Identity,
     id: ServerId,
     runs: Arc<Runs>,
-    listener: TcpListener,
+    door: Door,
+    dialer: Dialer,
     janus_urls: watch::Sender<Vec<String>>,
 }
 
@@ -134,19 +136,46 @@ impl Server {
     /// As [`ServeError`] says.
     pub async fn start(settings: Settings) -> Result<Self, ServeError> {
         let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
-        let id = match &identity.principal().role {
-            Role::Server(id) => id.clone(),
-            role => return Err(ServeError::WrongRole { role: role.to_string() }),
-        };
+        name(&identity)?;
         let listen = |source| ServeError::Listen { address: settings.listen.clone(), source };
         let listener = TcpListener::bind(&settings.listen).await.map_err(listen)?;
         let stored = settings.clone();
         let opened = tokio::task::spawn_blocking(move || open_store(&stored)).await;
-        let (store, machines) = opened.map_err(|error| ServeError::Wiring(error.to_string()))??;
-        let runs =
-            Arc::new(Runs::new(store, machines, Duration::from_secs(settings.lease_seconds)));
+        let store = opened.map_err(|error| ServeError::Wiring(error.to_string()))??;
+        let (door, dialer) =
+            (Door::Tls(listener, identity.clone()), Arc::new(identity.clone()) as Dialer);
+        Self::over(store, settings, identity, door, dialer)
+    }
+
+    /// A server whose connections come through `door` and are made by `dialer`. Opens the store, which blocks.
+    ///
+    /// # Errors
+    /// As [`ServeError`] says.
+    pub fn between(
+        settings: Settings,
+        identity: Identity,
+        door: Door,
+        dialer: Dialer,
+    ) -> Result<Self, ServeError> {
+        Self::over(open_store(&settings)?, settings, identity, door, dialer)
+    }
+
+    fn over(
+        (store, machines): OpenedStore,
+        settings: Settings,
+        identity: Identity,
+        door: Door,
+        dialer: Dialer,
+    ) -> Result<Self, ServeError> {
+        let (id, lease) = (name(&identity)?, Duration::from_secs(settings.lease_seconds));
+        let runs = Arc::new(Runs::new(store, machines, lease));
         let janus_urls = watch::Sender::new(settings.janus_urls.clone());
-        Ok(Self { settings, identity, id, runs, listener, janus_urls })
+        Ok(Self { settings, identity, id, runs, door, dialer, janus_urls })
+    }
+
+    /// Its runs.
+    pub fn runs(&self) -> &Arc<Runs> {
+        &self.runs
     }
 
     /// Takes changes over while the server runs.
@@ -160,7 +189,7 @@ impl Server {
     /// # Errors
     /// As the system says.
     pub fn address(&self) -> std::io::Result<std::net::SocketAddr> {
-        self.listener.local_addr()
+        self.door.address()
     }
 
     /// Serves until `shutdown`, then drains and ends.
@@ -201,8 +230,8 @@ impl Server {
         tasks.spawn(drain);
         let limits =
             Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
-        tracing::info!(server = name, address = ?self.listener.local_addr().ok(), "serving");
-        listener::serve(self.listener, self.identity, gate, limits, shutdown).await;
+        tracing::info!(server = name, address = ?self.door.address().ok(), "serving");
+        self.door.serve(gate, limits, shutdown).await;
         while tasks.join_next().await.is_some() {}
         tracing::info!(server = name, "stopped");
         Ok(())
@@ -223,7 +252,7 @@ impl Server {
             refresh: Duration::from_secs(self.settings.refresh_seconds),
         };
         let urls = self.janus_urls.subscribe();
-        tasks.spawn(reporter.follow(urls, self.identity.clone(), shutdown.clone()));
+        tasks.spawn(reporter.follow(urls, self.dialer.clone(), shutdown.clone()));
         let keep = Duration::from_secs(self.settings.session_keep_days.saturating_mul(86_400));
         let (runs, shutdown) = (self.runs.clone(), shutdown.clone());
         tasks.spawn(async move {
@@ -236,9 +265,16 @@ impl Server {
     }
 }
 
-fn open_store(
-    settings: &Settings,
-) -> Result<(Store, HashMap<MachineKey, MachineState>), ServeError> {
+fn name(identity: &Identity) -> Result<ServerId, ServeError> {
+    match &identity.principal().role {
+        Role::Server(id) => Ok(id.clone()),
+        role => Err(ServeError::WrongRole { role: role.to_string() }),
+    }
+}
+
+type OpenedStore = (Store, HashMap<MachineKey, MachineState>);
+
+fn open_store(settings: &Settings) -> Result<OpenedStore, ServeError> {
     let path = &settings.image_path;
     refuse_network(&settings.janus_urls, path)?;
     Ok(Store::open(path, settings.separate_folders_by_user)?)

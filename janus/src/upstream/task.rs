@@ -5,9 +5,10 @@ use std::{future::pending, pin::pin, time::Duration};
 use futures::{Stream, StreamExt};
 use http::uri::Authority;
 use janus_proto::{
-    channel::{self, ConnectOptions, Expect},
+    chance,
+    channel::{self, ConnectOptions, Dialer, Expect},
     ids::ServerId,
-    tls::{Identity, Role},
+    tls::Role,
 };
 use tokio::{
     task::JoinSet,
@@ -45,12 +46,12 @@ struct Session {
 }
 
 /// Runs until it is dropped.
-pub(super) async fn run(upstream: Upstream, identity: Identity, kill: CancellationToken) {
+pub(super) async fn run(upstream: Upstream, dialer: Dialer, kill: CancellationToken) {
     let mut pause = FIRST_PAUSE;
     loop {
         let begun = Instant::now();
         upstream.note_look(true);
-        let reason = match connect(&upstream, &identity, kill.child_token()).await {
+        let reason = match connect(&upstream, &dialer, kill.child_token()).await {
             Ok(session) => {
                 pause = FIRST_PAUSE;
                 stay(&upstream, session).await
@@ -60,7 +61,8 @@ pub(super) async fn run(upstream: Upstream, identity: Identity, kill: Cancellati
         mark_down(&upstream, reason);
         sleep(LEAST_PAUSE.saturating_sub(begun.elapsed())).await;
         tokio::select! {
-            () = sleep(pause.mul_f64(rand::random_range(0.5..1.0))) => {}
+            biased;
+            () = sleep(pause.mul_f64(chance::between(0.5..1.0))) => {}
             () = upstream.0.look.notified() => {}
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -81,13 +83,13 @@ fn mark_down(upstream: &Upstream, reason: String) {
 
 async fn connect(
     upstream: &Upstream,
-    identity: &Identity,
+    dialer: &Dialer,
     kill: CancellationToken,
 ) -> Result<Session, String> {
     let until_done = kill.clone().drop_guard();
     let begun = Instant::now();
-    let (server, control, control_driver) = open(upstream, identity, &kill).await?;
-    let (other, bulk, bulk_driver) = open(upstream, identity, &kill).await?;
+    let (server, control, control_driver) = open(upstream, dialer, &kill).await?;
+    let (other, bulk, bulk_driver) = open(upstream, dialer, &kill).await?;
     if other != server {
         return Err(format!(
             "{} is shared by servers {server} and {other}: give each its own URL",
@@ -104,14 +106,12 @@ async fn connect(
 
 async fn open(
     upstream: &Upstream,
-    identity: &Identity,
+    dialer: &Dialer,
     kill: &CancellationToken,
 ) -> Result<(ServerId, Wire, super::wire::Driver), String> {
     let options = ConnectOptions { connect_timeout: CONNECT, expect: Expect::Server };
     let target = &upstream.0.target;
-    let (stream, peer) = channel::connect_tls(target, identity, &options)
-        .await
-        .map_err(|error| error.to_string())?;
+    let (stream, peer) = dialer.dial(target, &options).await.map_err(|error| error.to_string())?;
     let Role::Server(server) = peer.role else { return Err(format!("{peer} is not a server")) };
     let authority: Authority =
         target.authority().parse().map_err(|_| format!("{target} is not a URL"))?;
@@ -128,6 +128,7 @@ async fn stay(upstream: &Upstream, mut session: Session) -> String {
     let mut reads = pin!(health::watch(control.clone(), RESTORE_SERVICE));
     let first = async { tokio::join!(starts.next(), reads.next()) };
     let (said_starts, said_reads) = tokio::select! {
+        biased;
         first = timeout(CONNECT, first) => match first {
             Ok(said) => said,
             Err(_) => {
@@ -148,6 +149,7 @@ async fn stay(upstream: &Upstream, mut session: Session) -> String {
         state.reads = said_reads.unwrap_or(Serving::Yes);
     });
     tokio::select! {
+        biased;
         lost = driver_end(&mut session.drivers) => {
             tokio::spawn(end_later(session.kill.clone()));
             lost

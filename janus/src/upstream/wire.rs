@@ -18,7 +18,7 @@ use futures::future::BoxFuture;
 use http::{Request, Response, Uri, uri::Authority};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::TokioIo;
-use janus_proto::channel::{self, TlsStream};
+use janus_proto::channel::{self, Stream};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::Instant,
@@ -58,7 +58,7 @@ impl Pulse {
 
 /// The connection's socket: notes each read that brings bytes.
 struct Listened {
-    stream: TlsStream,
+    stream: Stream,
     pulse: Arc<Pulse>,
 }
 
@@ -160,9 +160,9 @@ where
 pub(super) type Driver = BoxFuture<'static, Result<(), hyper::Error>>;
 
 impl Wire {
-    /// HTTP/2 over a fresh TLS connection.
+    /// HTTP/2 over a fresh connection.
     pub(super) async fn open(
-        stream: TlsStream,
+        stream: Stream,
         authority: Authority,
         kill: CancellationToken,
     ) -> Result<(Self, Driver), hyper::Error> {

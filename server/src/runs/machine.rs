@@ -3,11 +3,12 @@
 use std::{
     collections::{HashSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId};
 use time::{OffsetDateTime, macros::format_description};
+use tokio::time::Instant;
 
 use super::{
     CommitDisk, MAX_COUNTER_JUMP, RunError, Runs, WantedDisk, boot_id, left, lock, now_ms,
