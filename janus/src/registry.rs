@@ -421,6 +421,7 @@ impl Claim {
     pub fn accept(self, counter: u64) {
         let mut inner = self.registry.lock();
         let Some((machine, server, _)) = inner.claims.remove(&self.number) else { return };
+        inner.runs.started(&machine, &server, Instant::now());
         if inner.servers.len() >= MAX_SERVERS && !inner.servers.contains_key(&server) {
             return;
         }

@@ -195,7 +195,12 @@ impl Upstream {
     pub(crate) fn stand(&self, need: Need) -> Result<Link, Down> {
         let state = self.0.state.borrow();
         let down = |reason: &str| Down { reason: reason.to_string(), since_ms: state.since_ms };
-        let Some(link) = state.link.clone() else { return Err(down(&state.reason)) };
+        let Some(link) = state.link.clone() else {
+            return Err(match self.unanswered() {
+                Some(time) => down(&format!("no answer for {} ms", time.as_millis())),
+                None => down(&state.reason),
+            });
+        };
         if need == Need::Link {
             return Ok(link);
         }
@@ -247,6 +252,13 @@ impl Upstream {
     /// Looks for the server now instead of at the end of the pause.
     pub(crate) fn look_now(&self) {
         self.0.look.notify_one();
+    }
+
+    /// How long the present attempt to connect has lasted, when that is longer than a probe may take.
+    fn unanswered(&self) -> Option<Duration> {
+        let since = self.0.looking_since.load(Ordering::Relaxed);
+        let lasted = self.0.begun.elapsed().saturating_sub(Duration::from_millis(since));
+        (since > 0 && lasted >= self.probe_limit()).then_some(lasted)
     }
 
     fn note_look(&self, is_looking: bool) {

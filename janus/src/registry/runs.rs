@@ -27,12 +27,24 @@ struct Run {
 pub struct Runs {
     runs: HashMap<BackupId, Run>,
     order: VecDeque<BackupId>,
+    /// Newest accepted start of each machine: its run has an id that only its calls tell.
+    starts: HashMap<MachineKey, (ServerId, Instant)>,
 }
 
 impl Runs {
     /// Server of a run, if this janus knows it.
     pub fn server_of(&self, run: BackupId) -> Option<ServerId> {
         self.runs.get(&run).map(|run| run.server.clone())
+    }
+
+    /// A start of the machine was accepted by `server`.
+    pub fn started(&mut self, machine: &MachineKey, server: &ServerId, now: Instant) {
+        if self.starts.len() >= MAX_RUNS {
+            self.starts.retain(|_, (_, at)| now.duration_since(*at) < QUIET);
+        }
+        if self.starts.len() < MAX_RUNS {
+            self.starts.insert(machine.clone(), (server.clone(), now));
+        }
     }
 
     /// A call of the run begins at `server`.
@@ -68,12 +80,18 @@ impl Runs {
 
     /// Machines that have a run at `server` now.
     pub fn machines_at(&self, server: &ServerId, now: Instant) -> HashSet<&MachineKey> {
-        self.runs
+        let calling = self
+            .runs
             .values()
             .filter(|run| run.server == *server)
             .filter(|run| run.open_calls > 0 || now.duration_since(run.last_call) < QUIET)
-            .filter_map(|run| run.machine.as_ref())
-            .collect()
+            .filter_map(|run| run.machine.as_ref());
+        let started = self
+            .starts
+            .iter()
+            .filter(|(_, (at, since))| at == server && now.duration_since(*since) < QUIET)
+            .map(|(machine, _)| machine);
+        calling.chain(started).collect()
     }
 
     fn make_room(&mut self) {
@@ -101,7 +119,11 @@ mod tests {
         assert_eq!(runs.machines_at(&server, Instant::now()).len(), 1);
         tokio::time::advance(QUIET).await;
         assert_eq!(runs.machines_at(&server, Instant::now()).len(), 0);
-        assert_eq!(runs.server_of(run), Some(server));
+        assert_eq!(runs.server_of(run).as_ref(), Some(&server));
+        runs.started(&machine, &server, Instant::now());
+        assert_eq!(runs.machines_at(&server, Instant::now()).len(), 1);
+        tokio::time::advance(QUIET).await;
+        assert_eq!(runs.machines_at(&server, Instant::now()).len(), 0);
     }
 
     #[tokio::test(start_paused = true)]

@@ -11,3 +11,4 @@ mod life;
 mod limits;
 mod site;
 mod starts;
+mod unusable;
