@@ -158,13 +158,7 @@ impl Catalog {
             unreachable.extend(down);
         }
         for server in self.strangers(&servers) {
-            let reason =
-                "reports to this janus, which doesn't reach it at any of its server_urls".into();
-            unreachable.push(pb::UnreachableServer {
-                server_id: server.to_string(),
-                reason,
-                since_ms: 0,
-            });
+            unreachable.push(self.stranger(&server));
             entries.push(self.remembered(&server, &query, size, &position));
         }
         let (entries, next) = merge(entries, size, position);
@@ -228,6 +222,20 @@ impl Catalog {
             entries: entries.into_iter().map(|e| (e, String::new())).collect(),
             is_complete,
         }
+    }
+
+    fn stranger(&self, server: &ServerId) -> pb::UnreachableServer {
+        let registry = self.fleet.registry();
+        let (reason, since_ms) = match registry.report_age(server) {
+            Some(_) => {
+                ("reports to this janus, which doesn't reach it at any of its server_urls", 0)
+            }
+            None => (
+                "none of server_urls leads to it and it reports no more; if it is gone for good: janus forget",
+                registry.heard_ms(server).unwrap_or(0),
+            ),
+        };
+        pb::UnreachableServer { server_id: server.to_string(), reason: reason.into(), since_ms }
     }
 
     /// Servers that have reported but that no URL leads to.

@@ -28,7 +28,7 @@ pub struct Settings {
     pub key: PathBuf,
     /// Certificate of the group's authority (PEM).
     pub ca: PathBuf,
-    /// Kept for the catalog of unreachable servers across restarts; nothing is written yet.
+    /// Keeps what is known of the servers across restarts; empty: nothing does.
     pub view_file: String,
     /// Whether servers get first full backups of a machine by themselves.
     pub initial_backups: InitialBackups,
@@ -98,7 +98,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("cert", "This janus' certificate, PEM"),
     ("key", "Its private key, PEM"),
     ("ca", "The CA's certificate, PEM"),
-    ("view_file", "Not used yet; leave it empty"),
+    ("view_file", "Keeps what is known of the servers across restarts; empty: nothing does"),
     ("initial_backups", "First full backups to a server in their turn: allow, or hold"),
     ("max_initial_runs", "First backups that one server takes at once before others are preferred"),
     (
@@ -147,9 +147,6 @@ impl Settings {
             if !(1..=MAX_BULK_STREAMS).contains(&value) {
                 return invalid(key, &format!("must be 1 to {MAX_BULK_STREAMS}"));
             }
-        }
-        if !self.view_file.is_empty() {
-            return invalid("view_file", "is not supported yet: leave it empty");
         }
         let targets = self.targets()?;
         if targets.is_empty() {

@@ -17,7 +17,7 @@ use tracing::info;
 use crate::{
     agreement::Required,
     balance::Directory,
-    registry::{Claim, Registry},
+    registry::{Claim, Registry, Remembered},
     selection::{Candidate, Place, Policy, order},
     upstream::{Down, Link, Need, Upstream},
 };
@@ -114,6 +114,29 @@ impl Fleet {
     /// All servers, in the order of `server_urls`.
     pub fn servers(&self) -> Arc<Vec<Upstream>> {
         self.servers.load_full()
+    }
+
+    /// All that is known of servers, with the URL that leads to each.
+    pub fn remembered(&self) -> Vec<Remembered> {
+        let mut known = self.registry.remembered();
+        for upstream in self.servers().iter() {
+            let Some(server) = upstream.server() else { continue };
+            if let Some(known) = known.iter_mut().find(|known| known.server == server.as_str()) {
+                known.url = upstream.url();
+            }
+        }
+        known
+    }
+
+    /// Takes over what was known before a restart.
+    pub fn recall(&self, known: Vec<Remembered>) {
+        for upstream in self.servers().iter() {
+            let at = known.iter().find(|known| known.url == upstream.url());
+            if let Some(Ok(server)) = at.map(|known| known.server.parse()) {
+                upstream.presume(server);
+            }
+        }
+        self.registry.recall(known);
     }
 
     /// What is known of them.

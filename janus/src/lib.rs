@@ -21,3 +21,4 @@ pub mod selection;
 pub mod serve;
 pub mod status;
 pub mod upstream;
+mod view;

@@ -4,6 +4,7 @@
 //! merged by maximum, so that the order of reports doesn't matter and no clock takes part in a selection. Everything
 //! is behind one lock, held for microseconds and never across an await.
 
+mod recall;
 mod runs;
 mod state;
 
@@ -19,7 +20,8 @@ use janus_proto::{
 };
 use tokio::time::Instant;
 
-use crate::agreement::differences;
+pub use self::recall::Remembered;
+use crate::{agreement::differences, clock::unix_ms};
 
 use self::{
     runs::Runs,
@@ -115,6 +117,8 @@ struct Inner {
     claims: HashMap<u64, (MachineKey, ServerId, u64)>,
     next_number: u64,
     runs: Runs,
+    /// Counts changes of `servers`.
+    revision: u64,
 }
 
 /// Shared by all parts of janus; cheap to clone.
@@ -192,6 +196,7 @@ impl Registry {
             return Err(ReportRefused::TooMany);
         }
         let slot = inner.number();
+        inner.revision += 1;
         let state = inner.servers.entry(server.clone()).or_default();
         let known = &state.version;
         if known.generation == hello.store_generation && hello.start_epoch < known.epoch {
@@ -214,6 +219,7 @@ impl Registry {
         state.slot = slot;
         state.staged = Some(Told::default());
         state.last_message = Some(Instant::now());
+        state.heard_ms = unix_ms();
         state.settings = hello.settings.clone();
         state.urls = hello.urls.iter().take(16).cloned().collect();
         Ok(ReportSlot { registry: self.clone(), server: server.clone(), slot })
@@ -222,6 +228,11 @@ impl Registry {
     /// Age of the last message of a server's report stream; `None` without a stream.
     pub fn report_age(&self, server: &ServerId) -> Option<Duration> {
         self.lock().servers.get(server)?.last_message.map(|at| at.elapsed())
+    }
+
+    /// Unix milliseconds of a server's last message, before this janus' start too; `None` when there was none.
+    pub fn heard_ms(&self, server: &ServerId) -> Option<i64> {
+        Some(self.lock().servers.get(server)?.heard_ms).filter(|ms| *ms > 0)
     }
 
     /// Servers that report now.
@@ -287,6 +298,7 @@ impl Registry {
         let forgotten =
             Forgotten { snapshots: state.told.snapshots.len(), machines: state.uses.len() };
         inner.servers.remove(server);
+        inner.revision += 1;
         Ok(forgotten)
     }
 
@@ -422,6 +434,7 @@ impl Claim {
         let mut inner = self.registry.lock();
         let Some((machine, server, _)) = inner.claims.remove(&self.number) else { return };
         inner.runs.started(&machine, &server, Instant::now());
+        inner.revision += 1;
         if inner.servers.len() >= MAX_SERVERS && !inner.servers.contains_key(&server) {
             return;
         }
@@ -474,12 +487,14 @@ impl ReportSlot {
     ) -> Result<(), ReportRefused> {
         use pb::report_request::Event;
         let mut inner = self.registry.lock();
+        inner.revision += u64::from(!matches!(event, Some(Event::Heartbeat(_)) | None));
         let state = inner
             .servers
             .get_mut(&self.server)
             .filter(|state| state.slot == self.slot)
             .ok_or_else(|| ReportRefused::Superseded { server: self.server.clone() })?;
         state.last_message = Some(Instant::now());
+        state.heard_ms = unix_ms();
         state.version.sequence = state.version.sequence.max(sequence);
         match event {
             Some(Event::Full(change) | Event::Change(change)) => {

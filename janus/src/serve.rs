@@ -1,6 +1,6 @@
 //! Wiring: servers, services, listener, and an end in good order.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use janus_proto::{
     channel::{Dialer, Target},
@@ -27,6 +27,7 @@ use crate::{
     registry::Registry,
     report::Reports,
     router::Router,
+    view,
 };
 
 /// Between NOT_SERVING and the end of the streams that tell it.
@@ -129,7 +130,13 @@ impl Janus {
         };
         let (door, dialer) =
             (Door::Tls(listener, identity.clone()), Arc::new(identity.clone()) as Dialer);
-        Ok(Self { metrics, ..Self::between(settings, identity, door, dialer)? })
+        let janus = Self { metrics, ..Self::between(settings, identity, door, dialer)? };
+        if !janus.settings.view_file.is_empty() {
+            let file = PathBuf::from(&janus.settings.view_file);
+            let known = tokio::task::spawn_blocking(move || view::load(&file)).await;
+            janus.fleet.recall(known.map_err(wiring)?);
+        }
+        Ok(janus)
     }
 
     /// A janus whose connections come through `door` and are made by `dialer`.
@@ -199,6 +206,10 @@ impl Janus {
         tasks.spawn(following);
         let drain = CancellationToken::new();
         tasks.spawn(follow_health(fleet.clone(), reporter, shutdown.clone(), drain.clone()));
+        if !self.settings.view_file.is_empty() {
+            let file = PathBuf::from(&self.settings.view_file);
+            tasks.spawn(view::keep(file, fleet.clone(), stop.clone()));
+        }
         if let Some(metrics) = self.metrics {
             let (fleet, shutdown, stop) = (fleet.clone(), shutdown.clone(), stop.clone());
             tasks.spawn(async move {

@@ -163,6 +163,11 @@ impl Upstream {
         self.0.state.borrow().server.clone()
     }
 
+    /// The name of the server that was here before this janus' start: it counts until a connection shows another.
+    pub(crate) fn presume(&self, server: ServerId) {
+        self.change(|state| state.server = state.server.take().or(Some(server)));
+    }
+
     /// Name, or URL while the name isn't known.
     pub fn name(&self) -> String {
         self.server().map_or_else(|| self.url(), |server| server.to_string())

@@ -88,6 +88,8 @@ pub(super) struct ServerState {
     pub rival: Option<String>,
     pub settings: Option<pb::SharedSettings>,
     pub urls: Vec<String>,
+    /// Unix milliseconds of the last message of any stream; 0: there was none.
+    pub heard_ms: i64,
 }
 
 impl ServerState {

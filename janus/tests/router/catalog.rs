@@ -18,7 +18,7 @@ use tonic::{Request, Streaming, transport::Channel};
 
 use crate::{
     backend::Backend,
-    site::{Keys, Running, channel, client, janus, reason},
+    site::{Keys, Running, channel, client, janus, janus_with, reason},
     starts::start_request,
 };
 
@@ -127,6 +127,46 @@ async fn snapshots_of_a_lost_server_stay_listed_as_unreachable() {
     assert!(unknown.message().contains("; a: "), "{}", unknown.message());
     let disks = catalog.list_disks(pb::ListDisksRequest::default()).await.unwrap().into_inner();
     assert_eq!((disks.disks.len(), disks.disks[0].disk_id.as_str()), (1, "root"));
+}
+
+#[tokio::test]
+async fn a_janus_that_was_restarted_still_lists_a_server_that_is_down() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let folder = tempfile::tempdir().unwrap();
+    let view = folder.path().join("view");
+    let servers = [a.address(), b.address()];
+    let with_view = async || {
+        let view = view.to_string_lossy().into_owned();
+        janus_with(&keys, &servers, |settings| settings.view_file = view).await
+    };
+    let mut first = with_view().await;
+    let on_a = snapshot("a", 1);
+    {
+        let _report = report(&keys, &first, "a", vec![on_a.clone()], 7).await;
+        client(&keys, &first.url).await.start_backup(start_request()).await.unwrap();
+        first.stop.cancel();
+    }
+    first.task.take().unwrap().await.unwrap();
+    a.line.cut();
+
+    let second = with_view().await;
+    let mut listed = catalog(&keys, &second).await;
+    let list =
+        listed.list_snapshots(pb::ListSnapshotsRequest::default()).await.unwrap().into_inner();
+    assert_eq!(list.snapshots.len(), 1, "{list:?}");
+    assert_eq!(list.snapshots[0].snapshot_id, on_a.snapshot_id);
+    assert!(!list.snapshots[0].reachable);
+    assert_eq!((list.unreachable.len(), list.unreachable[0].server_id.as_str()), (1, "a"));
+    // Counters are known again, too: the next one is above those of A.
+    client(&keys, &second.url).await.start_backup(start_request()).await.unwrap();
+    assert_eq!(b.header(metadata::USE).last().map(String::as_str), Some("9"));
+
+    std::fs::write(&view, "no view").unwrap();
+    let third = with_view().await;
+    let mut listed = catalog(&keys, &third).await;
+    let list = listed.list_snapshots(pb::ListSnapshotsRequest::default()).await.unwrap();
+    assert!(list.into_inner().snapshots.is_empty());
 }
 
 #[tokio::test]
