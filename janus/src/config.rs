@@ -46,6 +46,8 @@ pub struct Settings {
     pub max_bulk_streams: u32,
     /// How many of them one caller may have.
     pub max_bulk_streams_per_caller: u32,
+    /// Address and port for health checks without TLS; empty: none.
+    pub health_listen: String,
     /// Address and port for Prometheus, plain HTTP; empty: none.
     pub metrics_listen: String,
     /// Hours after which `janus status --check` calls a machine without a new backup overdue.
@@ -73,6 +75,7 @@ impl Default for Settings {
             probe_ms: 1000,
             max_bulk_streams: 64,
             max_bulk_streams_per_caller: 16,
+            health_listen: String::new(),
             metrics_listen: String::new(),
             overdue_after_hours: 26,
             drain_seconds: 10,
@@ -110,6 +113,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("probe_ms", "How long a server may take to answer a probe"),
     ("max_bulk_streams", "Uploads and downloads that pass through at once"),
     ("max_bulk_streams_per_caller", "How many of them one caller may have"),
+    ("health_listen", "Address and port for health checks, plain gRPC and HTTP; empty: none"),
     ("metrics_listen", "Address and port for Prometheus, plain HTTP; empty: none"),
     (
         "overdue_after_hours",

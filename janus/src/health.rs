@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use janus_proto::health::set_all;
 use tokio::time::{MissedTickBehavior, interval};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
@@ -38,7 +39,5 @@ pub(crate) async fn follow(fleet: Fleet, reporter: HealthReporter) {
 
 /// The end is near: nothing is served any more.
 pub(crate) async fn not_serving(reporter: &HealthReporter) {
-    for service in ["", BACKUP_SERVICE, RESTORE_SERVICE] {
-        reporter.set_service_status(service, ServingStatus::NotServing).await;
-    }
+    set_all(reporter, ServingStatus::NotServing).await;
 }

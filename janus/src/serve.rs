@@ -6,7 +6,7 @@ use janus_proto::{
     channel::{Dialer, Target},
     ids::ServerId,
     listener::{Door, Limits},
-    pb, program,
+    pb, plain_health, program,
     settings::changed_keys,
     tls::{Identity, Role, TlsError},
 };
@@ -72,6 +72,7 @@ pub struct Janus {
     door: Door,
     dialer: Dialer,
     metrics: Option<TcpListener>,
+    health: Option<TcpListener>,
     targets: watch::Sender<Vec<Target>>,
 }
 
@@ -124,13 +125,11 @@ impl Janus {
         let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
         name(&identity)?;
         let listener = bind("listen", &settings.listen).await?;
-        let metrics = match settings.metrics_listen.as_str() {
-            "" => None,
-            address => Some(bind("metrics_listen", address).await?),
-        };
+        let metrics = bind_where_set("metrics_listen", &settings.metrics_listen).await?;
+        let health = bind_where_set("health_listen", &settings.health_listen).await?;
         let (door, dialer) =
             (Door::Tls(listener, identity.clone()), Arc::new(identity.clone()) as Dialer);
-        let janus = Self { metrics, ..Self::between(settings, identity, door, dialer)? };
+        let janus = Self { metrics, health, ..Self::between(settings, identity, door, dialer)? };
         if !janus.settings.view_file.is_empty() {
             let file = PathBuf::from(&janus.settings.view_file);
             let known = tokio::task::spawn_blocking(move || view::load(&file)).await;
@@ -154,7 +153,8 @@ impl Janus {
         let (targets, registry) = (settings.targets()?, Registry::new());
         let fleet = Fleet::new(&targets, settings.probe(), registry, settings.required());
         let targets = watch::Sender::new(targets);
-        Ok(Self { settings, identity, id, fleet, door, dialer, metrics: None, targets })
+        let (metrics, health) = (None, None);
+        Ok(Self { settings, identity, id, fleet, door, dialer, metrics, health, targets })
     }
 
     /// Its servers, and what it knows of them.
@@ -173,6 +173,11 @@ impl Janus {
         self.metrics.as_ref()?.local_addr().ok()
     }
 
+    /// The address for health checks without TLS, where there is one.
+    pub fn health_address(&self) -> Option<SocketAddr> {
+        self.health.as_ref()?.local_addr().ok()
+    }
+
     /// The address that was bound.
     ///
     /// # Errors
@@ -188,7 +193,8 @@ impl Janus {
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
         let fleet = self.fleet;
         let drain_limit = Duration::from_secs(self.settings.drain_seconds);
-        let (reporter, health_service) = tonic_health::server::health_reporter();
+        let (reporter, health_service) = janus_proto::health::health().await;
+        let plain = Routes::new(health_service.clone());
         let local = Routes::new(health_service)
             .add_service(Catalog::service(fleet.clone()))
             .add_service(Reports::service(fleet.clone()))
@@ -209,6 +215,9 @@ impl Janus {
         if !self.settings.view_file.is_empty() {
             let file = PathBuf::from(&self.settings.view_file);
             tasks.spawn(view::keep(file, fleet.clone(), stop.clone()));
+        }
+        if let Some(health) = self.health {
+            tasks.spawn(plain_health::serve(health, plain, stop.clone()));
         }
         if let Some(metrics) = self.metrics {
             let (fleet, shutdown, stop) = (fleet.clone(), shutdown.clone(), stop.clone());
@@ -250,6 +259,13 @@ fn name(identity: &Identity) -> Result<ServerId, ServeError> {
         Role::Janus(id) => Ok(id.clone()),
         role => Err(ServeError::WrongRole { role: role.to_string() }),
     }
+}
+
+async fn bind_where_set(
+    key: &'static str,
+    address: &str,
+) -> Result<Option<TcpListener>, ServeError> {
+    if address.is_empty() { Ok(None) } else { bind(key, address).await.map(Some) }
 }
 
 async fn bind(key: &'static str, address: &str) -> Result<TcpListener, ServeError> {

@@ -224,7 +224,7 @@ impl Hall {
 }
 
 /// The next connection; `None` when `shutdown` begins.
-async fn accept(
+pub(crate) async fn accept(
     listener: &TcpListener,
     shutdown: &CancellationToken,
 ) -> Option<(TcpStream, SocketAddr)> {
@@ -243,7 +243,7 @@ async fn accept(
 }
 
 // Graceful HTTP/2 shutdown waits for ever on a peer that never spoke or stopped answering, hence the hard end.
-async fn drain(tasks: &TaskTracker, kill: &CancellationToken, limit: Duration) {
+pub(crate) async fn drain(tasks: &TaskTracker, kill: &CancellationToken, limit: Duration) {
     tasks.close();
     if timeout(limit, tasks.wait()).await.is_ok() {
         return;
@@ -257,9 +257,9 @@ async fn drain(tasks: &TaskTracker, kill: &CancellationToken, limit: Duration) {
 
 /// Runs hyper's tasks as ours, so that they end with their connection.
 #[derive(Clone)]
-struct OwnedTasks {
-    tasks: TaskTracker,
-    kill: CancellationToken,
+pub(crate) struct OwnedTasks {
+    pub tasks: TaskTracker,
+    pub kill: CancellationToken,
 }
 
 impl<F> hyper::rt::Executor<F> for OwnedTasks

@@ -32,6 +32,8 @@ pub struct Settings {
     pub session_keep_days: u64,
     /// Time after which a report stream's silence is broken.
     pub refresh_seconds: u64,
+    /// Address and port for health checks without TLS; empty: none.
+    pub health_listen: String,
     /// On SIGTERM, calls may go on for this long.
     pub drain_seconds: u64,
     /// Log filter.
@@ -53,6 +55,7 @@ impl Default for Settings {
             lease_seconds: 60,
             session_keep_days: 7,
             refresh_seconds: 60,
+            health_listen: String::new(),
             drain_seconds: 10,
             log: "info".into(),
         }
@@ -73,6 +76,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("lease_seconds", "A silent run keeps others of its machine away for so long"),
     ("session_keep_days", "Open runs that nobody touches are given up after this"),
     ("refresh_seconds", "Heartbeat of the report streams"),
+    ("health_listen", "Address and port for health checks, plain gRPC and HTTP; empty: none"),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
     ("log", "Log filter, such as info or janus_server=debug"),
 ];

@@ -9,6 +9,7 @@ use std::{
 
 use janus_proto::{
     channel::Dialer,
+    health::{health, set_all},
     ids::{MachineKey, ServerId},
     listener::{Door, Limits},
     model::MAX_MESSAGE_BYTES,
@@ -17,14 +18,14 @@ use janus_proto::{
         catalog_service_server::CatalogServiceServer, restore_service_server::RestoreServiceServer,
         server_info_service_server::ServerInfoServiceServer,
     },
-    program,
+    plain_health, program,
     settings::changed_keys,
     tls::{Identity, Role, TlsError},
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use tonic_health::{ServingStatus, server::HealthReporter};
+use tonic_health::ServingStatus;
 
 use crate::{
     backup::Backup,
@@ -39,8 +40,6 @@ use crate::{
     storage,
 };
 
-/// Names under which health is asked for.
-const SERVICES: [&str; 3] = ["", "janus.v1.BackupService", "janus.v1.RestoreService"];
 /// How often old open runs are looked for.
 const EXPIRY_ROUND: Duration = Duration::from_secs(3600);
 
@@ -54,8 +53,10 @@ pub enum ServeError {
         role: String,
     },
     /// The address can't be had.
-    #[error("cannot listen on {address}: {source}; choose another address in setting listen")]
+    #[error("cannot listen on {address}: {source}; choose another address in setting {key}")]
     Listen {
+        /// The setting.
+        key: &'static str,
         /// The address.
         address: String,
         /// Why not.
@@ -88,6 +89,7 @@ pub struct Server {
     runs: Arc<Runs>,
     door: Door,
     dialer: Dialer,
+    plain_health: Option<TcpListener>,
     janus_urls: watch::Sender<Vec<String>>,
 }
 
@@ -137,14 +139,17 @@ impl Server {
     pub async fn start(settings: Settings) -> Result<Self, ServeError> {
         let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
         name(&identity)?;
-        let listen = |source| ServeError::Listen { address: settings.listen.clone(), source };
-        let listener = TcpListener::bind(&settings.listen).await.map_err(listen)?;
+        let listener = bind("listen", &settings.listen).await?;
+        let plain_health = match settings.health_listen.as_str() {
+            "" => None,
+            address => Some(bind("health_listen", address).await?),
+        };
         let stored = settings.clone();
         let opened = tokio::task::spawn_blocking(move || open_store(&stored)).await;
         let store = opened.map_err(|error| ServeError::Wiring(error.to_string()))??;
         let (door, dialer) =
             (Door::Tls(listener, identity.clone()), Arc::new(identity.clone()) as Dialer);
-        Self::over(store, settings, identity, door, dialer)
+        Ok(Self { plain_health, ..Self::over(store, settings, identity, door, dialer)? })
     }
 
     /// A server whose connections come through `door` and are made by `dialer`. Opens the store, which blocks.
@@ -170,7 +175,8 @@ impl Server {
         let (id, lease) = (name(&identity)?, Duration::from_secs(settings.lease_seconds));
         let runs = Arc::new(Runs::new(store, machines, lease));
         let janus_urls = watch::Sender::new(settings.janus_urls.clone());
-        Ok(Self { settings, identity, id, runs, door, dialer, janus_urls })
+        let plain_health = None;
+        Ok(Self { settings, identity, id, runs, door, dialer, plain_health, janus_urls })
     }
 
     /// Its runs.
@@ -197,11 +203,12 @@ impl Server {
     /// # Errors
     /// When the wiring fails.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
-        let (health, health_service) = tonic_health::server::health_reporter();
-        set_health(&health, ServingStatus::Serving).await;
+        let (health, health_service) = health().await;
+        set_all(&health, ServingStatus::Serving).await;
         let name = self.id.to_string();
         let urls = self.settings.urls.clone();
         let here = pb::ServerAddresses { server_id: name.clone(), urls };
+        let plain = Routes::new(health_service.clone());
         let routes = Routes::new(health_service)
             .add_service(
                 BackupServiceServer::new(Backup::new(self.runs.clone(), here.clone()))
@@ -220,11 +227,17 @@ impl Server {
             .prepare();
         let gate = Gate::new(routes, self.identity.clone(), self.id.clone()).map_err(wiring)?;
         let mut tasks = self.tasks(&shutdown);
+        // Answered until the last call is over.
+        let stop = CancellationToken::new();
+        let _stop_on_drop = stop.clone().drop_guard();
+        if let Some(listener) = self.plain_health {
+            tasks.spawn(plain_health::serve(listener, plain, stop.clone()));
+        }
         let drain = {
             let shutdown = shutdown.clone();
             async move {
                 shutdown.cancelled().await;
-                set_health(&health, ServingStatus::NotServing).await;
+                set_all(&health, ServingStatus::NotServing).await;
             }
         };
         tasks.spawn(drain);
@@ -232,6 +245,7 @@ impl Server {
             Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
         tracing::info!(server = name, address = ?self.door.address().ok(), "serving");
         self.door.serve(gate, limits, shutdown).await;
+        stop.cancel();
         while tasks.join_next().await.is_some() {}
         tracing::info!(server = name, "stopped");
         Ok(())
@@ -291,14 +305,13 @@ fn refuse_network(janus_urls: &[String], path: &Path) -> Result<(), ServeError> 
     }
 }
 
-fn wiring(error: impl std::fmt::Display) -> ServeError {
-    ServeError::Wiring(error.to_string())
+async fn bind(key: &'static str, address: &str) -> Result<TcpListener, ServeError> {
+    let failed = |source| ServeError::Listen { key, address: address.to_owned(), source };
+    TcpListener::bind(address).await.map_err(failed)
 }
 
-async fn set_health(health: &HealthReporter, status: ServingStatus) {
-    for service in SERVICES {
-        health.set_service_status(service, status).await;
-    }
+fn wiring(error: impl std::fmt::Display) -> ServeError {
+    ServeError::Wiring(error.to_string())
 }
 
 fn reflection() -> tonic_reflection::server::Builder<'static> {

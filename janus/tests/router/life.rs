@@ -58,6 +58,103 @@ async fn health_follows_the_servers() {
     assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
 }
 
+/// Status line and body of a GET.
+async fn get(address: SocketAddr, path: &str) -> (String, String) {
+    let mut tcp = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    tcp.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    tcp.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.lines().next().unwrap().to_owned(), body.to_owned())
+}
+
+#[tokio::test]
+async fn plain_health_answers_grpc_and_http_and_flips_with_the_last_server() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let listen = |settings: &mut Settings| settings.health_listen = "127.0.0.1:0".into();
+    let mut janus = janus_with(&keys, &[a.address(), b.address()], listen).await;
+    let address = janus.health.unwrap();
+    let plain = tonic::transport::Endpoint::from_shared(format!("http://{address}")).unwrap();
+    let mut health = HealthClient::new(plain.connect().await.unwrap());
+    let ready = || async { get(address, "/readyz").await.0 == "HTTP/1.1 200 OK" };
+    until("ready", ready).await;
+    let mut watch = health.watch(asking("janus.v1.BackupService")).await.unwrap().into_inner();
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+    a.line.cut();
+    b.line.cut();
+    assert_eq!(watch.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    let unavailable = "HTTP/1.1 503 Service Unavailable";
+    for (path, status, body) in [
+        ("/readyz", unavailable, "NOT_SERVING\n"),
+        ("/readyz/janus.v1.RestoreService", unavailable, "NOT_SERVING\n"),
+        ("/livez", "HTTP/1.1 200 OK", "SERVING\n"),
+        ("/readyz/nobody", "HTTP/1.1 404 Not Found", "no such service\n"),
+        ("/", "HTTP/1.1 404 Not Found", ""),
+    ] {
+        assert_eq!(get(address, path).await, (status.into(), body.into()), "{path}");
+    }
+    a.line.mend();
+    until("ready again", ready).await;
+    // Nothing else is to be had without a certificate.
+    let mut catalog =
+        pb::catalog_service_client::CatalogServiceClient::new(plain.connect().await.unwrap());
+    let refused = catalog.list_machines(pb::ListMachinesRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unimplemented);
+
+    // It says so while janus drains, and keeps nobody.
+    let _idle = TcpStream::connect(address).await.unwrap();
+    let (_sender, messages) = tokio::sync::mpsc::channel(1);
+    let mut uploader = client(&keys, &janus.url).await;
+    let upload = tokio::spawn(async move {
+        let messages = tokio_stream::wrappers::ReceiverStream::new(messages);
+        uploader.write_blocks(messages).await.map(drop)
+    });
+    until("the upload is open", || async {
+        a.seen.headers.lock().unwrap().contains_key(metadata::PRINCIPAL)
+    })
+    .await;
+    janus.stop.cancel();
+    until("draining", || async { get(address, "/livez").await.0 == unavailable }).await;
+    let began = Instant::now();
+    timeout(Duration::from_secs(5), janus.task.take().unwrap()).await.unwrap().unwrap();
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    assert!(upload.await.unwrap().is_err());
+    TcpStream::connect(address).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn a_taken_port_is_told_with_its_setting() {
+    let keys = Keys::new();
+    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let files = keys.files("janus/door");
+    let settings = || Settings {
+        listen: "127.0.0.1:0".into(),
+        server_urls: vec!["https://127.0.0.1:1".into()],
+        cert: files.as_ref().join("cert.pem"),
+        key: files.as_ref().join("key.pem"),
+        ca: keys.ca(),
+        ..Settings::default()
+    };
+    for (key, settings) in [
+        ("listen", Settings { listen: address.clone(), ..settings() }),
+        ("metrics_listen", Settings { metrics_listen: address.clone(), ..settings() }),
+        ("health_listen", Settings { health_listen: address.clone(), ..settings() }),
+    ] {
+        let error = janus::serve::Janus::start(settings).await.err().unwrap().to_string();
+        assert!(error.contains(&format!("cannot listen on {address}")), "{error}");
+        assert!(error.ends_with(&format!("in setting {key}")), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn plain_health_is_off_unless_it_is_asked_for() {
+    let keys = Keys::new();
+    assert!(janus_with(&keys, &[nobody().await], |_| {}).await.health.is_none());
+}
+
 #[tokio::test]
 async fn reflection_and_info_are_served() {
     let keys = Keys::new();

@@ -160,6 +160,7 @@ async fn relay(
 pub struct Running {
     pub url: String,
     pub metrics: Option<SocketAddr>,
+    pub health: Option<SocketAddr>,
     pub stop: CancellationToken,
     pub task: Option<JoinHandle<()>>,
     _stop_on_drop: DropGuard,
@@ -188,13 +189,20 @@ pub async fn janus_with(
     change(&mut settings);
     let janus = Janus::start(settings).await.unwrap();
     let url = format!("https://{}", janus.address().unwrap());
-    let metrics = janus.metrics_address();
+    let (metrics, health) = (janus.metrics_address(), janus.health_address());
     let stop = CancellationToken::new();
     let task = tokio::spawn({
         let stop = stop.clone();
         async move { janus.run(stop).await.unwrap() }
     });
-    Running { url, metrics, task: Some(task), _stop_on_drop: stop.clone().drop_guard(), stop }
+    Running {
+        url,
+        metrics,
+        health,
+        task: Some(task),
+        _stop_on_drop: stop.clone().drop_guard(),
+        stop,
+    }
 }
 
 pub async fn channel(url: &str, identity: &Identity) -> Channel {
