@@ -29,7 +29,7 @@ const BLOCK: usize = 4096;
 const NOT_YET: &[(ErrorReason, &str)] = &[
     (
         ErrorReason::IdentityMissing,
-        "our client refuses to load such a certificate: python_client.rs sends one",
+        "our client refuses to load such a certificate: foreign_clients.rs sends one",
     ),
     (ErrorReason::MachineUnknown, "unknown machines are empty lists"),
     (

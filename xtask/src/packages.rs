@@ -123,3 +123,28 @@ pub fn python(name: &str, packages: &[&str]) -> Result<std::path::PathBuf> {
     }
     Ok(python)
 }
+
+/// A folder `target/tools/<name>` with the packages from npm that `package.json` and `package-lock.json` in `ours` name.
+/// Made anew when the lock changes.
+///
+/// # Errors
+/// When it can't be made.
+pub fn node(name: &str, ours: &Path) -> Result<std::path::PathBuf> {
+    let folder = crate::site::target().join("tools").join(name);
+    let done = folder.join("installed-lock.json");
+    let wanted = std::fs::read_to_string(ours.join("package-lock.json"))?;
+    if std::fs::read_to_string(&done).ok().as_deref() != Some(wanted.as_str()) {
+        require(&[
+            Tool { program: "node", package: "nodejs" },
+            Tool { program: "npm", package: "npm" },
+        ])?;
+        std::fs::create_dir_all(&folder)?;
+        for file in ["package.json", "package-lock.json"] {
+            std::fs::copy(ours.join(file), folder.join(file))?;
+        }
+        let arguments = ["ci", "--silent", "--ignore-scripts", "--no-audit", "--no-fund"];
+        output(Command::new("npm").args(arguments).current_dir(&folder))?;
+        std::fs::write(&done, wanted)?;
+    }
+    Ok(folder)
+}

@@ -1,8 +1,10 @@
 """A client of Janus Backup written from the .proto files and proto/vectors.json alone.
 
-    janus_client.py --url URL --cert PEM --key PEM --ca PEM [--stubs DIR] backup DISK_ID FILE
-    janus_client.py ... list
-    janus_client.py ... restore SNAPSHOT_ID FILE
+    janus_client.py --url URL --cert PEM --key PEM --ca PEM [--stubs DIR] [--pins yes|no] backup DISK_ID FILE
+    janus_client.py ... list | services | restore SNAPSHOT_ID FILE
+    janus_client.py ... check [SERVICE]          one health check
+    janus_client.py ... watch [SERVICE]          one line of JSON for each change, until it is killed
+    janus_client.py --plain HOST:PORT check [SERVICE]
 
 Prints one JSON object. It keeps nothing between runs: each backup compares the whole disk with the hashes of the
 server's head. Small disks only, since a whole disk is held in memory.
@@ -17,7 +19,10 @@ import uuid
 
 import grpc
 from blake3 import blake3
+from google.protobuf.descriptor_pool import DescriptorPool
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 BLOCK = 4096
 SEGMENT_BLOCKS = 1024
@@ -97,13 +102,45 @@ def batches(pb, changed, new_blocks, hashes):
 class Client:
     def __init__(self, args):
         self.pb = stubs(args.stubs)
-        read = lambda path: open(path, "rb").read()
-        credentials = grpc.ssl_channel_credentials(read(args.ca), read(args.key), read(args.cert))
+        self.pins = args.pins == "yes"
         # Nothing is tuned: the contract promises that default limits and windows do.
-        self.channel = grpc.secure_channel(args.url.removeprefix("https://"), credentials)
+        if args.plain:
+            self.channel = grpc.insecure_channel(args.plain)
+        else:
+            read = lambda path: open(path, "rb").read()
+            credentials = grpc.ssl_channel_credentials(read(args.ca), read(args.key), read(args.cert))
+            self.channel = grpc.secure_channel(args.url.removeprefix("https://"), credentials)
         self.backup_service = self.pb["backup_grpc"].BackupServiceStub(self.channel)
         self.restore_service = self.pb["restore_grpc"].RestoreServiceStub(self.channel)
         self.catalog_service = self.pb["catalog_grpc"].CatalogServiceStub(self.channel)
+
+    def pin(self, server, run=None):
+        """Metadata that names the server and the run, or, without pins, nothing."""
+        named = [("janus-server", server)] + ([("janus-run", run)] if run else [])
+        return tuple(named) if self.pins else ()
+
+    def check(self, service=""):
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = health_pb2_grpc.HealthStub(self.channel).Check(request, timeout=10)
+        return {"status": health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}
+
+    def watch(self, service=""):
+        request = health_pb2.HealthCheckRequest(service=service)
+        for answer in health_pb2_grpc.HealthStub(self.channel).Watch(request):
+            status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+            print(json.dumps({"status": status}), flush=True)
+        return {"ended": True}
+
+    def services(self):
+        """Names by reflection; the contract's services are looked up as a user would, with all that they import."""
+        database = ProtoReflectionDescriptorDatabase(self.channel)
+        names = sorted(database.get_services())
+        pool = DescriptorPool(database)
+        for name in [name for name in names if name.startswith("janus.v1.")]:
+            service = pool.FindServiceByName(name)
+            assert service.methods, name
+            assert all(method.input_type.full_name.startswith("janus.v1.") for method in service.methods), name
+        return {"services": names}
 
     def list(self):
         found, token = [], ""
@@ -154,7 +191,7 @@ class Client:
             timeout=30,
         )
         answered = dict(call.initial_metadata())
-        pin = (("janus-server", start.server_id), ("janus-run", start.backup_id))
+        pin = self.pin(start.server_id, start.backup_id)
         session = start.sessions[0]
         if session.HasField("head"):
             old = self.head_hashes(session, pin, len(hashes))
@@ -211,7 +248,7 @@ class Client:
 
     def restore(self, snapshot_id, path):
         server = next(s["server"] for s in self.list()["snapshots"] if s["snapshot_id"] == snapshot_id)
-        pin = (("janus-server", server),)
+        pin = self.pin(server)
         pb, types = self.pb["restore"], self.pb["types"]
         opened = self.restore_service.OpenSnapshot(
             pb.OpenSnapshotRequest(snapshot_id=snapshot_id), metadata=pin, timeout=30
@@ -257,10 +294,11 @@ def explain(error):
 def main():
     parser = argparse.ArgumentParser()
     here = os.path.dirname(os.path.abspath(__file__))
-    for name in ("--url", "--cert", "--key", "--ca"):
+    for name in ("--url", "--cert", "--key", "--ca", "--plain"):
         parser.add_argument(name)
+    parser.add_argument("--pins", choices=["yes", "no"], default="yes")
     parser.add_argument("--stubs", default=os.path.join(here, "stubs"))
-    parser.add_argument("command", choices=["vectors", "list", "backup", "restore"])
+    parser.add_argument("command", choices=["vectors", "list", "backup", "restore", "check", "watch", "services"])
     parser.add_argument("arguments", nargs="*")
     args = parser.parse_args()
     if args.command == "vectors":

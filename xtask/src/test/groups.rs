@@ -34,11 +34,11 @@ const PLACED: &[(&str, &str)] = &[
     ("janus_limits", "janus"),
     ("life", "janus"),
     ("reasons", "janus"),
-    ("python_client", "restore"),
+    ("foreign_clients", "restore"),
     ("refusals", "security"),
 ];
 /// Whole-system tests that `--quick` leaves out.
-const SLOW: &[&str] = &["kills", "python_client"];
+const SLOW: &[&str] = &["kills", "foreign_clients"];
 
 fn build(runner: &mut Runner) {
     runner.cargo("format", &["fmt", "--all", "--check"]);
