@@ -179,3 +179,30 @@ async fn without_any_server_each_is_named() {
     assert_eq!(balanced.response, None);
     assert_eq!(texts(&balanced.skipped), ["a: refused", "b: no answer"]);
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_order_is_asked_for_when_the_attempt_can_be_made() {
+    let (inner, mut handle) = mock::pair();
+    handle.allow(0);
+    let directory = Fake::new(&[Gate::Open, Gate::Open]);
+    let uses = directory.uses.clone();
+    let service: Balance<Fake, Mock> = BalanceLayer::new(directory).layer(inner);
+    let call = tokio::spawn(service.oneshot((START, 7)));
+    sleep(Duration::from_millis(1)).await;
+    // While it waits for the inner service, another start takes the first server.
+    uses.lock().unwrap()[0] = 1;
+    handle.allow(1);
+    let (attempt, respond) = handle.next_request().await.unwrap();
+    assert_eq!(attempt.target, 1);
+    respond.send_response(Outcome::Done("taken"));
+    assert_eq!(call.await.unwrap().unwrap().response, Some("taken"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_of_the_inner_service_ends_the_call() {
+    let (service, mut handle) = balanced(&[Gate::Open, Gate::Open]);
+    let call = tokio::spawn(service.oneshot((START, 7)));
+    let (_, respond) = handle.next_request().await.unwrap();
+    respond.send_error("broken");
+    assert_eq!(call.await.unwrap().unwrap_err().to_string(), "broken");
+}

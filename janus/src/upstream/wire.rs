@@ -217,3 +217,67 @@ impl tower::Service<Request<Body>> for Wire {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, sync::Mutex};
+
+    use super::*;
+
+    /// Takes all slices at once, and nothing in pieces; notes how many there were.
+    struct Vectored(Arc<Mutex<Vec<usize>>>);
+
+    impl AsyncWrite for Vectored {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            _: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            panic!("written in pieces")
+        }
+
+        fn poll_write_vectored(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            slices: &[io::IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            self.0.lock().unwrap().push(slices.len());
+            Poll::Ready(Ok(slices.iter().map(|slice| slice.len()).sum()))
+        }
+
+        fn is_write_vectored(&self) -> bool {
+            true
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncRead for Vectored {
+        fn poll_read(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            _: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    #[tokio::test]
+    async fn vectored_writes_go_through() {
+        let (written, pulse) = (Arc::default(), Arc::new(Pulse::new()));
+        let stream: Stream = Box::new(Vectored(Arc::clone(&written)));
+        let mut io = TokioIo::new(Listened { stream, pulse });
+        assert!(hyper::rt::Write::is_write_vectored(&io));
+        let slices = [io::IoSlice::new(b"head"), io::IoSlice::new(b"data")];
+        let writing =
+            poll_fn(|cx| hyper::rt::Write::poll_write_vectored(Pin::new(&mut io), cx, &slices));
+        assert_eq!(writing.await.unwrap(), 8);
+        assert_eq!(*written.lock().unwrap(), [2]);
+    }
+}

@@ -45,8 +45,9 @@ pub enum Mood {
 pub struct Seen {
     pub mood: Mutex<Mood>,
     pub starts: AtomicUsize,
-    /// Headers of the last call.
+    /// Headers and URI of the last call.
     pub headers: Mutex<HeaderMap>,
+    pub uri: Mutex<http::Uri>,
     pub bytes: AtomicU64,
     pub sum: Mutex<blake3::Hasher>,
     /// Uploads that broke or were given up.
@@ -60,15 +61,23 @@ pub struct Backend {
     pub line: Line,
     pub seen: Arc<Seen>,
     pub health: HealthReporter,
+    /// Ends it in good order.
+    pub stop: CancellationToken,
     _stop: DropGuard,
 }
 
 impl Backend {
     pub async fn new(keys: &Keys, name: &'static str) -> Self {
+        Self::draining_for(keys, name, Duration::from_millis(100)).await
+    }
+
+    /// A server whose open calls may go on for `drain` after its end has begun.
+    pub async fn draining_for(keys: &Keys, name: &'static str, drain: Duration) -> Self {
         let seen = Arc::new(Seen {
             mood: Mutex::new(Mood::Fine),
             starts: AtomicUsize::new(0),
             headers: Mutex::default(),
+            uri: Mutex::default(),
             bytes: AtomicU64::new(0),
             sum: Mutex::default(),
             broken: AtomicUsize::new(0),
@@ -89,10 +98,11 @@ impl Backend {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (identity, stop) = (keys.identity(&format!("server/{name}")), CancellationToken::new());
-        let limits = Limits { drain: Duration::from_millis(100), ..Limits::default() };
+        let limits = Limits { drain, ..Limits::default() };
         let named = Named { name, seen: seen.clone(), routes };
         tokio::spawn(listener::serve(listener, identity, named, limits, stop.clone()));
-        Self { line: Line::new(address).await, seen, health, _stop: stop.drop_guard() }
+        let _stop = stop.clone().drop_guard();
+        Self { line: Line::new(address).await, seen, health, stop, _stop }
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -133,6 +143,7 @@ impl Service<Request<Incoming>> for Named {
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         if !request.uri().path().starts_with("/grpc.") {
             *self.seen.headers.lock().unwrap() = request.headers().clone();
+            *self.seen.uri.lock().unwrap() = request.uri().clone();
         }
         let (mut routes, name) = (self.routes.clone(), self.name);
         Box::pin(async move {
@@ -189,7 +200,8 @@ impl BackupService for Fake {
 
     type WriteBlocksStream = Acknowledgements;
 
-    /// Session "early" is refused before its blocks are read, "hold" is never answered.
+    /// Session "early" is refused before its blocks are read, "hold" is never answered, "fail" ends with a status after
+    /// its acknowledgement.
     async fn write_blocks(
         &self,
         request: tonic::Request<Streaming<pb::WriteBlocksRequest>>,
@@ -201,6 +213,8 @@ impl BackupService for Fake {
         }
         seen.uploads.fetch_add(1, Ordering::SeqCst);
         let upload = Upload(seen.clone(), false);
+        let end = (first.session_id == "fail")
+            .then(|| Err(status(ErrorReason::StoreFull, "the disk is full")));
         let answers = stream::once(async move {
             let mut count = 1;
             while let Some(message) = blocks.next().await {
@@ -215,7 +229,7 @@ impl BackupService for Fake {
             upload.done();
             Ok(pb::WriteBlocksResponse { received_messages: count, ..Default::default() })
         });
-        Ok(tonic::Response::new(Box::pin(answers)))
+        Ok(tonic::Response::new(Box::pin(answers.chain(stream::iter(end)))))
     }
 
     async fn commit_backup(

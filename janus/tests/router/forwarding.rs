@@ -173,6 +173,140 @@ async fn statuses_pass_with_their_details() {
 }
 
 #[tokio::test]
+async fn a_status_after_messages_passes() {
+    let keys = Keys::new();
+    let a = Backend::new(&keys, "a").await;
+    let janus = janus(&keys, &[a.address()]).await;
+    let mut client = client(&keys, &janus.url).await;
+    let answers = client.write_blocks(pinned(stream::iter([hello("fail")]))).await.unwrap();
+    let mut answers = answers.into_inner();
+    assert_eq!(answers.message().await.unwrap().unwrap().received_messages, 1);
+    let end = answers.message().await.unwrap_err();
+    assert_eq!((end.code(), reason(&end)), (Code::ResourceExhausted, Some(ErrorReason::StoreFull)));
+    assert_eq!(end.message(), "the disk is full");
+}
+
+#[tokio::test]
+async fn the_server_sees_its_own_authority() {
+    let keys = Keys::new();
+    let a = Backend::new(&keys, "a").await;
+    let janus = janus(&keys, &[a.address()]).await;
+    client(&keys, &janus.url).await.start_backup(start_request()).await.unwrap();
+    let uri = a.seen.uri.lock().unwrap().clone();
+    let expected = format!("https://{}/janus.v1.BackupService/StartBackup", a.address());
+    assert_eq!(uri.to_string(), expected);
+    assert!(a.header("host").is_empty());
+}
+
+/// Longer than a silent connection counts as alive.
+#[tokio::test]
+async fn a_quiet_stream_is_left_alone() {
+    let keys = Keys::new();
+    let a = Backend::new(&keys, "a").await;
+    let janus = janus(&keys, &[a.address()]).await;
+    let mut client = client(&keys, &janus.url).await;
+    let (sender, messages) = mpsc::channel(4);
+    sender.send(hello("s")).await.unwrap();
+    let answers = client.write_blocks(pinned(ReceiverStream::new(messages))).await.unwrap();
+    sleep(Duration::from_secs(18)).await;
+    sender.send(data(Bytes::from_static(&[7; 4096]))).await.unwrap();
+    drop(sender);
+    assert_eq!(answers.into_inner().message().await.unwrap().unwrap().received_messages, 2);
+}
+
+/// The line is cut at any moment of an upload without a pin: before it, or in the middle.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_is_whole_at_one_server_or_fails() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let janus = janus(&keys, &[a.address(), b.address()]).await;
+    let mut client = client(&keys, &janus.url).await;
+    assert_eq!(client.start_backup(start_request()).await.unwrap().into_inner().server_id, "a");
+    let piece = Bytes::from(vec![7; 1 << 20]);
+    let (mut whole, mut failed) = (0, 0);
+    for round in 0..24_u64 {
+        for server in [&a, &b] {
+            server.seen.bytes.store(0, Ordering::SeqCst);
+        }
+        let (sent, before) = (16 << 20, b.seen.uploads.load(Ordering::SeqCst));
+        let messages =
+            stream::iter([hello("s")]).chain(stream::repeat(piece.clone()).take(16).map(data));
+        let upload = async { client.write_blocks(messages).await?.into_inner().message().await };
+        let cut = async {
+            sleep(Duration::from_millis(round / 2)).await;
+            a.line.cut();
+        };
+        let (answer, ()) = tokio::join!(upload, cut);
+        let at_b = b.seen.bytes.load(Ordering::SeqCst);
+        match answer {
+            Ok(answer) => {
+                whole += 1;
+                assert_eq!(answer.unwrap().received_messages, 17);
+                let at_a = a.seen.bytes.load(Ordering::SeqCst);
+                assert!(at_b == sent || (at_a == sent && at_b == 0), "{at_a} at a, {at_b} at b");
+            }
+            Err(lost) => {
+                failed += 1;
+                assert_eq!(lost.code(), Code::Unavailable, "{lost}");
+                let uploads = b.seen.uploads.load(Ordering::SeqCst) - before;
+                assert_eq!((uploads, at_b), (0, 0), "what a has seen moves nowhere");
+            }
+        }
+        a.line.mend();
+        until("a is back", || async {
+            let mut start = start_request();
+            start.metadata_mut().insert(metadata::SERVER, "a".parse().unwrap());
+            client.clone().start_backup(start).await.is_ok()
+        })
+        .await;
+    }
+    assert!(whole > 0 && failed > 0, "both were met: {whole} whole, {failed} failed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_stops_under_load_costs_no_start_and_no_upload() {
+    let keys = Keys::new();
+    let a = Backend::draining_for(&keys, "a", Duration::from_secs(10)).await;
+    let b = Backend::new(&keys, "b").await;
+    let janus = janus(&keys, &[a.address(), b.address()]).await;
+    let client = client(&keys, &janus.url).await;
+    let (sender, messages) = mpsc::channel(4);
+    sender.send(hello("s")).await.unwrap();
+    let mut uploader = client.clone();
+    let mut answers =
+        uploader.write_blocks(pinned(ReceiverStream::new(messages))).await.unwrap().into_inner();
+
+    let starting: Vec<_> = (0..16)
+        .map(|_| {
+            let mut client = client.clone();
+            tokio::spawn(async move {
+                let mut servers = Vec::new();
+                for _ in 0..50 {
+                    let answer = client.start_backup(start_request()).await?;
+                    servers.push(answer.into_inner().server_id);
+                }
+                Ok::<_, tonic::Status>(servers)
+            })
+        })
+        .collect();
+    until("both take starts", || async { a.starts() > 50 && b.starts() > 50 }).await;
+    // GOAWAY: the upload may end, new calls go elsewhere.
+    a.stop.cancel();
+    let mut servers = Vec::new();
+    for calls in starting {
+        servers.extend(calls.await.unwrap().expect("no start fails"));
+    }
+    assert_eq!(servers.len(), 16 * 50);
+    assert!(b.starts() > a.starts(), "the rest went to b");
+    for _ in 0..8 {
+        sender.send(data(Bytes::from(vec![7; 1 << 20]))).await.unwrap();
+    }
+    drop(sender);
+    assert_eq!(answers.message().await.unwrap().unwrap().received_messages, 9);
+    assert_eq!(a.seen.bytes.load(Ordering::SeqCst), 8 << 20);
+}
+
+#[tokio::test]
 async fn the_server_gets_the_callers_certificate_and_deadline_and_nobody_elses() {
     let keys = Keys::new();
     let a = Backend::new(&keys, "a").await;
