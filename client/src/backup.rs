@@ -1,6 +1,9 @@
 //! A backup of this machine: all its disks to one server, to another one when that is lost.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use janus_proto::{
     error::WireError,
@@ -30,6 +33,8 @@ const RUNS: usize = 3;
 const BREAKS: usize = 5;
 /// New hash caches begun for one disk before the backup fails.
 const RESETS: usize = 2;
+/// Pause after a lost run was told to end, while it is being committed.
+const HOLDER_PAUSE: Duration = Duration::from_millis(500);
 
 /// Why there is no backup.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +107,14 @@ pub struct BackupReport {
     pub disks: Vec<DiskReport>,
 }
 
+/// What comes after a failed run.
+enum GivenUp {
+    /// Nothing.
+    Final,
+    /// A new run may do better. With the failed one when its server could not be told, so that it is still open there.
+    Again(Option<RunRecord>),
+}
+
 impl Backup {
     /// Makes the backup.
     ///
@@ -111,11 +124,18 @@ impl Backup {
         let began = Instant::now();
         let mut skipped = Vec::new();
         let mut last = None;
+        let mut lost = None;
         for _ in 0..RUNS {
             let (mut run, resumed) = match self.start().await {
                 Ok(started) => started,
-                // Why the first server was lost says more than that no other took it.
-                Err(error) => return Err(last.unwrap_or(error)),
+                Err(error) => {
+                    // Nobody took over from the lost server: the next backup goes on with what that one has.
+                    if let Some(open) = lost {
+                        self.state.set_open(open)?;
+                    }
+                    // Why the first server was lost says more than that no other took it.
+                    return Err(last.unwrap_or(error));
+                }
             };
             skipped.append(&mut run.skipped.clone());
             match self.transfer(&mut run).await {
@@ -131,9 +151,9 @@ impl Backup {
                     });
                 }
                 Err(error) => {
-                    let again = self.give_up(&run, &error).await?;
-                    if !again {
-                        return Err(error);
+                    match self.give_up(&run, &error).await? {
+                        GivenUp::Final => return Err(error),
+                        GivenUp::Again(open) => lost = open,
                     }
                     tracing::warn!(server = %run.server, %error, "starting again, elsewhere if possible");
                     skipped.push((run.server.to_string(), error.to_string()));
@@ -144,19 +164,19 @@ impl Backup {
         Err(last.unwrap_or(BackupError::Transfer(TransferError::Interrupted)))
     }
 
-    /// Ends a failed run: leaves it open for being resumed, or tells its server, or remembers to tell it. True when
-    /// a new run may do better.
-    async fn give_up(&mut self, run: &Run, error: &BackupError) -> Result<bool, StateError> {
-        let BackupError::Transfer(error) = error else { return Ok(false) };
+    /// Ends a failed run, unless it is left open for being resumed.
+    async fn give_up(&mut self, run: &Run, error: &BackupError) -> Result<GivenUp, StateError> {
+        let BackupError::Transfer(error) = error else { return Ok(GivenUp::Final) };
         if matches!(error, TransferError::Interrupted) {
-            return Ok(false);
+            return Ok(GivenUp::Final);
         }
-        let again = error.remedy() != Remedy::None;
-        match self.gate.abort(run.plan.backup_id, &run.server).await {
-            Ok(()) => self.state.close_run()?,
-            Err(_) => self.state.abandon_run()?,
+        let is_told = self.gate.abort(run.plan.backup_id, &run.server).await.is_ok();
+        let open = self.state.open_run().filter(|_| !is_told).cloned();
+        self.state.close_run()?;
+        if error.remedy() == Remedy::None || self.stop.is_cancelled() {
+            return Ok(GivenUp::Final);
         }
-        Ok(again && !self.stop.is_cancelled())
+        Ok(GivenUp::Again(open))
     }
 
     /// Starts a run, first of all the one that an earlier process left open. True when it is that one.
@@ -166,6 +186,7 @@ impl Backup {
             .iter()
             .map(|d| (d.source.disk_id().clone(), d.source.size_bytes()))
             .collect();
+        let mut lost = None;
         if let Some(open) = self.state.open_run().cloned() {
             let fits = self.server.is_none() || self.server == open.server;
             if fits
@@ -174,7 +195,7 @@ impl Backup {
             {
                 return Ok((run, true));
             }
-            self.drop_open(&open).await?;
+            lost = self.drop_open(open).await?;
         }
         let plan = self.plan(BackupId::new());
         self.state.set_open(RunRecord {
@@ -185,13 +206,11 @@ impl Backup {
         let run = match self.start_new(&plan).await {
             Ok(run) => run,
             Err(error) => {
-                // A server may have taken the start though its answer was lost.
-                let unanswered = error.remedy() == Remedy::Reconnect
-                    || matches!(error, TransferError::Interrupted);
-                if unanswered {
-                    self.state.abandon_run()?;
-                } else {
-                    self.state.close_run()?;
+                // A server may have taken the start though its answer was lost: see `start_new`.
+                match lost.filter(|_| error.remedy() == Remedy::Reconnect) {
+                    // Nobody can be reached: once somebody can, that one may be gone on with after all.
+                    Some(open) => self.state.set_open(open)?,
+                    None => self.state.close_run()?,
                 }
                 return Err(error.into());
             }
@@ -204,7 +223,7 @@ impl Backup {
 
     /// Goes on with an open run where it was; `None` when that server is away or has dropped it.
     async fn start_open(&mut self, open: &RunRecord) -> Result<Option<Run>, BackupError> {
-        // A run whose StartBackup was never answered may be anywhere, and nothing is lost with it: see `abort_abandoned`.
+        // A run whose StartBackup was never answered may be anywhere, and nothing is lost with it: see `start_new`.
         let Some(server) = &open.server else { return Ok(None) };
         let plan = self.plan(open.backup_id);
         match self.cancellable(self.gate.start(&plan, Some(server))).await {
@@ -223,40 +242,47 @@ impl Backup {
         }
     }
 
-    async fn drop_open(&mut self, open: &RunRecord) -> Result<(), StateError> {
-        match &open.server {
-            Some(server) if self.gate.abort(open.backup_id, server).await.is_ok() => {
-                self.state.close_run()
-            }
-            _ => self.state.abandon_run(),
-        }
+    /// Tells a run's server that it is given up; returns the run when the server could not be told.
+    async fn drop_open(&mut self, open: RunRecord) -> Result<Option<RunRecord>, StateError> {
+        self.state.close_run()?;
+        let Some(server) = &open.server else { return Ok(None) };
+        let told = self.gate.abort(open.backup_id, server).await;
+        Ok(told.is_err().then_some(open))
     }
 
-    /// Starts a new run. Where a run that we gave up still holds the lease, its server is told first.
+    /// Starts a new run. Where a lost run of ours still holds the lease, its server is told first.
+    ///
+    /// Such a run may be one that nobody knows of: a start that janus sent to another server when the first one did not
+    /// answer, and that reached the first one all the same once the line was whole again.
     async fn start_new(&mut self, plan: &StartPlan) -> Result<Run, TransferError> {
-        let first = self.cancellable(self.gate.start(plan, self.server.as_ref())).await;
-        let Err(TransferError::Link(error)) = &first else { return first };
-        if error.reason() != Some(ErrorReason::LeaseHeld) || self.state.abandoned().is_empty() {
-            return first;
+        let until = Instant::now() + self.gate.failover_after;
+        loop {
+            let started = self.cancellable(self.gate.start(plan, self.server.as_ref())).await;
+            let Err(TransferError::Link(error)) = &started else { return started };
+            if error.reason() != Some(ErrorReason::LeaseHeld) || !self.end_holder(error).await {
+                return started;
+            }
+            // One that is being committed goes on to its end.
+            if Instant::now() > until {
+                return started;
+            }
+            self.cancellable(async { Ok(tokio::time::sleep(HOLDER_PAUSE).await) }).await?;
         }
-        self.abort_abandoned(error.answered_by()).await;
-        self.cancellable(self.gate.start(plan, self.server.as_ref())).await
     }
 
-    /// Ends runs of this machine that nobody goes on with. One whose start was never answered may be on any server:
-    /// `held_by`, which has said that some run is open there, is told.
-    async fn abort_abandoned(&mut self, held_by: Option<ServerId>) {
-        for abandoned in self.state.abandoned().to_vec() {
-            let Some(server) = abandoned.server.as_ref().or(held_by.as_ref()) else { continue };
-            let told = self.gate.abort(abandoned.backup_id, server).await.is_ok();
-            // Of a run that may be anywhere, one server says nothing about the others.
-            if told
-                && abandoned.server.is_some()
-                && let Err(error) = self.state.forget_abandoned(abandoned.backup_id)
-            {
-                tracing::warn!(%error, "a run that was given up stays remembered");
-            }
+    /// Tells a server to give up the run that keeps ours away. False when it isn't ours to give up.
+    async fn end_holder(&mut self, error: &LinkError) -> bool {
+        let (Some(run), Some(server)) = (error.lease_holder(), error.answered_by()) else {
+            return false;
+        };
+        if !self.state.is_ours(run) {
+            return false;
         }
+        tracing::info!(%server, %run, "a lost run of this machine is still open there; ending it");
+        if let Err(error) = self.gate.abort(run, &server).await {
+            tracing::warn!(%server, %run, %error, "can't end a lost run");
+        }
+        true
     }
 
     fn plan(&self, backup_id: BackupId) -> StartPlan {

@@ -110,6 +110,12 @@ impl LinkError {
         status.metadata().get(metadata::SERVER)?.to_str().ok()?.parse().ok()
     }
 
+    /// The run that keeps ours away, if that is why.
+    pub fn lease_holder(&self) -> Option<BackupId> {
+        let Self::Call { status, .. } = self else { return None };
+        error::lease_holder(status)
+    }
+
     /// What this failure is good for.
     pub fn remedy(&self) -> Remedy {
         use ErrorReason as R;

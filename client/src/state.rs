@@ -1,4 +1,4 @@
-//! What this machine must remember between backups: the open run, runs it gave up, the highest use counter. One small
+//! What this machine must remember between backups: the open run, runs it began, the highest use counter. One small
 //! file beside the hash cache, and the lock that keeps a second backup of this machine away.
 
 use std::{
@@ -11,8 +11,8 @@ use janus_proto::ids::{BackupId, DiskId, ServerId};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-/// Runs given up that are still remembered.
-const ABANDONED_KEPT: usize = 16;
+/// Runs that are remembered as ours, whatever came of them: a lost one keeps others away for a lease, a minute or so.
+const OURS_KEPT: usize = 64;
 
 /// Why the state can't be kept.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +49,8 @@ pub struct RunRecord {
 struct Stored {
     use_counter: u64,
     open: Option<RunRecord>,
-    abandoned: Vec<RunRecord>,
+    /// The newest last.
+    ours: Vec<BackupId>,
 }
 
 /// The state of this machine; holding it holds the lock.
@@ -98,9 +99,9 @@ impl MachineState {
         self.stored.open.as_ref()
     }
 
-    /// Runs given up on servers that could not be told.
-    pub fn abandoned(&self) -> &[RunRecord] {
-        &self.stored.abandoned
+    /// Whether this machine has begun the run, as far as it remembers. As we hold the lock, it is not under way.
+    pub fn is_ours(&self, backup_id: BackupId) -> bool {
+        self.stored.ours.contains(&backup_id)
     }
 
     /// Remembers a run before its first message, again when its server is known.
@@ -108,6 +109,11 @@ impl MachineState {
     /// # Errors
     /// When it can't be stored durably.
     pub fn set_open(&mut self, run: RunRecord) -> Result<(), StateError> {
+        if !self.is_ours(run.backup_id) {
+            self.stored.ours.push(run.backup_id);
+            let surplus = self.stored.ours.len().saturating_sub(OURS_KEPT);
+            self.stored.ours.drain(..surplus);
+        }
         self.stored.open = Some(run);
         self.store()
     }
@@ -121,34 +127,12 @@ impl MachineState {
         self.store()
     }
 
-    /// Forgets the open run: it is committed, or its server was told.
+    /// There is no run to go on with any more: it is committed, or given up.
     ///
     /// # Errors
     /// When it can't be stored durably.
     pub fn close_run(&mut self) -> Result<(), StateError> {
         self.stored.open = None;
-        self.store()
-    }
-
-    /// Gives the open run up, for its server to be told when it is there again.
-    ///
-    /// # Errors
-    /// When it can't be stored durably.
-    pub fn abandon_run(&mut self) -> Result<(), StateError> {
-        if let Some(run) = self.stored.open.take() {
-            self.stored.abandoned.push(run);
-            let surplus = self.stored.abandoned.len().saturating_sub(ABANDONED_KEPT);
-            self.stored.abandoned.drain(..surplus);
-        }
-        self.store()
-    }
-
-    /// Forgets a run that was given up: its server knows.
-    ///
-    /// # Errors
-    /// When it can't be stored durably.
-    pub fn forget_abandoned(&mut self, backup_id: BackupId) -> Result<(), StateError> {
-        self.stored.abandoned.retain(|run| run.backup_id != backup_id);
         self.store()
     }
 
@@ -206,10 +190,13 @@ mod tests {
         drop(state);
         let mut state = MachineState::lock(dir.path()).unwrap();
         assert_eq!((state.open_run(), state.use_counter()), (Some(&run), 7));
-        state.abandon_run().unwrap();
-        assert_eq!((state.open_run(), state.abandoned()), (None, &[run.clone()][..]));
-        state.forget_abandoned(run.backup_id).unwrap();
-        assert!(state.abandoned().is_empty());
+        state.close_run().unwrap();
+        assert_eq!(state.open_run(), None);
+        assert!(state.is_ours(run.backup_id) && !state.is_ours(BackupId::new()));
+        for _ in 0..OURS_KEPT {
+            state.set_open(record()).unwrap();
+        }
+        assert!(!state.is_ours(run.backup_id), "the oldest is forgotten");
     }
 
     #[test]

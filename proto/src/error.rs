@@ -5,10 +5,13 @@ use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
+use crate::ids::BackupId;
 pub use crate::pb::ErrorReason;
 
 /// Domain of every `google.rpc.ErrorInfo` of this package.
 pub const DOMAIN: &str = "janus.v1";
+/// Key of the run that holds the lease, in the metadata of LEASE_HELD's `ErrorInfo`.
+const HOLDER: &str = "backup_id";
 
 /// A field from the wire, a file name or a setting that is missing or invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -92,6 +95,20 @@ pub fn status(reason: ErrorReason, message: impl Into<String>) -> Status {
         details.set_retry_info(Some(wait));
     }
     Status::with_error_details(code(reason), message, details)
+}
+
+/// LEASE_HELD, with the run that holds the lease in its `ErrorInfo`.
+pub fn lease_held(holder: BackupId, message: impl Into<String>) -> Status {
+    let reason = ErrorReason::LeaseHeld;
+    let about = [(HOLDER.to_owned(), holder.to_string())];
+    let mut details = ErrorDetails::with_error_info(reason.as_str_name(), DOMAIN, about);
+    details.set_retry_info(retry_after(reason));
+    Status::with_error_details(code(reason), message, details)
+}
+
+/// The run that holds the lease, of a status LEASE_HELD.
+pub fn lease_holder(status: &Status) -> Option<BackupId> {
+    status.get_details_error_info()?.metadata.get(HOLDER)?.parse().ok()
 }
 
 /// The reason a status carries, if it is one of ours.

@@ -1,6 +1,6 @@
 //! Errors of all modules as gRPC statuses: the only place where one becomes the other.
 
-use janus_proto::error::{ErrorReason, status};
+use janus_proto::error::{ErrorReason, lease_held, status};
 use tonic::Status;
 
 use crate::{
@@ -17,7 +17,7 @@ impl From<RunError> for Status {
             RunError::Unknown { .. } | RunError::ChainDamaged { .. } => {
                 status(ErrorReason::SessionExpired, text)
             }
-            RunError::LeaseHeld { .. } => status(ErrorReason::LeaseHeld, text),
+            RunError::LeaseHeld { holder, .. } => lease_held(holder, text),
             RunError::Superseded { .. } => status(ErrorReason::EpochSuperseded, text),
             RunError::HeadMoved { .. } => status(ErrorReason::HeadMoved, text),
             RunError::State { .. } | RunError::OtherDisks { .. } => {

@@ -147,7 +147,8 @@ pub enum ErrorReason {
     MachineUnknown = 7,
     /// NOT_FOUND, no retry: the snapshot handle isn't open (any more). Open the snapshot again.
     HandleExpired = 8,
-    /// ABORTED, retry after RetryInfo: another run of this machine holds the lease on this server.
+    /// ABORTED, retry after RetryInfo: another run of this machine holds the lease on this server. ErrorInfo names it in
+    /// its metadata, key `backup_id`: a client that knows it as one of its own, and lost, aborts it and starts again.
     LeaseHeld = 9,
     /// ABORTED, no retry: a newer StartBackup of the same run took this session over.
     EpochSuperseded = 10,
