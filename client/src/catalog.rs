@@ -6,9 +6,10 @@ use janus_proto::{
         self, ErrorReason, GetSnapshotRequest, ListSnapshotsRequest, ServerAddresses, Snapshot,
         UnreachableServer,
     },
+    tls::Identity,
 };
 
-use crate::link::{Address, Link, LinkError, QUICK};
+use crate::link::{Address, Link, LinkError, QUICK, Remedy};
 
 const LISTING: &str = "listing snapshots";
 /// Pages read before an endless list is no longer believed.
@@ -25,23 +26,147 @@ pub struct Listing {
     pub addresses: Vec<ServerAddresses>,
 }
 
-/// All snapshots of a machine (`None`: our own), of one disk or of all.
+/// What is asked for.
+#[derive(Debug, Clone, Default)]
+pub struct Query {
+    /// Whose snapshots; `None`: our own.
+    pub machine: Option<MachineKey>,
+    /// Of this disk, or of all.
+    pub disk: Option<DiskId>,
+    /// On this server, or on all.
+    pub server: Option<ServerId>,
+}
+
+/// All snapshots that fit, as told by the first URL that answers. Where it can't reach all servers the others are asked
+/// too: another janus may reach them.
 ///
 /// # Errors
-/// When the call fails.
+/// When no URL leads to an answer.
 pub async fn list(
-    link: &Link,
-    machine: Option<&MachineKey>,
-    disk: Option<&DiskId>,
-    server: Option<&ServerId>,
+    urls: &[String],
+    identity: &Identity,
+    query: &Query,
 ) -> Result<Listing, LinkError> {
-    let address = Address { server: server.cloned(), run: None, machine: machine.cloned() };
+    let ask = async |link: Link| list_through(&link, query).await;
+    let answers =
+        ask_each(urls, identity, ask, |listing: &Listing| listing.unreachable.is_empty()).await?;
+    Ok(merge(answers.into_iter().map(|(_, listing)| listing).collect()))
+}
+
+/// A snapshot.
+#[derive(Debug)]
+pub struct Found {
+    /// Place in the URLs of who reaches it, as far as is known.
+    pub at: usize,
+    /// What it is.
+    pub snapshot: Snapshot,
+    /// Where its server can be reached without janus.
+    pub server_urls: Vec<String>,
+}
+
+/// One snapshot by its id, through the URL that reaches it best; `None` when no server that answers has it.
+///
+/// # Errors
+/// When no URL leads to an answer.
+pub async fn find(
+    urls: &[String],
+    identity: &Identity,
+    id: SnapshotId,
+    query: &Query,
+) -> Result<Option<Found>, LinkError> {
+    let ask = async |link: Link| find_through(&link, id, query).await;
+    let is_enough = |found: &Option<(Snapshot, ServerAddresses)>| {
+        found.as_ref().is_some_and(|(snapshot, _)| snapshot.reachable)
+    };
+    let answers = ask_each(urls, identity, ask, is_enough).await?;
+    let found = answers.into_iter().filter_map(|(at, found)| {
+        let (snapshot, addresses) = found?;
+        Some(Found { at, snapshot, server_urls: addresses.urls })
+    });
+    Ok(found.max_by_key(|found| found.snapshot.reachable))
+}
+
+/// Asks through each URL in turn until an answer is enough.
+async fn ask_each<T>(
+    urls: &[String],
+    identity: &Identity,
+    ask: impl AsyncFn(Link) -> Result<T, LinkError>,
+    is_enough: impl Fn(&T) -> bool,
+) -> Result<Vec<(usize, T)>, LinkError> {
+    let (mut answers, mut unreachable, mut failed) = (Vec::new(), Vec::new(), None);
+    for (at, url) in urls.iter().enumerate() {
+        let link = match Link::connect(url, identity).await {
+            Ok(link) => link,
+            Err(error) => {
+                unreachable.push(error);
+                continue;
+            }
+        };
+        match ask(link).await {
+            Ok(answer) => {
+                let done = is_enough(&answer);
+                answers.push((at, answer));
+                if done {
+                    break;
+                }
+            }
+            Err(error) if error.remedy() == Remedy::Reconnect => {
+                failed.get_or_insert(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    match answers.is_empty() {
+        true => Err(failed.unwrap_or(LinkError::Unreachable(unreachable))),
+        false => Ok(answers),
+    }
+}
+
+/// One list of several: what any of them reaches can be reached.
+fn merge(mut listings: Vec<Listing>) -> Listing {
+    if listings.len() < 2 {
+        return listings.pop().unwrap_or_default();
+    }
+    let mut merged = Listing::default();
+    for listing in &mut listings {
+        for snapshot in std::mem::take(&mut listing.snapshots) {
+            let same = |known: &&mut Snapshot| known.snapshot_id == snapshot.snapshot_id;
+            match merged.snapshots.iter_mut().find(same) {
+                Some(known) => known.reachable |= snapshot.reachable,
+                None => merged.snapshots.push(snapshot),
+            }
+        }
+        for server in std::mem::take(&mut listing.addresses) {
+            if !merged.addresses.iter().any(|known| known.server_id == server.server_id) {
+                merged.addresses.push(server);
+            }
+        }
+    }
+    for server in listings.into_iter().flat_map(|listing| listing.unreachable) {
+        let is_reached =
+            |snapshot: &Snapshot| snapshot.reachable && snapshot.server_id == server.server_id;
+        let is_known = merged.unreachable.iter().any(|known| known.server_id == server.server_id);
+        if !is_known && !merged.snapshots.iter().any(is_reached) {
+            merged.unreachable.push(server);
+        }
+    }
+    newest_first(&mut merged.snapshots);
+    merged
+}
+
+fn newest_first(snapshots: &mut [Snapshot]) {
+    snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.committed_ms));
+}
+
+async fn list_through(link: &Link, query: &Query) -> Result<Listing, LinkError> {
+    let Query { machine, disk, server } = query;
+    let address = Address { server: server.clone(), run: None, machine: machine.clone() };
     let mut listing = Listing::default();
     let mut page_token = String::new();
     for _ in 0..MAX_PAGES {
         let message = ListSnapshotsRequest {
-            machine: machine.map(ToString::to_string).unwrap_or_default(),
-            disk_id: disk.map(ToString::to_string).unwrap_or_default(),
+            machine: machine.as_ref().map(ToString::to_string).unwrap_or_default(),
+            disk_id: disk.as_ref().map(ToString::to_string).unwrap_or_default(),
             page_size: 1000,
             page_token,
         };
@@ -69,24 +194,20 @@ pub async fn list(
         }
     }
     // A janus that was asked for one server may answer for all.
-    listing
-        .snapshots
-        .retain(|snapshot| server.is_none_or(|server| snapshot.server_id == server.as_str()));
-    listing.snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.committed_ms));
+    listing.snapshots.retain(|snapshot| {
+        server.as_ref().is_none_or(|server| snapshot.server_id == server.as_str())
+    });
+    newest_first(&mut listing.snapshots);
     Ok(listing)
 }
 
-/// One snapshot by its id, and where its server can be reached without janus; `None` when no server that answers has it.
-///
-/// # Errors
-/// When the call fails.
-pub async fn find(
+async fn find_through(
     link: &Link,
     id: SnapshotId,
-    machine: Option<&MachineKey>,
-    server: Option<&ServerId>,
+    query: &Query,
 ) -> Result<Option<(Snapshot, ServerAddresses)>, LinkError> {
-    let address = Address { server: server.cloned(), run: None, machine: machine.cloned() };
+    let Query { machine, server, .. } = query.clone();
+    let address = Address { server, run: None, machine };
     let request = address.request(GetSnapshotRequest { snapshot_id: id.to_string() }, Some(QUICK));
     match link
         .catalog()
@@ -110,5 +231,43 @@ pub fn consistency_name(consistency: pb::Consistency) -> &'static str {
         pb::Consistency::Frozen => "frozen",
         pb::Consistency::Crash => "crash",
         pb::Consistency::Smeared => "smeared",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listing(snapshots: &[(&str, &str, i64, bool)], unreachable: &[&str]) -> Listing {
+        let snapshot =
+            |&(id, server, committed_ms, reachable): &(&str, &str, i64, bool)| Snapshot {
+                snapshot_id: id.into(),
+                server_id: server.into(),
+                committed_ms,
+                reachable,
+                ..Default::default()
+            };
+        let away =
+            |name: &&str| UnreachableServer { server_id: (*name).into(), ..Default::default() };
+        Listing {
+            snapshots: snapshots.iter().map(snapshot).collect(),
+            unreachable: unreachable.iter().map(away).collect(),
+            addresses: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_one_of_two_janus_reaches_is_reachable() {
+        let north = listing(
+            &[("3", "c", 3, false), ("2", "b", 2, false), ("1", "a", 1, true)],
+            &["b", "c"],
+        );
+        let south = listing(&[("2", "b", 2, true), ("1", "a", 1, false)], &["a", "https://c:7421"]);
+        let merged = merge(vec![north, south]);
+        let seen: Vec<_> =
+            merged.snapshots.iter().map(|s| (s.snapshot_id.as_str(), s.reachable)).collect();
+        assert_eq!(seen, [("3", false), ("2", true), ("1", true)]);
+        let away: Vec<_> = merged.unreachable.iter().map(|s| s.server_id.as_str()).collect();
+        assert_eq!(away, ["c", "https://c:7421"]);
     }
 }

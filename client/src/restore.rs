@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
-    catalog,
+    catalog::{self, Found, Query},
     link::{Address, Direct, Link, LinkError, PATIENCE, QUICK, Remedy},
     progress::Progress,
 };
@@ -158,8 +158,8 @@ impl Restore {
     /// See [`RestoreError`].
     pub async fn run(&self) -> Result<RestoreReport, RestoreError> {
         let began = Instant::now();
-        let link = Link::connect_any(&self.urls, &self.identity).await?;
-        let (snapshot, server_urls) = self.find(&link).await?;
+        let found = self.find().await?;
+        let snapshot = found.snapshot.clone();
         if snapshot.size_bytes > MAX_DISK_BYTES {
             return Err(self.damaged(
                 &snapshot,
@@ -171,7 +171,7 @@ impl Restore {
         let mut writers = Writers::start(self.threads, &target, snapshot.size_bytes);
         let mut assembly = Assembly::new(snapshot.size_bytes);
         let fetched = tokio::select! {
-            fetched = self.fetch_all(link, &server_urls, &snapshot, &mut assembly, &writers) => fetched,
+            fetched = self.fetch_all(&found, &mut assembly, &writers) => fetched,
             () = self.stop.cancelled() => Err(RestoreError::Interrupted),
         };
         // A writer's failure is the cause when both failed.
@@ -189,20 +189,29 @@ impl Restore {
         })
     }
 
-    /// The snapshot, and where its server can be reached without janus.
-    async fn find(&self, link: &Link) -> Result<(Snapshot, Vec<String>), RestoreError> {
-        let (machine, server) = (self.machine.as_ref(), self.server.as_ref());
-        let (found, unreachable, addresses) = match &self.wanted {
-            Wanted::Snapshot(id) => match catalog::find(link, *id, machine, server).await? {
-                Some((snapshot, addresses)) => (Some(snapshot), vec![], vec![addresses]),
-                None => (None, vec![], vec![]),
-            },
+    async fn find(&self) -> Result<Found, RestoreError> {
+        let query =
+            |disk| Query { machine: self.machine.clone(), disk, server: self.server.clone() };
+        let (found, unreachable) = match &self.wanted {
+            Wanted::Snapshot(id) => {
+                (catalog::find(&self.urls, &self.identity, *id, &query(None)).await?, vec![])
+            }
             Wanted::Newest(disk) => {
-                let listing = catalog::list(link, machine, Some(disk), server).await?;
-                (self.newest(listing.snapshots), listing.unreachable, listing.addresses)
+                let query = query(Some(disk.clone()));
+                let listing = catalog::list(&self.urls, &self.identity, &query).await?;
+                let found = self.newest(listing.snapshots).map(|snapshot| {
+                    let own =
+                        listing.addresses.into_iter().find(|a| a.server_id == snapshot.server_id);
+                    Found {
+                        at: 0,
+                        snapshot,
+                        server_urls: own.map(|own| own.urls).unwrap_or_default(),
+                    }
+                });
+                (found, listing.unreachable)
             }
         };
-        let Some(snapshot) = found else {
+        let Some(found) = found else {
             let names: Vec<_> =
                 unreachable.iter().map(|server| server.server_id.as_str()).collect();
             let hint = if names.is_empty() {
@@ -212,14 +221,14 @@ impl Restore {
             };
             return Err(RestoreError::Unknown { wanted: self.wanted_text(), hint });
         };
+        let snapshot = &found.snapshot;
         if snapshot.reachable {
-            let own = addresses.into_iter().find(|a| a.server_id == snapshot.server_id);
-            return Ok((snapshot, own.map(|own| own.urls).unwrap_or_default()));
+            return Ok(found);
         }
         Err(RestoreError::Away {
-            snapshot: snapshot.snapshot_id,
-            disk: snapshot.disk_id,
-            server: snapshot.server_id,
+            snapshot: snapshot.snapshot_id.clone(),
+            disk: snapshot.disk_id.clone(),
+            server: snapshot.server_id.clone(),
         })
     }
 
@@ -247,24 +256,22 @@ impl Restore {
     /// Reads the whole disk, over as many streams as it takes; returns the bytes received.
     async fn fetch_all(
         &self,
-        link: Link,
-        server_urls: &[String],
-        snapshot: &Snapshot,
+        found: &Found,
         assembly: &mut Assembly,
         writers: &Writers,
     ) -> Result<u64, RestoreError> {
+        let Found { snapshot, server_urls, .. } = found;
+        let mut at = found.at;
         let server: ServerId =
             snapshot.server_id.parse().map_err(|error| self.damaged(snapshot, error))?;
         let address =
             Address { server: Some(server.clone()), run: None, machine: self.machine.clone() };
-        let (mut fetched, mut link) = (0, Some(link));
+        let mut fetched = 0;
         let (mut lost_at, mut reached) = (None::<Instant>, 0);
         loop {
-            let through = match link.take() {
-                Some(link) => Ok(link),
-                None => Link::connect_any(&self.urls, &self.identity).await,
-            };
-            let through = match through {
+            let first = at % self.urls.len().max(1);
+            let urls = [&self.urls[first..], &self.urls[..first]].concat();
+            let through = match Link::connect_any(&urls, &self.identity).await {
                 Ok(link) if self.direct == Direct::Prefer => {
                     Ok(link.prefer_direct(&server, server_urls, &self.identity).await)
                 }
@@ -294,6 +301,8 @@ impl Restore {
                 return Err(error.into());
             }
             tracing::warn!(server = %snapshot.server_id, %error, "connection lost; going on as soon as the server answers");
+            // Another janus may reach the server that this one has lost.
+            at += 1;
             tokio::time::sleep(PAUSE).await;
         }
     }

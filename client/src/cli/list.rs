@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{Context, Failure, Outcome, address};
 use crate::{
-    catalog::{self, Listing, consistency_name},
+    catalog::{self, Listing, Query, consistency_name},
     link::Address,
 };
 
@@ -21,8 +21,9 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     if machine.is_none() && matches!(context.identity.principal().role, Role::Operator(_)) {
         return Err(Failure::usage("an operator must name a machine: --machine USER/MACHINE"));
     }
+    let query = Query { machine, disk: None, server };
     let listing =
-        catalog::list(&context.connect().await?, machine.as_ref(), None, server.as_ref()).await?;
+        catalog::list(context.settings.checked_urls()?, &context.identity, &query).await?;
     Ok(Outcome { json: listing_json(&listing), text: listing_text(&listing) })
 }
 
