@@ -4,7 +4,7 @@ use std::{io::Write, process::ExitCode, time::Duration};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus::{config, maintenance, serve::Janus, status};
-use janus_proto::{program, settings::SettingsError, show};
+use janus_proto::{memory, program, settings::SettingsError, show};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
@@ -79,6 +79,7 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
         println!("settings are valid");
         return ExitCode::SUCCESS;
     }
+    memory::keep_large_blocks();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(error, 1),

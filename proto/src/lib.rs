@@ -22,6 +22,7 @@ pub mod hash;
 pub mod health;
 pub mod ids;
 pub mod listener;
+pub mod memory;
 pub mod metadata;
 pub mod model;
 pub mod plain_health;

@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::{ArgMatches, Command, FromArgMatches, Subcommand};
 use janus::serve::Janus;
 use janus_proto::{
-    program,
+    memory, program,
     settings::{Loader, SettingsError},
 };
 use janus_server::{
@@ -96,6 +96,9 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
     }
     if let Err(error) = program::start_log(&settings.server.log) {
         return fail(format!("setting log: {error}"), USAGE);
+    }
+    if settings.router().is_some() {
+        memory::keep_large_blocks();
     }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,

@@ -16,6 +16,7 @@ use crate::{
 mod janus;
 mod limits;
 mod peers;
+mod proxies;
 
 /// Arguments of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
@@ -29,6 +30,9 @@ pub struct Args {
     /// Where to write the figures; default: target/bench/bench.json
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Janus as a proxy only, beside a byte copier, nginx and HAProxy
+    #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib"])]
+    proxies: bool,
     /// How clients pack blocks: none, lz4 or zstd
     #[arg(long, default_value = "none")]
     encoding: String,
@@ -90,6 +94,11 @@ pub fn run(args: &Args) -> Result<()> {
     packages::require(packages::DISK_TOOLS)?;
     let programs = Programs::build(Profile::Release)?;
     let folder = target().join("bench");
+    if args.proxies {
+        fs::create_dir_all(&folder)?;
+        let json = args.json.clone().unwrap_or_else(|| folder.join("proxies.json"));
+        return proxies::run(&programs, &json);
+    }
     let images = images(&folder, args.size_mib)?;
     let work = tempfile::Builder::new().prefix("run-").tempdir_in(&folder)?;
     let limits = limits::measure(&images, work.path())?;

@@ -322,7 +322,11 @@ impl Site {
         Ok(())
     }
 
-    fn take_janus(&mut self) -> Result<Process> {
+    /// The running janus, to be kept by the caller.
+    ///
+    /// # Errors
+    /// When it doesn't run.
+    pub fn take_janus(&mut self) -> Result<Process> {
         self.janus.as_mut().and_then(|janus| janus.process.take()).context("janus does not run")
     }
 

@@ -103,6 +103,19 @@ impl Process {
         Ok(process)
     }
 
+    /// Starts a program that says nothing of where it listens: at `url`, as its settings have it. What it logs is appended to
+    /// `log`.
+    ///
+    /// # Errors
+    /// When it doesn't start.
+    pub fn spawn(name: &str, mut command: Command, log: &Path, url: &str) -> Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).open(log)?;
+        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        let child = command.spawn().with_context(|| format!("start {name}"))?;
+        started(&child);
+        Ok(Self { name: name.to_owned(), child, url: url.to_owned(), log: log.to_owned() })
+    }
+
     fn await_url(&mut self, heard: &mpsc::Receiver<String>) -> Result<String> {
         match heard.recv_timeout(START_TIME) {
             Ok(url) => Ok(url),

@@ -42,7 +42,8 @@ const SLOW: &[&str] = &["kills", "foreign_clients"];
 
 fn build(runner: &mut Runner) {
     runner.cargo("format", &["fmt", "--all", "--check"]);
-    runner.cargo("clippy", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]);
+    let clippy = "clippy --workspace --all-targets --features xtask/load -- -D warnings";
+    runner.cargo("clippy", &clippy.split(' ').collect::<Vec<_>>());
     runner.cargo_with(
         "docs",
         &["doc", "--workspace", "--no-deps"],
