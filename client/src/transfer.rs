@@ -290,6 +290,7 @@ async fn start_through(
     for warning in of_janus.chain(answer.warnings.iter().map(String::as_str)) {
         tracing::warn!(server = %run.server, "{warning}");
     }
+    tracing::debug!(server = %run.server, backup_id = %plan.backup_id, url = run.link.url(), epoch = run.epoch, "started");
     if !answer.required_features.is_empty() {
         return Err(TransferError::Features {
             server: run.server,

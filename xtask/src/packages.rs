@@ -19,7 +19,14 @@ pub const DISK_TOOLS: &[Tool] = &[
     Tool { program: "mke2fs", package: "e2fsprogs" },
 ];
 
-/// What the whole test run needs, `DISK_TOOLS` included.
+/// What network namespaces need.
+pub const NETWORK_TOOLS: &[Tool] = &[
+    Tool { program: "ip", package: "iproute2" },
+    Tool { program: "tc", package: "iproute2" },
+    Tool { program: "sysctl", package: "procps" },
+];
+
+/// What the whole test run needs, the lists above included.
 pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "sgdisk", package: "gdisk" },
     Tool { program: "mke2fs", package: "e2fsprogs" },
@@ -27,6 +34,9 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "qemu-img", package: "qemu-utils" },
     Tool { program: "python3", package: "python3-venv" },
     Tool { program: "npm", package: "npm" },
+    Tool { program: "ip", package: "iproute2" },
+    Tool { program: "tc", package: "iproute2" },
+    Tool { program: "sysctl", package: "procps" },
 ];
 
 /// Makes sure that `tools` are here: installs what is missing when we are root and there is apt-get, else fails with

@@ -17,12 +17,16 @@ use serde_json::{Value, json};
 
 pub mod answers;
 mod client;
+mod network;
 mod process;
 mod programs;
+mod sites;
 
 pub use client::{Client, Finished, Running};
+pub use network::{Cut, Network};
 pub use process::{Process, stop_children_on_interrupt};
 pub use programs::{PROGRAMS_VARIABLE, Profile, Programs, cargo, target, workspace};
+pub use sites::{MACHINES, Part, SITES, Sites, url};
 
 use crate::noise::Noise;
 

@@ -44,6 +44,7 @@ pub async fn commit(
             consistency: disk.source.consistency().into(),
         })
         .collect();
+    tracing::debug!(server = %run.server, backup_id = %run.plan.backup_id, "committing");
     for _ in 0..8 {
         let message = CommitBackupRequest {
             backup_id: run.plan.backup_id.to_string(),

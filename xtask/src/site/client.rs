@@ -192,6 +192,21 @@ impl Running {
         !matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.output.join("stderr")).unwrap_or_default()
+    }
+
+    /// Suspends it.
+    pub fn freeze(&self) {
+        process::signal(self.pid(), Signal::STOP);
+    }
+
+    /// Goes on after `freeze`.
+    pub fn thaw(&self) {
+        process::signal(self.pid(), Signal::CONT);
+    }
+
     /// Waits for its end.
     ///
     /// # Errors

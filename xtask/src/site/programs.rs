@@ -8,6 +8,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
+use super::network;
+
 /// Folder of programs that are already built; set by `cargo xtask test` for the tests it starts.
 pub const PROGRAMS_VARIABLE: &str = "XTASK_PROGRAMS";
 
@@ -24,6 +26,8 @@ pub enum Profile {
 #[derive(Debug, Clone)]
 pub struct Programs {
     folder: PathBuf,
+    /// Network namespace in which they run.
+    namespace: Option<String>,
 }
 
 impl Programs {
@@ -48,7 +52,7 @@ impl Programs {
         }
         ensure!(cargo.status().context("run cargo")?.success(), "the build failed");
         let name = if profile == Profile::Release { "release" } else { "debug" };
-        Ok(Self { folder: target().join(name) })
+        Ok(Self { folder: target().join(name), namespace: None })
     }
 
     /// For tests: the programs of `cargo xtask test`, else built once in this process.
@@ -58,10 +62,15 @@ impl Programs {
     pub fn for_tests() -> Result<Self> {
         static BUILT: OnceLock<Result<Programs, String>> = OnceLock::new();
         let built = BUILT.get_or_init(|| match std::env::var_os(PROGRAMS_VARIABLE) {
-            Some(folder) => Ok(Self { folder: folder.into() }),
+            Some(folder) => Ok(Self { folder: folder.into(), namespace: None }),
             None => Self::build(Profile::Dev).map_err(|error| format!("{error:#}")),
         });
         built.clone().map_err(anyhow::Error::msg)
+    }
+
+    /// The same programs, run in a network namespace.
+    pub fn inside(&self, namespace: String) -> Self {
+        Self { folder: self.folder.clone(), namespace: Some(namespace) }
     }
 
     /// Their folder.
@@ -92,7 +101,10 @@ impl Programs {
         {
             command.env_remove(key);
         }
-        command
+        match &self.namespace {
+            Some(namespace) => network::inside(namespace, &command),
+            None => command,
+        }
     }
 }
 

@@ -32,13 +32,14 @@ const PLACED: &[(&str, &str)] = &[
     ("damage", "store"),
     ("direct", "janus"),
     ("janus_limits", "janus"),
+    ("links", "janus"),
     ("life", "janus"),
     ("reasons", "janus"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
 ];
 /// Whole-system tests that `--quick` leaves out.
-const SLOW: &[&str] = &["kills", "foreign_clients"];
+const SLOW: &[&str] = &["kills", "links", "foreign_clients"];
 
 fn build(runner: &mut Runner) {
     runner.cargo("format", &["fmt", "--all", "--check"]);
@@ -56,7 +57,11 @@ fn build(runner: &mut Runner) {
 }
 
 fn main_job(runner: &mut Runner) {
-    runner.cargo("xtask", &["test", "-p", "xtask"]);
+    let mut arguments = vec!["test", "-p", "xtask"];
+    if !rustix::process::geteuid().is_root() {
+        arguments.extend(["--", "--skip", "as_root_"]);
+    }
+    runner.cargo("xtask", &arguments);
     for name in whole_system_tests(runner) {
         if PLACED.iter().all(|(placed, _)| *placed != name) {
             whole_system(runner, &name);
@@ -113,24 +118,29 @@ fn placed(runner: &mut Runner, group: &str) {
 }
 
 fn whole_system(runner: &mut Runner, name: &str) {
-    // One at a time: each test runs several programs, and memory and times are looked at.
+    // One at a time: each test runs several programs, and memory and times are looked at. Those with networks of their
+    // own mostly wait for silence to be long enough.
+    let threads = if name == "links" { "16" } else { "1" };
     let mut arguments =
-        vec!["test", "-p", "janus-client", "--test", name, "--", "--test-threads", "1"];
+        vec!["test", "-p", "janus-client", "--test", name, "--", "--test-threads", threads];
     if !rustix::process::geteuid().is_root() {
-        println!("NOT RUN, they need root for loop devices: tests of {name} called as_root_*");
+        println!(
+            "NOT RUN, they need root for loop devices or networks: tests of {name} called as_root_*"
+        );
         arguments.extend(["--skip", "as_root_"]);
     }
     arguments.extend(if runner.shows_figures(name) { &["--nocapture"][..] } else { &[] });
     runner.cargo(name, &arguments);
 }
 
-/// Files of `client/tests`: read from the folder, so that a new one can't be forgotten.
+/// Files of `client/tests`, and folders with a `main.rs`: read from the folder, so that a new one can't be forgotten.
 fn whole_system_tests(runner: &mut Runner) -> Vec<String> {
     let names = || -> Result<Vec<String>> {
         let mut names = Vec::new();
         for entry in fs::read_dir("client/tests")? {
             let path = entry?.path();
-            if path.extension().is_some_and(|extension| extension == "rs") {
+            let is_file = path.extension().is_some_and(|extension| extension == "rs");
+            if is_file || path.join("main.rs").is_file() {
                 names.push(
                     path.file_stem().context("file without a name")?.to_string_lossy().into_owned(),
                 );
