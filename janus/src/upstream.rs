@@ -39,6 +39,9 @@ use crate::clock::unix_ms;
 
 /// Knowledge older than this is stale: a probe comes before a start.
 pub(crate) const STALE: Duration = Duration::from_secs(5);
+/// The same for starts. One that is sent to a server behind a cut line arrives there all the same once the line is whole:
+/// then it counts as a use, and holds the machine's lease for a while.
+const STALE_FOR_STARTS: Duration = Duration::from_millis(200);
 
 /// What a server is needed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -225,11 +228,12 @@ impl Upstream {
     /// # Errors
     /// Why not.
     pub(crate) async fn gate(&self, need: Need) -> Result<Link, Down> {
+        let fresh = if need == Need::Starts { STALE_FOR_STARTS } else { STALE };
         let linked = self.0.state.borrow().link.clone();
         match linked {
             None => self.look_again().await,
             Some(_) if need == Need::Link => {}
-            Some(link) if link.silence() < STALE && !self.is_suspect(&link) => {}
+            Some(link) if link.silence() < fresh && !self.is_suspect(&link) => {}
             Some(link) => drop(self.probe(&link).await),
         }
         self.stand(need)
