@@ -266,7 +266,11 @@ impl Backup {
             if Instant::now() > until {
                 return started;
             }
-            self.cancellable(async { Ok(tokio::time::sleep(HOLDER_PAUSE).await) }).await?;
+            let pause = async {
+                tokio::time::sleep(HOLDER_PAUSE).await;
+                Ok(())
+            };
+            self.cancellable(pause).await?;
         }
     }
 
@@ -318,7 +322,10 @@ impl Backup {
             transfers.push(self.send_disk(run, &session, transfer, Segments::From(0)).await?);
         }
         let (transfers, committed) = self.commit(run, transfers).await?;
-        self.state.close_run()?;
+        // The backup is made: the next one finds out by itself that this run is over.
+        if let Err(error) = self.state.close_run() {
+            tracing::warn!(%error, "can't note the end of the run");
+        }
         let mut reports = Vec::with_capacity(transfers.len());
         for disk in transfers {
             reports.push(finish(run, disk, &committed).await?);
