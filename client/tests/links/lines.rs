@@ -134,7 +134,7 @@ fn as_root_every_combination_in_the_soak() {
                 how.map(|how| Way(one, other, how))
             };
             let slow = |(at, place): (usize, &'static str)| {
-                (number / 27 >> at & 1 == 1).then_some(Slow(place))
+                ((number / 27) >> at & 1 == 1).then_some(Slow(place))
             };
             let cuts = ways.into_iter().enumerate().filter_map(cut);
             cuts.chain([NORTH, SOUTH, OFFICE].into_iter().enumerate().filter_map(slow)).collect()

@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bandwidth;
+mod full;
 mod lines;
 mod programs;
 mod scene;

@@ -72,6 +72,19 @@ fn as_root_a_restore_whose_janus_is_frozen() {
     case(SOUTH, Phase::Restore, &[Freeze(NORTH, Janus)]);
 }
 
+#[test]
+fn as_root_a_machine_killed_in_a_restore_can_begin_again() {
+    let mut scene = Scene::new();
+    scene.change(16);
+    let backup = scene.client.backup().unwrap();
+    let to = scene.sites.folder().join("restored.raw");
+    let restore = scene.restoring(&backup.disks[0].snapshot_id, &to);
+    restore.kill();
+    restore.wait().unwrap();
+    assert!(!to.exists(), "half a disk under its final name");
+    scene.check_restore(&backup.disks[0].snapshot_id);
+}
+
 /// Longer than all keepalives: when it wakes its connections are gone, and nothing else.
 const SLEEP: Duration = Duration::from_secs(45);
 

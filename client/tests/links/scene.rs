@@ -1,7 +1,9 @@
 //! One case: a fault that strikes in some phase, and what must go on under it and after it.
 
 use std::{
+    collections::BTreeMap,
     fs,
+    io::{self, Read},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -9,6 +11,7 @@ use std::{
 
 use xtask::{
     disk,
+    loopback::SmallFileSystem,
     noise::Noise,
     site::{Client, Cut, Finished, MACHINES, Part, Programs, Running, SITES, Sites, answers},
 };
@@ -22,6 +25,7 @@ pub const MIB: u64 = 1 << 20;
 const LINE_KBIT: u32 = 50_000;
 const SLOW_KBIT: u32 = 8_000;
 const DISK_MIB: u64 = 16;
+const FILLER: &str = "filler";
 /// Less than the default, so that tests need not wait for a minute.
 const FAILOVER_SECONDS: u64 = 5;
 /// A silent peer is noticed after 15 s, and then there is the failover; starts and lists are far quicker.
@@ -41,6 +45,8 @@ pub enum Fault {
     Kill(&'static str, Part),
     /// A program is suspended.
     Freeze(&'static str, Part),
+    /// A server's disk has no space left. Only in a scene with small stores.
+    Fill(&'static str),
 }
 
 /// When it happens. New backups, lists and restores are tried under every fault in any case.
@@ -72,6 +78,11 @@ impl Broken<'_> {
         !self.0.iter().any(stops)
     }
 
+    fn takes(&self, site: &str) -> bool {
+        let fills = |fault: &Fault| matches!(*fault, Fault::Fill(full) if full == site);
+        self.server(site) && !self.0.iter().any(fills)
+    }
+
     fn janus(&self, site: &str) -> bool {
         self.runs(site, Part::Janus) && self.is_open(OFFICE, site)
     }
@@ -88,6 +99,10 @@ impl Broken<'_> {
     fn any_server(&self) -> bool {
         SITES.iter().any(|site| self.server(site))
     }
+
+    fn any_takes(&self) -> bool {
+        SITES.iter().any(|site| self.takes(site))
+    }
 }
 
 /// Sites, and a machine that has a backup on both.
@@ -96,11 +111,26 @@ pub struct Scene {
     pub client: Client,
     pub disk: PathBuf,
     noise: Noise,
+    /// File systems of the servers, where they have their own.
+    stores: BTreeMap<&'static str, SmallFileSystem>,
 }
 
 impl Scene {
     pub fn new() -> Self {
-        let sites = Sites::start(Programs::for_tests().unwrap()).unwrap();
+        Self::on(BTreeMap::new())
+    }
+
+    /// Each server's images are on a small file system of its own.
+    pub fn with_small_stores() -> Self {
+        Self::on(SITES.map(|site| (site, SmallFileSystem::mount(200 * MIB).unwrap())).into())
+    }
+
+    fn on(stores: BTreeMap<&'static str, SmallFileSystem>) -> Self {
+        let mut sites = Sites::prepare(Programs::for_tests().unwrap()).unwrap();
+        for (site, store) in &stores {
+            sites.move_images(site, &store.folder().join("images")).unwrap();
+        }
+        sites.heal().unwrap();
         let seed = Noise::fresh_seed();
         println!("seed {seed}");
         let disk = sites.folder().join("disk.raw");
@@ -109,7 +139,7 @@ impl Scene {
         let mut client = sites.client("laptop", &[format!("disk={}", disk.display())]).unwrap();
         client.settings.set("failover_after_seconds", FAILOVER_SECONDS);
         client.settings.set("log", "debug");
-        let scene = Self { sites, client, disk, noise: Noise::new(seed) };
+        let scene = Self { sites, client, disk, noise: Noise::new(seed), stores };
         scene.lines_as_at_first();
         scene.sites.await_equal(&scene.client, Duration::from_secs(30)).unwrap();
         for _ in SITES {
@@ -146,12 +176,16 @@ impl Scene {
                 Fault::Slow(place) => self.sites.network().slow(place, SLOW_KBIT).unwrap(),
                 Fault::Kill(site, part) => self.sites.kill(site, part).unwrap(),
                 Fault::Freeze(site, part) => self.sites.process(site, part).unwrap().freeze(),
+                Fault::Fill(site) => fill(self.stores[site].folder()),
             }
         }
     }
 
     fn heal(&mut self) {
         self.sites.heal().unwrap();
+        for store in self.stores.values() {
+            let _ = fs::remove_file(store.folder().join(FILLER));
+        }
         self.lines_as_at_first();
     }
 
@@ -200,6 +234,13 @@ impl Scene {
     }
 }
 
+/// Takes what space there is.
+pub fn fill(folder: &Path) {
+    let mut file = fs::File::create(folder.join(FILLER)).unwrap();
+    while io::copy(&mut io::repeat(7).take(MIB), &mut file).is_ok() {}
+    file.sync_all().unwrap();
+}
+
 fn await_that(running: &Running, mut is_so: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(30);
     while !is_so() {
@@ -226,7 +267,8 @@ fn assert_ended(what: &str, finished: &Finished, could: bool, limit: Duration) {
 /// `faults` strike in `phase` of an operation at `turn`'s server. It and all that comes after ends well if any
 /// server can be reached; after healing both janus are equal.
 pub fn case(turn: &'static str, phase: Phase, faults: &[Fault]) {
-    let mut scene = Scene::new();
+    let fills = faults.iter().any(|fault| matches!(fault, Fault::Fill(_)));
+    let mut scene = if fills { Scene::with_small_stores() } else { Scene::new() };
     run_case(&mut scene, turn, phase, faults);
 }
 
@@ -262,7 +304,7 @@ fn strike_backup(
     let running = until(scene);
     scene.inject(faults);
     let finished = running.wait().unwrap();
-    assert_ended("the backup struck", &finished, broken.any_server(), LONGEST);
+    assert_ended("the backup struck", &finished, broken.any_takes(), LONGEST);
     if finished.code == Some(0) {
         known.push(finished.answer::<answers::Backup>().unwrap().disks[0].snapshot_id.clone());
     }
@@ -295,7 +337,7 @@ fn strike_restore(
 fn under_the_fault(scene: &mut Scene, broken: &Broken<'_>, known: &[String]) {
     scene.change(1);
     let backup = scene.client.run(&["backup", "--json"]).unwrap();
-    assert_ended("a backup under it", &backup, broken.any_server(), LONGEST);
+    assert_ended("a backup under it", &backup, broken.any_takes(), LONGEST);
     let list = scene.client.run(&["list", "--json"]).unwrap();
     assert_ended("a list under it", &list, broken.any_janus(), QUICK);
     if broken.any_janus() {

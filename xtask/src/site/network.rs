@@ -105,6 +105,11 @@ impl Network {
         ip_at(&here, &format!("route replace default via {}", self.gateway(place)))
     }
 
+    /// A command that runs at a place what `command` would run here.
+    pub fn command(&self, place: &str, command: &Command) -> Command {
+        inside(&self.namespace(place), command)
+    }
+
     /// Name of a place's namespace.
     pub fn namespace(&self, place: &str) -> String {
         format!("{}-{place}", self.name)

@@ -39,6 +39,8 @@ pub struct Sites {
     network: Network,
     /// Settings of the next start of each program.
     pub settings: BTreeMap<(&'static str, Part), Settings>,
+    /// Image paths that are not in the sites' folder.
+    images: BTreeMap<String, PathBuf>,
     keys: Site,
     programs: Programs,
 }
@@ -66,7 +68,8 @@ impl Sites {
         let plan = Plan { servers: Vec::new(), janus: false, folder: None };
         let keys = Site::prepare(programs.clone(), &plan)?;
         let settings = BTreeMap::new();
-        let mut sites = Self { running: BTreeMap::new(), network, settings, keys, programs };
+        let (running, images) = (BTreeMap::new(), BTreeMap::new());
+        let mut sites = Self { running, network, settings, images, keys, programs };
         for (site, other) in [(SITES[0], SITES[1]), (SITES[1], SITES[0])] {
             sites.prepare_server(site)?;
             sites.prepare_janus(site, other)?;
@@ -169,6 +172,19 @@ impl Sites {
         Client::new(self.programs_at(MACHINES), folder, settings)
     }
 
+    /// Gives a server another image path at its next start.
+    ///
+    /// # Errors
+    /// When the site has no server.
+    pub fn move_images(&mut self, site: &str, to: &Path) -> Result<()> {
+        let part =
+            self.settings.iter_mut().find(|((at, part), _)| *at == site && *part == Part::Server);
+        let (_, settings) = part.context("no such site")?;
+        settings.set("image_path", to.to_string_lossy());
+        self.images.insert(site.to_owned(), to.to_owned());
+        Ok(())
+    }
+
     /// The network.
     pub fn network(&self) -> &Network {
         &self.network
@@ -181,7 +197,8 @@ impl Sites {
 
     /// A server's image path.
     pub fn images(&self, site: &str) -> PathBuf {
-        self.folder().join(site).join("images")
+        let moved = self.images.get(site).cloned();
+        moved.unwrap_or_else(|| self.folder().join(site).join("images"))
     }
 
     /// Bytes that a server's images occupy.
