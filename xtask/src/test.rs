@@ -9,6 +9,7 @@ use anyhow::{Result, bail, ensure};
 use crate::packages;
 
 mod groups;
+mod matrix;
 mod steps;
 mod tidy;
 mod tools;

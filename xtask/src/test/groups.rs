@@ -4,7 +4,7 @@ use std::{fs, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{steps::Runner, tidy, tools};
+use super::{matrix, steps::Runner, tidy, tools};
 use crate::{bindings, packages, site::Programs};
 
 /// A part of the test run.
@@ -17,7 +17,7 @@ pub(super) struct Group {
 pub(super) const GROUPS: &[Group] = &[
     Group { name: "build", budget_minutes: 10, run: build },
     Group { name: "main-job", budget_minutes: 5, run: main_job },
-    Group { name: "janus", budget_minutes: 5, run: janus },
+    Group { name: "janus", budget_minutes: 7, run: janus },
     Group { name: "store", budget_minutes: 5, run: store },
     Group { name: "sources", budget_minutes: 4, run: sources },
     Group { name: "client", budget_minutes: 4, run: client },
@@ -35,6 +35,7 @@ const PLACED: &[(&str, &str)] = &[
     ("links", "janus"),
     ("life", "janus"),
     ("reasons", "janus"),
+    ("resilience", "janus"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
 ];
@@ -53,6 +54,7 @@ fn build(runner: &mut Runner) {
     runner.check("committed bindings", bindings::check);
     runner.check("buf lint", tools::buf_lint);
     runner.check("tidy", tidy::check);
+    runner.check("failure matrix", matrix::check);
     runner.check("programs", || Programs::for_tests().map(drop));
 }
 
