@@ -367,6 +367,30 @@ fn janus_status_is_for_people_and_for_monitoring() {
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!((&json["ok"], &json["machines"][0]["server"]), (&true.into(), &"server-a".into()));
 
+    let server = &json["servers"][0];
+    assert!(server["free_bytes"].as_u64() > Some(0), "{server}");
+    assert!(server["free_bytes"].as_u64() < server["total_bytes"].as_u64(), "{server}");
+    for expires in [&server["certificate_expires_ms"], &json["certificate_expires_ms"]] {
+        assert!(expires.as_i64() > server["since_ms"].as_i64(), "{json}");
+    }
+    assert!(text.contains(" free; certificate until 20"), "{text}");
+
+    // A certificate that ends soon: said as soon as the server has read it, while its old connections stay.
+    std::fs::remove_dir_all(site.folder().join("pki/server-a")).unwrap();
+    site.issue("server", "server-a", &["--host", "127.0.0.1", "--days", "3"]).unwrap();
+    site.server("server-a").unwrap().process().unwrap().hang_up();
+    let soon = "WARNING - the certificate of server-a expires on ";
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(15);
+    loop {
+        let (code, line) = janus_status(&site, Some("--check"));
+        if line.contains(soon) {
+            assert_eq!(code, Some(1), "{line}");
+            break;
+        }
+        assert!(std::time::Instant::now() < until, "{line}");
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+
     site.kill_server("server-a").unwrap();
     assert!(client.failure(&["backup"]).is_ok());
     let (code, line) = janus_status(&site, Some("--check"));

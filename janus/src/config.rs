@@ -184,6 +184,11 @@ impl Settings {
         Duration::from_millis(self.probe_ms)
     }
 
+    /// A machine without a new backup for so long is overdue.
+    pub fn overdue(&self) -> Duration {
+        Duration::from_secs(self.overdue_after_hours.saturating_mul(3600))
+    }
+
     /// What servers must have to get starts in their turn.
     pub fn required(&self) -> Option<Required> {
         let (prefer_vhdx, separate_folders_by_user) =

@@ -7,13 +7,13 @@ use std::{
 };
 
 use janus_proto::{
-    ids::ServerId,
+    ids::{MachineKey, ServerId},
     pb::{
         GetRouterStatusRequest, GetRouterStatusResponse, GetServerInfoRequest,
         GetServerInfoResponse, MachineStatus, MachineUse, ServerStatus,
         server_info_service_server::{ServerInfoService, ServerInfoServiceServer},
     },
-    tls::{Principal, Role},
+    tls::{Identity, Principal},
 };
 use tonic::{Request, Response, Status};
 
@@ -28,12 +28,44 @@ use crate::{
 pub struct Info {
     id: ServerId,
     fleet: Fleet,
+    identity: Identity,
 }
 
 impl Info {
-    /// The service of the janus named `id`.
-    pub fn service(id: ServerId, fleet: Fleet) -> ServerInfoServiceServer<Self> {
-        ServerInfoServiceServer::new(Self { id, fleet })
+    /// Of the janus named `id`, with this certificate, before these servers.
+    pub fn new(id: ServerId, fleet: Fleet, identity: Identity) -> Self {
+        Self { id, fleet, identity }
+    }
+
+    /// The service.
+    pub fn service(self) -> ServerInfoServiceServer<Self> {
+        ServerInfoServiceServer::new(self)
+    }
+
+    /// The servers.
+    pub fn fleet(&self) -> &Fleet {
+        &self.fleet
+    }
+
+    /// How all stands now: for a client with its own machine alone, else with all machines.
+    pub fn status(&self, own: Option<&MachineKey>) -> GetRouterStatusResponse {
+        let mut servers: Vec<ServerStatus> =
+            self.fleet.servers().iter().map(|server| self.line(server)).collect();
+        // While a server of server_urls was never reached, its name isn't known, so it may be the one that reports.
+        let all_named = servers.iter().all(|line| !line.server_id.is_empty());
+        for server in self.fleet.registry().reporting().iter().filter(|_| all_named) {
+            if servers.iter().all(|line| line.server_id != server.as_str()) {
+                servers.push(self.stranger(server));
+            }
+        }
+        GetRouterStatusResponse {
+            janus_id: self.id.to_string(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            servers,
+            machines: self.machines(own),
+            warnings: self.fleet.registry().warnings(),
+            certificate_expires_ms: self.identity.expires().saturating_mul(1000),
+        }
     }
 
     fn report_age_ms(&self, server: Option<&ServerId>) -> i64 {
@@ -45,6 +77,9 @@ impl Info {
         let server = upstream.server();
         let down = upstream.stand(Need::Starts).err();
         let counters = upstream.counters();
+        let vitals = server.as_ref().and_then(|id| self.fleet.registry().vitals_of(id));
+        let vitals = vitals.unwrap_or_default();
+        let seen_ms = upstream.certificate_expires().map(|seconds| seconds.saturating_mul(1000));
         ServerStatus {
             report_age_ms: self.report_age_ms(server.as_ref()),
             settings: server.as_ref().and_then(|id| self.fleet.registry().settings_of(id)),
@@ -56,12 +91,19 @@ impl Info {
             starts: counters.starts.load(Ordering::Relaxed),
             bytes_sent: counters.bytes_sent.load(Ordering::Relaxed),
             bytes_received: counters.bytes_received.load(Ordering::Relaxed),
+            free_bytes: vitals.free_bytes,
+            total_bytes: vitals.total_bytes,
+            // A server that has read a new certificate reports it; connections from before still show the old one.
+            certificate_expires_ms: match vitals.certificate_expires_ms {
+                0 => seen_ms.unwrap_or(0),
+                told => told,
+            },
         }
     }
 
-    /// The backups of each machine that the caller may know of, and how it has used the servers.
-    fn machines(&self, caller: &Role) -> Vec<MachineStatus> {
-        let foreign = |name: &str| matches!(caller, Role::Client(own) if own.as_str() != name);
+    /// The backups of each machine, or of one, and how it has used the servers.
+    fn machines(&self, own: Option<&MachineKey>) -> Vec<MachineStatus> {
+        let foreign = |name: &str| own.is_some_and(|own| own.as_str() != name);
         let mut machines: BTreeMap<String, MachineStatus> = BTreeMap::new();
         for ((name, server), last_backup_ms) in self.fleet.registry().last_backups() {
             if foreign(&name) {
@@ -106,11 +148,15 @@ impl Info {
 
     /// A server that reports here but that no call can be sent to.
     fn stranger(&self, server: &ServerId) -> ServerStatus {
+        let vitals = self.fleet.registry().vitals_of(server).unwrap_or_default();
         ServerStatus {
             server_id: server.to_string(),
             reason: "reports to this janus but is not in its server_urls".into(),
             report_age_ms: self.report_age_ms(Some(server)),
             settings: self.fleet.registry().settings_of(server),
+            free_bytes: vitals.free_bytes,
+            total_bytes: vitals.total_bytes,
+            certificate_expires_ms: vitals.certificate_expires_ms,
             ..Default::default()
         }
     }
@@ -139,25 +185,12 @@ impl ServerInfoService for Info {
         &self,
         request: Request<GetRouterStatusRequest>,
     ) -> Result<Response<GetRouterStatusResponse>, Status> {
-        let principal = request.extensions().get::<Arc<Principal>>();
-        let machines = principal.map(|caller| self.machines(&caller.role)).unwrap_or_default();
         self.fleet.first_look().await;
-        let mut servers: Vec<ServerStatus> =
-            self.fleet.servers().iter().map(|server| self.line(server)).collect();
-        // While a server of server_urls was never reached, its name isn't known, so it may be the one that reports.
-        let all_named = servers.iter().all(|line| !line.server_id.is_empty());
-        for server in self.fleet.registry().reporting().iter().filter(|_| all_named) {
-            if servers.iter().all(|line| line.server_id != server.as_str()) {
-                servers.push(self.stranger(server));
-            }
+        let principal = request.extensions().get::<Arc<Principal>>();
+        let mut status = self.status(principal.and_then(|caller| caller.machine()));
+        if principal.is_none() {
+            status.machines.clear();
         }
-        let version = env!("CARGO_PKG_VERSION").into();
-        Ok(Response::new(GetRouterStatusResponse {
-            janus_id: self.id.to_string(),
-            version,
-            servers,
-            machines,
-            warnings: self.fleet.registry().warnings(),
-        }))
+        Ok(Response::new(status))
     }
 }

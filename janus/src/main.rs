@@ -1,6 +1,6 @@
 //! `janus`: routes backups to the server used longest ago.
 
-use std::{io::Write, process::ExitCode, time::Duration};
+use std::{io::Write, process::ExitCode};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus::{config, maintenance, serve::Janus, status};
@@ -138,8 +138,7 @@ fn status_command(matches: &ArgMatches) -> ExitCode {
     let (check, json) = (matches.get_flag("check"), matches.get_flag("json"));
     match answer {
         Ok(status) if check => {
-            let overdue = Duration::from_secs(settings.overdue_after_hours.saturating_mul(3600));
-            let (verdict, line) = status::check(&status, overdue);
+            let (verdict, line) = status::check(&status, settings.overdue());
             print(&line);
             ExitCode::from(verdict as u8)
         }

@@ -1,8 +1,9 @@
 //! Figures for Prometheus, over plain HTTP on an address of their own (`metrics_listen`): made when they are asked for.
 
-use std::{fmt, sync::atomic::Ordering};
+use std::{fmt, sync::atomic::Ordering, time::Duration};
 
 use axum::{Router, http::header, response::IntoResponse, routing::get};
+use janus_proto::pb::{GetRouterStatusResponse, ServerStatus};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric, text},
@@ -14,48 +15,81 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agreement::differences,
-    fleet::Fleet,
+    dashboard,
+    info::Info,
+    traffic::Latencies,
     upstream::{Need, Upstream},
 };
 
 /// Of OpenMetrics 1.0, which Prometheus understands.
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Serves `/metrics` until `shutdown`.
+/// What the figures are made of.
+#[derive(Debug, Clone)]
+pub struct Figures {
+    /// The servers and machines.
+    pub info: Info,
+    /// How long calls took.
+    pub latencies: Latencies,
+    /// A machine without a new backup for so long is overdue.
+    pub overdue: Duration,
+}
+
+/// Serves `/metrics`, and a page for people at `/`, until `shutdown`.
 ///
 /// # Errors
 /// When the listener fails for good.
 pub async fn serve(
     listener: TcpListener,
-    fleet: Fleet,
+    figures: Figures,
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
+    let page_for_people = dashboard::routes(figures.clone());
     let answer = move || {
-        let text = page(&fleet);
+        let text = page(&figures);
         async move { ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response() }
     };
-    let routes = Router::new().route("/metrics", get(answer));
+    let routes = Router::new().route("/metrics", get(answer)).merge(page_for_people);
     axum::serve(listener, routes).with_graceful_shutdown(shutdown.cancelled_owned()).await
 }
 
 /// All figures, as text.
-fn page(fleet: &Fleet) -> String {
+fn page(figures: &Figures) -> String {
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(Figures(fleet.clone())));
+    registry.register_collector(Box::new(figures.clone()));
     let mut page = String::new();
     // Writing to a string doesn't fail.
     let _ = text::encode(&mut page, &registry);
     page
 }
 
-#[derive(Debug)]
-struct Figures(Fleet);
-
 impl Collector for Figures {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let fleet = &self.0;
+        let encoder = &mut encoder;
+        let fleet = self.info.fleet();
         let servers: Vec<(String, Upstream)> =
             fleet.distinct().into_iter().map(|upstream| (upstream.name(), upstream)).collect();
+        let status = self.info.status(None);
+        self.servers(encoder, &servers, &status)?;
+        errors(encoder, &servers)?;
+        self.machines(encoder)?;
+        self.latencies(encoder)?;
+        let differing = differences(&fleet.registry().settings()).len() as f64;
+        let help = "Settings that should be equal on all servers and are not";
+        single(encoder, "settings_differences", help, differing)?;
+        let help = "Unix time at which this janus' own certificate expires";
+        let expires = seconds(status.certificate_expires_ms);
+        single(encoder, "certificate_expiry_timestamp_seconds", help, expires)
+    }
+}
+
+impl Figures {
+    fn servers(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        servers: &[(String, Upstream)],
+        status: &GetRouterStatusResponse,
+    ) -> Result<(), fmt::Error> {
         let gauge = |figure: &dyn Fn(&Upstream) -> Option<f64>| -> Vec<(String, ConstGauge<f64>)> {
             let of = |(name, upstream): &(String, Upstream)| {
                 Some((name.clone(), ConstGauge::new(figure(upstream)?)))
@@ -68,50 +102,96 @@ impl Collector for Figures {
             };
             servers.iter().map(of).collect()
         };
+        let told = |figure: &dyn Fn(&ServerStatus) -> Option<f64>| {
+            gauge(&|upstream| {
+                let url = upstream.url();
+                figure(status.servers.iter().find(|line| line.url == url)?)
+            })
+        };
         let ready = gauge(&|upstream| Some(f64::from(upstream.stand(Need::Starts).is_ok())));
-        by_server(&mut encoder, "server_ready", "1 when the server takes backups", &ready)?;
+        by_server(encoder, "server_ready", "1 when the server takes backups", &ready)?;
         let round_trip = gauge(&|upstream| upstream.round_trip().map(|time| time.as_secs_f64()));
-        let help = "Smoothed time of a round trip to the server";
-        by_server(&mut encoder, "server_round_trip_seconds", help, &round_trip)?;
-        let age = gauge(&|upstream| {
-            Some(fleet.registry().report_age(&upstream.server()?)?.as_secs_f64())
-        });
+        let help = "Smoothed time of a round trip to the server, as probes find it";
+        by_server(encoder, "server_round_trip_seconds", help, &round_trip)?;
+        let age = told(&|line| Some(line.report_age_ms as f64 / 1000.0).filter(|age| *age >= 0.0));
         let help = "Time since the last message of the server's report stream; absent without one";
-        by_server(&mut encoder, "server_report_age_seconds", help, &age)?;
+        by_server(encoder, "server_report_age_seconds", help, &age)?;
+        let known = |line: &ServerStatus| line.total_bytes > 0;
+        let free = told(&|line| known(line).then_some(line.free_bytes as f64));
+        let help = "Free space below the server's image path, as it has reported last";
+        by_server(encoder, "server_free_bytes", help, &free)?;
+        let total = told(&|line| known(line).then_some(line.total_bytes as f64));
+        let help = "Size of the file system of the server's image path";
+        by_server(encoder, "server_total_bytes", help, &total)?;
+        let expires =
+            told(&|line| Some(seconds(line.certificate_expires_ms)).filter(|at| *at > 0.0));
+        let help = "Unix time at which the server's certificate expires";
+        by_server(encoder, "server_certificate_expiry_timestamp_seconds", help, &expires)?;
         let starts = counter(&|upstream| upstream.counters().starts.load(Ordering::Relaxed));
-        by_server(&mut encoder, "server_starts", "Backups started there by this janus", &starts)?;
+        by_server(encoder, "server_starts", "Backups started there by this janus", &starts)?;
         let sent = counter(&|upstream| upstream.counters().bytes_sent.load(Ordering::Relaxed));
-        by_server(&mut encoder, "server_sent_bytes", "Bytes forwarded to the server", &sent)?;
+        by_server(encoder, "server_sent_bytes", "Bytes forwarded to the server", &sent)?;
         let received =
             counter(&|upstream| upstream.counters().bytes_received.load(Ordering::Relaxed));
         let help = "Bytes forwarded from the server";
-        by_server(&mut encoder, "server_received_bytes", help, &received)?;
-        self.machines(&mut encoder)?;
-        let differing = ConstGauge::new(differences(&fleet.registry().settings()).len() as u64);
-        let help = "Settings that should be equal on all servers and are not";
-        let one = encoder.encode_descriptor(
-            "janus_settings_differences",
-            help,
-            None,
-            MetricType::Gauge,
-        )?;
-        differing.encode(one)
+        by_server(encoder, "server_received_bytes", help, &received)
     }
-}
 
-impl Figures {
     /// When each machine was last backed up to each server.
     fn machines(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let help = "Unix time of the machine's newest backup on the server";
         let kind = MetricType::Gauge;
         let name = "janus_machine_last_backup_timestamp_seconds";
         let mut family = encoder.encode_descriptor(name, help, None, kind)?;
-        for ((machine, server), committed_ms) in self.0.registry().last_backups() {
+        for ((machine, server), committed_ms) in self.info.fleet().registry().last_backups() {
             let labels = [("machine", machine.as_str()), ("server", server.as_str())];
-            ConstGauge::new(committed_ms as f64 / 1000.0).encode(family.encode_family(&labels)?)?;
+            ConstGauge::new(seconds(committed_ms)).encode(family.encode_family(&labels)?)?;
         }
         Ok(())
     }
+
+    fn latencies(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let help = "Time of a call through this janus: of streams to their first answer byte, of others to their end";
+        let kind = MetricType::Histogram;
+        let mut family = encoder.encode_descriptor("janus_call_seconds", help, None, kind)?;
+        for (class, times) in self.latencies.each() {
+            times.encode(family.encode_family(&[("class", class)])?)?;
+        }
+        Ok(())
+    }
+}
+
+/// Calls that ended with an error, by server and reason.
+fn errors(
+    encoder: &mut DescriptorEncoder<'_>,
+    servers: &[(String, Upstream)],
+) -> Result<(), fmt::Error> {
+    let help = "Calls to the server that ended with an error, by its reason, else its gRPC code";
+    let kind = MetricType::Counter;
+    let mut family = encoder.encode_descriptor("janus_server_errors", help, None, kind)?;
+    for (server, upstream) in servers {
+        for (reason, count) in upstream.counters().errors.counts() {
+            let labels = [("server", server.as_str()), ("reason", reason)];
+            ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
+}
+
+fn seconds(ms: i64) -> f64 {
+    ms as f64 / 1000.0
+}
+
+/// One figure of this janus.
+fn single(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    figure: f64,
+) -> Result<(), fmt::Error> {
+    let name = format!("janus_{name}");
+    let one = encoder.encode_descriptor(&name, help, None, MetricType::Gauge)?;
+    ConstGauge::new(figure).encode(one)
 }
 
 /// One figure of each server.

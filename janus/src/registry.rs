@@ -23,6 +23,7 @@ use tokio::time::Instant;
 pub use self::recall::Remembered;
 use crate::{agreement::differences, clock::unix_ms};
 
+pub use self::runs::{Meter, RunNow};
 use self::{
     runs::Runs,
     state::{Chain, ServerState, Told, Version},
@@ -178,8 +179,13 @@ impl Registry {
         server: &ServerId,
         machine: Option<&MachineKey>,
     ) -> RunCall {
-        self.lock().runs.begin(run, server, machine, Instant::now());
-        RunCall { registry: self.clone(), run }
+        let meter = self.lock().runs.begin(run, server, machine, Instant::now());
+        RunCall { registry: self.clone(), run, meter }
+    }
+
+    /// Runs under way, the oldest first.
+    pub fn runs(&self) -> Vec<RunNow> {
+        self.lock().runs.under_way(Instant::now())
     }
 
     /// Opens a report stream of `server`; older streams of it are out from now on.
@@ -221,6 +227,7 @@ impl Registry {
         state.last_message = Some(Instant::now());
         state.heard_ms = unix_ms();
         state.settings = hello.settings.clone();
+        state.vitals = hello.vitals;
         state.urls = hello.urls.iter().take(16).cloned().collect();
         Ok(ReportSlot { registry: self.clone(), server: server.clone(), slot })
     }
@@ -276,6 +283,11 @@ impl Registry {
     /// Settings that a server has reported.
     pub fn settings_of(&self, server: &ServerId) -> Option<pb::SharedSettings> {
         self.lock().servers.get(server)?.settings.clone()
+    }
+
+    /// Free space and certificate of a server, as it has said last.
+    pub fn vitals_of(&self, server: &ServerId) -> Option<pb::Vitals> {
+        self.lock().servers.get(server)?.vitals
     }
 
     /// URLs under which clients reach a server, as it has reported them.
@@ -459,6 +471,14 @@ impl Drop for Claim {
 pub struct RunCall {
     registry: Registry,
     run: BackupId,
+    meter: Arc<Meter>,
+}
+
+impl RunCall {
+    /// What counts the run's bytes.
+    pub fn meter(&self) -> &Arc<Meter> {
+        &self.meter
+    }
 }
 
 impl Drop for RunCall {
@@ -502,7 +522,10 @@ impl ReportSlot {
                 state.staged.as_mut().unwrap_or(&mut state.told).apply(change);
             }
             Some(Event::FullEnd(_)) => state.finish_full(),
-            Some(Event::Heartbeat(_) | Event::Hello(_)) | None => {}
+            Some(Event::Heartbeat(heartbeat)) => {
+                state.vitals = heartbeat.vitals.or(state.vitals);
+            }
+            Some(Event::Hello(_)) | None => {}
         }
         Ok(())
     }

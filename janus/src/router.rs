@@ -38,7 +38,11 @@ use self::{
     headers::Caller,
     places::Places,
 };
-use crate::{fleet::Fleet, selection::InitialBackups};
+use crate::{
+    fleet::Fleet,
+    selection::InitialBackups,
+    traffic::{Class, Latencies},
+};
 
 /// How starts are spread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +75,7 @@ struct Inner {
     budget: Budget,
     places: Places,
     drain: CancellationToken,
+    latencies: Latencies,
 }
 
 impl Router {
@@ -83,6 +88,7 @@ impl Router {
         bulk: BulkLimit,
         local: tonic::service::Routes,
         drain: CancellationToken,
+        latencies: Latencies,
     ) -> Self {
         let routes = Routes::new(janus_proto::pb::DESCRIPTORS);
         Self(Arc::new(Inner {
@@ -94,6 +100,7 @@ impl Router {
             budget: Budget::new(),
             places: Places::new(bulk.streams, bulk.of_one_caller),
             drain,
+            latencies,
         }))
     }
 
@@ -121,7 +128,10 @@ impl Router {
             .ok_or_else(|| status(ErrorReason::IdentityMissing, "caller has no certificate"))?;
         let caller = Caller::read(principal, request.headers())?;
         if route == Route::Merged && caller.pin.as_ref().is_none_or(|pin| *pin == self.0.id) {
-            return Ok(self.locally(request).await);
+            let mut stopwatch = self.0.latencies.begin(Class::Catalog, caller.begun);
+            let response = self.locally(request).await;
+            stopwatch.end();
+            return Ok(response);
         }
         self.forward(route, caller, request).await
     }

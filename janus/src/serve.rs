@@ -23,10 +23,11 @@ use crate::{
     health,
     info::Info,
     maintenance::Maintenance,
-    metrics,
+    metrics::{self, Figures},
     registry::Registry,
     report::Reports,
     router::Router,
+    traffic::Latencies,
     view,
 };
 
@@ -195,10 +196,11 @@ impl Janus {
         let drain_limit = Duration::from_secs(self.settings.drain_seconds);
         let (reporter, health_service) = janus_proto::health::health().await;
         let plain = Routes::new(health_service.clone());
+        let info = Info::new(self.id.clone(), fleet.clone(), self.identity.clone());
         let local = Routes::new(health_service)
             .add_service(Catalog::service(fleet.clone()))
             .add_service(Reports::service(fleet.clone()))
-            .add_service(Info::service(self.id.clone(), fleet.clone()))
+            .add_service(info.clone().service())
             .add_service(Maintenance::service(self.id.clone(), fleet.clone()))
             .add_service(reflection().build_v1().map_err(wiring)?)
             .add_service(reflection().build_v1alpha().map_err(wiring)?);
@@ -210,7 +212,7 @@ impl Janus {
         let following =
             fleet.clone().follow(targets, self.dialer.clone(), drain_limit, stop.clone());
         tasks.spawn(following);
-        let drain = CancellationToken::new();
+        let (drain, latencies) = (CancellationToken::new(), Latencies::default());
         tasks.spawn(follow_health(fleet.clone(), reporter, shutdown.clone(), drain.clone()));
         if !self.settings.view_file.is_empty() {
             let file = PathBuf::from(&self.settings.view_file);
@@ -220,9 +222,11 @@ impl Janus {
             tasks.spawn(plain_health::serve(health, plain, stop.clone()));
         }
         if let Some(metrics) = self.metrics {
-            let (fleet, shutdown, stop) = (fleet.clone(), shutdown.clone(), stop.clone());
+            let overdue = self.settings.overdue();
+            let figures = Figures { info, latencies: latencies.clone(), overdue };
+            let (shutdown, stop) = (shutdown.clone(), stop.clone());
             tasks.spawn(async move {
-                let serving = metrics::serve(metrics, fleet, shutdown);
+                let serving = metrics::serve(metrics, figures, shutdown);
                 // A reader that holds its connection may do so until the drain is over.
                 if let Some(Err(error)) = stop.run_until_cancelled(serving).await {
                     error!(%error, "metrics are no longer served");
@@ -230,7 +234,7 @@ impl Janus {
             });
         }
         let (rule, bulk) = (self.settings.start_rule(), self.settings.bulk_limit());
-        let router = Router::new(self.id.clone(), fleet, rule, bulk, local, drain);
+        let router = Router::new(self.id.clone(), fleet, rule, bulk, local, drain, latencies);
         let limits = Limits { drain: drain_limit, ..Limits::default() };
         info!(janus = %self.id, address = ?self.door.address().ok(), "serving");
         self.door.serve(router, limits, shutdown).await;

@@ -8,26 +8,21 @@ use janus_proto::{
         GetRouterStatusRequest, GetRouterStatusResponse,
         server_info_service_client::ServerInfoServiceClient,
     },
-    show::date,
     tls::Identity,
 };
 use tonic::{Request, transport::Channel};
 
-use crate::{clock::unix_ms, config::Settings};
+pub use crate::findings::Verdict;
+use crate::{
+    clock::unix_ms,
+    config::Settings,
+    findings::{About, findings},
+};
 
 /// Deadline of the call.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
-
-/// How a check ends, with the exit codes of monitoring plugins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Verdict {
-    /// All is well.
-    Ok = 0,
-    /// Backups go on, but not as they should.
-    Warning = 1,
-    /// Backups don't go on, or a machine has none.
-    Critical = 2,
-}
+/// Findings on the line of a check.
+const MOST_SAID: usize = 10;
 
 /// Asks the janus at `url`, or the one of these settings.
 ///
@@ -70,54 +65,31 @@ pub fn check(status: &GetRouterStatusResponse, overdue: Duration) -> (Verdict, S
 }
 
 fn check_at(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64) -> (Verdict, String) {
-    let oldest = now_ms.saturating_sub(i64::try_from(overdue.as_millis()).unwrap_or(i64::MAX));
-    let late: Vec<_> =
-        status.machines.iter().filter(|machine| machine.last_backup_ms < oldest).collect();
-    let ready = status.servers.iter().filter(|server| server.ready).count();
-    let mut said = Vec::new();
-    let mut verdict = Verdict::Ok;
-    let mut say = |at_least: Verdict, text: String| {
-        verdict = verdict.max(at_least);
-        said.push(text);
-    };
-    if ready == 0 {
-        say(Verdict::Critical, "no server takes backups".into());
-    }
-    for machine in &late {
-        let text =
-            format!("{} has no backup since {}", machine.machine, date(machine.last_backup_ms));
-        say(Verdict::Critical, text);
-    }
-    for server in &status.servers {
-        let name = if server.server_id.is_empty() { &server.url } else { &server.server_id };
-        if !server.ready {
-            say(Verdict::Warning, format!("{name}: {}", server.reason));
-        } else if server.report_age_ms < 0 {
-            say(Verdict::Warning, format!("{name} does not report to this janus"));
-        }
-    }
-    for warning in &status.warnings {
-        say(Verdict::Warning, warning.clone());
+    let mut found = findings(status, overdue, now_ms);
+    let verdict = found.iter().map(|finding| finding.verdict).max().unwrap_or(Verdict::Ok);
+    // The worst first: monitoring systems show the beginning of the line.
+    found.sort_by_key(|finding| std::cmp::Reverse(finding.verdict));
+    let late = found.iter().filter(|finding| matches!(finding.about, About::Overdue(_))).count();
+    let more = found.len().saturating_sub(MOST_SAID);
+    let mut said: Vec<String> =
+        found.into_iter().take(MOST_SAID).map(|finding| finding.text).collect();
+    if more > 0 {
+        said.push(format!("and {more} more: see `janus status`"));
     }
     let (servers, machines) = (status.servers.len(), status.machines.len());
     if said.is_empty() {
         said.push(format!("{servers} servers take backups, {machines} machines have theirs"));
     }
-    let name = match verdict {
-        Verdict::Ok => "OK",
-        Verdict::Warning => "WARNING",
-        Verdict::Critical => "CRITICAL",
-    };
     // A bar begins the figures.
     let text = said.join("; ").replace('|', "/");
-    let figures =
-        format!("servers={servers} ready={ready} machines={machines} overdue={}", late.len());
-    (verdict, format!("JANUS {name} - {text} | {figures}"))
+    let ready = status.servers.iter().filter(|server| server.ready).count();
+    let figures = format!("servers={servers} ready={ready} machines={machines} overdue={late}");
+    (verdict, format!("JANUS {verdict} - {text} | {figures}"))
 }
 
 #[cfg(test)]
 mod tests {
-    use janus_proto::pb::{MachineStatus, ServerStatus};
+    use janus_proto::pb::{MachineStatus, MachineUse, ServerStatus};
 
     use super::*;
 
@@ -131,7 +103,13 @@ mod tests {
 
     fn machine(name: &str, hours_ago: i64) -> MachineStatus {
         let last_backup_ms = 1000 * HOUR - hours_ago * HOUR;
-        MachineStatus { machine: name.into(), last_backup_ms, ..Default::default() }
+        let at = |server: &str| MachineUse {
+            server_id: server.into(),
+            last_backup_ms,
+            ..Default::default()
+        };
+        let uses = vec![at("a"), at("b")];
+        MachineStatus { machine: name.into(), last_backup_ms, uses, ..Default::default() }
     }
 
     fn line(servers: Vec<ServerStatus>, machines: Vec<MachineStatus>) -> (Verdict, String) {

@@ -35,7 +35,7 @@ pub(crate) use self::{
     health::{BACKUP_SERVICE, RESTORE_SERVICE},
     wire::{SendError, Wire},
 };
-use crate::clock::unix_ms;
+use crate::{clock::unix_ms, traffic::Errors};
 
 /// Knowledge older than this is stale: a probe comes before a start.
 pub(crate) const STALE: Duration = Duration::from_secs(5);
@@ -96,6 +96,8 @@ pub(crate) struct Counters {
     pub starts: AtomicU64,
     pub bytes_sent: AtomicU64,
     pub bytes_received: AtomicU64,
+    /// Calls that ended with an error, by its reason or code.
+    pub errors: Errors,
 }
 
 struct Inner {
@@ -113,6 +115,8 @@ struct Inner {
     looking_since: AtomicU64,
     /// Smoothed round trip in microseconds.
     round_trip: AtomicU64,
+    /// Unix seconds at which the certificate that it showed last expires; 0: none was seen.
+    certificate_expires: AtomicI64,
     begun: Instant,
 }
 
@@ -149,6 +153,7 @@ impl Upstream {
             suspect_since_ms: AtomicI64::new(0),
             looking_since: AtomicU64::new(0),
             round_trip: AtomicU64::new(0),
+            certificate_expires: AtomicI64::new(0),
             begun: Instant::now(),
         }))
     }
@@ -190,6 +195,11 @@ impl Upstream {
     pub(crate) fn round_trip(&self) -> Option<Duration> {
         let micros = self.0.round_trip.load(Ordering::Relaxed);
         (micros > 0).then(|| Duration::from_micros(micros))
+    }
+
+    /// Unix seconds at which the certificate that it showed last expires.
+    pub(crate) fn certificate_expires(&self) -> Option<i64> {
+        Some(self.0.certificate_expires.load(Ordering::Relaxed)).filter(|seconds| *seconds != 0)
     }
 
     pub(crate) fn counters(&self) -> &Arc<Counters> {

@@ -27,7 +27,11 @@ pub fn date(ms: i64) -> String {
 pub fn router_status(status: &GetRouterStatusResponse) -> String {
     let mut text = String::new();
     if !status.janus_id.is_empty() {
-        let _ = writeln!(text, "janus {}", status.janus_id);
+        let certificate = match status.certificate_expires_ms {
+            0 => String::new(),
+            at => format!("  certificate until {}", date(at)),
+        };
+        let _ = writeln!(text, "janus {}{certificate}", status.janus_id);
     }
     for server in &status.servers {
         server_line(&mut text, server);
@@ -58,9 +62,17 @@ fn server_line(text: &mut String, server: &ServerStatus) {
         -1 => "no report stream".to_owned(),
         age => format!("last report {:.0} s ago", age as f64 / 1000.0),
     };
+    let space = match server.total_bytes {
+        0 => String::new(),
+        total => format!("; {} of {} free", amount(server.free_bytes), amount(total)),
+    };
+    let certificate = match server.certificate_expires_ms {
+        0 => String::new(),
+        at => format!("; certificate until {}", date(at)),
+    };
     let _ = writeln!(
         text,
-        "{}  {}  {state}{since}; {report}; {} starts, {} to it, {} from it",
+        "{}  {}  {state}{since}; {report}; {} starts, {} to it, {} from it{space}{certificate}",
         if server.server_id.is_empty() { "?" } else { &server.server_id },
         server.url,
         server.starts,
@@ -77,7 +89,12 @@ pub fn router_status_json(status: &GetRouterStatusResponse) -> Value {
         "servers": status.servers.iter().map(server_json).collect::<Vec<_>>(),
         "machines": status.machines.iter().map(machine_json).collect::<Vec<_>>(),
         "warnings": status.warnings,
+        "certificate_expires_ms": known(status.certificate_expires_ms),
     })
+}
+
+fn known(ms: i64) -> Option<i64> {
+    Some(ms).filter(|ms| *ms > 0)
 }
 
 fn server_json(server: &ServerStatus) -> Value {
@@ -91,6 +108,9 @@ fn server_json(server: &ServerStatus) -> Value {
         "starts": server.starts,
         "bytes_sent": server.bytes_sent,
         "bytes_received": server.bytes_received,
+        "free_bytes": Some(server.free_bytes).filter(|_| server.total_bytes > 0),
+        "total_bytes": Some(server.total_bytes).filter(|total| *total > 0),
+        "certificate_expires_ms": known(server.certificate_expires_ms),
         "settings": server.settings.as_ref().map(|told| json!({
             "image_path": told.image_path,
             "prefer_vhdx": told.prefer_vhdx,

@@ -185,6 +185,13 @@ impl Principal {
         Ok(Self { group: group.into(), role, der })
     }
 
+    /// Unix seconds at which the certificate expires.
+    pub fn expires(&self) -> i64 {
+        // It was parsed when the principal was made, so it parses.
+        X509Certificate::from_der(&self.der)
+            .map_or(0, |(_, certificate)| certificate.validity().not_after.timestamp())
+    }
+
     /// Machine key of a client.
     pub fn machine(&self) -> Option<&MachineKey> {
         match &self.role {
@@ -261,6 +268,8 @@ struct Keys {
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
     verifier: Arc<dyn ClientCertVerifier>,
+    /// Unix seconds.
+    expires: i64,
 }
 
 impl Files {
@@ -280,7 +289,8 @@ impl Files {
             .map_err(mismatch)?
             .into();
         let client = client_config(roots, chain, private).map_err(mismatch)?.into();
-        Ok((principal, Keys { server, client, verifier }))
+        let expires = principal.expires();
+        Ok((principal, Keys { server, client, verifier, expires }))
     }
 }
 
@@ -337,6 +347,11 @@ impl Identity {
     /// Settings for the connecting side.
     pub fn client_config(&self) -> Arc<ClientConfig> {
         self.keys().client
+    }
+
+    /// Unix seconds at which the certificate in use expires: of the newest [`Identity::reload`].
+    pub fn expires(&self) -> i64 {
+        self.keys().expires
     }
 
     /// Who we are.

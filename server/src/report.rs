@@ -1,4 +1,4 @@
-//! Reports to every janus: the full state first, then changes, then a heartbeat when nothing happens.
+//! Reports to every janus: the full state first, then changes, and heartbeats with free space and certificate.
 //!
 //! One task for each janus, reconnecting for ever. A janus that falls behind gets the full state again on a new
 //! stream; nothing is kept for one that is away.
@@ -8,11 +8,12 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use janus_proto::{
     channel::{self, ConnectOptions, Dialer, Expect, explain},
     pb::{self, report_request::Event, report_service_client::ReportServiceClient},
+    tls::Identity,
 };
 use tokio::{
     sync::{broadcast, mpsc, watch},
     task::{AbortHandle, JoinSet},
-    time::{Instant, sleep, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout_at},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     chain::Held,
     runs::{Change, Machine, Runs},
+    storage,
 };
 
 const QUEUE: usize = 16;
@@ -29,6 +31,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// A janus that takes nothing for so long is given up and connected again.
 const STUCK: Duration = Duration::from_secs(20);
+/// How often free space is looked at.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// What a server says of itself.
 #[derive(Clone)]
@@ -37,6 +41,8 @@ pub struct Reporter {
     pub runs: Arc<Runs>,
     /// Its name.
     pub server: String,
+    /// Its certificate.
+    pub identity: Identity,
     /// Its URLs.
     pub urls: Vec<String>,
     /// Settings that all servers should share.
@@ -136,7 +142,9 @@ impl Reporter {
         mut changes: broadcast::Receiver<Change>,
     ) -> String {
         let mut sequence = 0;
-        let mut opening = vec![Event::Hello(self.hello())];
+        let mut told = self.vitals().await;
+        let mut due = Instant::now() + self.refresh;
+        let mut opening = vec![Event::Hello(self.hello(told))];
         opening.extend(self.full_state().into_iter().map(Event::Full));
         opening.push(Event::FullEnd(pb::FullEnd {}));
         for event in opening {
@@ -145,15 +153,21 @@ impl Reporter {
             }
         }
         loop {
-            let event = match timeout_at(Instant::now() + self.refresh, changes.recv()).await {
-                Err(_) => Event::Heartbeat(pb::Heartbeat {}),
-                Ok(Ok(change)) => Event::Change(self.change(&change)),
-                Ok(Err(broadcast::error::RecvError::Lagged(_))) => {
-                    return "janus took changes too slowly".to_owned();
+            let event = tokio::select! {
+                vitals = self.worth_telling(told, due) => {
+                    told = vitals;
+                    due = Instant::now() + self.refresh;
+                    Event::Heartbeat(pb::Heartbeat { vitals: Some(vitals) })
                 }
-                Ok(Err(broadcast::error::RecvError::Closed)) => {
-                    return "the server stops".to_owned();
-                }
+                change = changes.recv() => match change {
+                    Ok(change) => Event::Change(self.change(&change)),
+                    Err(broadcast::error::RecvError::Lagged(_)) => {
+                        return "janus took changes too slowly".to_owned();
+                    }
+                    Err(broadcast::error::RecvError::Closed) => {
+                        return "the server stops".to_owned();
+                    }
+                },
             };
             if let Err(why) = push(&send, &mut sequence, event).await {
                 return why;
@@ -161,7 +175,33 @@ impl Reporter {
         }
     }
 
-    fn hello(&self) -> pb::ReportHello {
+    /// Waits until a heartbeat is `due`, or the space has changed much since it was told.
+    async fn worth_telling(&self, told: pb::Vitals, due: Instant) -> pb::Vitals {
+        loop {
+            sleep_until(due.min(Instant::now() + LOOK)).await;
+            let now = self.vitals().await;
+            if Instant::now() >= due || has_changed_much(&told, &now) {
+                return now;
+            }
+        }
+    }
+
+    async fn vitals(&self) -> pb::Vitals {
+        let root = self.runs.store().root().to_owned();
+        let space = crate::blocking(move || storage::space(&root)).await;
+        let (free_bytes, total_bytes) = match space {
+            Ok(Ok(space)) => space,
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "free space of the image path can't be asked");
+                (0, 0)
+            }
+            Err(_) => (0, 0),
+        };
+        let certificate_expires_ms = self.identity.expires().saturating_mul(1000);
+        pb::Vitals { free_bytes, total_bytes, certificate_expires_ms }
+    }
+
+    fn hello(&self, vitals: pb::Vitals) -> pb::ReportHello {
         pb::ReportHello {
             store_generation: self.runs.store().generation.to_string(),
             start_epoch: self.runs.store().start_epoch,
@@ -169,6 +209,7 @@ impl Reporter {
             urls: self.urls.clone(),
             settings: Some(self.settings.clone()),
             refresh_seconds: self.refresh.as_secs() as u32,
+            vitals: Some(vitals),
         }
     }
 
@@ -208,6 +249,12 @@ impl Reporter {
     fn snapshot(&self, held: &Held) -> pb::Snapshot {
         held.to_wire(&self.server, &self.runs.store().relative_folder(&held.run.machine))
     }
+}
+
+/// A tenth of the free space came or went.
+fn has_changed_much(told: &pb::Vitals, now: &pb::Vitals) -> bool {
+    now.free_bytes.abs_diff(told.free_bytes) > told.free_bytes / 10
+        || now.certificate_expires_ms != told.certificate_expires_ms
 }
 
 fn machine_report(machine: &Machine) -> pb::MachineReport {

@@ -257,6 +257,7 @@ impl Server {
         let reporter = Reporter {
             runs: self.runs.clone(),
             server: self.id.to_string(),
+            identity: self.identity.clone(),
             urls: self.settings.urls.clone(),
             settings: pb::SharedSettings {
                 image_path: self.settings.image_path.display().to_string(),

@@ -37,6 +37,8 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "ip", package: "iproute2" },
     Tool { program: "tc", package: "iproute2" },
     Tool { program: "sysctl", package: "procps" },
+    Tool { program: "chromium", package: "chromium" },
+    Tool { program: "chromedriver", package: "chromium-driver" },
 ];
 
 /// Makes sure that `tools` are here: installs what is missing when we are root and there is apt-get, else fails with

@@ -16,12 +16,14 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 pub mod answers;
+mod browser;
 mod client;
 mod network;
 mod process;
 mod programs;
 mod sites;
 
+pub use browser::Browser;
 pub use client::{Client, Finished, Running};
 pub use network::{Cut, Network};
 pub use process::{Process, stop_children_on_interrupt};

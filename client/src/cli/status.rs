@@ -34,18 +34,15 @@ async fn own(link: &Link) -> Result<ServerStatus, Failure> {
         .await
         .map_err(LinkError::call("asking for the status"))?;
     let info: GetServerInfoResponse = answer.into_inner();
-    tracing::info!(
-        server = info.server_id,
-        version = info.version,
-        free = show::amount(info.free_bytes),
-        "asked a server directly"
-    );
+    tracing::info!(server = info.server_id, version = info.version, "asked a server directly");
     let url = link.url().to_owned();
     Ok(ServerStatus {
         server_id: info.server_id,
         url,
         ready: true,
         report_age_ms: -1,
+        free_bytes: info.free_bytes,
+        total_bytes: info.total_bytes,
         ..ServerStatus::default()
     })
 }

@@ -3,6 +3,10 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -13,6 +17,10 @@ use tokio::time::Instant;
 const MAX_RUNS: usize = 4096;
 /// A run without a call for this long doesn't count as running: twice the lease of a server.
 const QUIET: Duration = Duration::from_secs(120);
+/// Between two calls of a run that goes on; after its last call it is shown for so long.
+const PAUSE: Duration = Duration::from_secs(5);
+/// Seconds over which the rate of a run is taken.
+const WINDOW_SECONDS: u64 = 3;
 
 #[derive(Debug)]
 struct Run {
@@ -20,6 +28,87 @@ struct Run {
     machine: Option<MachineKey>,
     last_call: Instant,
     open_calls: usize,
+    begun: Instant,
+    meter: Arc<Meter>,
+}
+
+/// Bytes of a run that have passed, counted by its calls.
+#[derive(Debug)]
+pub struct Meter {
+    base: Instant,
+    sent: AtomicU64,
+    received: AtomicU64,
+    /// Number of the window that `in_window` counts for.
+    window: AtomicU64,
+    in_window: AtomicU64,
+    /// Bytes of the window before it.
+    before: AtomicU64,
+}
+
+impl Meter {
+    fn new(base: Instant) -> Self {
+        let zero = AtomicU64::default;
+        let (sent, received, window) = (zero(), zero(), zero());
+        Self { base, sent, received, window, in_window: zero(), before: zero() }
+    }
+
+    /// Bytes on their way to the server.
+    pub fn sent(&self, bytes: usize) {
+        self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.count(bytes as u64);
+    }
+
+    /// Bytes on their way back.
+    pub fn received(&self, bytes: usize) {
+        self.received.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.count(bytes as u64);
+    }
+
+    fn now(&self) -> u64 {
+        self.base.elapsed().as_secs() / WINDOW_SECONDS
+    }
+
+    // Two threads at the edge of a window may lose a frame of the rate, never of the sums.
+    fn count(&self, bytes: u64) {
+        let now = self.now();
+        let window = self.window.swap(now, Ordering::Relaxed);
+        if window != now {
+            let ended = self.in_window.swap(0, Ordering::Relaxed);
+            self.before.store(if window + 1 == now { ended } else { 0 }, Ordering::Relaxed);
+        }
+        self.in_window.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes in a second, as the last full window had them.
+    fn rate(&self) -> u64 {
+        let bytes = match self.now() - self.window.load(Ordering::Relaxed).min(self.now()) {
+            0 if self.now() == 0 => {
+                let seconds = self.base.elapsed().as_secs().max(1);
+                return self.in_window.load(Ordering::Relaxed) / seconds;
+            }
+            0 => self.before.load(Ordering::Relaxed),
+            1 => self.in_window.load(Ordering::Relaxed),
+            _ => 0,
+        };
+        bytes / WINDOW_SECONDS
+    }
+}
+
+/// A run that is under way, as this janus sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunNow {
+    /// Its machine, where the caller has one.
+    pub machine: Option<MachineKey>,
+    /// Where it goes.
+    pub server: ServerId,
+    /// Since its first call here.
+    pub age: Duration,
+    /// Bytes to the server.
+    pub sent: u64,
+    /// Bytes from the server.
+    pub received: u64,
+    /// Bytes in a second, both ways, lately.
+    pub rate: u64,
 }
 
 /// Bounded memory of runs.
@@ -54,7 +143,7 @@ impl Runs {
         server: &ServerId,
         machine: Option<&MachineKey>,
         now: Instant,
-    ) {
+    ) -> Arc<Meter> {
         if !self.runs.contains_key(&run) {
             self.make_room();
             self.order.push_back(run);
@@ -64,10 +153,32 @@ impl Runs {
             machine: machine.cloned(),
             last_call: now,
             open_calls: 0,
+            begun: now,
+            meter: Arc::new(Meter::new(now)),
         });
         entry.server = server.clone();
         entry.last_call = now;
         entry.open_calls += 1;
+        entry.meter.clone()
+    }
+
+    /// Runs under way, the oldest first.
+    pub fn under_way(&self, now: Instant) -> Vec<RunNow> {
+        let mut runs: Vec<RunNow> = self
+            .runs
+            .values()
+            .filter(|run| run.open_calls > 0 || now.duration_since(run.last_call) < PAUSE)
+            .map(|run| RunNow {
+                machine: run.machine.clone(),
+                server: run.server.clone(),
+                age: now.duration_since(run.begun),
+                sent: run.meter.sent.load(Ordering::Relaxed),
+                received: run.meter.received.load(Ordering::Relaxed),
+                rate: run.meter.rate(),
+            })
+            .collect();
+        runs.sort_by_key(|run| std::cmp::Reverse(run.age));
+        runs
     }
 
     /// A call of the run is over.
@@ -124,6 +235,24 @@ mod tests {
         assert_eq!(runs.machines_at(&server, Instant::now()).len(), 1);
         tokio::time::advance(QUIET).await;
         assert_eq!(runs.machines_at(&server, Instant::now()).len(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_run_is_shown_with_its_bytes_and_its_present_rate() {
+        let (mut runs, run, server) = (Runs::default(), BackupId::new(), "a".parse().unwrap());
+        let meter = runs.begin(run, &server, None, Instant::now());
+        for _ in 0..20 {
+            meter.sent(1000);
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+        meter.received(7);
+        let shown = &runs.under_way(Instant::now())[0];
+        assert_eq!((shown.sent, shown.received, shown.rate), (20_000, 7, 1000));
+        tokio::time::advance(Duration::from_secs(10)).await;
+        assert_eq!(runs.under_way(Instant::now())[0].rate, 0);
+        runs.end(run, Instant::now());
+        tokio::time::advance(PAUSE).await;
+        assert!(runs.under_way(Instant::now()).is_empty());
     }
 
     #[tokio::test(start_paused = true)]

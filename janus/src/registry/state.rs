@@ -87,6 +87,7 @@ pub(super) struct ServerState {
     /// Generation of another store that reported under this name while this one did.
     pub rival: Option<String>,
     pub settings: Option<pb::SharedSettings>,
+    pub vitals: Option<pb::Vitals>,
     pub urls: Vec<String>,
     /// Unix milliseconds of the last message of any stream; 0: there was none.
     pub heard_ms: i64,

@@ -21,7 +21,11 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, body::Body};
 
 use super::{broken, places::Place};
-use crate::{registry::RunCall, upstream::Counters};
+use crate::{
+    registry::{Meter, RunCall},
+    traffic::Stopwatch,
+    upstream::Counters,
+};
 
 /// Largest request that is kept for another attempt: the largest message of the contract, with its gRPC prefix.
 const MAX_KEPT_BYTES: usize = (2 << 20) + 5;
@@ -80,6 +84,7 @@ pub(crate) struct Upload {
     pub body: Body,
     pub counters: Arc<Counters>,
     pub _place: Option<Place>,
+    pub meter: Option<Arc<Meter>>,
 }
 
 impl http_body::Body for Upload {
@@ -94,6 +99,9 @@ impl http_body::Body for Upload {
         if let Some(Ok(frame)) = &frame {
             let bytes = frame.data_ref().map_or(0, Bytes::len);
             self.counters.bytes_sent.fetch_add(bytes as u64, Ordering::Relaxed);
+            if let Some(meter) = &self.meter {
+                meter.sent(bytes);
+            }
         }
         Poll::Ready(frame)
     }
@@ -115,8 +123,9 @@ pub(crate) struct Download {
     /// Name of the server, for the status.
     pub server: String,
     pub is_over: bool,
+    pub stopwatch: Stopwatch,
     /// The call's run counts as running for as long.
-    pub _run: Option<RunCall>,
+    pub run: Option<RunCall>,
     pub _place: Option<Place>,
 }
 
@@ -137,10 +146,24 @@ impl http_body::Body for Download {
                 self.is_over = true;
                 trailers(&broken(&self.server, &error))
             }
-            None => return Poll::Ready(None),
+            None => {
+                self.stopwatch.end();
+                return Poll::Ready(None);
+            }
         };
-        let bytes = frame.data_ref().map_or(0, Bytes::len);
-        self.counters.bytes_received.fetch_add(bytes as u64, Ordering::Relaxed);
+        match frame.data_ref() {
+            Some(data) => {
+                self.counters.bytes_received.fetch_add(data.len() as u64, Ordering::Relaxed);
+                if let Some(run) = &self.run {
+                    run.meter().received(data.len());
+                }
+                self.stopwatch.data();
+            }
+            None => {
+                frame.trailers_ref().inspect(|trailers| self.counters.errors.note(trailers));
+                self.stopwatch.end();
+            }
+        }
         Poll::Ready(Some(Ok(frame)))
     }
 

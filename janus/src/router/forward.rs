@@ -30,8 +30,9 @@ use super::{
 use crate::{
     balance::{Attempt, BalanceLayer, Balanced, Outcome, Skipped},
     fleet::{Call, Fleet},
-    registry::{Claim, RunCall},
+    registry::{Claim, Meter, RunCall},
     selection::Policy,
+    traffic::{Class, Stopwatch},
     upstream::{Link, Need, SendError, Upstream},
 };
 
@@ -56,13 +57,13 @@ enum Payload {
 }
 
 impl Outgoing {
-    fn request(self, upstream: &Upstream) -> Request<Body> {
+    fn request(self, upstream: &Upstream, meter: Option<Arc<Meter>>) -> Request<Body> {
         let body = match self.payload {
             Payload::Kept(bytes, _) => Body::new(Full::new(bytes)),
             Payload::Stream(body) => body,
         };
         let counters = upstream.counters().clone();
-        let body = Body::new(Upload { body, counters, _place: self.place });
+        let body = Body::new(Upload { body, counters, meter, _place: self.place });
         let mut request = Request::new(body);
         *request.method_mut() = Method::POST;
         *request.version_mut() = Version::HTTP_2;
@@ -139,18 +140,27 @@ impl Router {
             machine.map(|machine| fleet.registry().claim(machine, &server, caller.asked_use));
         set_use(&mut out.headers, claim.as_ref());
         let run = self.run_call(&caller, &server);
+        let meter = run.as_ref().map(|run| run.meter().clone());
         let asked = out.headers.get(metadata::USE).cloned();
         let place = out.place.clone();
-        match wire(&link, route).send(out.request(&upstream)).await {
+        match wire(&link, route).send(out.request(&upstream, meter)).await {
             Ok(response) => {
-                let mut response = returning(response, &upstream, run, place);
+                let stopwatch = self.stopwatch(route, true, &caller);
+                let mut response = returning(response, &upstream, run, place, stopwatch);
+                self.note_end(&response, route, true, &caller);
                 self.note_start(&mut response, &upstream, claim, asked);
                 Ok(response)
             }
-            Err(SendError::Unsent(_, error)) => {
-                Err(unreachable(&janus_proto::channel::explain_error(&error)))
+            Err(error) => {
+                let status = match error {
+                    SendError::Unsent(_, error) => {
+                        unreachable(&janus_proto::channel::explain_error(&error))
+                    }
+                    SendError::Lost(error) => broken(&upstream.name(), &error),
+                };
+                upstream.counters().errors.note_status(&status);
+                Err(status)
             }
-            Err(SendError::Lost(error)) => Err(broken(&upstream.name(), &error)),
         }
     }
 
@@ -214,7 +224,7 @@ impl Router {
         let kept = request.again();
         let asked = request.headers.get(metadata::USE).cloned();
         let place = request.place.clone();
-        let sent = wire(&link, route).send(request.request(&upstream));
+        let sent = wire(&link, route).send(request.request(&upstream, None));
         let answer = match kept.is_some() {
             true => while_alive(&upstream, &link, is_start, sent).await,
             false => Ok(sent.await),
@@ -222,7 +232,8 @@ impl Router {
         let run = self.run_call(caller, &server);
         match (answer, kept) {
             (Ok(Ok(response)), kept) => {
-                let mut response = returning(response, &upstream, run, place);
+                let stopwatch = self.stopwatch(route, false, caller);
+                let mut response = returning(response, &upstream, run, place, stopwatch);
                 if let (Some(request), Some(reason)) = (kept, refusal(is_start, &response)) {
                     let worth_showing = grpc_code(&response) != Some(Code::Unavailable);
                     return Outcome::Next {
@@ -231,10 +242,12 @@ impl Router {
                         refusal: worth_showing.then_some(response),
                     };
                 }
+                self.note_end(&response, route, false, caller);
                 self.note_start(&mut response, &upstream, claim, asked);
                 Outcome::Done(response)
             }
             (Ok(Err(error)), Some(request)) => {
+                upstream.counters().errors.note_status(&broken(&upstream.name(), error.cause()));
                 let reason = janus_proto::channel::explain_error(error.cause());
                 debug!(server = %upstream.name(), reason, unprocessed = error.is_unprocessed(), "attempt failed");
                 Outcome::Next { reason, request, refusal: None }
@@ -244,12 +257,36 @@ impl Router {
                 Outcome::Next { reason, request: Outgoing::unsent(*request, place), refusal: None }
             }
             (Ok(Err(SendError::Lost(error))), None) => {
-                Outcome::Done(broken(&upstream.name(), &error).into_http())
+                let status = broken(&upstream.name(), &error);
+                upstream.counters().errors.note_status(&status);
+                Outcome::Done(status.into_http())
             }
-            (Err(reason), Some(request)) => Outcome::Next { reason, request, refusal: None },
-            (Err(reason), None) => {
-                Outcome::Done(status(ErrorReason::ServerUnreachable, reason).into_http())
+            (Err(reason), request) => {
+                let status = status(ErrorReason::ServerUnreachable, reason.as_str());
+                upstream.counters().errors.note_status(&status);
+                match request {
+                    Some(request) => Outcome::Next { reason, request, refusal: None },
+                    None => Outcome::Done(status.into_http()),
+                }
             }
+        }
+    }
+
+    fn stopwatch(&self, route: Route, is_pinned: bool, caller: &Caller) -> Stopwatch {
+        let class = match (route, is_pinned) {
+            (Route::Start, _) => Class::Start,
+            (Route::Stream, _) => Class::Upload,
+            (Route::Unary { bulk: true }, _) => Class::Download,
+            (_, true) => Class::Pinned,
+            (_, false) => Class::Read,
+        };
+        self.0.latencies.begin(class, caller.begun)
+    }
+
+    /// An answer that is a status alone is over with its headers: nobody reads its body.
+    fn note_end(&self, response: &Response<Body>, route: Route, is_pinned: bool, caller: &Caller) {
+        if grpc_code(response).is_some() {
+            self.stopwatch(route, is_pinned, caller).end();
         }
     }
 
@@ -333,12 +370,14 @@ fn returning(
     upstream: &Upstream,
     run: Option<RunCall>,
     place: Option<Place>,
+    stopwatch: Stopwatch,
 ) -> Response<Body> {
     let server = upstream.name();
     let counters = upstream.counters().clone();
+    counters.errors.note(response.headers());
     let mut response = response.map(|body| {
-        let server = server.clone();
-        Body::new(Download { body, counters, server, is_over: false, _run: run, _place: place })
+        let (server, is_over, _place) = (server.clone(), false, place);
+        Body::new(Download { body, counters, server, is_over, stopwatch, run, _place })
     });
     headers::name_answer(response.headers_mut(), &server);
     response

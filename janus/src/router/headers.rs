@@ -10,6 +10,7 @@ use janus_proto::{
     metadata,
     tls::{Principal, Role},
 };
+use tokio::time::Instant;
 use tonic::Status;
 
 use crate::balance::Skipped;
@@ -34,6 +35,8 @@ pub(crate) struct Caller {
     pub pin: Option<ServerId>,
     pub run: Option<BackupId>,
     pub asked_use: u64,
+    /// When its call came.
+    pub begun: Instant,
 }
 
 impl Caller {
@@ -53,7 +56,7 @@ impl Caller {
         let pin = value(headers, metadata::SERVER)?;
         let run = value(headers, metadata::RUN)?;
         let asked_use = number(headers, metadata::USE)?.unwrap_or(0);
-        Ok(Self { principal, machine, pin, run, asked_use })
+        Ok(Self { principal, machine, pin, run, asked_use, begun: Instant::now() })
     }
 }
 

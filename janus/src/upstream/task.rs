@@ -1,6 +1,6 @@
 //! The task that looks for one server and stays with it: connect, watch, notice the loss, again.
 
-use std::{future::pending, pin::pin, time::Duration};
+use std::{future::pending, pin::pin, sync::atomic::Ordering, time::Duration};
 
 use futures::{Stream, StreamExt};
 use http::uri::Authority;
@@ -112,6 +112,7 @@ async fn open(
     let options = ConnectOptions { connect_timeout: CONNECT, expect: Expect::Server };
     let target = &upstream.0.target;
     let (stream, peer) = dialer.dial(target, &options).await.map_err(|error| error.to_string())?;
+    upstream.0.certificate_expires.store(peer.expires(), Ordering::Relaxed);
     let Role::Server(server) = peer.role else { return Err(format!("{peer} is not a server")) };
     let authority: Authority =
         target.authority().parse().map_err(|_| format!("{target} is not a URL"))?;

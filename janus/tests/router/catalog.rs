@@ -217,7 +217,10 @@ async fn only_servers_report_and_only_for_themselves() {
     let (sender, mut answers) = report(&keys, &janus, "a", vec![], 1).await;
     let second = report(&keys, &janus, "a", vec![], 1).await;
     sender
-        .send(ReportRequest { sequence: 4, event: Some(Event::Heartbeat(pb::Heartbeat {})) })
+        .send(ReportRequest {
+            sequence: 4,
+            event: Some(Event::Heartbeat(pb::Heartbeat::default())),
+        })
         .await
         .unwrap();
     let superseded =

@@ -6,7 +6,7 @@ use std::{
 };
 
 use janus::config::Settings;
-use janus_proto::{metadata, pb};
+use janus_proto::{error::ErrorReason, metadata, pb, pb::report_request::Event};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -18,8 +18,9 @@ use tonic_health::pb::{
 };
 
 use crate::{
-    backend::Backend,
+    backend::{Backend, Mood},
     catalog::{report, snapshot},
+    forwarding::hello,
     site::{Keys, channel, client, janus, janus_with, nobody, until},
     starts::start_request,
 };
@@ -242,9 +243,17 @@ async fn prometheus_sees_the_servers_and_a_slow_reader_does_not_keep_janus() {
     let mut janus = janus_with(&keys, &[a.address(), b.address()], listen).await;
     let metrics = janus.metrics.unwrap();
     let snapshots = vec![snapshot("a", 1_767_225_600_000), snapshot("a", 5)];
-    let _report = report(&keys, &janus, "a", snapshots, 1).await;
+    let (sender, mut answers) = report(&keys, &janus, "a", snapshots, 1).await;
+    let vitals =
+        pb::Vitals { free_bytes: 7 << 30, total_bytes: 9 << 30, certificate_expires_ms: 0 };
+    let heartbeat = Event::Heartbeat(pb::Heartbeat { vitals: Some(vitals) });
+    sender.send(pb::ReportRequest { sequence: 9, event: Some(heartbeat) }).await.unwrap();
+    while answers.message().await.unwrap().unwrap().sequence < 9 {}
     let mut client = client(&keys, &janus.url).await;
     client.start_backup(start_request()).await.unwrap();
+    a.set_mood(Mood::Refuse(ErrorReason::LeaseHeld));
+    client.start_backup(start_request()).await.unwrap_err();
+    client.write_blocks(tokio_stream::once(hello("early"))).await.unwrap_err();
     b.line.cut();
     let down = "janus_server_ready{server=\"b\"} 0.0";
     until("b is down", || async { scrape(metrics).await.contains(down) }).await;
@@ -253,13 +262,29 @@ async fn prometheus_sees_the_servers_and_a_slow_reader_does_not_keep_janus() {
         "janus_server_ready{server=\"a\"} 1.0",
         "janus_server_starts_total{server=\"b\"} 1",
         "janus_machine_last_backup_timestamp_seconds{machine=\"alice/web\",server=\"a\"} 1767225600.0",
-        "janus_settings_differences 0",
+        "janus_settings_differences 0.0",
+        "janus_server_free_bytes{server=\"a\"} 7516192768.0",
+        "janus_server_total_bytes{server=\"a\"} 9663676416.0",
+        "janus_server_errors_total{server=\"a\",reason=\"LEASE_HELD\"} 1",
+        "janus_server_errors_total{server=\"b\",reason=\"SESSION_EXPIRED\"} 1",
+        "janus_call_seconds_count{class=\"start\"} 2",
+        "janus_call_seconds_count{class=\"pinned\"} 0",
+        "janus_call_seconds_count{class=\"upload\"} 1",
         "# EOF",
     ] {
         assert!(page.lines().any(|found| found == line), "no {line} in {page}");
     }
     assert!(page.contains("janus_server_report_age_seconds{server=\"a\"} "), "{page}");
     assert!(!page.contains("janus_server_report_age_seconds{server=\"b\"} "), "{page}");
+    assert!(!page.contains("janus_server_free_bytes{server=\"b\"} "), "{page}");
+    // Certificates of the test are valid for two thousand years.
+    for expiry in [
+        "server_certificate_expiry_timestamp_seconds{server=\"b\"}",
+        "certificate_expiry_timestamp_seconds",
+    ] {
+        let line = page.lines().find_map(|line| line.strip_prefix(&format!("janus_{expiry} ")));
+        assert!(line.unwrap().parse::<f64>().unwrap() > 4e9, "{page}");
+    }
 
     let mut half_asked = TcpStream::connect(metrics).await.unwrap();
     half_asked.write_all(b"GET /met").await.unwrap();

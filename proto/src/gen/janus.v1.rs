@@ -2455,6 +2455,18 @@ pub struct SharedSettings {
     #[prost(bool, tag = "3")]
     pub separate_folders_by_user: bool,
 }
+/// What an administrator wants to know of a server before it is too late.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Vitals {
+    /// Of the file system of the image path; 0 for both: it could not be asked.
+    #[prost(uint64, tag = "1")]
+    pub free_bytes: u64,
+    #[prost(uint64, tag = "2")]
+    pub total_bytes: u64,
+    /// Unix milliseconds at which the certificate that the server uses now expires. 0: unknown.
+    #[prost(int64, tag = "3")]
+    pub certificate_expires_ms: i64,
+}
 /// First message of a stream.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReportHello {
@@ -2473,6 +2485,9 @@ pub struct ReportHello {
     pub settings: ::core::option::Option<SharedSettings>,
     #[prost(uint32, tag = "6")]
     pub refresh_seconds: u32,
+    /// Absent from an older server.
+    #[prost(message, optional, tag = "7")]
+    pub vitals: ::core::option::Option<Vitals>,
 }
 /// State of some machines; in a full state all of them, over several messages.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2514,7 +2529,11 @@ pub mod report_request {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FullEnd {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Heartbeat {}
+pub struct Heartbeat {
+    /// Absent from an older server.
+    #[prost(message, optional, tag = "1")]
+    pub vitals: ::core::option::Option<Vitals>,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReportResponse {
     /// Highest sequence taken in.
@@ -2602,8 +2621,8 @@ pub mod report_service_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// The server sends its full state, then numbered changes, and a heartbeat when nothing changed for its refresh
-        /// time. Janus answers each message that it has taken in. Retry: for ever, with backoff. Fails with NOT_ALLOWED
+        /// The server sends its full state, then numbered changes, and a heartbeat in each refresh time, earlier when its free
+        /// space changes much. Janus answers each message that it has taken in. Retry: for ever, with backoff. Fails with NOT_ALLOWED
         /// (caller isn't a server).
         pub async fn report(
             &mut self,
@@ -2650,8 +2669,8 @@ pub mod report_service_server {
             >
             + std::marker::Send
             + 'static;
-        /// The server sends its full state, then numbered changes, and a heartbeat when nothing changed for its refresh
-        /// time. Janus answers each message that it has taken in. Retry: for ever, with backoff. Fails with NOT_ALLOWED
+        /// The server sends its full state, then numbered changes, and a heartbeat in each refresh time, earlier when its free
+        /// space changes much. Janus answers each message that it has taken in. Retry: for ever, with backoff. Fails with NOT_ALLOWED
         /// (caller isn't a server).
         async fn report(
             &self,
@@ -2883,6 +2902,14 @@ pub struct ServerStatus {
     /// Settings that should be equal on all servers, as this one reports them; absent: it has not reported.
     #[prost(message, optional, tag = "10")]
     pub settings: ::core::option::Option<SharedSettings>,
+    /// Of the file system of its image path, as it has reported last; 0 for both: unknown.
+    #[prost(uint64, tag = "11")]
+    pub free_bytes: u64,
+    #[prost(uint64, tag = "12")]
+    pub total_bytes: u64,
+    /// Unix milliseconds at which its certificate expires; 0: never seen.
+    #[prost(int64, tag = "13")]
+    pub certificate_expires_ms: i64,
 }
 /// A machine's newest backup, as far as servers have reported.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2927,6 +2954,9 @@ pub struct GetRouterStatusResponse {
     /// By machine. To clients only their own.
     #[prost(message, repeated, tag = "5")]
     pub machines: ::prost::alloc::vec::Vec<MachineStatus>,
+    /// Unix milliseconds at which this janus' own certificate expires; 0: from an older janus.
+    #[prost(int64, tag = "6")]
+    pub certificate_expires_ms: i64,
 }
 /// Generated client implementations.
 pub mod server_info_service_client {

@@ -34,13 +34,14 @@ const PLACED: &[(&str, &str)] = &[
     ("janus_limits", "janus"),
     ("links", "janus"),
     ("life", "janus"),
+    ("page", "janus"),
     ("reasons", "janus"),
     ("resilience", "janus"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
 ];
 /// Whole-system tests that `--quick` leaves out.
-const SLOW: &[&str] = &["kills", "links", "foreign_clients"];
+const SLOW: &[&str] = &["kills", "links", "foreign_clients", "page"];
 
 fn build(runner: &mut Runner) {
     runner.cargo("format", &["fmt", "--all", "--check"]);

@@ -1,0 +1,228 @@
+//! What an administrator should look at, from a janus' status: for `janus status --check`, the page and alerts alike.
+
+use std::{fmt, time::Duration};
+
+use janus_proto::{
+    pb::{GetRouterStatusResponse, MachineStatus, ServerStatus},
+    show::{amount, date},
+};
+
+/// A certificate that expires in less than this is worth a warning.
+const CERTIFICATE: Duration = Duration::from_secs(14 * 86_400);
+/// A server with less than one part in so many free is nearly full.
+const NEARLY_FULL: u64 = 20;
+/// Machines that are named in one finding.
+const MOST_NAMED: usize = 5;
+
+/// How bad it is, with the exit codes of monitoring plugins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Verdict {
+    /// All is well.
+    Ok = 0,
+    /// Backups go on, but not as they should.
+    Warning = 1,
+    /// Backups don't go on, or a machine has none.
+    Critical = 2,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ok => "OK",
+            Self::Warning => "WARNING",
+            Self::Critical => "CRITICAL",
+        })
+    }
+}
+
+/// What a finding is about.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum About {
+    /// No server takes backups.
+    NoServer,
+    /// This machine has no new backup.
+    Overdue(String),
+    /// This server takes no backups.
+    Server(String),
+    /// This server doesn't report.
+    Report(String),
+    /// Machines without a backup on this server.
+    Unseeded(String),
+    /// The certificate of this server or janus.
+    Certificate(String),
+    /// The disk of this server.
+    Disk(String),
+    /// What servers differ in.
+    Agreement,
+}
+
+/// One thing to look at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// How bad it is.
+    pub verdict: Verdict,
+    /// What it is about; the same from one look to the next.
+    pub about: About,
+    /// For people.
+    pub text: String,
+}
+
+/// All that is wrong. A machine is overdue when its newest backup is older than `overdue`.
+pub fn findings(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let mut say = |verdict, about, text| found.push(Finding { verdict, about, text });
+    if !status.servers.iter().any(|server| server.ready) {
+        say(Verdict::Critical, About::NoServer, "no server takes backups".into());
+    }
+    let oldest = now_ms.saturating_sub(millis(overdue));
+    for machine in status.machines.iter().filter(|machine| machine.last_backup_ms < oldest) {
+        let (name, since) = (machine.machine.clone(), date(machine.last_backup_ms));
+        let text = format!("{name} has no backup since {since}");
+        say(Verdict::Critical, About::Overdue(name), text);
+    }
+    for server in &status.servers {
+        let name = name_of(server);
+        if !server.ready {
+            let text = format!("{name}: {}", server.reason);
+            say(Verdict::Warning, About::Server(name.clone()), text);
+        } else if server.report_age_ms < 0 {
+            let text = format!("{name} does not report to this janus");
+            say(Verdict::Warning, About::Report(name.clone()), text);
+        } else if let Some(text) = unseeded(server, &status.machines) {
+            say(Verdict::Warning, About::Unseeded(name.clone()), text);
+        }
+        let (free, total) = (server.free_bytes, server.total_bytes);
+        if total > 0 && free < total / NEARLY_FULL {
+            let text = format!("{name} is nearly full: {} of {} free", amount(free), amount(total));
+            say(Verdict::Warning, About::Disk(name.clone()), text);
+        }
+        if let Some((verdict, text)) = expiring(&name, server.certificate_expires_ms, now_ms) {
+            say(verdict, About::Certificate(name), text);
+        }
+    }
+    let own = format!("janus {}", status.janus_id);
+    if let Some((verdict, text)) = expiring(&own, status.certificate_expires_ms, now_ms) {
+        say(verdict, About::Certificate(own), text);
+    }
+    for warning in &status.warnings {
+        say(Verdict::Warning, About::Agreement, warning.clone());
+    }
+    found
+}
+
+/// Name of a server, or its URL while the name isn't known.
+pub(crate) fn name_of(server: &ServerStatus) -> String {
+    if server.server_id.is_empty() { server.url.clone() } else { server.server_id.clone() }
+}
+
+fn millis(time: Duration) -> i64 {
+    i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn expiring(name: &str, expires_ms: i64, now_ms: i64) -> Option<(Verdict, String)> {
+    if expires_ms == 0 || expires_ms > now_ms.saturating_add(millis(CERTIFICATE)) {
+        return None;
+    }
+    let at = date(expires_ms);
+    Some(match expires_ms > now_ms {
+        true => (Verdict::Warning, format!("the certificate of {name} expires on {at}")),
+        false => (Verdict::Critical, format!("the certificate of {name} expired on {at}")),
+    })
+}
+
+/// Machines whose backups are on other servers only.
+fn unseeded(server: &ServerStatus, machines: &[MachineStatus]) -> Option<String> {
+    let has_none = |machine: &&MachineStatus| {
+        let mut uses = machine.uses.iter();
+        // An older janus doesn't say where the backups are.
+        !machine.uses.is_empty()
+            && !uses.any(|at| at.server_id == server.server_id && at.last_backup_ms > 0)
+    };
+    let without: Vec<&str> =
+        machines.iter().filter(has_none).map(|machine| machine.machine.as_str()).collect();
+    let named = without.iter().take(MOST_NAMED).copied().collect::<Vec<_>>().join(", ");
+    match without.len() {
+        0 => None,
+        count @ 1..=MOST_NAMED => {
+            let are = if count == 1 { "is" } else { "are" };
+            Some(format!("{} has no backup of {named}, which {are} elsewhere", name_of(server)))
+        }
+        count => {
+            let more = count - MOST_NAMED;
+            Some(format!("{} has no backup of {named} and {more} more", name_of(server)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use janus_proto::pb::MachineUse;
+
+    use super::*;
+
+    const DAY_MS: i64 = 86_400_000;
+    const NOW_MS: i64 = 1000 * DAY_MS;
+
+    fn server(name: &str) -> ServerStatus {
+        ServerStatus { server_id: name.into(), ready: true, ..Default::default() }
+    }
+
+    fn found(servers: Vec<ServerStatus>, machines: Vec<MachineStatus>) -> Vec<Finding> {
+        let status = GetRouterStatusResponse { servers, machines, ..Default::default() };
+        findings(&status, Duration::from_secs(26 * 3600), NOW_MS)
+    }
+
+    #[test]
+    fn a_machine_that_has_backups_on_one_server_only_is_unseeded_on_the_other() {
+        let machine = |name: &str, servers: &[(&str, i64)]| MachineStatus {
+            machine: name.into(),
+            last_backup_ms: NOW_MS,
+            uses: servers
+                .iter()
+                .map(|&(server, last_backup_ms)| MachineUse {
+                    server_id: server.into(),
+                    use_counter: 1,
+                    last_backup_ms,
+                })
+                .collect(),
+            ..Default::default()
+        };
+        let both = machine("u/both", &[("a", NOW_MS), ("b", 1)]);
+        // A run that was started there and never committed is no backup.
+        let one = machine("u/one", &[("a", NOW_MS), ("b", 0)]);
+        let seen = found(vec![server("a"), server("b")], vec![both.clone(), one.clone()]);
+        assert_eq!(seen.len(), 1);
+        assert_eq!(seen[0].about, About::Unseeded("b".into()));
+        assert_eq!(seen[0].text, "b has no backup of u/one, which is elsewhere");
+        // Of a server that can't be reached it isn't known, and it is named for that already.
+        let down = ServerStatus { ready: false, reason: "down".into(), ..server("b") };
+        let seen = found(vec![server("a"), down], vec![both, one]);
+        assert_eq!(seen.len(), 1);
+        assert_eq!(seen[0].about, About::Server("b".into()));
+    }
+
+    #[test]
+    fn certificates_warn_two_weeks_before_they_expire() {
+        let expiring = |days: i64| {
+            let certificate_expires_ms = NOW_MS + days * DAY_MS;
+            let seen =
+                found(vec![ServerStatus { certificate_expires_ms, ..server("a") }], Vec::new());
+            seen.first().map(|finding| (finding.verdict, finding.about.clone()))
+        };
+        let about = About::Certificate("a".into());
+        assert_eq!(expiring(15), None);
+        assert_eq!(expiring(13), Some((Verdict::Warning, about.clone())));
+        assert_eq!(expiring(-1), Some((Verdict::Critical, about)));
+    }
+
+    #[test]
+    fn a_server_with_less_than_a_twentieth_free_is_nearly_full() {
+        let with = |free_bytes, total_bytes| {
+            found(vec![ServerStatus { free_bytes, total_bytes, ..server("a") }], Vec::new())
+        };
+        assert_eq!((with(0, 0).len(), with(5 << 30, 100 << 30).len()), (0, 0));
+        let full = with(4 << 30, 100 << 30);
+        assert_eq!(full[0].about, About::Disk("a".into()));
+        assert_eq!(full[0].text, "a is nearly full: 4.0 GiB of 100.0 GiB free");
+    }
+}
