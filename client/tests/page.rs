@@ -81,7 +81,7 @@ fn the_page_shows_what_an_administrator_wants_to_know() {
         "server-a",
         "ready",
         "round trip",
-        "last 0 s ago",
+        "last report",
         "days",
         "server-b none",
     ] {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     agreement::Required,
+    alert::{self, Way},
     router::{BulkLimit, StartRule},
     selection::InitialBackups,
 };
@@ -52,6 +53,14 @@ pub struct Settings {
     pub metrics_listen: String,
     /// Hours after which `janus status --check` calls a machine without a new backup overdue.
     pub overdue_after_hours: u64,
+    /// This janus sends the alerts.
+    pub primary: bool,
+    /// URL that alerts are posted to; empty: none.
+    pub alert_webhook: String,
+    /// Program and arguments that get each alert as a mail on stdin; empty: none.
+    pub alert_command: Vec<String>,
+    /// A server that takes no backups for so long is worth an alert.
+    pub alert_after_minutes: u64,
     /// Hard limit for calls in progress after SIGTERM.
     pub drain_seconds: u64,
     /// Log filter.
@@ -78,6 +87,10 @@ impl Default for Settings {
             health_listen: String::new(),
             metrics_listen: String::new(),
             overdue_after_hours: 26,
+            primary: false,
+            alert_webhook: String::new(),
+            alert_command: Vec::new(),
+            alert_after_minutes: 60,
             drain_seconds: 10,
             log: "info".into(),
         }
@@ -119,6 +132,10 @@ pub const KEYS: &[(&str, &str)] = &[
         "overdue_after_hours",
         "A machine without a new backup for so long is overdue (janus status --check)",
     ),
+    ("primary", "This janus sends the alerts: one of several"),
+    ("alert_webhook", "URL that alerts are posted to as JSON; empty: none"),
+    ("alert_command", "Program and arguments that get each alert as a mail on stdin"),
+    ("alert_after_minutes", "A server that takes no backups for so long is worth an alert"),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
     ("log", "Log filter, such as info or janus=debug"),
 ];
@@ -152,6 +169,7 @@ impl Settings {
                 return invalid(key, &format!("must be 1 to {MAX_BULK_STREAMS}"));
             }
         }
+        self.alert_ways()?;
         let targets = self.targets()?;
         if targets.is_empty() {
             return invalid(
@@ -182,6 +200,41 @@ impl Settings {
     /// The probe deadline.
     pub fn probe(&self) -> Duration {
         Duration::from_millis(self.probe_ms)
+    }
+
+    /// Where alerts go.
+    ///
+    /// # Errors
+    /// When they can't go there, or this janus isn't the one that sends them.
+    pub fn alert_ways(&self) -> Result<Vec<Way>, ConfigError> {
+        let invalid = |key, reason: String| ConfigError { key, reason };
+        let mut ways = Vec::new();
+        if !self.alert_webhook.is_empty() {
+            let way = Way::webhook(&self.alert_webhook);
+            ways.push(way.map_err(|error| invalid("alert_webhook", error.to_string()))?);
+        }
+        if let Some(program) = self.alert_command.first() {
+            if !program.starts_with('/') {
+                let reason =
+                    format!("{program:?} must be a whole path, such as /usr/sbin/sendmail");
+                return Err(invalid("alert_command", reason));
+            }
+            ways.push(Way::Command(self.alert_command.clone()));
+        }
+        let (primary, none) = (self.primary, ways.is_empty());
+        match (primary, none) {
+            (true, true) => {
+                Err(invalid("primary", "sends alerts: set alert_webhook or alert_command".into()))
+            }
+            (false, _) => Ok(Vec::new()),
+            (true, false) => Ok(ways),
+        }
+    }
+
+    /// When to alert.
+    pub fn alert_rule(&self) -> alert::Rule {
+        let unreachable = Duration::from_secs(self.alert_after_minutes.saturating_mul(60));
+        alert::Rule { overdue: self.overdue(), unreachable }
     }
 
     /// A machine without a new backup for so long is overdue.
@@ -247,6 +300,12 @@ mod tests {
         good.check().unwrap();
         let none = Settings { max_bulk_streams: 0, ..good.clone() };
         assert_eq!(none.check().unwrap_err().key, "max_bulk_streams");
-        assert_eq!(Settings { probe_ms: 0, ..good }.check().unwrap_err().key, "probe_ms");
+        assert_eq!(Settings { probe_ms: 0, ..good.clone() }.check().unwrap_err().key, "probe_ms");
+        let primary = Settings { primary: true, ..good };
+        assert_eq!(primary.check().unwrap_err().key, "primary");
+        let command = Settings { alert_command: vec!["sendmail".into()], ..primary.clone() };
+        assert_eq!(command.check().unwrap_err().key, "alert_command");
+        let webhook = Settings { alert_webhook: "example.org".into(), ..primary };
+        assert_eq!(webhook.check().unwrap_err().key, "alert_webhook");
     }
 }

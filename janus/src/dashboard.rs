@@ -197,13 +197,13 @@ fn server_card(server: &ServerStatus, facts: &[ServerFacts], now_ms: i64) -> Mar
                     dd { (amount(server.free_bytes)) " of " (amount(server.total_bytes)) }
                 }
                 @if server.since_ms > 0 {
-                    dt { @if server.ready { "ready since" } @else { "not ready since" } }
-                    dd { (ago(server.since_ms, now_ms)) }
+                    dt { @if server.ready { "ready for" } @else { "not ready for" } }
+                    dd { (span_ms(now_ms.saturating_sub(server.since_ms))) }
                 }
-                dt { "reports" }
+                dt { "last report" }
                 dd {
-                    @if server.report_age_ms < 0 { "no report stream" }
-                    @else { "last " (span_ms(server.report_age_ms)) " ago" }
+                    @if server.report_age_ms < 0 { "none: no stream" }
+                    @else { (span_ms(server.report_age_ms)) " ago" }
                 }
                 @if let Some(time) = facts.and_then(|facts| facts.round_trip) {
                     dt { "round trip" }
@@ -218,8 +218,8 @@ fn server_card(server: &ServerStatus, facts: &[ServerFacts], now_ms: i64) -> Mar
                     }
                 }
                 dt { "starts" } dd { (server.starts) }
-                dt { "forwarded" }
-                dd { (amount(server.bytes_sent)) " to it, " (amount(server.bytes_received)) " from it" }
+                dt { "sent" } dd { (amount(server.bytes_sent)) }
+                dt { "received" } dd { (amount(server.bytes_received)) }
                 @for (reason, count) in facts.map(|facts| facts.errors.as_slice()).unwrap_or_default() {
                     dt { (reason) } dd { (count) }
                 }

@@ -143,13 +143,10 @@ fn unseeded(server: &ServerStatus, machines: &[MachineStatus]) -> Option<String>
     let named = without.iter().take(MOST_NAMED).copied().collect::<Vec<_>>().join(", ");
     match without.len() {
         0 => None,
-        count @ 1..=MOST_NAMED => {
-            let are = if count == 1 { "is" } else { "are" };
-            Some(format!("{} has no backup of {named}, which {are} elsewhere", name_of(server)))
-        }
+        1..=MOST_NAMED => Some(format!("{} has no backup of {named} yet", name_of(server))),
         count => {
             let more = count - MOST_NAMED;
-            Some(format!("{} has no backup of {named} and {more} more", name_of(server)))
+            Some(format!("{} has no backup of {named} and {more} more yet", name_of(server)))
         }
     }
 }
@@ -193,7 +190,7 @@ mod tests {
         let seen = found(vec![server("a"), server("b")], vec![both.clone(), one.clone()]);
         assert_eq!(seen.len(), 1);
         assert_eq!(seen[0].about, About::Unseeded("b".into()));
-        assert_eq!(seen[0].text, "b has no backup of u/one, which is elsewhere");
+        assert_eq!(seen[0].text, "b has no backup of u/one yet");
         // Of a server that can't be reached it isn't known, and it is named for that already.
         let down = ServerStatus { ready: false, reason: "down".into(), ..server("b") };
         let seen = found(vec![server("a"), down], vec![both, one]);

@@ -42,6 +42,11 @@ impl Info {
         ServerInfoServiceServer::new(self)
     }
 
+    /// Name of this janus.
+    pub fn id(&self) -> &ServerId {
+        &self.id
+    }
+
     /// The servers.
     pub fn fleet(&self) -> &Fleet {
         &self.fleet

@@ -5,6 +5,7 @@
 //! and `selection` are usable alone.
 
 pub mod agreement;
+pub mod alert;
 pub mod balance;
 pub mod catalog;
 mod clock;

@@ -17,6 +17,7 @@ use tonic_health::server::HealthReporter;
 use tracing::{error, info, warn};
 
 use crate::{
+    alert,
     catalog::Catalog,
     config::{ConfigError, Settings},
     fleet::Fleet,
@@ -220,6 +221,10 @@ impl Janus {
         }
         if let Some(health) = self.health {
             tasks.spawn(plain_health::serve(health, plain, stop.clone()));
+        }
+        for way in self.settings.alert_ways()? {
+            let telling = alert::run(info.clone(), self.settings.alert_rule(), way, stop.clone());
+            tasks.spawn(telling);
         }
         if let Some(metrics) = self.metrics {
             let overdue = self.settings.overdue();

@@ -29,6 +29,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod agreement;
+mod alerts;
 mod backend;
 mod catalog;
 mod forwarding;

@@ -1,0 +1,242 @@
+//! The ways out of an alert: a webhook (POST of JSON), or a command that gets a mail on stdin. One attempt each, with a
+//! deadline.
+
+use std::{process::Stdio, time::Duration};
+
+use bytes::Bytes;
+use http::{Method, Request, Uri, header};
+use http_body_util::Full;
+use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use janus_proto::{ids::ServerId, show::date};
+use rustls::{ClientConfig, RootCertStore, crypto::ring};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, copy, sink},
+    process::Command,
+    time::timeout,
+};
+
+use super::Alert;
+
+/// Deadline of one attempt.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// What a failed command said, at most.
+const MOST_SAID_BYTES: u64 = 1000;
+/// Longest subject of a mail.
+const MOST_SUBJECT: usize = 200;
+
+/// Why an alert wasn't taken.
+#[derive(Debug, thiserror::Error)]
+pub enum DeliverError {
+    /// It can't be set up like this.
+    #[error("{0}")]
+    Setup(String),
+    /// No answer, or none in time.
+    #[error("{0}")]
+    Lost(String),
+    /// The receiver doesn't want it.
+    #[error("answered {0}")]
+    Refused(String),
+}
+
+/// Posts to `http` and `https`.
+pub type HttpClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+
+/// Where alerts go.
+#[derive(Debug, Clone)]
+pub enum Way {
+    /// POST to a URL.
+    Webhook {
+        /// The URL.
+        url: Uri,
+        /// Keeps connections.
+        client: Box<HttpClient>,
+    },
+    /// A program with its arguments.
+    Command(Vec<String>),
+}
+
+impl Way {
+    /// A webhook. `https` is checked against the authorities that this system trusts.
+    ///
+    /// # Errors
+    /// When the URL is none, or the system trusts nobody.
+    pub fn webhook(url: &str) -> Result<Self, DeliverError> {
+        let wrong = |why: &str| DeliverError::Setup(format!("{url:?} {why}"));
+        let uri: Uri = url.parse().map_err(|_| wrong("is not a URL"))?;
+        let is_http = matches!(uri.scheme_str(), Some("http" | "https"));
+        if !is_http || uri.host().is_none_or(str::is_empty) {
+            return Err(wrong("is not a URL: write https://HOST/PATH"));
+        }
+        let setup = |why: String| DeliverError::Setup(why);
+        let tls = ClientConfig::builder_with_provider(ring::default_provider().into())
+            .with_safe_default_protocol_versions()
+            .map_err(|error| setup(error.to_string()))?;
+        let tls = match uri.scheme_str() {
+            Some("https") => tls.with_native_roots().map_err(|error| {
+                setup(format!(
+                    "this system's CA certificates can't be read (package ca-certificates): {error}"
+                ))
+            })?,
+            _ => tls.with_root_certificates(RootCertStore::empty()),
+        };
+        let tls = tls.with_no_client_auth();
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls)
+            .https_or_http()
+            .enable_http1()
+            .build();
+        let client = Box::new(Client::builder(TokioExecutor::new()).build(connector));
+        Ok(Self::Webhook { url: uri, client })
+    }
+
+    /// For the log.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Webhook { .. } => "alert_webhook",
+            Self::Command(_) => "alert_command",
+        }
+    }
+
+    /// One attempt to deliver.
+    ///
+    /// # Errors
+    /// When the receiver hasn't taken it for certain.
+    pub async fn deliver(&self, janus: &ServerId, alert: &Alert) -> Result<(), DeliverError> {
+        let attempt = async {
+            match self {
+                Self::Webhook { url, client } => post(client, url, janus, alert).await,
+                Self::Command(command) => run(command, &mail(janus, alert)).await,
+            }
+        };
+        let late = |_| DeliverError::Lost(format!("no end after {} s", DEADLINE.as_secs()));
+        timeout(DEADLINE, attempt).await.map_err(late)?
+    }
+}
+
+async fn post(
+    client: &HttpClient,
+    url: &Uri,
+    janus: &ServerId,
+    alert: &Alert,
+) -> Result<(), DeliverError> {
+    let message = serde_json::json!({
+        "text": format!("janus {janus}: {}", alert.text),
+        "event": alert.event.name(),
+        "kind": alert.kind,
+        "subject": alert.subject,
+        "janus": janus.as_str(),
+        "at_ms": alert.at_ms,
+    });
+    let request = Request::builder()
+        .method(Method::POST)
+        .uri(url)
+        .header(header::CONTENT_TYPE, "application/json")
+        .header(header::USER_AGENT, concat!("janus/", env!("CARGO_PKG_VERSION")))
+        .body(Full::new(Bytes::from(message.to_string())))
+        .map_err(|error| DeliverError::Setup(error.to_string()))?;
+    let answer = client
+        .request(request)
+        .await
+        .map_err(|error| DeliverError::Lost(janus_proto::channel::explain_error(&error)))?;
+    match answer.status() {
+        status if status.is_success() => Ok(()),
+        status => Err(DeliverError::Refused(status.to_string())),
+    }
+}
+
+/// A mail as sendmail takes it. Names and reasons come from outside: no line of theirs may become a header.
+fn mail(janus: &ServerId, alert: &Alert) -> String {
+    let plain = |c: char| if c.is_ascii_graphic() || c == ' ' { c } else { '?' };
+    let subject: String = alert.text.chars().map(plain).take(MOST_SUBJECT).collect();
+    let one_line: String =
+        alert.text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    format!(
+        "Subject: [janus {janus}] {subject}\nMIME-Version: 1.0\nContent-Type: text/plain; charset=utf-8\nContent-Transfer-Encoding: 8bit\n\n{one_line}\n\nFound by janus {janus} at {} UTC ({}, {}).\n",
+        date(alert.at_ms),
+        alert.kind,
+        alert.event.name(),
+    )
+}
+
+async fn run(command: &[String], message: &str) -> Result<(), DeliverError> {
+    let [program, arguments @ ..] = command else {
+        return Err(DeliverError::Setup("alert_command is empty".into()));
+    };
+    let lost = |error: std::io::Error| DeliverError::Lost(format!("{program}: {error}"));
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(lost)?;
+    let (stdin, stderr) = (child.stdin.take(), child.stderr.take());
+    let write = async {
+        if let Some(mut stdin) = stdin {
+            // A program that doesn't read its stdin says by its exit code whether that was meant.
+            let _ = stdin.write_all(message.as_bytes()).await;
+        }
+    };
+    let read = async {
+        let mut said = Vec::new();
+        if let Some(mut stderr) = stderr {
+            let _ = (&mut stderr).take(MOST_SAID_BYTES).read_to_end(&mut said).await;
+            let _ = copy(&mut stderr, &mut sink()).await;
+        }
+        said
+    };
+    let ((), said, status) = tokio::join!(write, read, child.wait());
+    let status = status.map_err(lost)?;
+    if status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&said);
+    Err(DeliverError::Refused(format!("{status} of {program}: {}", said.trim())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::Event, *};
+
+    fn alert(text: &str) -> Alert {
+        let (kind, subject) = ("server_unreachable", "a".to_owned());
+        Alert { event: Event::Begun, kind, subject, text: text.into(), at_ms: 1_767_225_600_000 }
+    }
+
+    #[test]
+    fn no_text_becomes_a_header() {
+        let mail = mail(&"router".parse().unwrap(), &alert("a: x\r\nBcc: eve@example.org\n\nü"));
+        let (head, body) = mail.split_once("\n\n").unwrap();
+        assert!(
+            head.starts_with("Subject: [janus router] a: x??Bcc: eve@example.org???\n"),
+            "{head}"
+        );
+        assert_eq!(head.lines().filter(|line| line.starts_with("Bcc")).count(), 0);
+        assert!(body.starts_with("a: x  Bcc: eve@example.org  ü\n\nFound by"), "{body}");
+    }
+
+    #[test]
+    fn only_urls_are_webhooks() {
+        for wrong in ["", "example.org", "ftp://example.org/", "https://"] {
+            assert!(Way::webhook(wrong).is_err(), "{wrong}");
+        }
+        assert!(Way::webhook("http://127.0.0.1:1/x").is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_command_says_why_it_failed() {
+        let shell = |script: &str| ["/bin/sh", "-c", script].map(str::to_owned).to_vec();
+        run(&shell("exit 0"), &"x".repeat(1 << 20)).await.unwrap();
+        let failed = run(&shell("echo no such mailbox >&2; exit 3"), "").await.unwrap_err();
+        assert!(
+            failed.to_string().contains("exit status: 3")
+                && failed.to_string().contains("no such mailbox")
+        );
+        assert!(run(&["/nonexistent".into()], "").await.is_err());
+    }
+}
