@@ -1,6 +1,6 @@
 //! Calls: which URL, which server, which deadline, and what a failure means.
 
-use std::time::Duration;
+use std::{sync::OnceLock, time::Duration};
 
 use futures::future::select_ok;
 use janus_proto::{
@@ -14,6 +14,7 @@ use janus_proto::{
         server_info_service_client::ServerInfoServiceClient,
     },
     tls::{Identity, Role},
+    trace::{TRACEPARENT, TraceContext},
 };
 use serde::{Deserialize, Serialize};
 use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
@@ -162,6 +163,12 @@ pub enum Remedy {
     None,
 }
 
+/// The trace of this process: a command is one run, and all its calls belong together.
+pub fn trace() -> TraceContext {
+    static TRACE: OnceLock<TraceContext> = OnceLock::new();
+    *TRACE.get_or_init(TraceContext::fresh)
+}
+
 /// Where a call is to go.
 #[derive(Debug, Clone, Default)]
 pub struct Address {
@@ -187,6 +194,10 @@ impl Address {
             if let Some(value) = text.and_then(|text| MetadataValue::try_from(text).ok()) {
                 request.metadata_mut().insert(name, value);
             }
+        }
+        let traceparent = trace().next().to_string();
+        if let Ok(value) = MetadataValue::try_from(traceparent) {
+            request.metadata_mut().insert(TRACEPARENT, value);
         }
         if let Some(deadline) = deadline {
             request.set_timeout(deadline);
@@ -337,6 +348,12 @@ mod tests {
         assert_eq!(request.metadata().get(metadata::MACHINE).unwrap(), "u/m");
         assert!(request.metadata().get(metadata::RUN).is_none());
         assert!(request.metadata().get("grpc-timeout").is_some());
+        let traceparent = |request: &Request<()>| {
+            let text = request.metadata().get(TRACEPARENT).unwrap().to_str().unwrap().to_owned();
+            (text.parse::<TraceContext>().unwrap().trace_id(), text)
+        };
+        let (one, other) = (traceparent(&request), traceparent(&address.request((), None)));
+        assert!(one.0 == other.0 && one.1 != other.1, "{one:?} {other:?}");
     }
 
     #[test]

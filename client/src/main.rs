@@ -4,8 +4,10 @@ use std::{io::Write, process::ExitCode, time::Duration};
 
 use clap::ArgMatches;
 use janus_client::cli::{self, Context, Failure, Outcome};
+use janus_client::link;
 use janus_proto::{program, tls::Identity};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 fn main() -> ExitCode {
     let matches = match cli::command().try_get_matches() {
@@ -55,7 +57,9 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     let outcome = runtime.block_on(async {
         let stop = CancellationToken::new();
         let signals = tokio::spawn(stop_on_signals(stop.clone()));
-        let outcome = cli::run(name, matches, &Context { settings, identity, stop }).await;
+        let context = Context { settings, identity, stop };
+        let span = tracing::info_span!("run", trace_id = link::trace().trace_id());
+        let outcome = cli::run(name, matches, &context).instrument(span).await;
         signals.abort();
         outcome
     });

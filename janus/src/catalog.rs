@@ -19,6 +19,7 @@ use janus_proto::{
         catalog_service_server::{CatalogService, CatalogServiceServer},
     },
     tls::{Principal, Role},
+    trace::{TRACEPARENT, TraceContext},
 };
 use tokio::time::timeout;
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
@@ -48,6 +49,8 @@ pub struct Catalog {
 /// Who asks, for the servers to check and for what is answered from memory.
 #[derive(Debug, Clone)]
 struct Asker {
+    /// Trace that the calls to servers belong to.
+    trace: Option<TraceContext>,
     principal: Arc<Principal>,
     /// The only machine that the caller may see; `None` for operators.
     own: Option<MachineKey>,
@@ -68,7 +71,8 @@ impl Asker {
                 ));
             }
         };
-        Ok(Self { principal, own })
+        let trace = request.extensions().get::<TraceContext>().copied();
+        Ok(Self { principal, own, trace })
     }
 
     /// The machine that a list is about: as named in the message or in the metadata.
@@ -99,6 +103,9 @@ impl Asker {
             machine.and_then(|machine| HeaderValue::from_str(machine.as_str()).ok())
         {
             headers.insert(metadata::MACHINE, value);
+        }
+        if let Some(value) = self.trace.and_then(|trace| trace.next().header()) {
+            headers.insert(TRACEPARENT, value);
         }
         let mut request = Request::new(());
         *request.metadata_mut() = MetadataMap::from_headers(headers);

@@ -26,10 +26,12 @@ use janus_proto::{
     ids::ServerId,
     metadata,
     tls::Principal,
+    trace::{TRACEPARENT, TraceContext},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, body::Body};
 use tower::{Service, ServiceExt};
+use tracing::Instrument;
 
 pub(crate) use self::headers::for_server;
 use self::{
@@ -104,7 +106,20 @@ impl Router {
         }))
     }
 
-    async fn answer(&self, request: Request<Body>) -> Response<Body> {
+    /// Answers one call, in a span that carries the caller's trace; what is sent on belongs to the same trace.
+    async fn answer(&self, mut request: Request<Body>) -> Response<Body> {
+        let trace = TraceContext::of(request.headers().get(TRACEPARENT));
+        let next = trace.next();
+        if let Some(header) = next.header() {
+            request.headers_mut().insert(TRACEPARENT, header);
+        }
+        request.extensions_mut().insert(next);
+        let method = janus_proto::error::shorten(request.uri().path());
+        let span = tracing::info_span!("call", trace_id = trace.trace_id(), method);
+        self.answer_in_span(request).instrument(span).await
+    }
+
+    async fn answer_in_span(&self, request: Request<Body>) -> Response<Body> {
         let mut response = match self.route(request).await {
             Ok(response) => response,
             Err(status) => status.into_http(),

@@ -31,3 +31,4 @@ pub mod settings;
 pub mod shares;
 pub mod show;
 pub mod tls;
+pub mod trace;

@@ -12,6 +12,7 @@ use janus_proto::{
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
 
 use crate::{
     blocking,
@@ -182,12 +183,13 @@ impl BackupService for Backup {
         let stream = request.into_inner();
         let runs = self.runs.clone();
         // Ends with the stream: its transport drops it, or the receiver of the acknowledgements is gone.
-        tokio::spawn(async move {
+        let receiving = async move {
             let result = receive(&runs, &machine, stream, &acks).await;
             if let Err(error) = result {
                 let _ = acks.send(Err(error)).await;
             }
-        });
+        };
+        tokio::spawn(receiving.in_current_span());
         Ok(Response::new(ReceiverStream::new(answers)))
     }
 

@@ -15,9 +15,11 @@ use janus_proto::{
     ids::{MachineKey, ServerId},
     metadata,
     tls::{Identity, Principal, Role},
+    trace::{TRACEPARENT, TraceContext},
 };
 use tonic::{Status, body::Body, metadata::MetadataMap};
 use tower::Service;
+use tracing::Instrument;
 
 /// The caller of a request: the peer, or whom a janus speaks for.
 #[derive(Debug, Clone)]
@@ -146,18 +148,22 @@ where
     }
 
     fn call(&mut self, mut request: Request<Incoming>) -> Self::Future {
+        let trace = TraceContext::of(request.headers().get(TRACEPARENT));
+        let method = janus_proto::error::shorten(request.uri().path());
+        let span = tracing::info_span!("call", trace_id = trace.trace_id(), method);
         let admitted = self.admit(&mut request);
         let name = self.name.clone();
         // The clone takes our place for the next call; the one that was polled ready serves this one.
         let clone = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, clone);
-        Box::pin(async move {
+        let answer = async move {
             let mut response = match admitted {
                 Ok(()) => inner.call(request.map(Body::new)).await?,
                 Err(refused) => refused.into_http(),
             };
             response.headers_mut().insert(metadata::SERVER, name);
             Ok(response)
-        })
+        };
+        Box::pin(answer.instrument(span))
     }
 }

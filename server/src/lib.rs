@@ -20,6 +20,7 @@ pub mod status;
 pub mod storage;
 
 use janus_proto::error::{ErrorReason, status};
+use tracing::Instrument;
 
 /// Runs work that blocks on a thread meant for it. A runtime with a single thread has no others to keep waiting: there
 /// it runs in place, so that a whole-system simulation has one order of events.
@@ -32,7 +33,8 @@ pub(crate) async fn blocking<T: Send + 'static>(
     if is_single_threaded() {
         return Ok(work());
     }
-    tokio::task::spawn_blocking(work).await.map_err(|error| {
+    let span = tracing::Span::current();
+    tokio::task::spawn_blocking(move || span.in_scope(work)).await.map_err(|error| {
         tracing::error!(%error, "a task failed");
         status(ErrorReason::StoreFailed, "the server failed inside; its log says more")
     })
@@ -51,5 +53,6 @@ pub(crate) fn spawn_work<T: Send + 'static>(
         return tokio::spawn(work);
     }
     let runtime = tokio::runtime::Handle::current();
+    let work = work.in_current_span();
     tokio::task::spawn_blocking(move || runtime.block_on(work))
 }

@@ -267,7 +267,9 @@ impl RestoreService for Restore {
         let encoding = request.encodings().next().unwrap_or(pb::Encoding::None);
         let (answers, stream) = mpsc::channel(QUEUE);
         let runs = self.runs.clone();
+        let span = tracing::Span::current();
         tokio::task::spawn_blocking(move || {
+            let _in_span = span.entered();
             if !send_blocks(&opened, &ranges, encoding, &answers) {
                 runs.note_damaged(&opened.held);
             }

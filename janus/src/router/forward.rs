@@ -148,7 +148,7 @@ impl Router {
                 let stopwatch = self.stopwatch(route, true, &caller);
                 let mut response = returning(response, &upstream, run, place, stopwatch);
                 self.note_end(&response, route, true, &caller);
-                self.note_start(&mut response, &upstream, claim, asked);
+                self.note_start(&caller, &mut response, &upstream, claim, asked);
                 Ok(response)
             }
             Err(error) => {
@@ -243,7 +243,7 @@ impl Router {
                     };
                 }
                 self.note_end(&response, route, false, caller);
-                self.note_start(&mut response, &upstream, claim, asked);
+                self.note_start(caller, &mut response, &upstream, claim, asked);
                 Outcome::Done(response)
             }
             (Ok(Err(error)), Some(request)) => {
@@ -297,6 +297,7 @@ impl Router {
     /// A start that the server has accepted counts as a use, whatever happens after.
     fn note_start(
         &self,
+        caller: &Caller,
         response: &mut Response<Body>,
         upstream: &Upstream,
         claim: Option<Claim>,
@@ -312,6 +313,7 @@ impl Router {
         if let Ok(Some(counter)) = headers::number(response.headers(), metadata::USE) {
             claim.accept(counter);
         }
+        info!(server = %upstream.name(), machine = %caller.machine.as_ref().map_or("?", |key| key.as_str()), "run started");
         upstream.counters().starts.fetch_add(1, Ordering::Relaxed);
     }
 }

@@ -10,7 +10,11 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 use http_body::Frame;
 use janus::config::Settings;
-use janus_proto::{error::ErrorReason, metadata, pb};
+use janus_proto::{
+    error::ErrorReason,
+    metadata, pb,
+    trace::{TRACEPARENT, TraceContext},
+};
 use prost::Message;
 use tokio::{sync::mpsc, time::sleep};
 use tokio_stream::wrappers::ReceiverStream;
@@ -403,4 +407,26 @@ async fn methods_from_the_future_are_forwarded_and_foreign_ones_are_not() {
         assert_eq!(refused.code(), Code::Unimplemented);
         assert_eq!(refused.metadata().get(metadata::SERVER).unwrap(), server, "{path}");
     }
+}
+
+#[tokio::test]
+async fn a_trace_goes_on_at_the_server_under_a_new_parent() {
+    const GIVEN: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let keys = Keys::new();
+    let a = Backend::new(&keys, "a").await;
+    let janus = janus(&keys, &[a.address()]).await;
+    let mut client = client(&keys, &janus.url).await;
+    let mut start = async |traceparent: &'static str| {
+        let mut request = start_request();
+        request.metadata_mut().insert(TRACEPARENT, traceparent.parse().unwrap());
+        client.start_backup(request).await.unwrap();
+        let seen = a.header(TRACEPARENT);
+        assert_eq!(seen.len(), 1, "{seen:?}");
+        (seen[0].parse::<TraceContext>().unwrap().trace_id(), seen[0].clone())
+    };
+    let (trace, header) = start(GIVEN).await;
+    assert_eq!(trace, "4bf92f3577b34da6a3ce929d0e0e4736");
+    assert_ne!(header, GIVEN);
+    let (other, _) = start("nonsense").await;
+    assert_ne!(other, trace);
 }

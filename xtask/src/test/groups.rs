@@ -37,6 +37,7 @@ const PLACED: &[(&str, &str)] = &[
     ("page", "janus"),
     ("reasons", "janus"),
     ("resilience", "janus"),
+    ("trace", "janus"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
 ];

@@ -1,0 +1,131 @@
+//! W3C trace context: one id for all that belongs together, carried from the client through janus to the server in the
+//! metadata `traceparent`, so that the log lines of one run can be found in all three programs.
+//!
+//! An id that can't be read is as good as none: tracing never fails a call.
+
+use std::{fmt, str::FromStr};
+
+/// Name of the header.
+pub const TRACEPARENT: &str = "traceparent";
+
+/// Where a call belongs: the trace, and the span that made it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct TraceContext {
+    trace: u128,
+    parent: u64,
+    flags: u8,
+}
+
+/// A header that isn't one of version 00 or of a later version that keeps its beginning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a traceparent")]
+pub struct NotATraceparent;
+
+impl TraceContext {
+    /// A new trace.
+    pub fn fresh() -> Self {
+        // UUIDs are the randomness that this crate has; version and variant bits cost six of 128.
+        Self { trace: uuid::Uuid::new_v4().as_u128(), parent: span(), flags: 1 }
+    }
+
+    /// The trace of `header`, or a new one.
+    pub fn of(header: Option<&http::HeaderValue>) -> Self {
+        let read = header.and_then(|value| value.to_str().ok()).and_then(|text| text.parse().ok());
+        read.unwrap_or_else(Self::fresh)
+    }
+
+    /// The same trace, as the next program is told of it: its parent is a span of ours.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self { parent: span(), ..self }
+    }
+
+    /// The trace's id in hex digits.
+    pub fn trace_id(&self) -> String {
+        format!("{:032x}", self.trace)
+    }
+
+    /// As a header; hex digits and hyphens may always stand there.
+    pub fn header(&self) -> Option<http::HeaderValue> {
+        http::HeaderValue::from_str(&self.to_string()).ok()
+    }
+}
+
+fn span() -> u64 {
+    let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
+    // The version stands in one half, the variant in the other. Zero is no id.
+    (high ^ low).max(1)
+}
+
+impl fmt::Display for TraceContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "00-{:032x}-{:016x}-{:02x}", self.trace, self.parent, self.flags)
+    }
+}
+
+impl FromStr for TraceContext {
+    type Err = NotATraceparent;
+
+    fn from_str(text: &str) -> Result<Self, NotATraceparent> {
+        let mut parts = text.split('-');
+        let mut part = |digits: usize| {
+            let part = parts.next().filter(|part| part.len() == digits).ok_or(NotATraceparent)?;
+            let is_hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+            match part.bytes().all(is_hex) {
+                true => u128::from_str_radix(part, 16).map_err(|_| NotATraceparent),
+                false => Err(NotATraceparent),
+            }
+        };
+        let (version, trace, parent, flags) = (part(2)?, part(32)?, part(16)?, part(2)?);
+        // Later versions may add parts; version 00 has none, and ff is forbidden.
+        let has_more = parts.next().is_some();
+        if version == 0xff || (version == 0 && has_more) || trace == 0 || parent == 0 {
+            return Err(NotATraceparent);
+        }
+        // Their lengths are checked.
+        Ok(Self { trace, parent: parent as u64, flags: flags as u8 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXAMPLE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
+    #[test]
+    fn a_trace_goes_on_with_another_parent() {
+        let context: TraceContext = EXAMPLE.parse().unwrap();
+        assert_eq!(context.to_string(), EXAMPLE);
+        let next = context.next();
+        assert_eq!(next.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
+        assert_ne!(next.to_string(), EXAMPLE);
+        let fresh = TraceContext::fresh();
+        assert_eq!(fresh.to_string().parse(), Ok(fresh));
+        assert_ne!(fresh.trace_id(), TraceContext::fresh().trace_id());
+    }
+
+    #[test]
+    fn what_is_no_traceparent_begins_a_new_trace() {
+        for wrong in [
+            "",
+            "00",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7",
+            "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+            "00-+bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-x",
+            "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        ] {
+            assert_eq!(wrong.parse::<TraceContext>(), Err(NotATraceparent), "{wrong}");
+        }
+        let later = "01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-more";
+        assert!(later.parse::<TraceContext>().is_ok());
+        let of = |text: &'static str| {
+            TraceContext::of(Some(&http::HeaderValue::from_static(text))).trace_id()
+        };
+        assert_eq!(of(EXAMPLE), "4bf92f3577b34da6a3ce929d0e0e4736");
+        assert_ne!(of("nonsense"), of("nonsense"));
+    }
+}
