@@ -13,6 +13,7 @@ use janus_proto::{
     ids::{BackupId, BlockHash, HandleId, SnapshotId},
     pb::{
         self, backup_service_client::BackupServiceClient,
+        maintenance_service_client::MaintenanceServiceClient,
         report_service_client::ReportServiceClient, restore_service_client::RestoreServiceClient,
         server_info_service_client::ServerInfoServiceClient,
     },
@@ -240,7 +241,9 @@ async fn run_states(caller: &Caller, table: &mut Table) {
     table.expect(ErrorReason::SessionExpired, caller.backup().get_backup(pinned(a, unknown)).await);
 
     let old = caller.start(a, id, &["one"]).await.unwrap();
-    table.expect(ErrorReason::LeaseHeld, caller.start(a, BackupId::new(), &["one"]).await);
+    let held = caller.start(a, BackupId::new(), &["one"]).await;
+    assert_eq!(held.as_ref().err().and_then(error::lease_holder), Some(id));
+    table.expect(ErrorReason::LeaseHeld, held);
     let run = caller.start(a, id, &["one"]).await.unwrap();
     assert!(run.epoch > old.epoch);
     table.expect(ErrorReason::EpochSuperseded, caller.write(a, &old, &data, hash).await);
@@ -308,6 +311,13 @@ async fn roles_and_places(site: &Site, caller: &Caller, table: &mut Table) {
     let keys = site.folder().join("pki").join(MACHINE);
     let direct = Caller::new(&url_of(site, "server-b"), &keys).await;
     table.expect(ErrorReason::WrongServer, direct.start(a, BackupId::new(), &["one"]).await);
+    // A server that is in use is not forgotten, whoever asks for it.
+    let keys = site.folder().join("pki").join("eve");
+    tokio::task::block_in_place(|| site.issue("operator", "eve", &[])).unwrap();
+    let operator = Caller::new(&site.url(), &keys).await;
+    let forget = pb::ForgetServerRequest { server_id: a.into() };
+    let forgotten = MaintenanceServiceClient::new(operator.channel).forget_server(forget).await;
+    table.expect(ErrorReason::ServerInUse, forgotten);
 }
 
 fn url_of(site: &Site, server: &str) -> String {
