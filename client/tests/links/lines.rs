@@ -1,6 +1,11 @@
 //! Lines cut in every way.
 
-use xtask::site::{Cut, Cut::Down, Cut::Drop, Cut::Reject};
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+};
+
+use xtask::site::Cut::{Down, Drop, Reject};
 
 use crate::scene::{
     Fault, Fault::Line, Fault::Slow, Fault::Way, MIB, NORTH, OFFICE, Phase, SOUTH, Scene, case,
@@ -119,34 +124,46 @@ fn as_root_a_machine_cut_off_in_a_restore_leaves_nothing_half() {
     case(SOUTH, Phase::Restore, &[Line(OFFICE, Down)]);
 }
 
-/// All ways open, silent or rejected, each with every choice of slow lines, for uploads at both sites.
+/// Every choice of each, all together.
+fn every(choices: &[Vec<Option<Fault>>]) -> Vec<Vec<Fault>> {
+    choices.iter().fold(vec![Vec::new()], |cases, choice| {
+        let with = |case: &Vec<Fault>, fault: &Option<Fault>| {
+            case.iter().copied().chain(*fault).collect::<Vec<_>>()
+        };
+        cases.iter().flat_map(|case| choice.iter().map(move |fault| with(case, fault))).collect()
+    })
+}
+
+/// All ways open, silent or rejected, with every choice of slow lines, and all lines up, silent, rejected or down; each
+/// in uploads at both sites. It takes about an hour.
 #[test]
 fn as_root_every_combination_in_the_soak() {
     if std::env::var_os("JANUS_SOAK").is_none() {
         return;
     }
-    let ways = [(NORTH, SOUTH), (OFFICE, NORTH), (OFFICE, SOUTH)];
-    let how = [None, Some(Drop), Some(Reject)];
-    let cases: Vec<Vec<Fault>> = (0..27 * 8)
-        .map(|number: usize| {
-            let cut = |(at, (one, other)): (usize, (&'static str, &'static str))| {
-                let how: Option<Cut> = how[number % 27 / 3_usize.pow(at as u32) % 3];
-                how.map(|how| Way(one, other, how))
-            };
-            let slow = |(at, place): (usize, &'static str)| {
-                ((number / 27) >> at & 1 == 1).then_some(Slow(place))
-            };
-            let cuts = ways.into_iter().enumerate().filter_map(cut);
-            cuts.chain([NORTH, SOUTH, OFFICE].into_iter().enumerate().filter_map(slow)).collect()
-        })
-        .collect();
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        for _ in 0..6 {
+    let way = |one, other| vec![None, Some(Way(one, other, Drop)), Some(Way(one, other, Reject))];
+    let slow = |place| vec![None, Some(Slow(place))];
+    let line = |place| {
+        let cut = |how| Some(Line(place, how));
+        vec![None, cut(Drop), cut(Reject), cut(Down)]
+    };
+    let mut cases = every(&[
+        way(NORTH, SOUTH),
+        way(OFFICE, NORTH),
+        way(OFFICE, SOUTH),
+        slow(NORTH),
+        slow(SOUTH),
+        slow(OFFICE),
+    ]);
+    cases.extend(every(&[line(NORTH), line(SOUTH), line(OFFICE)]));
+    assert_eq!(cases.len(), 27 * 8 + 64);
+    let next = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..12 {
             scope.spawn(|| {
                 let mut scene = Scene::new();
                 loop {
-                    let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    let number = next.fetch_add(1, Ordering::Relaxed);
                     let Some(faults) = cases.get(number / 2) else { return };
                     run_case(&mut scene, [NORTH, SOUTH][number % 2], Phase::Upload, faults);
                 }
