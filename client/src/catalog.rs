@@ -1,5 +1,7 @@
 //! Which snapshots there are, over all servers that answer.
 
+use std::collections::HashMap;
+
 use janus_proto::{
     ids::{DiskId, MachineKey, ServerId, SnapshotId},
     pb::{
@@ -128,12 +130,15 @@ fn merge(mut listings: Vec<Listing>) -> Listing {
         return listings.pop().unwrap_or_default();
     }
     let mut merged = Listing::default();
+    let mut places: HashMap<String, usize> = HashMap::new();
     for listing in &mut listings {
         for snapshot in std::mem::take(&mut listing.snapshots) {
-            let same = |known: &&mut Snapshot| known.snapshot_id == snapshot.snapshot_id;
-            match merged.snapshots.iter_mut().find(same) {
-                Some(known) => known.reachable |= snapshot.reachable,
-                None => merged.snapshots.push(snapshot),
+            match places.get(&snapshot.snapshot_id) {
+                Some(at) => merged.snapshots[*at].reachable |= snapshot.reachable,
+                None => {
+                    places.insert(snapshot.snapshot_id.clone(), merged.snapshots.len());
+                    merged.snapshots.push(snapshot);
+                }
             }
         }
         for server in std::mem::take(&mut listing.addresses) {
