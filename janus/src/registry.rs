@@ -9,7 +9,7 @@ mod runs;
 mod state;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -324,6 +324,13 @@ impl Registry {
         let inner = self.lock();
         let Some(state) = inner.servers.get(server) else { return Vec::new() };
         state.snapshots(machine, disk).cloned().collect()
+    }
+
+    /// Ids of the snapshots of `server` as reported.
+    pub fn snapshot_ids(&self, server: &ServerId) -> BTreeSet<SnapshotId> {
+        let inner = self.lock();
+        let told = inner.servers.get(server).map(|state| state.told.snapshots.keys());
+        told.into_iter().flatten().copied().collect()
     }
 
     /// Unix milliseconds of the newest backup of each machine on each server, as reported.

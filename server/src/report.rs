@@ -154,6 +154,7 @@ impl Reporter {
         }
         loop {
             let event = tokio::select! {
+                biased;
                 vitals = self.worth_telling(told, due) => {
                     told = vitals;
                     due = Instant::now() + self.refresh;

@@ -20,7 +20,7 @@ use steps::{Counts, Runner};
 /// Arguments of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Leave out what takes longest: kill rounds, the demo, foreign clients
+    /// Leave out what takes longest: kill rounds, the simulation, the demo, foreign clients
     #[arg(long, conflicts_with = "soak")]
     quick: bool,
     /// More rounds and larger disks

@@ -37,12 +37,13 @@ const PLACED: &[(&str, &str)] = &[
     ("page", "janus"),
     ("reasons", "janus"),
     ("resilience", "client"),
+    ("simulation", "janus"),
     ("trace", "janus"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
 ];
 /// Whole-system tests that `--quick` leaves out.
-const SLOW: &[&str] = &["kills", "links", "foreign_clients", "page"];
+const SLOW: &[&str] = &["kills", "links", "foreign_clients", "page", "simulation"];
 
 fn build(runner: &mut Runner) {
     runner.cargo("format", &["fmt", "--all", "--check"]);

@@ -31,7 +31,7 @@ impl Runner {
 
     /// True for tests that print a seed or figures worth a log line.
     pub fn shows_figures(&self, name: &str) -> bool {
-        self.soak || name == "kills"
+        self.soak || matches!(name, "kills" | "simulation")
     }
 
     pub fn take_counts(&mut self) -> Counts {
