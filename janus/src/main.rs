@@ -8,11 +8,6 @@ use janus_proto::{memory, program, settings::SettingsError, show};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
-// HTTP/2 frames of 1 MiB come and go. glibc gives their pages back to the system each time and fetches them again, which
-// took a quarter of the CPU time of an upload. How this one is set up stands in `.cargo/config.toml`.
-#[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
-
 /// Exit code of wrong settings or usage, as clap has it.
 const USAGE: u8 = 2;
 
