@@ -30,15 +30,10 @@ const SOURCE_MODULES: &[&str] = &["source::", "scan::", "delta::", "journal::"];
 /// Whole-system tests that belong to another group than `main-job`.
 const PLACED: &[(&str, &str)] = &[
     ("damage", "store"),
-    ("direct", "janus"),
-    ("janus_limits", "janus"),
     ("links", "client"),
-    ("life", "janus"),
-    ("page", "janus"),
     ("reasons", "janus"),
     ("resilience", "client"),
     ("simulation", "janus"),
-    ("trace", "janus"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
 ];
