@@ -13,7 +13,7 @@ use super::{
     Held,
     table::{Table, TableError, TableStack},
 };
-use crate::image::{ImageError, Layers, vhdx::VhdxImage};
+use crate::image::{Image, ImageError, Layers};
 
 /// Why a snapshot can't be read.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +85,7 @@ impl OpenedSnapshot {
             if actual < expected {
                 return Err(OpenError::Short { path, expected, actual });
             }
-            let image = VhdxImage::open(DirectFile::for_reading(file, &path))
+            let image = Image::open(DirectFile::for_reading(file, &path))
                 .map_err(|source| OpenError::Image { path, source })?;
             images.push(Arc::new(image));
             let path = folder.join(&held.snapshot().table);
