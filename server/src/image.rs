@@ -12,6 +12,9 @@ use std::io;
 
 use uuid::Uuid;
 
+#[cfg(test)]
+use crate::storage;
+
 mod any;
 pub mod layers;
 mod names;

@@ -8,7 +8,6 @@ mod machine;
 
 use std::{
     collections::HashMap,
-    io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -282,7 +281,11 @@ impl Runs {
         let broken = OpenError::BrokenChain { snapshot: held.snapshot().id };
         let machine = self.machine(&held.run.machine);
         let chain = machine.and_then(|machine| machine.chain(held.snapshot().id)).ok_or(broken)?;
-        OpenedSnapshot::open(&self.store.machine_folder(&held.run.machine), &chain)
+        OpenedSnapshot::open(
+            self.store.storage(),
+            &self.store.machine_folder(&held.run.machine),
+            &chain,
+        )
     }
 
     /// A snapshot was found to be damaged: no new one is built on it. Forgotten with this process, found again by the next.
@@ -530,12 +533,6 @@ impl Writer {
 /// Takes a lock that is only held for moments. A panic under it is a bug, but must not take the server along.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Names this boot of the machine; empty where the system doesn't say, which then counts as a reboot.
-fn boot_id() -> String {
-    let read: io::Result<String> = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
-    read.map(|id| id.trim().to_owned()).unwrap_or_default()
 }
 
 /// Unix milliseconds, for people.

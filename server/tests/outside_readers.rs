@@ -15,8 +15,9 @@ use std::{
     sync::OnceLock,
 };
 
-use janus_server::image::{
-    Format, Geometry, Identity, Image, Kind, Layout, PAYLOAD_BYTES, Payload, UNIT_BYTES,
+use janus_server::{
+    image::{Format, Geometry, Identity, Image, Kind, Layout, PAYLOAD_BYTES, Payload, UNIT_BYTES},
+    storage,
 };
 
 #[path = "../src/image/sample.rs"]

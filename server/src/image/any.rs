@@ -1,8 +1,7 @@
 //! The two formats as one: which one an image has is decided when a chain begins, and nobody else needs to know.
 
-use std::{error::Error, fs::File, ops::Range, os::unix::fs::FileExt};
+use std::{error::Error, ops::Range};
 
-use janus_proto::direct::DirectFile;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -11,6 +10,7 @@ use super::{
     vhd::{self, VhdImage},
     vhdx::{self, VhdxImage},
 };
+use crate::storage::File;
 
 /// Format of an image, the same over a chain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -155,9 +155,8 @@ impl Image {
     ///
     /// # Errors
     /// When it is neither a VHDX nor a VHD, needs what we don't know, or breaks the format's rules.
-    pub fn open(file: impl Into<DirectFile>) -> Result<Self, ImageError> {
-        let file = file.into();
-        match format_of(file.file())? {
+    pub fn open(file: File) -> Result<Self, ImageError> {
+        match format_of(&file)? {
             Format::Vhdx => VhdxImage::open(file).map(Self::Vhdx),
             Format::Vhd => VhdImage::open(file).map(Self::Vhd),
         }

@@ -2,13 +2,17 @@
 //! Also a module of `tests/outside_readers.rs`, which imports what `super` names here.
 
 use std::{
-    collections::BTreeMap, convert::Infallible, fs::File, os::unix::fs::FileExt, path::Path,
-    path::PathBuf,
+    collections::BTreeMap,
+    convert::Infallible,
+    path::{Path, PathBuf},
 };
 
 use uuid::Uuid;
 
-use super::{Format, Geometry, Identity, Image, Kind, Layout, PAYLOAD_BYTES, Payload, UNIT_BYTES};
+use super::{
+    Format, Geometry, Identity, Image, Kind, Layout, PAYLOAD_BYTES, Payload, UNIT_BYTES,
+    storage::{Access, Disk, File},
+};
 
 const UNITS: u64 = PAYLOAD_BYTES / UNIT_BYTES;
 
@@ -39,18 +43,19 @@ impl Sample {
         let identity =
             Identity { data_write: Uuid::new_v4(), virtual_disk: Uuid::from_u128(0x1234) };
         let parent = self.files.last().map(|path| {
-            let image = Image::open(File::open(path).unwrap()).unwrap();
+            let image = Disk::default().open(path, Access::Read).unwrap();
+            let image = Image::open(image).unwrap();
             image.as_parent(&path.file_name().unwrap().to_string_lossy())
         });
         let kind = if parent.is_some() { Kind::Differencing } else { Kind::Dynamic };
         let layout = self.format.layout(self.geometry, kind).unwrap();
-        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        let file = Disk::default().open(&path, Access::CreateNew).unwrap();
         let blocks = fill_slots(&file, &layout, units, &mut self.model);
         let listed = blocks.values().copied().map(Ok::<_, Infallible>);
         let slots = blocks.len() as u32;
         let length =
             layout.write_structures(&file, &identity, parent.as_ref(), slots, listed).unwrap();
-        assert_eq!(length, file.metadata().unwrap().len());
+        assert_eq!(length, file.metadata().unwrap().length_bytes);
         self.files.push(path);
     }
 
@@ -60,14 +65,16 @@ impl Sample {
         self.files
             .iter()
             .rev()
-            .map(|path| Image::open(File::open(path).unwrap()).unwrap())
+            .map(|path| {
+                Image::open(Disk::default().open_data(path, Access::Read).unwrap()).unwrap()
+            })
             .collect()
     }
 
     #[allow(dead_code)] // Only outside readers need it.
     /// The disk as a raw file of its virtual size.
     pub fn write_raw(&self, path: &Path) {
-        let file = File::create(path).unwrap();
+        let file = Disk::default().open(path, Access::CreateNew).unwrap();
         file.set_len(self.format.layout(self.geometry, Kind::Dynamic).unwrap().virtual_bytes())
             .unwrap();
         for (unit, content) in &self.model {

@@ -1,12 +1,6 @@
 //! Turning a session into an image and a table: checked against the commit's digest, written, synced, not yet named.
 
-use std::{
-    collections::HashMap,
-    convert::Infallible,
-    fs::{File, OpenOptions},
-    ops::Range,
-    os::unix::fs::MetadataExt,
-};
+use std::{collections::HashMap, convert::Infallible, ops::Range};
 
 use janus_proto::{
     buffers::Buffer,
@@ -20,6 +14,7 @@ use super::{Inner, PAYLOAD_BLOCKS, Session, SessionError, Touch};
 use crate::{
     chain::table::{SegmentBitmap, TableError, TableHeader, TableWriter},
     image::{Identity, Kind, Payload},
+    storage::Access,
 };
 
 /// An image that only needs its name and a manifest.
@@ -66,14 +61,14 @@ impl Session {
         let identity = self.write_image(&inner, &slots)?;
         let path = self.image_path();
         let failed = SessionError::io("sync", &path);
-        let image = self.image.file();
-        let metadata = image.sync_all().and_then(|()| image.metadata()).map_err(failed)?;
+        let synced = self.image.sync_all().and_then(|()| self.image.metadata());
+        let metadata = synced.map_err(failed)?;
         Ok(Finished {
             identity,
             table_digest: stored,
             is_delta,
-            image_allocated_bytes: metadata.blocks() * 512,
-            image_length_bytes: metadata.len(),
+            image_allocated_bytes: metadata.allocated_bytes,
+            image_length_bytes: metadata.length_bytes,
         })
     }
 
@@ -119,9 +114,8 @@ impl Session {
         is_delta: bool,
     ) -> Result<(), SessionError> {
         let path = self.folder.join(self.disk.partial("table"));
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
-        let file: File = file.map_err(SessionError::io("create", &path))?;
+        let file = self.storage.open(&path, Access::Create);
+        let file = file.map_err(SessionError::io("create", &path))?;
         let header = TableHeader { snapshot: self.disk.snapshot, disk_bytes: self.disk.size_bytes };
         let mut writer = TableWriter::create(file, header).map_err(|e| self.table_error(e))?;
         let segments: Vec<u64> = match is_delta {
@@ -166,9 +160,8 @@ impl Session {
             Ok::<_, Infallible>(Payload { index, slot, present })
         });
         let slots = slots.len() as u32;
-        let file = self.image.file();
         let written =
-            self.layout.write_structures(file, &identity, parent.as_ref(), slots, payloads);
+            self.layout.write_structures(&self.image, &identity, parent.as_ref(), slots, payloads);
         written.map_err(|error| self.image_error(error))?;
         Ok(identity)
     }

@@ -1,11 +1,11 @@
 //! The footer: what kind of file this is, its size and id. It stands at the end, and a copy at the start.
 
-use std::{fs::File, os::unix::fs::FileExt, time::SystemTime};
+use std::time::SystemTime;
 
 use uuid::Uuid;
 
 use super::{Fields, checksum, put};
-use crate::image::ImageError;
+use crate::{image::ImageError, storage::File};
 
 pub(super) const BYTES: usize = 512;
 const COOKIE: &[u8; 8] = b"conectix";
@@ -139,6 +139,7 @@ fn geometry(disk_bytes: u64) -> (u16, u8, u8) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::temporary;
 
     fn footer() -> Footer {
         Footer {
@@ -163,7 +164,7 @@ mod tests {
 
     #[test]
     fn the_copy_at_the_start_serves_when_the_end_is_lost() {
-        let file = tempfile::tempfile().unwrap();
+        let file = temporary();
         file.write_all_at(&footer().encode(), 0).unwrap();
         file.set_len(8192).unwrap();
         assert_eq!(read(&file, 8192).unwrap(), (footer(), 0));

@@ -1,13 +1,16 @@
 //! The dynamic header: where the table is, how long blocks are, and which image is the parent.
 
-use std::{fs::File, ops::Range, os::unix::fs::FileExt};
+use std::ops::Range;
 
 use super::{
     Fields, Layout, SECTOR, checksum,
     layout::{BAT_OFFSET, HEADER_OFFSET},
     locator, put,
 };
-use crate::image::{ImageError, Parent, names, payload::PAYLOAD_BYTES};
+use crate::{
+    image::{ImageError, Parent, names, payload::PAYLOAD_BYTES},
+    storage::File,
+};
 
 pub(super) const BYTES: usize = 1024;
 const COOKIE: &[u8; 8] = b"cxsparse";

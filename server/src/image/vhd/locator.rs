@@ -1,13 +1,14 @@
 //! Where a child says its parent lies: an absolute and a relative path, in UTF-16LE, each with an entry in the header.
 
-use std::{fs::File, os::unix::fs::FileExt};
-
 use super::{
     Fields,
     layout::{LOCATOR_BYTES, LOCATOR_OFFSETS},
     put,
 };
-use crate::image::{ImageError, names};
+use crate::{
+    image::{ImageError, names},
+    storage::File,
+};
 
 /// Entries in a header, of 24 bytes.
 const ENTRIES: usize = 8;

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use janus_proto::direct::DirectFile;
 use uuid::Uuid;
 
 use super::{
@@ -10,9 +9,12 @@ use super::{
     footer::{self, DiskType, Footer},
     header::{self, Header},
 };
-use crate::image::{
-    Geometry, ImageError, Kind, Parent, Source, check_disjoint,
-    stretches::{BitOrder, Extents, Runs},
+use crate::{
+    image::{
+        Geometry, ImageError, Kind, Parent, Source, check_disjoint,
+        stretches::{BitOrder, Extents, Runs},
+    },
+    storage::File,
 };
 
 /// Table entries read at once, 4 KiB.
@@ -23,7 +25,7 @@ const MAX_BLOCKS: u64 = 1 << 22;
 /// An open image. Nothing of its allocation table is kept in memory.
 #[derive(Debug)]
 pub struct VhdImage {
-    file: DirectFile,
+    file: File,
     file_bytes: u64,
     footer: Footer,
     /// None in a fixed image, whose data are the file's beginning.
@@ -40,12 +42,11 @@ impl VhdImage {
     ///
     /// # Errors
     /// `Unsupported` when it needs what we don't know, `Damaged` when it breaks the format's rules.
-    pub fn open(file: impl Into<DirectFile>) -> Result<Self, ImageError> {
-        let direct = file.into();
-        let file_bytes = direct.file().metadata().map_err(ImageError::io("length"))?.len();
-        let (footer, footer_at) = footer::read(direct.file(), file_bytes)?;
+    pub fn open(file: File) -> Result<Self, ImageError> {
+        let file_bytes = file.metadata().map_err(ImageError::io("length"))?.length_bytes;
+        let (footer, footer_at) = footer::read(&file, file_bytes)?;
         let mut image = Self {
-            file: direct,
+            file,
             file_bytes,
             footer,
             table: None,
@@ -66,7 +67,7 @@ impl VhdImage {
 
     fn open_dynamic(&mut self, footer_at: u64) -> Result<(), ImageError> {
         let is_child = self.footer.disk_type == DiskType::Differencing;
-        let (header, parent) = header::read(self.file.file(), self.footer.header_offset, is_child)?;
+        let (header, parent) = header::read(&self.file, self.footer.header_offset, is_child)?;
         let count = self.footer.disk_bytes.div_ceil(header.block_bytes);
         if count > MAX_BLOCKS {
             return Err(ImageError::unsupported(format!("{count} blocks in a VHD")));

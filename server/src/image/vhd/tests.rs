@@ -1,22 +1,19 @@
 //! Chains as a whole, written and read back, and what damage does. Strategies and comparisons are those of VHDX.
 
-use std::{
-    convert::Infallible,
-    fs::{self, File},
-    os::unix::fs::{FileExt, MetadataExt},
-    path::Path,
-    sync::Arc,
-};
+use std::{convert::Infallible, fs, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
 use proptest::prelude::*;
 use uuid::Uuid;
 
 use super::*;
-use crate::image::{
-    Format, Geometry, Identity, Image, ImageError, Kind, Layers, PAYLOAD_BYTES, Payload, Source,
-    UNIT_BYTES,
-    sample::Sample,
-    vhdx::tests::{assert_reads_as_model, assert_whole_disk_reads_as_model, disks},
+use crate::{
+    image::{
+        Format, Geometry, Identity, Image, ImageError, Kind, Layers, PAYLOAD_BYTES, Payload,
+        Source, UNIT_BYTES,
+        sample::Sample,
+        vhdx::tests::{assert_reads_as_model, assert_whole_disk_reads_as_model, disks},
+    },
+    storage::{Access, Disk, File, temporary},
 };
 
 fn sample(folder: &Path, disk_bytes: u64) -> Sample {
@@ -31,8 +28,12 @@ fn small_chain(folder: &Path) -> Sample {
     sample
 }
 
+fn opened(path: &Path) -> Result<Image, ImageError> {
+    Image::open(Disk::default().open(path, Access::Read).unwrap())
+}
+
 fn writable(path: &Path) -> File {
-    File::options().read(true).write(true).open(path).unwrap()
+    Disk::default().open(path, Access::Write).unwrap()
 }
 
 proptest! {
@@ -115,9 +116,7 @@ fn extents_name_parent_zero_and_file() {
 fn foreign_links_and_mixed_formats_are_refused() {
     let [folder, other_folder] = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let (sample, other) = (small_chain(folder.path()), small_chain(other_folder.path()));
-    let image = |sample: &Sample, at: usize| {
-        Arc::new(Image::open(File::open(&sample.files[at]).unwrap()).unwrap())
-    };
+    let image = |sample: &Sample, at: usize| Arc::new(opened(&sample.files[at]).unwrap());
     let wrong = Layers::new(vec![image(&sample, 1), image(&other, 0)]);
     assert!(matches!(wrong, Err(ImageError::WrongParent { .. })));
     let third_folder = tempfile::tempdir().unwrap();
@@ -132,7 +131,7 @@ fn every_truncation_of_the_structures_is_an_error() {
     let path = &small_chain(folder.path()).files[1];
     for length in [8191, 8192, 6144, 4096, 1536, 1535, 512, 511, 1, 0] {
         writable(path).set_len(length).unwrap();
-        Image::open(File::open(path).unwrap()).unwrap_err();
+        opened(path).unwrap_err();
     }
 }
 
@@ -142,10 +141,10 @@ fn a_file_that_lost_its_end_is_read_as_far_as_it_goes() {
     let path = &small_chain(folder.path()).files[0];
     let length = fs::metadata(path).unwrap().len();
     writable(path).set_len(length - 512).unwrap();
-    let image = Image::open(File::open(path).unwrap()).unwrap();
+    let image = opened(path).unwrap();
     image.check_blocks().unwrap();
     writable(path).set_len(length - 513).unwrap();
-    let image = Image::open(File::open(path).unwrap()).unwrap();
+    let image = opened(path).unwrap();
     // The last slot holds the disk's first block.
     assert!(matches!(image.extents(0..1), Err(ImageError::Damaged { .. })));
     image.extents(PAYLOAD_BYTES..2 * PAYLOAD_BYTES).unwrap();
@@ -168,7 +167,7 @@ fn blocks_on_top_of_each_other_or_of_structures_are_found() {
         (1 << 31, true),
     ] {
         writable(path).write_all_at(&entry.to_be_bytes(), 8192 + 4).unwrap();
-        let image = Image::open(File::open(path).unwrap()).unwrap();
+        let image = opened(path).unwrap();
         assert!(matches!(image.check_blocks(), Err(ImageError::Damaged { .. })), "{entry}");
         assert_eq!(image.extents(PAYLOAD_BYTES..PAYLOAD_BYTES + 1).is_err(), found_by_reading);
     }
@@ -176,7 +175,7 @@ fn blocks_on_top_of_each_other_or_of_structures_are_found() {
 
 #[test]
 fn a_repeated_commit_leaves_nothing_of_the_first() {
-    let file = tempfile::tempfile().unwrap();
+    let file = temporary();
     let geometry = Geometry { disk_bytes: 16 << 20, logical_sector_bytes: 512 };
     let layout = Layout::new(geometry, Kind::Differencing).unwrap();
     let identity = Identity { data_write: Uuid::new_v4(), virtual_disk: Uuid::new_v4() };
@@ -193,7 +192,7 @@ fn a_repeated_commit_leaves_nothing_of_the_first() {
         write_structures(&file, &layout, &identity, Some(&parent), slots, blocks).unwrap();
     };
     let bytes = || {
-        let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+        let mut bytes = vec![0; file.metadata().unwrap().length_bytes as usize];
         file.read_exact_at(&mut bytes, 0).unwrap();
         // The time of the commit and the sums over it.
         let end = bytes.len() - 512;
@@ -212,7 +211,9 @@ fn a_repeated_commit_leaves_nothing_of_the_first() {
 
 #[test]
 fn a_fixed_image_is_read() {
-    let file = tempfile::tempfile().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fixed.vhd");
+    let file = Disk::default().open(&path, Access::CreateNew).unwrap();
     let disk_bytes = 3 * 4096;
     file.write_all_at(&[7; 3 * 4096], 0).unwrap();
     let footer = footer::Footer {
@@ -223,7 +224,7 @@ fn a_fixed_image_is_read() {
         unique_id: Uuid::from_u128(3),
     };
     file.write_all_at(&footer.encode(), disk_bytes).unwrap();
-    let image = Image::open(file.try_clone().unwrap()).unwrap();
+    let image = opened(&path).unwrap();
     assert_eq!(image.kind(), Kind::Dynamic);
     assert_eq!(
         image.extents(4096..4 * 4096).unwrap(),
@@ -234,5 +235,5 @@ fn a_fixed_image_is_read() {
     assert!(buffer.iter().all(|byte| *byte == 7));
     let longer = footer::Footer { disk_bytes: disk_bytes + 512, ..footer };
     file.write_all_at(&longer.encode(), disk_bytes).unwrap();
-    Image::open(file).unwrap_err();
+    opened(&path).unwrap_err();
 }

@@ -1,6 +1,6 @@
 //! Turns a file whose slots hold data into a VHD.
 
-use std::{error::Error, fs::File, os::unix::fs::FileExt, time::SystemTime};
+use std::{error::Error, time::SystemTime};
 
 use super::{
     Layout, UNUSED,
@@ -8,9 +8,12 @@ use super::{
     header,
     layout::{BAT_OFFSET, BITMAP_BYTES, HEAD_BYTES, HEADER_OFFSET},
 };
-use crate::image::{
-    Identity, ImageError, Kind, Parent,
-    payload::{self, Order, Payload},
+use crate::{
+    image::{
+        Identity, ImageError, Kind, Parent,
+        payload::{self, Order, Payload},
+    },
+    storage::File,
 };
 
 /// Bytes of table written at once.

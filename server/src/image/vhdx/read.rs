@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use janus_proto::direct::DirectFile;
 use uuid::Uuid;
 
 use super::{
@@ -11,9 +10,12 @@ use super::{
     metadata::{self, Metadata},
     region,
 };
-use crate::image::{
-    Geometry, ImageError, Kind, Parent, Source,
-    stretches::{BitOrder, Extents, Runs},
+use crate::{
+    image::{
+        Geometry, ImageError, Kind, Parent, Source,
+        stretches::{BitOrder, Extents, Runs},
+    },
+    storage::File,
 };
 
 /// Table entries read at once, 4 KiB.
@@ -22,7 +24,7 @@ const WINDOW: u64 = 512;
 /// An open image. Nothing of its allocation table is kept in memory.
 #[derive(Debug)]
 pub struct VhdxImage {
-    file: DirectFile,
+    file: File,
     file_bytes: u64,
     data_write: Uuid,
     metadata: Metadata,
@@ -39,17 +41,15 @@ impl VhdxImage {
     /// # Errors
     /// [`ImageError::DirtyLog`] when it wasn't closed, `Unsupported` when it needs what we don't know, `Damaged` when it breaks
     /// the format's rules.
-    pub fn open(file: impl Into<DirectFile>) -> Result<Self, ImageError> {
-        let direct = file.into();
-        let file = direct.file();
-        let file_bytes = file.metadata().map_err(ImageError::io("length"))?.len();
-        let header = header::read(file)?;
+    pub fn open(file: File) -> Result<Self, ImageError> {
+        let file_bytes = file.metadata().map_err(ImageError::io("length"))?.length_bytes;
+        let header = header::read(&file)?;
         let log = header.log_offset..header.log_offset.saturating_add(header.log_bytes);
-        let regions = region::read(file, file_bytes, log)?;
-        let metadata = metadata::read(file, regions.metadata)?;
+        let regions = region::read(&file, file_bytes, log)?;
+        let metadata = metadata::read(&file, regions.metadata)?;
         let ratio = chunk_ratio(metadata.geometry.logical_sector_bytes, metadata.block_bytes);
         let image = Self {
-            file: direct,
+            file,
             file_bytes,
             data_write: header.data_write,
             ratio,

@@ -1,6 +1,6 @@
 //! Turns a file whose slots hold data into a VHDX.
 
-use std::{error::Error, fs::File};
+use std::error::Error;
 
 use super::{
     Layout, MIB,
@@ -8,9 +8,12 @@ use super::{
     bitmap::BitmapWriter,
     header, layout, metadata, region,
 };
-use crate::image::{
-    Identity, ImageError, Kind, Parent,
-    payload::{Order, Payload},
+use crate::{
+    image::{
+        Identity, ImageError, Kind, Parent,
+        payload::{Order, Payload},
+    },
+    storage::File,
 };
 
 /// Writes all structures of a VHDX around the data that is already in the slots, and returns the file's length.
