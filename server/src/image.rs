@@ -1,11 +1,11 @@
-//! Images: single VHDX files as they lie on disk. Knows nothing of chains on a server, runs or manifests.
+//! Images: single VHDX and VHD files as they lie on disk. Knows nothing of chains on a server, runs or manifests.
 //!
 //! An image is written once. Blocks that arrive are written straight to their place in a partial file
-//! ([`vhdx::Layout::slot_offset`]); [`vhdx::write_structures`] turns that file into a VHDX at commit. Nothing here syncs or
+//! ([`Layout::slot_offset`]); [`Layout::write_structures`] turns that file into an image at commit. Nothing here syncs or
 //! renames: until the caller has published the file, a crash leaves something nobody reads. Once it has a child, an image
 //! never changes again, because the child names its parent's data write id.
 //!
-//! Reading accepts files of other programs too ([`vhdx::VhdxImage`]), so every byte is checked before it is used. No bytes of a
+//! Reading accepts files of other programs too ([`Image`]), so every byte is checked before it is used. No bytes of a
 //! file make this module panic or allocate by a length that was not checked.
 
 use std::io;
@@ -15,17 +15,24 @@ use uuid::Uuid;
 #[cfg(test)]
 use crate::storage;
 
+mod any;
 pub mod layers;
+mod names;
+mod payload;
 #[cfg(test)]
 mod sample;
+mod stretches;
+pub mod vhd;
 pub mod vhdx;
 
+pub use any::{Format, Image, Layout};
 pub use layers::Layers;
+pub use payload::{PAYLOAD_BYTES, Payload, UNIT_BYTES};
 
 /// Size and sectors of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Size in bytes, a multiple of 512. For an image that was opened: the virtual size, which [`vhdx::Layout`] pads.
+    /// Size in bytes, a multiple of 512. For an image that was opened: the virtual size, which [`Layout`] pads.
     pub disk_bytes: u64,
     /// Logical sector size in bytes: 512 or 4096, as the source has it, because partition tables count in it.
     pub logical_sector_bytes: u32,
@@ -43,9 +50,9 @@ pub enum Kind {
 /// The ids an image carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// Names this content; children link to it.
+    /// Names this content; children link to it. In a VHD its unique id.
     pub data_write: Uuid,
-    /// Names the disk; the same in all images of a chain.
+    /// Names the disk; the same in all images of a chain. A VHD has no place for it.
     pub virtual_disk: Uuid,
 }
 
@@ -56,6 +63,8 @@ pub struct Parent {
     pub data_write: Uuid,
     /// The parent's file name without a folder: a chain lives in one folder.
     pub file_name: String,
+    /// VHD: the parent's time stamp, seconds since 2000. Nothing in VHDX.
+    pub time_stamp: u32,
 }
 
 /// Where a stretch of a disk is.
@@ -140,5 +149,16 @@ impl ImageError {
             io::ErrorKind::UnexpectedEof => Self::damaged(format!("file ends within the {action}")),
             _ => Self::Io { action, source },
         }
+    }
+}
+
+/// Refuses ranges that share a byte.
+fn check_disjoint(ranges: &mut [std::ops::Range<u64>], what: &str) -> Result<(), ImageError> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    match ranges.windows(2).find(|pair| pair[0].end > pair[1].start) {
+        Some(pair) => {
+            Err(ImageError::damaged(format!("{what} {:?} and {:?} overlap", pair[0], pair[1])))
+        }
+        None => Ok(()),
     }
 }

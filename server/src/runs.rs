@@ -18,6 +18,7 @@ use janus_proto::{
 };
 use tokio::{sync::broadcast, time::Instant};
 
+use self::machine::PlannedDisk;
 pub use self::machine::{ActiveRun, Machine};
 use crate::{
     chain::{
@@ -25,6 +26,7 @@ use crate::{
         opened::{OpenError, OpenedSnapshot},
         store::{MachineState, Store, StoreError},
     },
+    image::Format,
     session::{Marks, Session, SessionError},
 };
 
@@ -105,6 +107,16 @@ pub enum RunError {
     OtherDisks {
         /// The run.
         backup: BackupId,
+    },
+    /// The format of new chains can't hold the disk.
+    #[error(
+        "disk {disk}: {reason}, and new chains are VHDs on this server (prefer_vhdx = false): set prefer_vhdx = true in its settings, or leave the disk out"
+    )]
+    FormatTooSmall {
+        /// The disk.
+        disk: DiskId,
+        /// What doesn't fit.
+        reason: String,
     },
     /// The counter can't be right.
     #[error("use counter {given} is more than 2^32 above {known}")]
@@ -192,6 +204,8 @@ pub enum Change {
 pub struct Runs {
     store: Store,
     lease: Duration,
+    /// Format of new chains.
+    new_chains: Format,
     machines: Mutex<HashMap<MachineKey, Arc<Machine>>>,
     sessions: Mutex<HashMap<SessionId, Arc<ActiveRun>>>,
     changes: broadcast::Sender<Change>,
@@ -210,7 +224,21 @@ impl Runs {
             known.insert(key, Arc::new(machine));
         }
         let changes = broadcast::channel(CHANGE_BACKLOG).0;
-        Self { store, lease, machines: Mutex::new(known), sessions: Mutex::new(sessions), changes }
+        Self {
+            store,
+            lease,
+            new_chains: Format::default(),
+            machines: Mutex::new(known),
+            sessions: Mutex::new(sessions),
+            changes,
+        }
+    }
+
+    /// Chooses the format of chains that begin from now on; those that are here go on in their own.
+    #[must_use]
+    pub fn with_new_chains(mut self, format: Format) -> Self {
+        self.new_chains = format;
+        self
     }
 
     /// The store.
@@ -305,10 +333,12 @@ impl Runs {
         if lock(&self.sessions).len() >= MAX_OPEN_RUNS {
             return Err(RunError::TooMany);
         }
+        let planned = wanted.iter().map(|disk| PlannedDisk::new(self, &machine, disk));
+        let planned = planned.collect::<Result<Vec<_>, _>>()?;
         let used = machine.next_counter(use_counter)?;
         self.store.save_counter(key, used)?;
         machine.set_counter(used);
-        let run = Arc::new(ActiveRun::create(self, &machine, backup, wanted, used)?);
+        let run = Arc::new(ActiveRun::create(self, &machine, backup, planned, used)?);
         lock(&self.sessions).extend(run.session_ids().into_iter().map(|id| (id, run.clone())));
         machine.add(run.clone());
         let _ = self.changes.send(Change::Used(key.clone()));

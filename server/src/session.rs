@@ -29,10 +29,7 @@ pub use self::finish::Finished;
 use self::{content::StartContent, journal::Journal};
 use crate::{
     chain::{opened::OpenedSnapshot, store::OpenDisk, table::TableError},
-    image::{
-        Geometry, ImageError, Kind,
-        vhdx::{Layout, PAYLOAD_BYTES},
-    },
+    image::{Geometry, ImageError, Kind, Layout, PAYLOAD_BYTES},
     storage::{self, Access, Disk, File},
 };
 
@@ -184,9 +181,10 @@ impl Session {
             disk_bytes: disk.size_bytes,
             logical_sector_bytes: disk.logical_sector_bytes,
         };
-        let kind = if is_delta(&start, &disk) { Kind::Differencing } else { Kind::Dynamic };
-        let layout = Layout::new(geometry, kind)?;
-        let image_path = folder.join(disk.partial("vhdx"));
+        let is_delta = start.head().is_some_and(|head| disk.goes_on(head));
+        let kind = if is_delta { Kind::Differencing } else { Kind::Dynamic };
+        let layout = disk.format.layout(geometry, kind)?;
+        let image_path = folder.join(disk.partial(disk.format.extension()));
         let journal_path = folder.join(disk.journal());
         let journal_file = storage.open(&journal_path, Access::Create);
         let journal_file = journal_file.map_err(SessionError::io("open", &journal_path))?;
@@ -393,8 +391,8 @@ impl Session {
 
     /// Cuts off what lies behind the last slot.
     fn cut(&self, index: &Index) -> Result<(), SessionError> {
-        let end = self.layout.slot_offset(index.slots.len() as u32);
-        self.image.set_len(end).map_err(SessionError::io("cut", &self.image_path()))
+        let cut = self.layout.cut(&self.image, index.slots.len() as u32);
+        cut.map_err(|error| self.image_error(error))
     }
 
     /// Notes the true hashes of blocks inside one payload block.
@@ -472,8 +470,18 @@ impl Session {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// An error of the partial image, with its path and whether the store is full.
+    fn image_error(&self, error: ImageError) -> SessionError {
+        match error {
+            ImageError::Io { action, source } => {
+                SessionError::io(action, &self.image_path())(source)
+            }
+            other => other.into(),
+        }
+    }
+
     fn image_path(&self) -> PathBuf {
-        self.folder.join(self.disk.partial("vhdx"))
+        self.folder.join(self.disk.partial(self.disk.format.extension()))
     }
 
     fn journal_path(&self) -> PathBuf {
@@ -513,14 +521,6 @@ impl Index {
         let touches = self.touched.get(&segment).into_iter().flatten();
         touches.into_iter().any(|touch| (touch.first..touch.first + touch.count).contains(&index))
     }
-}
-
-/// A child image only goes on a head of the same shape.
-fn is_delta(start: &StartContent, disk: &OpenDisk) -> bool {
-    let same_sector = |head: &OpenedSnapshot| {
-        head.held.snapshot().logical_sector_bytes == disk.logical_sector_bytes
-    };
-    start.keeps_size() && start.head().is_some_and(same_sector)
 }
 
 /// An extent in parts that each lie within one payload block, hence within one segment.

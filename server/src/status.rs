@@ -23,7 +23,9 @@ impl From<RunError> for Status {
             RunError::State { .. } | RunError::OtherDisks { .. } => {
                 status(ErrorReason::RunState, text)
             }
-            RunError::CounterJump { .. } => status(ErrorReason::InvalidField, text),
+            RunError::CounterJump { .. } | RunError::FormatTooSmall { .. } => {
+                status(ErrorReason::InvalidField, text)
+            }
             RunError::TooMany => status(ErrorReason::TooMany, text),
             RunError::Full(_) => status(ErrorReason::StoreFull, text),
             RunError::Session(error) => error.into(),

@@ -16,7 +16,7 @@ use std::{
 };
 
 use janus_server::{
-    image::{Geometry, Identity, Kind, Parent, vhdx},
+    image::{Format, Geometry, Identity, Image, Kind, Layout, PAYLOAD_BYTES, Payload, UNIT_BYTES},
     storage,
 };
 
@@ -51,7 +51,17 @@ for start, length in ranges or [(0, parent.get_media_size())]:
 /// A chain of `links` images with all that a chain can hold: single units, runs over block borders, whole blocks, zeros over
 /// data, the short last block.
 fn chain(folder: &Path, disk_bytes: u64, logical_sector_bytes: u32, links: u64) -> Sample {
-    let mut sample = Sample::new(folder, Geometry { disk_bytes, logical_sector_bytes });
+    let geometry = Geometry { disk_bytes, logical_sector_bytes };
+    filled(Sample::new(folder, geometry), links)
+}
+
+fn vhd_chain(folder: &Path, disk_bytes: u64, links: u64) -> Sample {
+    let geometry = Geometry { disk_bytes, logical_sector_bytes: 512 };
+    filled(Sample::of(Format::Vhd, folder, geometry), links)
+}
+
+fn filled(mut sample: Sample, links: u64) -> Sample {
+    let disk_bytes = sample.geometry.disk_bytes;
     let units = disk_bytes.div_ceil(4096);
     sample.add(&(0..units).filter(|unit| unit / 300 % 3 != 2).map(|unit| (unit, 1)).collect());
     for link in 2..=links {
@@ -99,7 +109,9 @@ fn run(command: &mut Command, install: &str) -> Output {
 fn seven_zip(leaf: &Path) -> Command {
     let mut command = Command::new("7z");
     // Without the type 7-Zip opens the file system inside.
-    command.args(["x", "-y", "-so", "-tVHDX", "--"]).arg(leaf);
+    let format = Format::of_name(&leaf.to_string_lossy()).unwrap();
+    command.args(["x", "-y", "-so"]).arg(format!("-t{}", format.extension().to_uppercase()));
+    command.arg("--").arg(leaf);
     command
 }
 
@@ -158,6 +170,42 @@ fn chains_of_1_3_and_10_links_read_right() {
         );
         assert_same(&libvhdi(&sample.files, ""), &expected, &format!("libvhdi, {what}"));
     }
+}
+
+#[test]
+fn vhd_chains_of_1_3_and_10_links_read_right() {
+    for (links, disk_bytes) in [(1, 25 << 20), (3, (24 << 20) + 5 * 512), (10, (31 << 20) + 4096)] {
+        let folder = tempfile::tempdir().unwrap();
+        let sample = vhd_chain(folder.path(), disk_bytes, links);
+        let (expected, leaf) = (raw(&sample), sample.files.last().unwrap());
+        let read = run(&mut seven_zip(leaf), INSTALL_7Z).stdout;
+        assert_same(&read, &expected, &format!("7z, {links} links"));
+        assert_same(&libvhdi(&sample.files, ""), &expected, &format!("libvhdi, {links} links"));
+    }
+}
+
+#[test]
+fn a_vhd_of_the_largest_size_reads_right() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk_bytes = 2040 << 30;
+    let geometry = Geometry { disk_bytes, logical_sector_bytes: 512 };
+    let mut sample = Sample::of(Format::Vhd, folder.path(), geometry);
+    let last = disk_bytes / 4096 - 1;
+    sample.add(&[(0, 1), (1, 1), (last - 600, 2), (last, 3)].into());
+    sample.add(&[(1, 4), (last - 1, 5), (last, 0)].into());
+    let places = [(0, 1 << 20), (disk_bytes - (4 << 20), 4 << 20)];
+    let ranges: Vec<_> = places.iter().map(|(start, length)| format!("{start}+{length}")).collect();
+    let expected = folder.path().join("expected.raw");
+    sample.write_raw(&expected);
+    let wanted: Vec<u8> = places
+        .iter()
+        .flat_map(|(start, length)| {
+            let mut bytes = vec![0; *length];
+            File::open(&expected).unwrap().read_exact_at(&mut bytes, *start).unwrap();
+            bytes
+        })
+        .collect();
+    assert_same(&libvhdi(&sample.files, &ranges.join(",")), &wanted, "libvhdi");
 }
 
 #[test]
@@ -248,6 +296,33 @@ fn qemu_img_accepts_bases() {
             "qemu-img convert",
         );
     }
+}
+
+#[test]
+fn qemu_img_accepts_vhd_bases() {
+    // Sizes that no geometry of cylinders, heads and sectors has.
+    for disk_bytes in [4096, (5 << 20) + 512, (64 << 20) + 3 * 4096] {
+        let folder = tempfile::tempdir().unwrap();
+        let sample = vhd_chain(folder.path(), disk_bytes, 1);
+        let (expected, base) = (folder.path().join("expected.raw"), &sample.files[0]);
+        sample.write_raw(&expected);
+        let converted = folder.path().join("converted.raw");
+        let mut qemu = Command::new("qemu-img");
+        qemu.args(["convert", "-f", "vpc", "-O", "raw"]).arg(base).arg(&converted);
+        run(&mut qemu, "apt-get install qemu-utils");
+        let (read, wanted) = (fs::read(converted).unwrap(), fs::read(&expected).unwrap());
+        assert_same(&read, &wanted, &format!("qemu-img convert, {disk_bytes} bytes"));
+    }
+}
+
+#[test]
+fn a_vhd_chain_with_a_wrong_parent_is_refused() {
+    let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let sample = vhd_chain(folder.path(), 9 << 20, 2);
+    let stranger = vhd_chain(other.path(), 9 << 20, 1);
+    fs::copy(&stranger.files[0], &sample.files[0]).unwrap();
+    let output = seven_zip(&sample.files[1]).output().expect(INSTALL_7Z);
+    assert!(!output.status.success());
 }
 
 #[test]

@@ -13,7 +13,7 @@ use super::{
     table::{Table, TableError, TableStack},
 };
 use crate::{
-    image::{ImageError, Layers, vhdx::VhdxImage},
+    image::{Image, ImageError, Layers},
     storage::{Access, Disk, File},
 };
 
@@ -87,8 +87,7 @@ impl OpenedSnapshot {
             if actual < expected {
                 return Err(OpenError::Short { path, expected, actual });
             }
-            let image =
-                VhdxImage::open(file).map_err(|source| OpenError::Image { path, source })?;
+            let image = Image::open(file).map_err(|source| OpenError::Image { path, source })?;
             images.push(Arc::new(image));
             let path = folder.join(&held.snapshot().table);
             let file = storage.open(&path, Access::Read).map_err(failed(&path))?;

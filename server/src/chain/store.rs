@@ -5,7 +5,8 @@
 //! <image_path>/<user>/<machine>/.machine.json          use counter
 //! <image_path>/<user>/<machine>/.runs/<sequence>.json  run manifests: a run is committed when its file is here
 //! <image_path>/<user>/<machine>/.open/<backup>.json    runs that are not
-//! <image_path>/<user>/<machine>/<disk>/*.vhdx, *.table images and their hashes; *.partial, *.journal of open runs
+//! <image_path>/<user>/<machine>/<disk>/*.vhdx or *.vhd, *.table
+//!                                                      images and their hashes; *.partial, *.journal of open runs
 //! ```
 //!
 //! Our own files start with a dot, which no name from the wire does. Every JSON file ends in a line with the BLAKE3 sum
@@ -22,8 +23,11 @@ use std::{
 use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId, StoreGeneration};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{FORMAT, History, Run};
-use crate::storage::{Access, Disk, File};
+use super::{FORMAT, History, Run, opened::OpenedSnapshot};
+use crate::{
+    image::Format,
+    storage::{Access, Disk, File},
+};
 
 const RUNS: &str = ".runs";
 const OPEN: &str = ".open";
@@ -91,10 +95,13 @@ pub struct OpenDisk {
     pub head: Option<SnapshotId>,
     /// Path of the image without its extension, relative to the machine's folder.
     pub stem: String,
+    /// Format of the image.
+    #[serde(default)]
+    pub format: Format,
 }
 
 impl OpenDisk {
-    /// The image or table while the run is open, relative to the machine's folder.
+    /// The image or table while the run is open, by the extension of its format or `table`, relative to the machine's folder.
     pub fn partial(&self, kind: &str) -> String {
         format!("{}.{kind}.partial", self.stem)
     }
@@ -104,13 +111,27 @@ impl OpenDisk {
         format!("{}.journal", self.stem)
     }
 
-    /// The image (`vhdx`) or table (`table`) once committed, relative to the machine's folder.
+    /// True when the image will be a delta to `head`: a child only goes on a parent of the same shape and format.
+    pub fn goes_on(&self, head: &OpenedSnapshot) -> bool {
+        let snapshot = head.held.snapshot();
+        snapshot.size_bytes == self.size_bytes
+            && snapshot.logical_sector_bytes == self.logical_sector_bytes
+            && head.layers.newest().format() == self.format
+    }
+
+    /// The image (by the extension of its format) or table (`table`) once committed, relative to the machine's folder.
     pub fn published(&self, kind: &str) -> String {
         format!("{}.{kind}", self.stem)
     }
 
+    /// What the two files of a snapshot end in.
+    fn kinds(&self) -> [&'static str; 2] {
+        [self.format.extension(), "table"]
+    }
+
     fn open_files(&self) -> [String; 3] {
-        [self.partial("vhdx"), self.partial("table"), self.journal()]
+        let [image, table] = self.kinds().map(|kind| self.partial(kind));
+        [image, table, self.journal()]
     }
 }
 
@@ -419,7 +440,7 @@ fn name_and_publish(
     open: &OpenRun,
 ) -> Result<(), StoreError> {
     for disk in &open.disks {
-        for kind in ["vhdx", "table"] {
+        for kind in disk.kinds() {
             let path = folder.join(disk.published(kind));
             storage
                 .rename(&folder.join(disk.partial(kind)), &path)
@@ -439,7 +460,7 @@ fn name_and_publish(
 /// Undoes the renames of a publication that did not reach its manifest.
 fn take_back(storage: &Disk, folder: &Path, run: &OpenRun) -> Result<(), StoreError> {
     for disk in &run.disks {
-        for kind in ["vhdx", "table"] {
+        for kind in disk.kinds() {
             let path = folder.join(disk.published(kind));
             if storage.exists(&path).map_err(StoreError::io("look for", &path))? {
                 storage

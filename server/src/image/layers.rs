@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use super::{Geometry, ImageError, Source, vhdx::VhdxImage};
+use super::{Geometry, Image, ImageError, Source};
 
 /// Bytes looked up at once: bounds the memory that a hostile table can cost.
 const PIECE_BYTES: u64 = 4 << 20;
@@ -10,7 +10,7 @@ const PIECE_BYTES: u64 = 4 << 20;
 /// Images that belong together, newest first. Threads may read at the same time.
 #[derive(Clone, Debug)]
 pub struct Layers {
-    images: Vec<Arc<VhdxImage>>,
+    images: Vec<Arc<Image>>,
 }
 
 impl Layers {
@@ -18,7 +18,7 @@ impl Layers {
     ///
     /// # Errors
     /// When an image isn't the parent that the one before it names, or the last has a parent.
-    pub fn new(images: Vec<Arc<VhdxImage>>) -> Result<Self, ImageError> {
+    pub fn new(images: Vec<Arc<Image>>) -> Result<Self, ImageError> {
         let Some(base) = images.last() else {
             return Err(ImageError::BrokenChain { reason: "it has no images" });
         };
@@ -29,6 +29,11 @@ impl Layers {
             check_link(&pair[0], &pair[1])?;
         }
         Ok(Self { images })
+    }
+
+    /// The newest image.
+    pub fn newest(&self) -> &Image {
+        &self.images[0]
     }
 
     /// Virtual size and sectors of the newest image. The disk's true size may be up to 8191 bytes less.
@@ -84,7 +89,7 @@ impl Layers {
     }
 }
 
-fn check_link(child: &VhdxImage, parent: &VhdxImage) -> Result<(), ImageError> {
+fn check_link(child: &Image, parent: &Image) -> Result<(), ImageError> {
     let link = child
         .parent()
         .ok_or(ImageError::BrokenChain { reason: "an image above the base has no parent" })?;
@@ -93,6 +98,9 @@ fn check_link(child: &VhdxImage, parent: &VhdxImage) -> Result<(), ImageError> {
             expected: link.data_write,
             actual: parent.data_write(),
         });
+    }
+    if child.format() != parent.format() {
+        return Err(ImageError::BrokenChain { reason: "it has images of two formats" });
     }
     if child.geometry().logical_sector_bytes != parent.geometry().logical_sector_bytes {
         return Err(ImageError::damaged("parent and child have different sector sizes"));

@@ -10,9 +10,8 @@ use std::{
 use uuid::Uuid;
 
 use super::{
-    Geometry, Identity, Kind, Parent,
+    Format, Geometry, Identity, Image, Kind, Layout, PAYLOAD_BYTES, Payload, UNIT_BYTES,
     storage::{Access, Disk, File},
-    vhdx::{Layout, PAYLOAD_BYTES, Payload, UNIT_BYTES, VhdxImage, write_structures},
 };
 
 const UNITS: u64 = PAYLOAD_BYTES / UNIT_BYTES;
@@ -21,55 +20,53 @@ const UNITS: u64 = PAYLOAD_BYTES / UNIT_BYTES;
 pub struct Sample {
     pub folder: PathBuf,
     pub geometry: Geometry,
+    pub format: Format,
     /// Unit -> content, for all units that were ever written.
     pub model: BTreeMap<u64, Vec<u8>>,
     /// Files, oldest first.
     pub files: Vec<PathBuf>,
-    ids: Vec<Identity>,
 }
 
 impl Sample {
     pub fn new(folder: &Path, geometry: Geometry) -> Self {
-        Self {
-            folder: folder.into(),
-            geometry,
-            model: BTreeMap::new(),
-            files: Vec::new(),
-            ids: Vec::new(),
-        }
+        Self::of(Format::Vhdx, folder, geometry)
+    }
+
+    pub fn of(format: Format, folder: &Path, geometry: Geometry) -> Self {
+        Self { folder: folder.into(), geometry, format, model: BTreeMap::new(), files: Vec::new() }
     }
 
     /// Adds a base, then children, with `units` of new content (as [`unit`] makes it; seed 0 is zeros).
     pub fn add(&mut self, units: &BTreeMap<u64, u64>) {
         let number = self.files.len();
-        let path = self.folder.join(format!("disk-{number:04}.vhdx"));
+        let path = self.folder.join(format!("disk-{number:04}.{}", self.format.extension()));
         let identity =
             Identity { data_write: Uuid::new_v4(), virtual_disk: Uuid::from_u128(0x1234) };
-        let parent = self.ids.last().map(|id| Parent {
-            data_write: id.data_write,
-            file_name: self.files[number - 1].file_name().unwrap().to_string_lossy().into(),
+        let parent = self.files.last().map(|path| {
+            let image = Disk::default().open(path, Access::Read).unwrap();
+            let image = Image::open(image).unwrap();
+            image.as_parent(&path.file_name().unwrap().to_string_lossy())
         });
         let kind = if parent.is_some() { Kind::Differencing } else { Kind::Dynamic };
-        let layout = Layout::new(self.geometry, kind).unwrap();
+        let layout = self.format.layout(self.geometry, kind).unwrap();
         let file = Disk::default().open(&path, Access::CreateNew).unwrap();
         let blocks = fill_slots(&file, &layout, units, &mut self.model);
         let listed = blocks.values().copied().map(Ok::<_, Infallible>);
         let slots = blocks.len() as u32;
         let length =
-            write_structures(&file, &layout, &identity, parent.as_ref(), slots, listed).unwrap();
+            layout.write_structures(&file, &identity, parent.as_ref(), slots, listed).unwrap();
         assert_eq!(length, file.metadata().unwrap().length_bytes);
         self.files.push(path);
-        self.ids.push(identity);
     }
 
     /// All images, newest first.
     #[allow(dead_code)] // Outside readers don't need it.
-    pub fn open(&self) -> Vec<VhdxImage> {
+    pub fn open(&self) -> Vec<Image> {
         self.files
             .iter()
             .rev()
             .map(|path| {
-                VhdxImage::open(Disk::default().open_data(path, Access::Read).unwrap()).unwrap()
+                Image::open(Disk::default().open_data(path, Access::Read).unwrap()).unwrap()
             })
             .collect()
     }
@@ -78,7 +75,8 @@ impl Sample {
     /// The disk as a raw file of its virtual size.
     pub fn write_raw(&self, path: &Path) {
         let file = Disk::default().open(path, Access::CreateNew).unwrap();
-        file.set_len(Layout::new(self.geometry, Kind::Dynamic).unwrap().virtual_bytes()).unwrap();
+        file.set_len(self.format.layout(self.geometry, Kind::Dynamic).unwrap().virtual_bytes())
+            .unwrap();
         for (unit, content) in &self.model {
             file.write_all_at(content, unit * UNIT_BYTES).unwrap();
         }

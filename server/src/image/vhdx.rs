@@ -24,11 +24,14 @@ mod region;
 mod write;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
-pub use layout::{Layout, PAYLOAD_BYTES, UNIT_BYTES};
+pub use layout::Layout;
 pub use read::VhdxImage;
-pub use write::{Payload, write_structures};
+pub use write::write_structures;
+
+use super::check_disjoint;
+pub use super::payload::{PAYLOAD_BYTES, Payload, UNIT_BYTES};
 
 const MIB: u64 = 1 << 20;
 /// What the structures are written in: parts of a file that stay zero stay holes.
@@ -64,19 +67,4 @@ impl Fields for [u8] {
 /// Puts `value` at `at`. The buffers are our own and sized for what goes in.
 fn put(buffer: &mut [u8], at: usize, value: &[u8]) {
     buffer[at..at + value.len()].copy_from_slice(value);
-}
-
-/// Refuses ranges that share a byte.
-fn check_disjoint(
-    ranges: &mut [std::ops::Range<u64>],
-    what: &str,
-) -> Result<(), super::ImageError> {
-    ranges.sort_unstable_by_key(|range| range.start);
-    match ranges.windows(2).find(|pair| pair[0].end > pair[1].start) {
-        Some(pair) => Err(super::ImageError::damaged(format!(
-            "{what} {:?} and {:?} overlap",
-            pair[0], pair[1]
-        ))),
-        None => Ok(()),
-    }
 }

@@ -18,6 +18,7 @@ use crate::{
         opened::OpenedSnapshot,
         store::{MachineState, OpenDisk, OpenRun, Store, StoreError},
     },
+    image::{Format, vhd},
     session::{Session, Trust},
 };
 
@@ -164,6 +165,38 @@ impl Machine {
     }
 }
 
+/// A disk of a run that is about to begin, with the head it starts from.
+pub(super) struct PlannedDisk {
+    disk: OpenDisk,
+    head: Option<OpenedSnapshot>,
+}
+
+impl PlannedDisk {
+    /// Chooses head and format: a chain goes on in its own, a new one is in the preferred format. Changes nothing.
+    pub(super) fn new(
+        runs: &Runs,
+        machine: &Machine,
+        wanted: &WantedDisk,
+    ) -> Result<Self, RunError> {
+        let head = readable_head(runs, machine, &wanted.disk);
+        let mut disk = OpenDisk {
+            disk: wanted.disk.clone(),
+            session: SessionId::new(),
+            snapshot: SnapshotId::new(),
+            size_bytes: wanted.size_bytes,
+            logical_sector_bytes: wanted.logical_sector_bytes,
+            head: head.as_ref().map(|head| head.held.snapshot().id),
+            stem: free_stem(runs.store(), machine, &wanted.disk)?,
+            format: head.as_ref().map_or(runs.new_chains, |head| head.layers.newest().format()),
+        };
+        if !head.as_ref().is_some_and(|head| disk.goes_on(head)) {
+            disk.format = runs.new_chains;
+            refuse_what_a_vhd_cannot_hold(&disk)?;
+        }
+        Ok(Self { disk, head })
+    }
+}
+
 /// A run that is open.
 pub struct ActiveRun {
     /// Its id.
@@ -210,25 +243,12 @@ impl ActiveRun {
         runs: &Runs,
         machine: &Machine,
         backup: BackupId,
-        wanted: &[WantedDisk],
+        planned: Vec<PlannedDisk>,
         use_counter: u64,
     ) -> Result<Self, RunError> {
         let folder = runs.store().machine_folder(&machine.key);
-        let mut disks = Vec::with_capacity(wanted.len());
-        let mut opened = Vec::with_capacity(wanted.len());
-        for disk in wanted {
-            let head = readable_head(runs, machine, &disk.disk);
-            disks.push(OpenDisk {
-                disk: disk.disk.clone(),
-                session: SessionId::new(),
-                snapshot: SnapshotId::new(),
-                size_bytes: disk.size_bytes,
-                logical_sector_bytes: disk.logical_sector_bytes,
-                head: head.as_ref().map(|head| head.held.snapshot().id),
-                stem: free_stem(runs.store(), machine, &disk.disk)?,
-            });
-            opened.push(head);
-        }
+        let (disks, opened): (Vec<_>, Vec<_>) =
+            planned.into_iter().map(|planned| (planned.disk, planned.head)).unzip();
         let record = OpenRun {
             format: FORMAT,
             backup,
@@ -406,7 +426,7 @@ impl ActiveRun {
                 logical_sector_bytes: open.logical_sector_bytes,
                 table_digest: finished.table_digest,
                 parent: open.head.filter(|_| finished.is_delta),
-                image: open.published("vhdx"),
+                image: open.published(open.format.extension()),
                 table: open.published("table"),
                 data_write: finished.identity.data_write,
                 virtual_disk: finished.identity.virtual_disk,
@@ -435,6 +455,20 @@ fn readable_head(runs: &Runs, machine: &Machine, disk: &DiskId) -> Option<Opened
     }
 }
 
+/// Only new chains are asked: a disk of another shape always begins one.
+fn refuse_what_a_vhd_cannot_hold(disk: &OpenDisk) -> Result<(), RunError> {
+    let reason = match disk.format {
+        Format::Vhd if disk.size_bytes > vhd::MAX_BYTES => {
+            format!("it has {} bytes, a VHD holds at most 2040 GiB", disk.size_bytes)
+        }
+        Format::Vhd if disk.logical_sector_bytes != 512 => {
+            format!("it has sectors of {} bytes, a VHD's have 512", disk.logical_sector_bytes)
+        }
+        _ => return Ok(()),
+    };
+    Err(RunError::FormatTooSmall { disk: disk.disk.clone(), reason })
+}
+
 /// A file name that is free: `<disk>/<number>-<time>`.
 fn free_stem(store: &Store, machine: &Machine, disk: &DiskId) -> Result<String, RunError> {
     let folder = store.machine_folder(&machine.key);
@@ -453,7 +487,7 @@ fn free_stem(store: &Store, machine: &Machine, disk: &DiskId) -> Result<String, 
 }
 
 fn is_taken(store: &Store, folder: &Path, stem: &str) -> Result<bool, RunError> {
-    for kind in ["vhdx", "vhdx.partial", "journal"] {
+    for kind in ["vhdx", "vhdx.partial", "vhd", "vhd.partial", "journal"] {
         let path = folder.join(format!("{stem}.{kind}"));
         if store.storage().exists(&path).map_err(StoreError::io("look for", &path))? {
             return Ok(true);

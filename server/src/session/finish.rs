@@ -13,10 +13,7 @@ use uuid::Uuid;
 use super::{Inner, PAYLOAD_BLOCKS, Session, SessionError, Touch};
 use crate::{
     chain::table::{SegmentBitmap, TableError, TableHeader, TableWriter},
-    image::{
-        Identity, ImageError, Kind, Parent,
-        vhdx::{Payload, write_structures},
-    },
+    image::{Identity, Kind, Payload},
     storage::Access,
 };
 
@@ -147,14 +144,13 @@ impl Session {
         slots: &HashMap<u64, u32>,
     ) -> Result<Identity, SessionError> {
         let head = self.start.head().filter(|_| self.layout.kind() == Kind::Differencing);
-        let head = head.map(|head| head.held.snapshot());
         let identity = Identity {
             data_write: Uuid::new_v4(),
-            virtual_disk: head.map_or_else(Uuid::new_v4, |head| head.virtual_disk),
+            virtual_disk: head.map_or_else(Uuid::new_v4, |head| head.held.snapshot().virtual_disk),
         };
-        let parent = head.map(|head| Parent {
-            data_write: head.data_write,
-            file_name: head.image.rsplit('/').next().unwrap_or(&head.image).to_owned(),
+        let parent = head.map(|head| {
+            let image = &head.held.snapshot().image;
+            head.layers.newest().as_parent(image.rsplit('/').next().unwrap_or(image))
         });
         let mut order: Vec<(u64, u32)> =
             slots.iter().map(|(payload, slot)| (*payload, *slot)).collect();
@@ -163,20 +159,10 @@ impl Session {
             let present = half(&bitmap(inner.index.touched.get(&(index / 2))), index);
             Ok::<_, Infallible>(Payload { index, slot, present })
         });
-        write_structures(
-            &self.image,
-            &self.layout,
-            &identity,
-            parent.as_ref(),
-            slots.len() as u32,
-            payloads,
-        )
-        .map_err(|error| match error {
-            ImageError::Io { action, source } => {
-                SessionError::io(action, &self.image_path())(source)
-            }
-            other => other.into(),
-        })?;
+        let slots = slots.len() as u32;
+        let written =
+            self.layout.write_structures(&self.image, &identity, parent.as_ref(), slots, payloads);
+        written.map_err(|error| self.image_error(error))?;
         Ok(identity)
     }
 

@@ -108,6 +108,14 @@ impl File {
         }
     }
 
+    /// Sets the time of the last change, for programs that compare it. Nothing here reads it, so no watcher is asked.
+    ///
+    /// # Errors
+    /// As the file system says.
+    pub fn set_modified(&self, time: std::time::SystemTime) -> io::Result<()> {
+        self.inner.file().set_modified(time)
+    }
+
     /// Makes content and length durable.
     ///
     /// # Errors

@@ -1,12 +1,10 @@
 //! Where everything lies in a file we write: a pure function of the disk's geometry.
 
 use super::MIB;
-use crate::image::{Geometry, ImageError, Kind};
-
-/// Bytes in a payload block, and in a slot.
-pub const PAYLOAD_BYTES: u64 = 2 * MIB;
-/// Bytes in a unit, the step in which a child can differ from its parent.
-pub const UNIT_BYTES: u64 = 4096;
+use crate::image::{
+    Geometry, ImageError, Kind,
+    payload::{self, PAYLOAD_BYTES, UNIT_BYTES},
+};
 
 /// Largest virtual size of the format.
 const MAX_BYTES: u64 = 64 << 40;
@@ -107,12 +105,7 @@ impl Layout {
 
     /// The units of payload block `index` that lie on the disk: all but for the last block.
     pub(super) fn units_of(&self, index: u64) -> [u64; 8] {
-        let start = index.saturating_mul(PAYLOAD_BYTES);
-        let units = self.virtual_bytes.saturating_sub(start).div_ceil(UNIT_BYTES).min(512) as usize;
-        std::array::from_fn(|word| match units.saturating_sub(word * 64).min(64) {
-            64 => u64::MAX,
-            bits => (1 << bits) - 1,
-        })
+        payload::units_of(self.virtual_bytes, index)
     }
 }
 

@@ -5,23 +5,17 @@ use std::collections::HashMap;
 use uuid::{Uuid, uuid};
 
 use super::{Fields, put};
-use crate::image::{ImageError, Parent};
+use crate::image::{ImageError, Parent, names};
 
 const VHDX_LOCATOR: Uuid = uuid!("B04AEFB7-D19E-4A81-B789-25B8E9445913");
 const ENTRY_BYTES: usize = 12;
-const MAX_NAME: usize = 255;
 
 /// The locator of a child whose parent lies in the same folder.
 ///
 /// Hyper-V and 7-Zip use `relative_path`; libvhdi takes the name from `absolute_win32_path` and fails without it.
 pub(super) fn encode(parent: &Parent) -> Result<Vec<u8>, ImageError> {
     let name = &parent.file_name;
-    // Readers disagree about the encoding of other names.
-    let plain = |c: char| c.is_ascii_graphic() && !r#"\/:*?"<>|"#.contains(c);
-    if name.is_empty() || name.len() > MAX_NAME || name.starts_with('.') || !name.chars().all(plain)
-    {
-        return Err(ImageError::impossible(format!("{name:?} as the parent's file name")));
-    }
+    names::check_plain(name)?;
     let pairs = [
         ("parent_linkage", format!("{{{}}}", parent.data_write.hyphenated())),
         ("relative_path", format!(".\\{name}")),
@@ -64,18 +58,11 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Parent, ImageError> {
     let linkage =
         pairs.get("parent_linkage").ok_or_else(|| ImageError::damaged("no parent_linkage"))?;
     let data_write = Uuid::try_parse(linkage).map_err(|_| {
-        ImageError::damaged(format!("parent_linkage {:?} is no id", shorten(linkage)))
+        ImageError::damaged(format!("parent_linkage {:?} is no id", names::shorten(linkage)))
     })?;
     let path = ["relative_path", "absolute_win32_path"].into_iter().find_map(|key| pairs.get(key));
     let path = path.ok_or_else(|| ImageError::damaged("parent locator without a path"))?;
-    let file_name = path.rsplit(['\\', '/']).next().unwrap_or_default();
-    if matches!(file_name, "" | "." | "..")
-        || file_name.contains('\0')
-        || file_name.len() > MAX_NAME
-    {
-        return Err(ImageError::damaged(format!("parent path {:?} names no file", shorten(path))));
-    }
-    Ok(Parent { data_write, file_name: file_name.to_owned() })
+    Ok(Parent { data_write, file_name: names::file_name(path)?, time_stamp: 0 })
 }
 
 fn text(bytes: &[u8], offset: u32, length: u16) -> Result<String, ImageError> {
@@ -85,13 +72,7 @@ fn text(bytes: &[u8], offset: u32, length: u16) -> Result<String, ImageError> {
     let units = part
         .ok_or_else(|| ImageError::damaged("parent locator points outside itself"))?
         .chunks_exact(2);
-    char::decode_utf16(units.map(|unit| u16::from_le_bytes([unit[0], unit[1]])))
-        .collect::<Result<_, _>>()
-        .map_err(|_| ImageError::damaged("parent locator is not UTF-16"))
-}
-
-fn shorten(text: &str) -> String {
-    text.chars().take(80).collect()
+    names::utf16(units.map(|unit| u16::from_le_bytes([unit[0], unit[1]])))
 }
 
 #[cfg(test)]
@@ -100,18 +81,23 @@ mod tests {
 
     #[test]
     fn a_locator_survives_the_round_trip() {
-        let parent =
-            Parent { data_write: Uuid::from_u128(1 << 100 | 5), file_name: "sda-0001.vhdx".into() };
+        let parent = Parent {
+            data_write: Uuid::from_u128(1 << 100 | 5),
+            file_name: "sda-0001.vhdx".into(),
+            time_stamp: 0,
+        };
         assert_eq!(decode(&encode(&parent).unwrap()).unwrap(), parent);
     }
 
     #[test]
     fn names_with_folders_are_not_written_and_damage_is_an_error() {
         for file_name in ["", "..", "a/b", "a\\b", "C:x", "ä.vhdx", "a\0"] {
-            encode(&Parent { data_write: Uuid::nil(), file_name: file_name.into() }).unwrap_err();
+            encode(&Parent { data_write: Uuid::nil(), file_name: file_name.into(), time_stamp: 0 })
+                .unwrap_err();
         }
         let bytes =
-            encode(&Parent { data_write: Uuid::nil(), file_name: "a.vhdx".into() }).unwrap();
+            encode(&Parent { data_write: Uuid::nil(), file_name: "a.vhdx".into(), time_stamp: 0 })
+                .unwrap();
         for length in 0..bytes.len() {
             decode(&bytes[..length]).unwrap_err();
         }

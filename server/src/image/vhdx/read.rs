@@ -11,7 +11,10 @@ use super::{
     region,
 };
 use crate::{
-    image::{Geometry, ImageError, Kind, Parent, Source},
+    image::{
+        Geometry, ImageError, Kind, Parent, Source,
+        stretches::{BitOrder, Extents, Runs},
+    },
     storage::File,
 };
 
@@ -234,7 +237,7 @@ impl VhdxImage {
         self.file
             .read_exact_at(&mut bits, bitmap + first / 8)
             .map_err(ImageError::io("sector bitmap"))?;
-        for (run, present) in (Runs { bits: &bits, skip: first / 8 * 8, at: first, end }) {
+        for (run, present) in Runs::new(&bits, BitOrder::LowestFirst, first..end) {
             let from = (chunk_start + run.start * sector_bytes).max(range.start);
             let to = (chunk_start + run.end * sector_bytes).min(range.end);
             let source =
@@ -304,62 +307,5 @@ impl Window {
     fn get(&self, index: u64) -> Option<u64> {
         let at = usize::try_from(index.checked_sub(self.first)?).ok()?;
         (at < self.bytes.len() / 8).then(|| self.bytes.u64_at(at * 8))
-    }
-}
-
-/// Stretches in order; neighbours that go on with the same source become one.
-struct Extents(Vec<(Range<u64>, Source)>);
-
-impl Extents {
-    fn push(&mut self, range: Range<u64>, source: Source) {
-        if range.is_empty() {
-            return;
-        }
-        if let Some((last, last_source)) = self.0.last_mut() {
-            let goes_on = match (*last_source, source) {
-                (Source::File(a), Source::File(b)) => a + (last.end - last.start) == b,
-                (a, b) => a == b,
-            };
-            if goes_on && last.end == range.start {
-                last.end = range.end;
-                return;
-            }
-        }
-        self.0.push((range, source));
-    }
-}
-
-/// Runs of equal bits, lowest bit of a byte first.
-struct Runs<'a> {
-    bits: &'a [u8],
-    /// Sector of the first bit of `bits`, a multiple of 8.
-    skip: u64,
-    at: u64,
-    end: u64,
-}
-
-impl Runs<'_> {
-    fn bit(&self, sector: u64) -> bool {
-        let place = sector - self.skip;
-        self.bits[(place / 8) as usize] >> (place % 8) & 1 == 1
-    }
-}
-
-impl Iterator for Runs<'_> {
-    type Item = (Range<u64>, bool);
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.at >= self.end {
-            return None;
-        }
-        let (start, present) = (self.at, self.bit(self.at));
-        let whole = if present { 0xff } else { 0 };
-        while self.at < self.end && self.bit(self.at) == present {
-            let aligned = self.at.is_multiple_of(8)
-                && self.bits[((self.at - self.skip) / 8) as usize] == whole;
-            self.at += if aligned { 8 } else { 1 };
-        }
-        self.at = self.at.min(self.end);
-        Some((start..self.at, present))
     }
 }

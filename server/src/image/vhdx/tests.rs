@@ -14,13 +14,13 @@ use uuid::Uuid;
 
 use super::*;
 use crate::{
-    image::{Geometry, Identity, ImageError, Kind, Layers, Source, sample::Sample},
+    image::{Geometry, Identity, Image, ImageError, Kind, Layers, Source, sample::Sample},
     storage::{Access, Disk, File, temporary},
 };
 
 const UNITS: u64 = PAYLOAD_BYTES / UNIT_BYTES;
 
-fn geometry(disk_bytes: u64, logical_sector_bytes: u32) -> Geometry {
+pub(in crate::image) fn geometry(disk_bytes: u64, logical_sector_bytes: u32) -> Geometry {
     Geometry { disk_bytes, logical_sector_bytes }
 }
 
@@ -28,12 +28,12 @@ fn open(path: &Path, access: Access) -> File {
     Disk::default().open(path, access).unwrap()
 }
 
-fn layers(sample: &Sample) -> Layers {
+pub(in crate::image) fn layers(sample: &Sample) -> Layers {
     Layers::new(sample.open().into_iter().map(Arc::new).collect()).unwrap()
 }
 
 /// Reads the neighbourhood of every unit of the model, in pieces that don't fit any border.
-fn assert_reads_as_model(sample: &Sample) {
+pub(in crate::image) fn assert_reads_as_model(sample: &Sample) {
     let (layers, mut buffer) = (layers(sample), vec![0xee; 3 * UNIT_BYTES as usize + 1]);
     let size = layers.geometry().disk_bytes;
     let zeros = vec![0; UNIT_BYTES as usize];
@@ -49,7 +49,7 @@ fn assert_reads_as_model(sample: &Sample) {
     }
 }
 
-fn assert_whole_disk_reads_as_model(sample: &Sample) {
+pub(in crate::image) fn assert_whole_disk_reads_as_model(sample: &Sample) {
     let layers = layers(sample);
     let mut disk = vec![0xee; layers.geometry().disk_bytes as usize];
     layers.read_at(0, &mut disk).unwrap();
@@ -62,7 +62,7 @@ fn assert_whole_disk_reads_as_model(sample: &Sample) {
 }
 
 /// Patterns of writes: lone units, long runs, zeros over data.
-fn changes(units: u64) -> impl Strategy<Value = BTreeMap<u64, u64>> {
+pub(in crate::image) fn changes(units: u64) -> impl Strategy<Value = BTreeMap<u64, u64>> {
     let run = (0..units, prop_oneof![Just(1), 1..20u64, Just(UNITS), 500..1500u64], 0..5u64);
     prop::collection::vec(run, 0..6).prop_map(move |runs| {
         let stretch = |(first, length, seed): (u64, u64, u64)| {
@@ -72,7 +72,7 @@ fn changes(units: u64) -> impl Strategy<Value = BTreeMap<u64, u64>> {
     })
 }
 
-fn disks() -> impl Strategy<Value = (Geometry, Vec<BTreeMap<u64, u64>>)> {
+pub(in crate::image) fn disks() -> impl Strategy<Value = (Geometry, Vec<BTreeMap<u64, u64>>)> {
     let size = prop_oneof![1..30_000u64, Just(4096), Just(2 * 4096), Just(3 * 4096 + 1)];
     (size, prop::sample::select(vec![512u32, 4096])).prop_flat_map(|(sectors, sector_bytes)| {
         let disk_bytes = sectors * 512;
@@ -132,7 +132,7 @@ fn read_everything(sample: &Sample) {
     let image = |path: &PathBuf| VhdxImage::open(open(path, Access::Read));
     let images: Result<Vec<_>, _> = sample.files.iter().rev().map(image).collect();
     let Ok(images) = images else { return };
-    let images: Vec<_> = images.into_iter().map(Arc::new).collect();
+    let images: Vec<_> = images.into_iter().map(|image| Arc::new(Image::from(image))).collect();
     for image in &images {
         let _ = image.check_blocks();
         for piece in 0..8 {
@@ -221,7 +221,7 @@ fn extents_name_parent_zero_and_file() {
     let folder = tempfile::tempdir().unwrap();
     let sample = small_chain(folder.path());
     let [child, base] = sample.open().try_into().unwrap();
-    let sources = |image: &VhdxImage| {
+    let sources = |image: &Image| {
         let extents = image.extents(0..8 << 20).unwrap();
         let kind = |source| match source {
             Source::Parent => 'p',
@@ -256,7 +256,7 @@ fn foreign_links_are_refused() {
     let other_folder = tempfile::tempdir().unwrap();
     let (sample, other) = (small_chain(folder.path()), small_chain(other_folder.path()));
     let image = |sample: &Sample, at: usize| {
-        Arc::new(VhdxImage::open(open(&sample.files[at], Access::Read)).unwrap())
+        Arc::new(Image::open(open(&sample.files[at], Access::Read)).unwrap())
     };
     let wrong = Layers::new(vec![image(&sample, 1), image(&other, 0)]);
     assert!(matches!(wrong, Err(ImageError::WrongParent { .. })));
@@ -291,6 +291,7 @@ fn a_repeated_commit_leaves_nothing_of_the_first() {
     let parent = crate::image::Parent {
         data_write: Uuid::new_v4(),
         file_name: "a-very-long-name.vhdx".into(),
+        time_stamp: 0,
     };
     let commit = |present: &[[u64; 8]], name: &str| {
         let parent = crate::image::Parent { file_name: name.into(), ..parent.clone() };

@@ -9,21 +9,12 @@ use super::{
     header, layout, metadata, region,
 };
 use crate::{
-    image::{Identity, ImageError, Kind, Parent},
+    image::{
+        Identity, ImageError, Kind, Parent,
+        payload::{Order, Payload},
+    },
     storage::File,
 };
-
-/// A payload block of which the file holds data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Payload {
-    /// Number of the block on the disk, counted in [`super::PAYLOAD_BYTES`].
-    pub index: u64,
-    /// Slot of the file that holds it.
-    pub slot: u32,
-    /// A bit for each 4 KiB unit, lowest first: set when the unit's content is in this file, be it a hole. Units past the
-    /// disk's end don't count. Only children need it: in a base all of the slot counts.
-    pub present: [u64; 8],
-}
 
 /// Writes all structures of a VHDX around the data that is already in the slots, and returns the file's length.
 ///
@@ -49,14 +40,10 @@ where
     if parent.is_some() != (layout.kind() == Kind::Differencing) {
         return Err(ImageError::impossible("a base with a parent, or a child without one"));
     }
-    if u64::from(slots) > layout.payload_count() {
-        return Err(ImageError::impossible(format!(
-            "{slots} slots for {} blocks",
-            layout.payload_count()
-        )));
-    }
+    let mut order = Order::new(layout.payload_count(), slots)?;
     layout.cut(file, slots)?;
     let blocks = blocks.into_iter().map(|block| block.map_err(|e| ImageError::Blocks(e.into())));
+    let blocks = blocks.map(|block| block.and_then(|block| order.check(block)));
     let end = write_table(file, layout, slots, blocks)?;
     file.set_len(end).map_err(ImageError::io("write"))?;
     metadata::write(file, layout, identity.virtual_disk, parent)?;
@@ -82,12 +69,9 @@ fn write_table(
     file: &File,
     layout: &Layout,
     slots: u32,
-    blocks: impl Iterator<Item = Result<Payload, ImageError>>,
+    mut blocks: impl Iterator<Item = Result<Payload, ImageError>>,
 ) -> Result<u64, ImageError> {
     let (count, ratio) = (layout.payload_count(), layout.chunk_ratio());
-    let mut order =
-        Order { slots_seen: vec![0; slots.div_ceil(64) as usize], slots, count, next: 0 };
-    let mut blocks = blocks.map(|block| block.and_then(|block| order.check(block)));
     let mut table = TableWriter::new(file, layout::BAT_OFFSET);
     let mut bitmaps = BitmapWriter::new(file, layout.slot_offset(slots), ratio);
     let mut upcoming = blocks.next().transpose()?;
@@ -158,31 +142,5 @@ fn absent(kind: Kind) -> u64 {
     match kind {
         Kind::Dynamic => bat::ZERO,
         Kind::Differencing => bat::NOT_PRESENT,
-    }
-}
-
-/// Checks that blocks ascend and that no slot is used twice.
-struct Order {
-    slots_seen: Vec<u64>,
-    slots: u32,
-    count: u64,
-    next: u64,
-}
-
-impl Order {
-    fn check(&mut self, block: Payload) -> Result<Payload, ImageError> {
-        let Payload { index, slot, .. } = block;
-        if index < self.next || index >= self.count || slot >= self.slots {
-            return Err(ImageError::impossible(format!(
-                "payload block {index} in slot {slot}, out of order or range"
-            )));
-        }
-        let (word, bit) = (&mut self.slots_seen[slot as usize / 64], 1 << (slot % 64));
-        if *word & bit != 0 {
-            return Err(ImageError::impossible(format!("slot {slot} holds two payload blocks")));
-        }
-        *word |= bit;
-        self.next = index + 1;
-        Ok(block)
     }
 }
