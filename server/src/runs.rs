@@ -10,7 +10,6 @@ mod trash;
 
 use std::{
     collections::HashMap,
-    io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -285,7 +284,7 @@ impl Runs {
         let id = held.snapshot().id;
         let chain = machine.snapshot(id).and_then(|_| machine.chain(id)).ok_or(broken)?;
         let folder = self.store.machine_folder(&held.run.machine);
-        let opened = OpenedSnapshot::open(&folder, &chain)?;
+        let opened = OpenedSnapshot::open(self.store.storage(), &folder, &chain)?;
         machine.note_opened(opened.links());
         Ok(opened)
     }
@@ -534,12 +533,6 @@ impl Writer {
 /// Takes a lock that is only held for moments. A panic under it is a bug, but must not take the server along.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Names this boot of the machine; empty where the system doesn't say, which then counts as a reboot.
-fn boot_id() -> String {
-    let read: io::Result<String> = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
-    read.map(|id| id.trim().to_owned()).unwrap_or_default()
 }
 
 /// Unix milliseconds, for people.

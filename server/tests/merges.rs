@@ -295,7 +295,8 @@ fn a_crash_at_any_step_leaves_all_that_remains_readable() {
         model.trash(&runs[1]);
         let machine = folder.path().join("user/machine");
         let (link, child) = (&runs[1].snapshots[0], &runs[2].snapshots[0]);
-        let pair = Pair { folder: &machine, link, child };
+        let storage = model.runs.store().storage();
+        let pair = Pair { storage, folder: &machine, link, child };
         if steps > 0 {
             let (switch, _) = pair.prepare(Way::InPlace, &|| false).unwrap();
             let intent = Intent::switch(link.clone(), switch, false);

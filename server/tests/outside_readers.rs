@@ -15,7 +15,10 @@ use std::{
     sync::OnceLock,
 };
 
-use janus_server::image::{Geometry, Identity, Kind, Parent, vhdx};
+use janus_server::{
+    image::{Geometry, Identity, Kind, Parent, vhdx},
+    storage,
+};
 
 #[path = "../src/image/sample.rs"]
 mod sample;
