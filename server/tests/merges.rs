@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // Clippy lets tests unwrap, but doesn't know that the functions here belong to them.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use chains::{Content, Model, changed};
 use janus_server::{
@@ -10,7 +10,7 @@ use janus_server::{
         Run,
         merge::{Intent, Pair, Way},
     },
-    runs::{PurgeOptions, PurgeReport, RunError, Wait},
+    runs::{PurgeOptions, RunError, Wait},
 };
 use proptest::prelude::*;
 use tokio_util::sync::CancellationToken;
@@ -21,29 +21,6 @@ const MIB: usize = 1 << 20;
 
 fn options(copy: bool) -> PurgeOptions {
     PurgeOptions { now_ms: i64::MAX, reserve_bytes: 0, copy }
-}
-
-fn purge(model: &Model, copy: bool) -> PurgeReport {
-    model.runs.purge_due(&model.key, &options(copy), &CancellationToken::new())
-}
-
-/// Purges; nothing may have to wait.
-fn purge_all(model: &Model, copy: bool) -> PurgeReport {
-    let report = purge(model, copy);
-    assert_eq!(report.waiting, []);
-    assert_eq!(model.runs.trashed(&model.key).len(), 0);
-    report
-}
-
-/// No file is left that no snapshot needs.
-fn assert_clean(model: &Model) {
-    let mut expected = BTreeSet::from([".machine.json".to_owned()]);
-    for held in model.runs.machine(&model.key).unwrap().snapshots() {
-        let snapshot = held.snapshot();
-        expected.extend([snapshot.image.clone(), snapshot.table.clone()]);
-        expected.insert(format!(".runs/{:08}.json", held.run.sequence));
-    }
-    assert_eq!(model.files(), expected);
 }
 
 /// A store with `links` runs of one disk, each with a change of its own.
@@ -70,13 +47,13 @@ fn any_link_can_go() {
         let folder = tempfile::tempdir().unwrap();
         let (mut model, runs) = chain_of(folder.path(), 6);
         model.trash(&runs[gone]);
-        let report = purge_all(&model, true);
+        let report = model.purge_all(true);
         assert_eq!((report.purged, report.merged), (vec![runs[gone].backup], (gone < 5) as usize));
         model.check();
-        assert_clean(&model);
+        model.assert_clean();
         model.reopen();
         model.check();
-        assert_clean(&model);
+        model.assert_clean();
     }
 }
 
@@ -88,11 +65,11 @@ fn each_block_is_moved_once_however_many_links_go() {
     for run in &runs[..7] {
         model.trash(run);
     }
-    let report = purge_all(&model, true);
+    let report = model.purge_all(true);
     assert_eq!((report.purged.len(), report.merged), (7, 7));
     assert!(report.moved.copied_bytes <= deltas, "{report:?}, deltas of {deltas} bytes");
     model.check();
-    assert_clean(&model);
+    model.assert_clean();
     let held = model.runs.machine(&model.key).unwrap().snapshots();
     assert_eq!(held[0].snapshot().parent, None);
     assert_eq!(held[0].snapshot().data_write, runs[7].snapshots[0].data_write);
@@ -105,10 +82,10 @@ fn the_newest_runs_go_without_a_merge() {
     for run in &runs[2..] {
         model.trash(run);
     }
-    let report = purge_all(&model, true);
+    let report = model.purge_all(true);
     assert_eq!((report.purged.len(), report.merged), (3, 0));
     model.check();
-    assert_clean(&model);
+    model.assert_clean();
     model.reopen();
     // Numbers and times go on even though their owners are gone.
     let content = changed(&model.contents[&runs[1].snapshots[0].id], &[(1, 1, 9)]);
@@ -131,7 +108,7 @@ fn a_run_whose_time_has_not_come_stays_whole() {
     // The base went into it, and it can still come back.
     model.restore(&runs[1]);
     model.check();
-    assert_clean(&model);
+    model.assert_clean();
 }
 
 #[test]
@@ -142,12 +119,12 @@ fn snapshots_that_are_open_go_on_while_links_below_them_change() {
     for link in [0, 1, 4] {
         model.trash(&runs[link]);
     }
-    purge_all(&model, true);
+    model.purge_all(true);
     for opened in &through {
         model.check_opened(opened);
     }
     model.check();
-    assert_clean(&model);
+    model.assert_clean();
 }
 
 #[test]
@@ -157,15 +134,15 @@ fn a_link_that_somebody_reads_waits() {
     let opened = model.open(runs[1].snapshots[0].id);
     model.trash(&runs[0]);
     model.trash(&runs[1]);
-    let report = purge(&model, true);
+    let report = model.purge(true);
     // The base goes into it under the reader's eyes; it itself must wait.
     assert_eq!(report.waiting, [(runs[1].snapshots[0].id, Wait::Opened)]);
     model.check_opened(&opened);
     model.check();
     drop(opened);
-    purge_all(&model, true);
+    model.purge_all(true);
     model.check();
-    assert_clean(&model);
+    model.assert_clean();
 }
 
 #[test]
@@ -177,13 +154,13 @@ fn a_link_with_two_children_waits_for_one_to_go() {
     let branch = model.backup(&[("sda", content)]);
     model.restore(&runs[2]);
     model.trash(&runs[1]);
-    let report = purge(&model, true);
+    let report = model.purge(true);
     assert_eq!(report.waiting, [(runs[1].snapshots[0].id, Wait::Children(2))]);
     model.check();
     model.trash(&branch);
-    purge_all(&model, true);
+    model.purge_all(true);
     model.check();
-    assert_clean(&model);
+    model.assert_clean();
 }
 
 #[test]
@@ -200,10 +177,10 @@ fn an_open_run_goes_on_while_links_below_its_head_are_merged() {
         assert!(matches!(refused, Err(RunError::BuiltOn { .. })));
         let below = model.runs.machine(&model.key).unwrap().snapshots().pop().unwrap();
         model.trash(&below.run);
-        purge_all(&model, true);
+        model.purge_all(true);
         model.commit(&open, &commits, disks);
         model.check();
-        assert_clean(&model);
+        model.assert_clean();
     }
     model.reopen();
     model.check();
@@ -221,14 +198,14 @@ fn damage_stops_a_merge_and_is_not_spread() {
     bytes[at + 17] ^= 1;
     std::fs::write(&path, &bytes).unwrap();
     model.trash(&runs[0]);
-    let report = purge(&model, true);
+    let report = model.purge(true);
     let said = report.waiting[0].1.to_string();
     assert!(said.contains(&format!("block 31 of snapshot {} is damaged", child.id)), "{said}");
     // What can be read reads as before.
     bytes[at + 17] ^= 1;
     std::fs::write(&path, &bytes).unwrap();
     model.check();
-    purge_all(&model, true);
+    model.purge_all(true);
     model.check();
 }
 
@@ -244,7 +221,7 @@ fn nothing_is_begun_without_space() {
     assert!((1 << 20..(1 << 20) + 60 * 4096).contains(&needed_bytes), "{needed_bytes}");
     model.restore(&runs[0]);
     model.check();
-    assert_clean(&model);
+    model.assert_clean();
     // A leaf needs no space.
     model.trash(&runs[2]);
     let report = model.runs.purge_due(&model.key, &full, &CancellationToken::new());
@@ -261,7 +238,7 @@ fn a_purge_that_was_stopped_goes_on() {
     let report = model.runs.purge_due(&model.key, &options(true), &stop);
     assert_eq!((report.purged, report.waiting), (vec![], vec![]));
     model.check();
-    purge_all(&model, true);
+    model.purge_all(true);
     model.check();
 }
 
@@ -275,13 +252,13 @@ fn tables_do_not_grow_without_end() {
         let head = model.contents[&oldest.snapshots[0].id].clone();
         let next = model.backup(&[("sda", changed(&head, &[(0, 300, round + 2)]))]);
         model.trash(&oldest);
-        purge_all(&model, true);
+        model.purge_all(true);
         let table = folder.path().join("user/machine").join(&next.snapshots[0].table);
         largest = largest.max(std::fs::metadata(table).unwrap().len());
         oldest = next;
     }
     model.check();
-    assert_clean(&model);
+    model.assert_clean();
     // 900 blocks, twice, and once more.
     assert!(largest < 3 * 900 * 32 + 4096, "{largest}");
 }
@@ -317,9 +294,9 @@ fn a_crash_at_any_step_leaves_all_that_remains_readable() {
         }
         model.reopen();
         model.check();
-        purge_all(&model, true);
+        model.purge_all(true);
         model.check();
-        assert_clean(&model);
+        model.assert_clean();
     }
 }
 
@@ -375,7 +352,7 @@ fn play(folder: &Path, ops: &[Op], copy: bool) -> usize {
             }
             Op::Purge => {
                 dropped.clear();
-                let report = purge(&model, copy);
+                let report = model.purge(copy);
                 for (_, wait) in &report.waiting {
                     assert!(matches!(wait, Wait::Children(_) | Wait::Opened), "{wait}");
                 }
@@ -403,7 +380,7 @@ fn play(folder: &Path, ops: &[Op], copy: bool) -> usize {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_is_dropped_and_purged_the_rest_reads_as_the_model(ops in ops()) {
