@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::image::Format;
+
 /// Settings of one server. Every key is also an environment variable and a flag.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -22,7 +24,7 @@ pub struct Settings {
     pub janus_urls: Vec<String>,
     /// This server's own URLs.
     pub urls: Vec<String>,
-    /// New chains are VHDX; the only format so far.
+    /// New chains are VHDX, else VHD; a chain goes on in its own format.
     pub prefer_vhdx: bool,
     /// A folder for each user below the image path.
     pub separate_folders_by_user: bool,
@@ -71,7 +73,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("ca", "The CA's certificate, PEM"),
     ("janus_urls", "Every janus to report to"),
     ("urls", "URLs under which clients reach this server"),
-    ("prefer_vhdx", "New chains are VHDX (VHD comes later)"),
+    ("prefer_vhdx", "New chains are VHDX, else VHD (up to 2040 GiB, 512-byte sectors)"),
     ("separate_folders_by_user", "A folder for each user below the image path"),
     ("lease_seconds", "A silent run keeps others of its machine away for so long"),
     ("session_keep_days", "Open runs that nobody touches are given up after this"),
@@ -95,6 +97,11 @@ pub enum ConfigError {
 }
 
 impl Settings {
+    /// Format of the chains that begin here.
+    pub fn new_chains(&self) -> Format {
+        if self.prefer_vhdx { Format::Vhdx } else { Format::Vhd }
+    }
+
     /// Checks what types can't.
     ///
     /// # Errors
@@ -102,9 +109,6 @@ impl Settings {
     pub fn check(&self) -> Result<(), ConfigError> {
         let invalid =
             |key, reason: &str| Err(ConfigError::Invalid { key, reason: reason.to_owned() });
-        if !self.prefer_vhdx {
-            return invalid("prefer_vhdx", "VHD isn't written yet: set it to true");
-        }
         if self.lease_seconds == 0 || self.lease_seconds > 3600 {
             return invalid("lease_seconds", "must be 1 to 3600");
         }

@@ -173,7 +173,8 @@ impl Server {
         dialer: Dialer,
     ) -> Result<Self, ServeError> {
         let (id, lease) = (name(&identity)?, Duration::from_secs(settings.lease_seconds));
-        let runs = Arc::new(Runs::new(store, machines, lease));
+        let runs = Runs::new(store, machines, lease).with_new_chains(settings.new_chains());
+        let runs = Arc::new(runs);
         let janus_urls = watch::Sender::new(settings.janus_urls.clone());
         let plain_health = None;
         Ok(Self { settings, identity, id, runs, door, dialer, plain_health, janus_urls })

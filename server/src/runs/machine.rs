@@ -609,3 +609,37 @@ fn is_taken(store: &Store, folder: &Path, stem: &str) -> Result<bool, RunError> 
     }
     Ok(false)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_vhd_cannot_hold_is_refused_with_the_way_out() {
+        for (format, size_bytes, logical_sector_bytes, refused) in [
+            (Format::Vhd, 2040 << 30, 512, None),
+            (Format::Vhd, (2040 << 30) + 512, 512, Some("2040 GiB")),
+            (Format::Vhd, 1 << 30, 4096, Some("sectors of 4096 bytes")),
+            (Format::Vhdx, 64 << 40, 4096, None),
+        ] {
+            let disk = OpenDisk {
+                disk: "sda".parse().unwrap(),
+                session: SessionId::new(),
+                snapshot: SnapshotId::new(),
+                size_bytes,
+                logical_sector_bytes,
+                head: None,
+                stem: "sda/1".into(),
+                format,
+            };
+            let said = refuse_what_a_vhd_cannot_hold(&disk).map_err(|error| error.to_string());
+            match refused {
+                None => said.unwrap(),
+                Some(words) => {
+                    let said = said.unwrap_err();
+                    assert!(said.contains(words) && said.contains("prefer_vhdx = true"), "{said}");
+                }
+            }
+        }
+    }
+}

@@ -30,6 +30,7 @@ const SOURCE_MODULES: &[&str] = &["source::", "scan::", "delta::", "journal::"];
 /// Whole-system tests that belong to another group than `main-job`.
 const PLACED: &[(&str, &str)] = &[
     ("damage", "store"),
+    ("vhd", "store"),
     ("links", "client"),
     ("reasons", "janus"),
     ("resilience", "client"),
