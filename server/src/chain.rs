@@ -4,6 +4,7 @@
 //! data; [`store`] keeps it on disk.
 
 pub mod opened;
+pub mod retain;
 pub mod store;
 pub mod table;
 

@@ -1,8 +1,12 @@
 //! Settings of `janus-server`, with their defaults.
 
+pub mod retention;
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+
+pub use self::retention::Retention;
 
 /// Settings of one server. Every key is also an environment variable and a flag.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +42,8 @@ pub struct Settings {
     pub drain_seconds: u64,
     /// Log filter.
     pub log: String,
+    /// What is kept.
+    pub retention: Retention,
 }
 
 impl Default for Settings {
@@ -58,6 +64,7 @@ impl Default for Settings {
             health_listen: String::new(),
             drain_seconds: 10,
             log: "info".into(),
+            retention: Retention::default(),
         }
     }
 }
@@ -111,6 +118,7 @@ impl Settings {
         if self.refresh_seconds == 0 {
             return invalid("refresh_seconds", "must be at least 1");
         }
+        self.retention.check()?;
         match self.janus_urls.iter().chain(&self.urls).find(|url| !url.starts_with("https://")) {
             Some(url) => invalid("janus_urls", &format!("{url:?} does not begin with https://")),
             None => Ok(()),
@@ -130,12 +138,19 @@ mod tests {
         let toml::Value::Table(known) = toml::Value::try_from(Settings::default()).unwrap() else {
             panic!("a table")
         };
-        for key in known.keys() {
-            assert!(
-                text.lines()
-                    .any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} ="))),
-                "{key}"
-            );
+        for (key, value) in &known {
+            let shows = |line: &str| {
+                text.lines().any(|shown| shown.trim_start_matches("# ").starts_with(line))
+            };
+            let toml::Value::Table(section) = value else {
+                assert!(shows(&format!("{key} =")), "{key}");
+                continue;
+            };
+            assert!(shows(&format!("[{key}")), "[{key}]");
+            for inner in section.keys() {
+                let table = format!("[{key}.{inner}");
+                assert!(shows(&format!("{inner} =")) || shows(&table), "{key}.{inner}");
+            }
         }
     }
 }

@@ -129,6 +129,7 @@ struct Settings {
 fn loader() -> Loader<Settings> {
     Loader::new("JANUS_SERVER")
         .describe(config::KEYS)
+        .describe_section("retention", config::retention::KEYS)
         .describe_section("janus", janus::config::KEYS)
 }
 
