@@ -13,6 +13,7 @@
 //! then    sector bitmap blocks (children only): 1 MiB for 4 GiB of disk (32 GiB with 4096-byte sectors), mostly holes
 //! ```
 
+mod absorb;
 mod bat;
 mod bitmap;
 mod header;
@@ -26,6 +27,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use absorb::{Absorber, set_identity};
 pub use layout::{Layout, PAYLOAD_BYTES, UNIT_BYTES};
 pub use read::VhdxImage;
 pub use write::{Payload, write_structures};
