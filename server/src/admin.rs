@@ -10,10 +10,12 @@
 //! Handlers block; what takes long looks at [`Task::is_cancelled`] and tells its progress.
 
 pub mod ask;
+mod retention;
 pub mod socket;
 mod table;
 #[cfg(test)]
 mod tests;
+mod trash;
 mod usage;
 mod wire;
 
@@ -28,7 +30,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     chain::store::StoreError,
     config::Settings,
-    runs::{RunError, Runs},
+    retention::{Retention, RetentionError},
+    runs::{Machine, Runs},
 };
 
 /// What an administrator asks for: subcommands of `janus-server`, and what travels through the socket.
@@ -37,6 +40,28 @@ use crate::{
 pub enum Command {
     /// Show what machines, disks and snapshots take
     Usage(usage::Arguments),
+    /// Show what the rules of retention would drop, or drop it
+    #[command(subcommand)]
+    Retention(retention::Action),
+    /// Keep the run of a snapshot whatever the rules say
+    Pin {
+        /// One of its snapshots
+        snapshot: SnapshotId,
+    },
+    /// Leave the run of a snapshot to the rules again
+    Unpin {
+        /// One of its snapshots
+        snapshot: SnapshotId,
+    },
+    /// Move the run of a snapshot, with all its disks, or all runs of a machine to the trash
+    Delete {
+        /// What
+        #[arg(value_name = "SNAPSHOT|USER/MACHINE")]
+        target: trash::Target,
+    },
+    /// Show, bring back or purge what was dropped
+    #[command(subcommand)]
+    Trash(trash::TrashAction),
 }
 
 /// What a command prints when it went well.
@@ -74,6 +99,12 @@ pub enum AdminError {
         /// As given.
         snapshot: SnapshotId,
     },
+    /// It was not dropped, or is gone for good.
+    #[error("snapshot {snapshot} is not in the trash: `janus-server trash list` shows what is")]
+    NotInTrash {
+        /// As given.
+        snapshot: SnapshotId,
+    },
     /// The caller has gone, or the server stops.
     #[error("stopped before it was done: what is missing can be done by the same command")]
     Cancelled,
@@ -85,9 +116,9 @@ pub enum AdminError {
         /// Why not.
         source: std::io::Error,
     },
-    /// A run.
+    /// Retention.
     #[error(transparent)]
-    Run(#[from] RunError),
+    Retention(#[from] RetentionError),
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -133,12 +164,14 @@ impl<'a> Task<'a> {
 pub struct Admin {
     runs: Arc<Runs>,
     settings: Settings,
+    retention: Arc<Retention>,
 }
 
 impl Admin {
     /// A handler over an opened store.
     pub fn new(runs: Arc<Runs>, settings: Settings) -> Self {
-        Self { runs, settings }
+        let retention = Arc::new(Retention::new(runs.clone(), settings.clone()));
+        Self { runs, settings, retention }
     }
 
     /// Its runs.
@@ -151,6 +184,18 @@ impl Admin {
         &self.settings
     }
 
+    /// The retention of its store.
+    pub fn retention(&self) -> &Arc<Retention> {
+        &self.retention
+    }
+
+    /// One machine, or all.
+    fn machines(&self, only: Option<&MachineKey>) -> Result<Vec<Arc<Machine>>, AdminError> {
+        let Some(key) = only else { return Ok(self.runs.machines()) };
+        let machine = self.runs.machine(key);
+        Ok(vec![machine.ok_or_else(|| AdminError::UnknownMachine { machine: key.clone() })?])
+    }
+
     /// Does what a command says. Blocks.
     ///
     /// # Errors
@@ -158,6 +203,11 @@ impl Admin {
     pub fn run(&self, command: Command, task: &Task<'_>) -> Result<Answer, AdminError> {
         match command {
             Command::Usage(arguments) => usage::run(self, &arguments, task),
+            Command::Retention(action) => retention::run(self, &action, task),
+            Command::Pin { snapshot } => trash::pin(self, snapshot),
+            Command::Unpin { snapshot } => trash::unpin(self, snapshot),
+            Command::Delete { target } => trash::delete(self, &target),
+            Command::Trash(action) => trash::trash(self, &action, task),
         }
     }
 }

@@ -268,7 +268,9 @@ async fn receive(
     let writer = Writer::new(runs.run_of(session, machine)?, session, first.epoch)?;
     let (queue, messages) = mpsc::channel(QUEUE);
     let thread_acks = acks.clone();
-    let thread = spawn_work(async move { write(&writer, messages, &thread_acks).await });
+    let of_writer = runs.clone();
+    let thread =
+        spawn_work(async move { write(&of_writer, &writer, messages, &thread_acks).await });
     let mut next = Some(first);
     let mut broken = Ok(());
     while let Some(message) = next {
@@ -289,6 +291,7 @@ async fn receive(
 
 /// Writes what comes through the queue until it ends. Blocks the thread.
 async fn write(
+    runs: &Runs,
     writer: &Writer,
     mut messages: mpsc::Receiver<pb::WriteBlocksRequest>,
     acks: &Acks,
@@ -296,7 +299,7 @@ async fn write(
     let (mut received, mut unacknowledged) = (0, 0);
     let mut marks = writer.session().marks();
     while let Some(message) = messages.recv().await {
-        marks = take(writer, message)?;
+        marks = take(runs, writer, message)?;
         (received, unacknowledged) = (received + 1, unacknowledged + 1);
         if messages.is_empty() || unacknowledged >= ACK_EVERY {
             unacknowledged = 0;
@@ -311,7 +314,7 @@ async fn write(
     Ok(())
 }
 
-fn take(writer: &Writer, message: pb::WriteBlocksRequest) -> Result<Marks, Status> {
+fn take(runs: &Runs, writer: &Writer, message: pb::WriteBlocksRequest) -> Result<Marks, Status> {
     let batch = match message.batch {
         Some(batch) => Some(Batch::from_wire(writer.session().disk.size_bytes, batch)?),
         None => None,
@@ -325,7 +328,7 @@ fn take(writer: &Writer, message: pb::WriteBlocksRequest) -> Result<Marks, Statu
             )
         })?;
     }
-    Ok(writer.apply(batch.as_ref(), message.settled_block)?)
+    Ok(writer.apply(runs, batch.as_ref(), message.settled_block)?)
 }
 
 fn ack(marks: Marks, received_messages: u64) -> pb::WriteBlocksResponse {

@@ -4,6 +4,7 @@
 //! the epoch, so that a client that was believed dead can't write any more. All functions block: they are called on
 //! threads meant for it. No lock is held while blocks are received.
 
+mod limits;
 mod machine;
 mod purge;
 mod trash;
@@ -18,10 +19,13 @@ use std::{
 use janus_proto::{
     ids::{BackupId, BlockHash, DiskId, MachineKey, SessionId, SnapshotId},
     model::Batch,
+    show::amount,
 };
 use tokio::{sync::broadcast, time::Instant};
 
+use self::limits::Metered;
 pub use self::{
+    limits::Limits,
     machine::{ActiveRun, Machine},
     purge::{PurgeOptions, PurgeReport, Wait},
 };
@@ -138,6 +142,21 @@ pub enum RunError {
         /// The run.
         backup: BackupId,
     },
+    /// The user's backups take what they may.
+    #[error(
+        "the backups of user {user} take {} here, quota is {}: `janus-server usage` shows what takes the space, \
+         `janus-server retention run --now`, `delete` and `trash purge` free it; or raise setting quotas.{user}",
+        amount(*used),
+        amount(*quota)
+    )]
+    Quota {
+        /// The user.
+        user: String,
+        /// Bytes taken.
+        used: u64,
+        /// Bytes allowed.
+        quota: u64,
+    },
     /// Too many open runs.
     #[error("{MAX_OPEN_RUNS} runs are open on this server: try again later")]
     TooMany,
@@ -221,6 +240,7 @@ pub struct Runs {
     machines: Mutex<HashMap<MachineKey, Arc<Machine>>>,
     sessions: Mutex<HashMap<SessionId, Arc<ActiveRun>>>,
     changes: broadcast::Sender<Change>,
+    limits: Limits,
 }
 
 impl Runs {
@@ -236,7 +256,14 @@ impl Runs {
             known.insert(key, Arc::new(machine));
         }
         let changes = broadcast::channel(CHANGE_BACKLOG).0;
-        Self { store, lease, machines: Mutex::new(known), sessions: Mutex::new(sessions), changes }
+        Self {
+            store,
+            lease,
+            machines: Mutex::new(known),
+            sessions: Mutex::new(sessions),
+            changes,
+            limits: Limits::NONE,
+        }
     }
 
     /// The store.
@@ -321,6 +348,7 @@ impl Runs {
             run.take_over(self, wanted)?;
             return Ok(run);
         }
+        self.check_room(key)?;
         for other in machine.active() {
             if let Some(left) = other.lease_left() {
                 let seconds = left.as_secs().max(1);
@@ -499,6 +527,7 @@ pub struct Writer {
     run: Arc<ActiveRun>,
     session: Arc<Session>,
     epoch: u64,
+    metered: Metered,
 }
 
 impl Writer {
@@ -509,7 +538,7 @@ impl Writer {
     pub fn new(run: Arc<ActiveRun>, session: SessionId, epoch: u64) -> Result<Self, RunError> {
         run.check_epoch(epoch)?;
         let session = run.session(session)?;
-        Ok(Self { run, session, epoch })
+        Ok(Self { run, session, epoch, metered: Metered::default() })
     }
 
     /// The session.
@@ -521,11 +550,19 @@ impl Writer {
     ///
     /// # Errors
     /// When the run was taken over, is committing or has ended, or the store can't be written.
-    pub fn apply(&self, batch: Option<&Batch>, settled: u64) -> Result<Marks, RunError> {
+    pub fn apply(
+        &self,
+        runs: &Runs,
+        batch: Option<&Batch>,
+        settled: u64,
+    ) -> Result<Marks, RunError> {
         self.run.check_epoch(self.epoch)?;
         self.run.renew();
         if self.run.is_committing() {
             return Err(RunError::State { backup: self.run.backup, state: "being committed" });
+        }
+        if let Some(batch) = batch {
+            self.metered.count(runs, self.run.machine.user(), batch.data_len() as u64)?;
         }
         Ok(self.session.apply(batch, settled)?)
     }

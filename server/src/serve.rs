@@ -25,7 +25,7 @@ use janus_proto::{
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use tonic_health::ServingStatus;
+use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     admin::{Admin, socket::AdminSocket},
@@ -37,7 +37,9 @@ use crate::{
     info::Info,
     report::Reporter,
     restore::Restore,
-    runs::Runs,
+    retention,
+    runs::{self, Runs},
+    space::{self, Space},
     storage,
 };
 
@@ -177,7 +179,8 @@ impl Server {
         dialer: Dialer,
     ) -> Result<Self, ServeError> {
         let (id, lease) = (name(&identity)?, Duration::from_secs(settings.lease_seconds));
-        let runs = Arc::new(Runs::new(store, machines, lease));
+        let runs = Runs::new(store, machines, lease).with_limits(runs::Limits::of(&settings));
+        let runs = Arc::new(runs);
         let janus_urls = watch::Sender::new(settings.janus_urls.clone());
         let (plain_health, admin) = (None, None);
         Ok(Self { settings, identity, id, runs, door, dialer, plain_health, admin, janus_urls })
@@ -208,6 +211,7 @@ impl Server {
     /// When the wiring fails.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
         let (health, health_service) = health().await;
+        let is_low = watch::Sender::new(is_low(&self.settings).await);
         set_all(&health, ServingStatus::Serving).await;
         let name = self.id.to_string();
         let urls = self.settings.urls.clone();
@@ -230,7 +234,15 @@ impl Server {
             .add_service(reflection().build_v1alpha().map_err(wiring)?)
             .prepare();
         let gate = Gate::new(routes, self.identity.clone(), self.id.clone()).map_err(wiring)?;
+        let admin = Arc::new(Admin::new(self.runs.clone(), self.settings.clone()));
         let mut tasks = self.tasks(&shutdown);
+        tasks.spawn(tell(health, is_low.subscribe(), shutdown.clone()));
+        if self.settings.retention.automatic {
+            let at = self.settings.retention.time_of_day().map_err(wiring)?;
+            let is_low = is_low.subscribe();
+            tasks.spawn(retention::follow(admin.retention().clone(), at, is_low, shutdown.clone()));
+        }
+        tasks.spawn(space::watch(self.settings.clone(), is_low, shutdown.clone()));
         // Answered until the last call is over.
         let stop = CancellationToken::new();
         let _stop_on_drop = stop.clone().drop_guard();
@@ -238,17 +250,8 @@ impl Server {
             tasks.spawn(plain_health::serve(listener, plain, stop.clone()));
         }
         if let Some(socket) = self.admin {
-            let admin = Admin::new(self.runs.clone(), self.settings.clone());
-            tasks.spawn(socket.serve(Arc::new(admin), shutdown.clone()));
+            tasks.spawn(socket.serve(admin, shutdown.clone()));
         }
-        let drain = {
-            let shutdown = shutdown.clone();
-            async move {
-                shutdown.cancelled().await;
-                set_all(&health, ServingStatus::NotServing).await;
-            }
-        };
-        tasks.spawn(drain);
         let limits =
             Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
         tracing::info!(server = name, address = ?self.door.address().ok(), "serving");
@@ -312,6 +315,36 @@ fn refuse_network(janus_urls: &[String], path: &Path) -> Result<(), ServeError> 
         }
         _ => Ok(()),
     }
+}
+
+/// Whether space is low already.
+async fn is_low(settings: &Settings) -> bool {
+    let (root, reserve) = (settings.image_path.clone(), space::reserve(settings));
+    let asked = crate::blocking(move || Space::ask(&root, reserve)).await;
+    asked.ok().flatten().is_some_and(|space| space.is_low(false))
+}
+
+/// The only one who changes what health says: no backups while space is low, nothing from the drain on.
+async fn tell(
+    health: HealthReporter,
+    mut is_low: watch::Receiver<bool>,
+    shutdown: CancellationToken,
+) {
+    while !shutdown.is_cancelled() {
+        let backups = match *is_low.borrow_and_update() {
+            true => ServingStatus::NotServing,
+            false => ServingStatus::Serving,
+        };
+        health.set_service_status(pb::backup_service_server::SERVICE_NAME, backups).await;
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => {}
+            changed = is_low.changed() => if changed.is_err() {
+                shutdown.cancelled().await;
+            }
+        }
+    }
+    set_all(&health, ServingStatus::NotServing).await;
 }
 
 /// Backups are worth more than commands: a server without the socket serves, and says so.

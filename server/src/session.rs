@@ -18,7 +18,10 @@ use std::{
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use janus_proto::{
@@ -48,7 +51,7 @@ const SYNC_BYTES: u64 = 64 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// The disk that holds the store is full.
-    #[error("the store is full: cannot {action}; free space below {} or enlarge it, then run the backup again", path.display())]
+    #[error("the store is full: cannot {action}; `janus-server retention run --now` there drops what no rule keeps; free space below {} or enlarge it, then run the backup again", path.display())]
     Full {
         /// What was tried.
         action: &'static str,
@@ -138,6 +141,8 @@ struct Index {
     touched: BTreeMap<u64, Vec<Touch>>,
     slots: HashMap<u64, u32>,
     marks: Marks,
+    /// Blocks with data that were sent, repeated ones too.
+    sent_blocks: u64,
 }
 
 struct Inner {
@@ -161,6 +166,8 @@ pub struct Session {
     start: StartContent,
     image: Arc<DirectFile>,
     inner: Mutex<Inner>,
+    /// Of the index, for those who can't wait for a commit.
+    stored_bytes: AtomicU64,
 }
 
 /// How far the files of a session can be trusted.
@@ -219,6 +226,7 @@ impl Session {
             )
         }
         .map_err(SessionError::io("open", &journal_path))?;
+        let stored_bytes = AtomicU64::new(index.sent_blocks * BLOCK_BYTES);
         let inner =
             Inner { journal, index, unsynced: 0, syncing: None, finished: false, failed: false };
         let session = Self {
@@ -228,6 +236,7 @@ impl Session {
             start,
             image: Arc::new(image),
             inner: Mutex::new(inner),
+            stored_bytes,
         };
         session.repair(trust, &last)?;
         Ok(session)
@@ -236,6 +245,11 @@ impl Session {
     /// Blocks that were settled so far.
     pub fn marks(&self) -> Marks {
         self.lock().index.marks
+    }
+
+    /// Bytes of data that were sent, which it stores at most. Waits for nothing.
+    pub fn stored_bytes(&self) -> u64 {
+        self.stored_bytes.load(Ordering::Relaxed)
     }
 
     /// True when the session holds something from an earlier stream.
@@ -280,6 +294,7 @@ impl Session {
             .append(extents, hashes, settled)
             .map_err(SessionError::io("write", &self.journal_path()))?;
         inner.index.note(extents, hashes_at, settled, self.start.head().is_some());
+        self.stored_bytes.store(inner.index.sent_blocks * BLOCK_BYTES, Ordering::Relaxed);
         if let Some(batch) = batch {
             let written = self.write(&inner.index, batch);
             inner.failed = written.is_err();
@@ -501,6 +516,7 @@ impl Index {
                 };
                 self.touched.entry(segment).or_default().push(touch);
                 if !part.zero {
+                    self.sent_blocks += part.count;
                     at += part.count * BlockHash::LEN as u64;
                 }
                 let next = self.slots.len() as u32;

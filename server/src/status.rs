@@ -27,6 +27,7 @@ impl From<RunError> for Status {
             RunError::CounterJump { .. } => status(ErrorReason::InvalidField, text),
             RunError::TooMany => status(ErrorReason::TooMany, text),
             RunError::Full(_) => status(ErrorReason::StoreFull, text),
+            RunError::Quota { .. } => status(ErrorReason::QuotaExceeded, text),
             RunError::Session(error) => error.into(),
             RunError::Store(error) => error.into(),
         }

@@ -106,13 +106,7 @@ pub(super) fn run(
     arguments: &Arguments,
     task: &Task<'_>,
 ) -> Result<Answer, AdminError> {
-    let machines = match &arguments.machine {
-        Some(key) => {
-            let machine = admin.runs().machine(key);
-            vec![machine.ok_or_else(|| AdminError::UnknownMachine { machine: key.clone() })?]
-        }
-        None => admin.runs().machines(),
-    };
+    let machines = admin.machines(arguments.machine.as_ref())?;
     let (free_bytes, total_bytes) = storage::space(admin.runs().store().root())
         .map_err(|source| AdminError::Io { action: "ask for the free space", source })?;
     let mut usage = Usage { machines: Vec::new(), free_bytes, total_bytes };

@@ -34,6 +34,7 @@ const PLACED: &[(&str, &str)] = &[
     ("links", "client"),
     ("reasons", "janus"),
     ("resilience", "client"),
+    ("retention", "store"),
     ("simulation", "janus"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
