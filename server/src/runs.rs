@@ -6,6 +6,7 @@
 
 mod limits;
 mod machine;
+mod names;
 mod purge;
 mod trash;
 
@@ -156,6 +157,16 @@ pub enum RunError {
         used: u64,
         /// Bytes allowed.
         quota: u64,
+    },
+    /// A folder would be shared on file systems that don't tell cases apart.
+    #[error(
+        "{new} differs only in upper and lower case from {other}, which is here already: choose another name"
+    )]
+    NameTaken {
+        /// The new name.
+        new: String,
+        /// The one that is here.
+        other: String,
     },
     /// Too many open runs.
     #[error("{MAX_OPEN_RUNS} runs are open on this server: try again later")]
@@ -335,12 +346,15 @@ impl Runs {
         wanted: &[WantedDisk],
         use_counter: u64,
     ) -> Result<Arc<ActiveRun>, RunError> {
-        let machine = lock(&self.machines)
+        let mut machines = lock(&self.machines);
+        names::check_machine(&machines, key)?;
+        let machine = machines
             .entry(key.clone())
             .or_insert_with(|| {
                 Arc::new(Machine::new(key.clone(), MachineState::default(), self.lease))
             })
             .clone();
+        drop(machines);
         self.refuse_while_committing(&machine, backup)?;
         let _turn = machine.take_turn();
         machine.refuse_ended(backup)?;
@@ -348,6 +362,7 @@ impl Runs {
             run.take_over(self, wanted)?;
             return Ok(run);
         }
+        names::check_disks(&machine, wanted)?;
         self.check_room(key)?;
         for other in machine.active() {
             if let Some(left) = other.lease_left() {

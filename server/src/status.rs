@@ -24,7 +24,9 @@ impl From<RunError> for Status {
             | RunError::OtherDisks { .. }
             | RunError::BuiltOn { .. }
             | RunError::Purging { .. } => status(ErrorReason::RunState, text),
-            RunError::CounterJump { .. } => status(ErrorReason::InvalidField, text),
+            RunError::CounterJump { .. } | RunError::NameTaken { .. } => {
+                status(ErrorReason::InvalidField, text)
+            }
             RunError::TooMany => status(ErrorReason::TooMany, text),
             RunError::Full(_) => status(ErrorReason::StoreFull, text),
             RunError::Quota { .. } => status(ErrorReason::QuotaExceeded, text),
