@@ -266,11 +266,10 @@ async fn receive(
     let Some(first) = stream.message().await? else { return Ok(()) };
     let session: SessionId = first.session_id.parse()?;
     let writer = Writer::new(runs.run_of(session, machine)?, session, first.epoch)?;
+    let writer = writer.within_quota(runs.clone());
     let (queue, messages) = mpsc::channel(QUEUE);
     let thread_acks = acks.clone();
-    let of_writer = runs.clone();
-    let thread =
-        spawn_work(async move { write(&of_writer, &writer, messages, &thread_acks).await });
+    let thread = spawn_work(async move { write(&writer, messages, &thread_acks).await });
     let mut next = Some(first);
     let mut broken = Ok(());
     while let Some(message) = next {
@@ -291,7 +290,6 @@ async fn receive(
 
 /// Writes what comes through the queue until it ends. Blocks the thread.
 async fn write(
-    runs: &Runs,
     writer: &Writer,
     mut messages: mpsc::Receiver<pb::WriteBlocksRequest>,
     acks: &Acks,
@@ -299,7 +297,7 @@ async fn write(
     let (mut received, mut unacknowledged) = (0, 0);
     let mut marks = writer.session().marks();
     while let Some(message) = messages.recv().await {
-        marks = take(runs, writer, message)?;
+        marks = take(writer, message)?;
         (received, unacknowledged) = (received + 1, unacknowledged + 1);
         if messages.is_empty() || unacknowledged >= ACK_EVERY {
             unacknowledged = 0;
@@ -314,7 +312,7 @@ async fn write(
     Ok(())
 }
 
-fn take(runs: &Runs, writer: &Writer, message: pb::WriteBlocksRequest) -> Result<Marks, Status> {
+fn take(writer: &Writer, message: pb::WriteBlocksRequest) -> Result<Marks, Status> {
     let batch = match message.batch {
         Some(batch) => Some(Batch::from_wire(writer.session().disk.size_bytes, batch)?),
         None => None,
@@ -328,7 +326,7 @@ fn take(runs: &Runs, writer: &Writer, message: pb::WriteBlocksRequest) -> Result
             )
         })?;
     }
-    Ok(writer.apply(runs, batch.as_ref(), message.settled_block)?)
+    Ok(writer.apply(batch.as_ref(), message.settled_block)?)
 }
 
 fn ack(marks: Marks, received_messages: u64) -> pb::WriteBlocksResponse {

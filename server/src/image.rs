@@ -12,6 +12,9 @@ use std::io;
 
 use uuid::Uuid;
 
+#[cfg(test)]
+use crate::storage;
+
 pub mod layers;
 #[cfg(test)]
 mod sample;

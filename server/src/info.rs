@@ -12,7 +12,6 @@ use crate::{
     backup::ENCODINGS,
     blocking,
     runs::{Runs, now_ms},
-    storage,
 };
 
 /// The service; see `info.proto`.
@@ -34,8 +33,8 @@ impl ServerInfoService for Info {
         &self,
         _: Request<pb::GetServerInfoRequest>,
     ) -> Result<Response<pb::GetServerInfoResponse>, Status> {
-        let root = self.runs.store().root().to_owned();
-        let space = blocking(move || storage::space(&root)).await?;
+        let runs = self.runs.clone();
+        let space = blocking(move || runs.store().space()).await?;
         let (free_bytes, total_bytes) =
             space.map_err(|e| status(ErrorReason::StoreFailed, format!("image path: {e}")))?;
         Ok(Response::new(pb::GetServerInfoResponse {

@@ -21,7 +21,6 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     chain::Held,
     runs::{Change, Machine, Runs},
-    storage,
 };
 
 const QUEUE: usize = 16;
@@ -188,8 +187,8 @@ impl Reporter {
     }
 
     async fn vitals(&self) -> pb::Vitals {
-        let root = self.runs.store().root().to_owned();
-        let space = crate::blocking(move || storage::space(&root)).await;
+        let runs = self.runs.clone();
+        let space = crate::blocking(move || runs.store().space()).await;
         let (free_bytes, total_bytes) = match space {
             Ok(Ok(space)) => space,
             Ok(Err(error)) => {

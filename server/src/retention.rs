@@ -111,7 +111,7 @@ impl Retention {
     pub fn purge(&self, machine: &MachineKey, all: bool, stop: &CancellationToken) -> PurgeReport {
         let options = PurgeOptions {
             now_ms: if all { i64::MAX } else { now_ms() },
-            reserve_bytes: space::merge_reserve(&self.settings, self.runs.store().root()),
+            reserve_bytes: space::merge_reserve(&self.settings, self.runs.store()),
             copy: false,
         };
         self.runs.purge_due(machine, &options, stop)

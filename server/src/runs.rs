@@ -12,7 +12,6 @@ mod trash;
 
 use std::{
     collections::HashMap,
-    io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -323,7 +322,7 @@ impl Runs {
         let id = held.snapshot().id;
         let chain = machine.snapshot(id).and_then(|_| machine.chain(id)).ok_or(broken)?;
         let folder = self.store.machine_folder(&held.run.machine);
-        let opened = OpenedSnapshot::open(&folder, &chain)?;
+        let opened = OpenedSnapshot::open(self.store.storage(), &folder, &chain)?;
         machine.note_opened(opened.links());
         Ok(opened)
     }
@@ -542,7 +541,7 @@ pub struct Writer {
     run: Arc<ActiveRun>,
     session: Arc<Session>,
     epoch: u64,
-    metered: Metered,
+    metered: Option<Metered>,
 }
 
 impl Writer {
@@ -553,7 +552,14 @@ impl Writer {
     pub fn new(run: Arc<ActiveRun>, session: SessionId, epoch: u64) -> Result<Self, RunError> {
         run.check_epoch(epoch)?;
         let session = run.session(session)?;
-        Ok(Self { run, session, epoch, metered: Metered::default() })
+        Ok(Self { run, session, epoch, metered: None })
+    }
+
+    /// The same, which looks at its user's quota while it writes.
+    #[must_use]
+    pub fn within_quota(mut self, runs: Arc<Runs>) -> Self {
+        self.metered = Some(Metered::new(runs));
+        self
     }
 
     /// The session.
@@ -564,20 +570,15 @@ impl Writer {
     /// Takes in one message, renewing the lease.
     ///
     /// # Errors
-    /// When the run was taken over, is committing or has ended, or the store can't be written.
-    pub fn apply(
-        &self,
-        runs: &Runs,
-        batch: Option<&Batch>,
-        settled: u64,
-    ) -> Result<Marks, RunError> {
+    /// When the run was taken over, is committing or has ended, the user's quota is used up, or the store can't be written.
+    pub fn apply(&self, batch: Option<&Batch>, settled: u64) -> Result<Marks, RunError> {
         self.run.check_epoch(self.epoch)?;
         self.run.renew();
         if self.run.is_committing() {
             return Err(RunError::State { backup: self.run.backup, state: "being committed" });
         }
-        if let Some(batch) = batch {
-            self.metered.count(runs, self.run.machine.user(), batch.data_len() as u64)?;
+        if let (Some(metered), Some(batch)) = (&self.metered, batch) {
+            metered.count(self.run.machine.user(), batch.data_len() as u64)?;
         }
         Ok(self.session.apply(batch, settled)?)
     }
@@ -586,12 +587,6 @@ impl Writer {
 /// Takes a lock that is only held for moments. A panic under it is a bug, but must not take the server along.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Names this boot of the machine; empty where the system doesn't say, which then counts as a reboot.
-fn boot_id() -> String {
-    let read: io::Result<String> = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
-    read.map(|id| id.trim().to_owned()).unwrap_or_default()
 }
 
 /// Unix milliseconds, for people.

@@ -33,7 +33,7 @@ use crate::{
     caller::Gate,
     catalog::Catalog,
     chain::store::{MachineState, Store, StoreError},
-    config::Settings,
+    config::{Settings, Size},
     info::Info,
     report::Reporter,
     restore::Restore,
@@ -211,7 +211,7 @@ impl Server {
     /// When the wiring fails.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
         let (health, health_service) = health().await;
-        let is_low = watch::Sender::new(is_low(&self.settings).await);
+        let is_low = watch::Sender::new(is_low(&self.runs, space::reserve(&self.settings)).await);
         set_all(&health, ServingStatus::Serving).await;
         let name = self.id.to_string();
         let urls = self.settings.urls.clone();
@@ -242,7 +242,8 @@ impl Server {
             let is_low = is_low.subscribe();
             tasks.spawn(retention::follow(admin.retention().clone(), at, is_low, shutdown.clone()));
         }
-        tasks.spawn(space::watch(self.settings.clone(), is_low, shutdown.clone()));
+        let reserve = space::reserve(&self.settings);
+        tasks.spawn(space::watch(self.runs.clone(), reserve, is_low, shutdown.clone()));
         // Answered until the last call is over.
         let stop = CancellationToken::new();
         let _stop_on_drop = stop.clone().drop_guard();
@@ -318,9 +319,9 @@ fn refuse_network(janus_urls: &[String], path: &Path) -> Result<(), ServeError> 
 }
 
 /// Whether space is low already.
-async fn is_low(settings: &Settings) -> bool {
-    let (root, reserve) = (settings.image_path.clone(), space::reserve(settings));
-    let asked = crate::blocking(move || Space::ask(&root, reserve)).await;
+async fn is_low(runs: &Arc<Runs>, reserve: Size) -> bool {
+    let runs = runs.clone();
+    let asked = crate::blocking(move || Space::ask(runs.store(), reserve)).await;
     asked.ok().flatten().is_some_and(|space| space.is_low(false))
 }
 

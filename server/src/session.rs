@@ -14,9 +14,7 @@ mod journal;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{File, OpenOptions},
     io,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -25,12 +23,10 @@ use std::{
 };
 
 use janus_proto::{
-    direct::DirectFile,
     hash::{hash_blocks, segment_digest, zero_hash},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_count, block_len},
     model::{Batch, Extent},
 };
-use rustix::fs::{FallocateFlags, fallocate};
 
 pub use self::finish::Finished;
 use self::{content::StartContent, journal::Journal};
@@ -40,12 +36,10 @@ use crate::{
         Geometry, ImageError, Kind,
         vhdx::{Layout, PAYLOAD_BYTES},
     },
-    storage,
+    storage::{self, Access, Disk, File},
 };
 
 const PAYLOAD_BLOCKS: u64 = PAYLOAD_BYTES / BLOCK_BYTES;
-/// After this many bytes the image is synced in the background, so that commit has little left to sync.
-const SYNC_BYTES: u64 = 64 << 20;
 
 /// What can go wrong with a session.
 #[derive(Debug, thiserror::Error)]
@@ -161,10 +155,11 @@ struct Inner {
 pub struct Session {
     /// What the run says of it.
     pub disk: OpenDisk,
+    storage: Disk,
     folder: PathBuf,
     layout: Layout,
     start: StartContent,
-    image: Arc<DirectFile>,
+    image: Arc<File>,
     inner: Mutex<Inner>,
     /// Of the index, for those who can't wait for a commit.
     stored_bytes: AtomicU64,
@@ -185,6 +180,7 @@ impl Session {
     /// # Errors
     /// When files can't be made or read.
     pub fn open(
+        storage: &Disk,
         folder: &Path,
         disk: OpenDisk,
         head: Option<OpenedSnapshot>,
@@ -199,11 +195,15 @@ impl Session {
         let layout = Layout::new(geometry, kind)?;
         let image_path = folder.join(disk.partial("vhdx"));
         let journal_path = folder.join(disk.journal());
-        let journal_file = open_file(&journal_path, true)?;
-        let is_fresh =
-            journal_file.metadata().map_err(SessionError::io("read", &journal_path))?.len() == 0;
+        let journal_file = storage.open(&journal_path, Access::Create);
+        let journal_file = journal_file.map_err(SessionError::io("open", &journal_path))?;
+        let journal_size =
+            journal_file.metadata().map_err(SessionError::io("read", &journal_path))?;
+        let is_fresh = journal_size.length_bytes == 0;
         // A journal without its image would promise blocks that are not there.
-        let image = DirectFile::for_writing(open_file(&image_path, is_fresh)?, &image_path);
+        let access = if is_fresh { Access::Create } else { Access::Write };
+        let image = storage.open_data(&image_path, access);
+        let image = image.map_err(SessionError::io("open", &image_path))?;
         let mut index = Index::default();
         let mut last = Vec::new();
         let has_head = start.head().is_some();
@@ -231,6 +231,7 @@ impl Session {
             Inner { journal, index, unsynced: 0, syncing: None, finished: false, failed: false };
         let session = Self {
             disk,
+            storage: storage.clone(),
             folder: folder.to_owned(),
             layout,
             start,
@@ -364,7 +365,7 @@ impl Session {
                 let Some(slot) = index.slots.get(&(part.first / PAYLOAD_BLOCKS)) else { continue };
                 let at = self.place(*slot, part.first);
                 if piece.extent.zero {
-                    punch(self.image.file(), at, part.count * BLOCK_BYTES).map_err(failed)?;
+                    self.image.punch(at, part.count * BLOCK_BYTES).map_err(failed)?;
                 } else {
                     let from = ((part.first - piece.extent.first) * BLOCK_BYTES) as usize;
                     let to = (from + (part.count * BLOCK_BYTES) as usize).min(piece.data.len());
@@ -408,7 +409,7 @@ impl Session {
     /// Cuts off what lies behind the last slot.
     fn cut(&self, index: &Index) -> Result<(), SessionError> {
         let end = self.layout.slot_offset(index.slots.len() as u32);
-        self.image.file().set_len(end).map_err(SessionError::io("cut", &self.image_path()))
+        self.image.set_len(end).map_err(SessionError::io("cut", &self.image_path()))
     }
 
     /// Notes the true hashes of blocks inside one payload block.
@@ -422,7 +423,6 @@ impl Session {
         let mut bytes = vec![0; len];
         let at = self.place(slot, extent.first);
         self.image
-            .file()
             .read_exact_at(&mut bytes, at)
             .map_err(SessionError::io("read", &self.image_path()))?;
         let mut found = Vec::new();
@@ -466,7 +466,7 @@ impl Session {
     }
 
     fn sync_in_background(&self, inner: &mut Inner) {
-        if inner.unsynced < SYNC_BYTES || inner.syncing.is_some() {
+        if inner.unsynced < self.storage.sync_bytes() || inner.syncing.is_some() {
             return;
         }
         inner.unsynced = 0;
@@ -474,9 +474,8 @@ impl Session {
         inner.syncing = Some((done.clone(), inner.index.marks.received));
         let image = self.image.clone();
         // A thread of its own, since this one belongs to a stream that should go on receiving. It ends by itself.
-        std::thread::spawn(move || {
+        self.storage.in_background(move || {
             let synced = image
-                .file()
                 .sync_data()
                 .inspect_err(|error| tracing::error!(%error, "cannot sync a partial image"));
             let _ = done.set(synced.is_ok());
@@ -548,28 +547,4 @@ fn split(extent: Extent) -> impl Iterator<Item = Extent> {
         next = extent.end().min((first / PAYLOAD_BLOCKS + 1) * PAYLOAD_BLOCKS);
         (first < next).then_some(Extent { first, count: next - first, zero: extent.zero })
     })
-}
-
-/// Makes a range of a file zero, without space where the file system can.
-fn punch(file: &File, at: u64, len: u64) -> io::Result<()> {
-    match fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, len) {
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => write_zeros(file, at, len),
-        other => Ok(other?),
-    }
-}
-
-fn write_zeros(file: &File, at: u64, len: u64) -> io::Result<()> {
-    let zeros = [0; 1 << 16];
-    let mut done = 0;
-    while done < len {
-        let piece = (len - done).min(zeros.len() as u64);
-        file.write_all_at(&zeros[..piece as usize], at + done)?;
-        done += piece;
-    }
-    Ok(())
-}
-
-fn open_file(path: &Path, make: bool) -> Result<File, SessionError> {
-    let file = OpenOptions::new().read(true).write(true).create(make).truncate(false).open(path);
-    file.map_err(SessionError::io("open", path))
 }

@@ -3,15 +3,16 @@
 //! Below the reserve the server takes no new backups (NOT_SERVING for `janus.v1.BackupService`, STORE_FULL to who asks all the
 //! same), goes on with open runs and with reads, and retention runs at once.
 
-use std::{path::Path, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use janus_proto::show::amount;
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    chain::store::Store,
     config::{Settings, size::Size},
-    storage,
+    runs::Runs,
 };
 
 /// How often free space is looked at.
@@ -29,9 +30,9 @@ pub struct Space {
 }
 
 impl Space {
-    /// Asks the file system that holds `root`. `None`: it doesn't say, which is logged.
-    pub fn ask(root: &Path, reserve: Size) -> Option<Self> {
-        let asked = storage::space(root).inspect_err(|error| {
+    /// Asks the file system that holds the store. `None`: it doesn't say, which is logged.
+    pub fn ask(store: &Store, reserve: Size) -> Option<Self> {
+        let asked = store.space().inspect_err(|error| {
             tracing::warn!(%error, "free space of the image path can't be asked");
         });
         let (free_bytes, total_bytes) = asked.ok()?;
@@ -65,18 +66,23 @@ pub fn reserve(settings: &Settings) -> Size {
 }
 
 /// What merges leave free: half of the reserve, or nothing once the space is low, since they are what helps then.
-pub fn merge_reserve(settings: &Settings, root: &Path) -> u64 {
-    match Space::ask(root, reserve(settings)) {
+pub fn merge_reserve(settings: &Settings, store: &Store) -> u64 {
+    match Space::ask(store, reserve(settings)) {
         Some(space) if !space.is_low(false) => space.reserve_bytes / 2,
         _ => 0,
     }
 }
 
 /// Watches the space until `shutdown` and tells when it becomes low or is so no more.
-pub async fn watch(settings: Settings, is_low: watch::Sender<bool>, shutdown: CancellationToken) {
+pub async fn watch(
+    runs: Arc<Runs>,
+    reserve: Size,
+    is_low: watch::Sender<bool>,
+    shutdown: CancellationToken,
+) {
     loop {
-        let (root, reserve) = (settings.image_path.clone(), reserve(&settings));
-        let asked = crate::blocking(move || Space::ask(&root, reserve)).await;
+        let runs = runs.clone();
+        let asked = crate::blocking(move || Space::ask(runs.store(), reserve)).await;
         if let Ok(Some(space)) = asked {
             is_low.send_if_modified(|is_low| {
                 let was_low = std::mem::replace(is_low, space.is_low(*is_low));

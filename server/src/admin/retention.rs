@@ -13,7 +13,6 @@ use crate::{
     chain::retain::{Plan, Planned, Verdict},
     retention::Carried,
     runs::PurgeReport,
-    storage,
 };
 
 /// What of it.
@@ -196,7 +195,7 @@ impl Done {
 }
 
 fn free(admin: &Admin) -> Result<u64, AdminError> {
-    let space = storage::space(admin.runs().store().root());
+    let space = admin.runs().store().space();
     let space =
         space.map_err(|source| AdminError::Io { action: "ask for the free space", source })?;
     Ok(space.0)

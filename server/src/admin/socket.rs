@@ -25,6 +25,7 @@ use super::{
     Admin, Task,
     wire::{self, MAX_ASK_BYTES, Told},
 };
+use crate::storage::Disk;
 
 /// Its name in the image path.
 pub const NAME: &str = ".admin.sock";
@@ -63,7 +64,7 @@ impl AdminSocket {
     /// As the file system says.
     pub fn bind(image_path: &Path) -> io::Result<Self> {
         let path = image_path.join(NAME);
-        crate::storage::remove(&path)?;
+        Disk::default().remove(&path)?;
         let (address, _folder) = address(image_path)?;
         let listener = UnixListener::bind(address)?;
         // Until here others may have connected: `is_allowed` looks at who they are.
@@ -99,7 +100,7 @@ impl AdminSocket {
 
 impl Drop for AdminSocket {
     fn drop(&mut self) {
-        let _ = crate::storage::remove(&self.path);
+        let _ = Disk::default().remove(&self.path);
     }
 }
 

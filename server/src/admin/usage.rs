@@ -6,8 +6,6 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs,
-    os::unix::fs::MetadataExt,
     path::Path,
 };
 
@@ -28,7 +26,7 @@ use crate::{
         table::{Table, TableError},
     },
     runs::Machine,
-    storage,
+    storage::{Access, Disk},
 };
 
 /// Arguments of the command.
@@ -62,6 +60,8 @@ struct MachineUsage {
     #[serde(flatten)]
     bytes: Bytes,
     disks: Vec<DiskUsage>,
+    /// Of the allocated bytes: what was dropped and not purged.
+    trash_bytes: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -107,7 +107,10 @@ pub(super) fn run(
     task: &Task<'_>,
 ) -> Result<Answer, AdminError> {
     let machines = admin.machines(arguments.machine.as_ref())?;
-    let (free_bytes, total_bytes) = storage::space(admin.runs().store().root())
+    let (free_bytes, total_bytes) = admin
+        .runs()
+        .store()
+        .space()
         .map_err(|source| AdminError::Io { action: "ask for the free space", source })?;
     let mut usage = Usage { machines: Vec::new(), free_bytes, total_bytes };
     for machine in machines {
@@ -122,27 +125,35 @@ fn of_machine(
     each: bool,
     task: &Task<'_>,
 ) -> Result<MachineUsage, AdminError> {
-    let folder = admin.runs().store().machine_folder(&machine.key);
+    let files = Files {
+        storage: admin.runs().store().storage(),
+        folder: &admin.runs().store().machine_folder(&machine.key),
+    };
     let mut disks: BTreeMap<DiskId, Vec<Held>> = BTreeMap::new();
     for held in machine.snapshots() {
         disks.entry(held.snapshot().disk.clone()).or_default().push(held);
     }
+    let trashed = machine.trashed();
+    let dropped = trashed.iter().flat_map(|trashed| &trashed.run.snapshots);
+    let trash_bytes = dropped.map(|snapshot| files.allocated(snapshot)).sum();
+    let bytes = Bytes { allocated_bytes: trash_bytes, unique_bytes: trash_bytes, logical_bytes: 0 };
     let mut usage =
-        MachineUsage { machine: machine.key.clone(), bytes: Bytes::default(), disks: Vec::new() };
+        MachineUsage { machine: machine.key.clone(), bytes, disks: Vec::new(), trash_bytes };
     for (disk, newest_first) in disks {
         task.check()?;
-        let allocated_bytes = newest_first.iter().map(|held| files(&folder, held.snapshot())).sum();
+        let allocated = newest_first.iter().map(|held| files.allocated(held.snapshot()));
+        let allocated_bytes = allocated.sum();
         let logical_bytes = newest_first.first().map_or(0, |held| held.snapshot().size_bytes);
         let bytes = Bytes { logical_bytes, allocated_bytes, unique_bytes: allocated_bytes };
         usage.bytes.add(bytes);
-        let snapshots = each.then(|| of_snapshots(&folder, &newest_first, task)).transpose()?;
+        let snapshots = each.then(|| of_snapshots(&files, &newest_first, task)).transpose()?;
         usage.disks.push(DiskUsage { disk, snapshot_count: newest_first.len(), bytes, snapshots });
     }
     Ok(usage)
 }
 
 fn of_snapshots(
-    folder: &Path,
+    files: &Files<'_>,
     newest_first: &[Held],
     task: &Task<'_>,
 ) -> Result<Vec<SnapshotUsage>, AdminError> {
@@ -156,13 +167,11 @@ fn of_snapshots(
     for held in newest_first {
         task.check()?;
         let snapshot = held.snapshot();
-        let allocated_bytes = files(folder, snapshot);
+        let allocated_bytes = files.allocated(snapshot);
         let unique_bytes = match children.get(&snapshot.id) {
             None => allocated_bytes,
             // A table that can't be read is told by whoever verifies; here it counts as needed.
-            Some(children) => {
-                shadowed(folder, snapshot, children).unwrap_or(0).min(allocated_bytes)
-            }
+            Some(children) => files.shadowed(snapshot, children).unwrap_or(0).min(allocated_bytes),
         };
         let bytes = Bytes { logical_bytes: snapshot.size_bytes, allocated_bytes, unique_bytes };
         let (snapshot, committed_ms) = (snapshot.id, held.run.committed_ms);
@@ -171,39 +180,47 @@ fn of_snapshots(
     Ok(all)
 }
 
-/// Bytes of a snapshot's blocks that all of its children hold anew.
-fn shadowed(folder: &Path, snapshot: &Snapshot, children: &[&Snapshot]) -> Result<u64, TableError> {
-    let own = open_table(folder, snapshot)?;
-    let children =
-        children.iter().map(|child| open_table(folder, child)).collect::<Result<Vec<_>, _>>()?;
-    let mut blocks = 0;
-    for (segment, _) in own.digests() {
-        if children.iter().any(|child| child.digest(segment).is_none()) {
-            continue;
-        }
-        let Some(page) = own.page(segment)? else { continue };
-        let mut common = page.present;
-        for child in &children {
-            let present = child.page(segment)?.map(|page| page.present).unwrap_or_default();
-            for (word, present) in common.0.iter_mut().zip(present.0) {
-                *word &= present;
-            }
-        }
-        blocks += common.count() as u64;
+/// The files of one machine.
+struct Files<'a> {
+    storage: &'a Disk,
+    folder: &'a Path,
+}
+
+impl Files<'_> {
+    /// Bytes that image and table occupy now; a missing file has none.
+    fn allocated(&self, snapshot: &Snapshot) -> u64 {
+        let file = |name: &str| self.storage.metadata(&self.folder.join(name)).ok().flatten();
+        let occupied = |name: &str| file(name).map_or(0, |file| file.allocated_bytes);
+        occupied(&snapshot.image) + occupied(&snapshot.table)
     }
-    Ok(blocks * BLOCK_BYTES)
-}
 
-fn open_table(folder: &Path, snapshot: &Snapshot) -> Result<Table, TableError> {
-    let file = fs::File::open(folder.join(&snapshot.table));
-    Table::open(file.map_err(|source| TableError::Io { action: "open", source })?)
-}
+    /// Bytes of a snapshot's blocks that all of its children hold anew.
+    fn shadowed(&self, snapshot: &Snapshot, children: &[&Snapshot]) -> Result<u64, TableError> {
+        let own = self.table(snapshot)?;
+        let children =
+            children.iter().map(|child| self.table(child)).collect::<Result<Vec<_>, _>>()?;
+        let mut blocks = 0;
+        for (segment, _) in own.digests() {
+            if children.iter().any(|child| child.digest(segment).is_none()) {
+                continue;
+            }
+            let Some(page) = own.page(segment)? else { continue };
+            let mut common = page.present;
+            for child in &children {
+                let present = child.page(segment)?.map(|page| page.present).unwrap_or_default();
+                for (word, present) in common.0.iter_mut().zip(present.0) {
+                    *word &= present;
+                }
+            }
+            blocks += common.count() as u64;
+        }
+        Ok(blocks * BLOCK_BYTES)
+    }
 
-/// Bytes that image and table occupy now; a missing file has none.
-fn files(folder: &Path, snapshot: &Snapshot) -> u64 {
-    let occupied =
-        |name: &str| fs::metadata(folder.join(name)).map_or(0, |file| file.blocks() * 512);
-    occupied(&snapshot.image) + occupied(&snapshot.table)
+    fn table(&self, snapshot: &Snapshot) -> Result<Table, TableError> {
+        let file = self.storage.open(&self.folder.join(&snapshot.table), Access::Read);
+        Table::open(file.map_err(|source| TableError::Io { action: "open", source })?)
+    }
 }
 
 fn text(usage: &Usage) -> String {
@@ -228,6 +245,11 @@ fn text(usage: &Usage) -> String {
                 let name = format!("    {}  {}", date(one.committed_ms), one.snapshot);
                 rows.push(row(name, String::new(), one.bytes));
             }
+        }
+        if machine.trash_bytes > 0 {
+            let (allocated_bytes, unique_bytes) = (machine.trash_bytes, machine.trash_bytes);
+            let bytes = Bytes { logical_bytes: 0, allocated_bytes, unique_bytes };
+            rows.push(row("  in the trash".into(), String::new(), bytes));
         }
     }
     let free = format!("{} of {} free", amount(usage.free_bytes), amount(usage.total_bytes));

@@ -15,19 +15,12 @@
 //! hashes first: damage stops a merge, it never spreads.
 
 use std::{
-    fs::{self, File, OpenOptions},
     io,
     ops::AddAssign,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
-use janus_proto::{
-    direct::DirectFile,
-    ids::{BLOCK_BYTES, SnapshotId},
-};
-
-use uuid::Uuid;
+use janus_proto::ids::{BLOCK_BYTES, SnapshotId};
 
 use super::{
     Snapshot,
@@ -38,7 +31,7 @@ use crate::{
         ImageError,
         vhdx::{Absorber, VhdxImage, set_identity},
     },
-    storage,
+    storage::{Access, Cloning, Disk, File},
 };
 
 mod blocks;
@@ -130,6 +123,8 @@ pub enum Way {
 /// A link and the child that takes its place, in a machine's folder.
 #[derive(Debug, Clone, Copy)]
 pub struct Pair<'a> {
+    /// Where it lies.
+    pub storage: &'a Disk,
     /// The machine's folder.
     pub folder: &'a Path,
     /// What goes.
@@ -175,9 +170,9 @@ impl Pair<'_> {
     /// As the file system says.
     pub fn can_clone(&self) -> Result<bool, MergeError> {
         let probe = self.partial(&self.child.table);
-        let is_clone = clone(&self.folder.join(&self.link.table), &probe)?.is_some();
-        storage::remove(&probe).map_err(MergeError::io("remove", &probe))?;
-        Ok(is_clone)
+        let clone = self.clone_file(&self.folder.join(&self.link.table), &probe)?;
+        self.storage.remove(&probe).map_err(MergeError::io("remove", &probe))?;
+        Ok(clone.is_some())
     }
 
     /// Makes the merged files, synced. May take minutes; ends with `Stopped` soon after `stop` says true.
@@ -192,7 +187,7 @@ impl Pair<'_> {
         let made = self.make(way, stop);
         if made.is_err() {
             for name in [&self.child.image, &self.child.table] {
-                let _ = storage::remove(&self.partial(name));
+                let _ = self.storage.remove(&self.partial(name));
             }
         }
         made
@@ -200,20 +195,20 @@ impl Pair<'_> {
 
     fn make(&self, way: Way, stop: &dyn Fn() -> bool) -> Result<(Switch, Moved), MergeError> {
         let (parent, child) = (self.open_table(self.link)?, self.open_table(self.child)?);
-        let (image_from, file, parent_id, mut moved) = self.make_image(way, &child, stop)?;
-        let metadata = file.metadata().map_err(MergeError::io("read", &image_from))?;
+        let (image, mut moved) = self.make_image(way, &child, stop)?;
+        let image_from = image.file().path();
+        let metadata = image.file().metadata().map_err(MergeError::io("read", image_from))?;
         let (table_from, table_header) = self.make_table(way, &parent, &child, &mut moved)?;
         let merged = Snapshot {
             parent: self.link.parent,
-            image_length_bytes: metadata.len(),
-            image_allocated_bytes: metadata.blocks() * 512,
+            image_length_bytes: metadata.length_bytes,
+            image_allocated_bytes: metadata.allocated_bytes,
             ..self.child.clone()
         };
-        let image_from = self.relative(&image_from);
         let switch = Switch {
             merged,
-            parent: parent_id,
-            image_from,
+            parent: image.image().parent().map(|parent| parent.data_write),
+            image_from: self.relative(image_from),
             table_from: self.relative(&table_from),
             table_header: table_header.map(hex::encode),
         };
@@ -225,30 +220,24 @@ impl Pair<'_> {
         way: Way,
         table: &Table,
         stop: &dyn Fn() -> bool,
-    ) -> Result<(PathBuf, File, Option<Uuid>, Moved), MergeError> {
+    ) -> Result<(Absorber, Moved), MergeError> {
         let child_path = self.folder.join(&self.child.image);
-        let file = File::open(&child_path).map_err(MergeError::io("open", &child_path))?;
-        let child = VhdxImage::open(DirectFile::for_reading(file, &child_path))
+        let file = self.storage.open_data(&child_path, Access::Read);
+        let child = VhdxImage::open(file.map_err(MergeError::io("open", &child_path))?)
             .map_err(MergeError::image(&child_path))?;
         let link_path = self.folder.join(&self.link.image);
-        let (path, file) = match way {
-            Way::InPlace => (link_path.clone(), open_for_writing(&link_path)?),
-            Way::Clone => {
-                let path = self.partial(&self.child.image);
-                let file = clone(&link_path, &path)?.ok_or_else(|| {
-                    MergeError::io("clone", &link_path)(io::ErrorKind::Unsupported.into())
-                })?;
-                (path, file)
-            }
+        let path = match way {
+            Way::InPlace => link_path,
+            Way::Clone => self.cloned(&link_path, &self.child.image)?,
         };
+        let file = self.storage.open_data(&path, Access::Write);
+        let file = file.map_err(MergeError::io("open", &path))?;
         let damaged = MergeError::image(&path);
-        let kept = file.try_clone().map_err(MergeError::io("open", &path))?;
-        let mut target = Absorber::open(DirectFile::for_writing(file, &path)).map_err(&damaged)?;
+        let mut target = Absorber::open(file).map_err(&damaged)?;
         if target.image().geometry() != child.geometry() {
             let reason = "parent and child are of different disks".to_owned();
             return Err(damaged(ImageError::Impossible { reason }));
         }
-        let parent = target.image().parent().map(|parent| parent.data_write);
         let mut source = blocks::Source {
             snapshot: self.child.id,
             disk_bytes: self.child.size_bytes,
@@ -258,11 +247,11 @@ impl Pair<'_> {
             stop,
         };
         let moved = source.move_into(&mut target, &path, way)?;
-        kept.sync_all().map_err(MergeError::io("sync", &path))?;
+        target.file().sync_all().map_err(MergeError::io("sync", &path))?;
         if way == Way::Clone {
-            set_identity(&kept, self.child.data_write).map_err(&damaged)?;
+            set_identity(target.file(), self.child.data_write).map_err(&damaged)?;
         }
-        Ok((path, kept, parent, moved))
+        Ok((target, moved))
     }
 
     fn make_table(
@@ -276,21 +265,19 @@ impl Pair<'_> {
             (self.folder.join(&self.link.table), self.partial(&self.child.table));
         let synced = |file: &File, path| file.sync_all().map_err(MergeError::io("sync", path));
         if parent.is_worth_rewriting(child) {
-            let file = create(&partial)?;
+            let file = self.create(&partial)?;
             let file = table::rewrite(file, parent, child).map_err(MergeError::table(&partial))?;
             synced(&file, &partial)?;
-            moved.table_bytes += file.metadata().map_or(0, |metadata| metadata.len());
+            let metadata = file.metadata().map_err(MergeError::io("read", &partial))?;
+            moved.table_bytes += metadata.length_bytes;
             return Ok((partial, None));
         }
-        let (path, file) = match way {
-            Way::InPlace => (link_path.clone(), open_for_writing(&link_path)?),
-            Way::Clone => {
-                let file = clone(&link_path, &partial)?.ok_or_else(|| {
-                    MergeError::io("clone", &link_path)(io::ErrorKind::Unsupported.into())
-                })?;
-                (partial, file)
-            }
+        let path = match way {
+            Way::InPlace => link_path,
+            Way::Clone => self.cloned(&link_path, &self.child.table)?,
         };
+        let file = self.storage.open(&path, Access::Write);
+        let file = file.map_err(MergeError::io("open", &path))?;
         let damaged = MergeError::table(&path);
         let appended = table::append(&file, parent, child).map_err(&damaged)?;
         moved.table_bytes += appended.written;
@@ -305,8 +292,33 @@ impl Pair<'_> {
 
     fn open_table(&self, snapshot: &Snapshot) -> Result<Table, MergeError> {
         let path = self.folder.join(&snapshot.table);
-        let file = File::open(&path).map_err(MergeError::io("open", &path))?;
-        Table::open(file).map_err(MergeError::table(&path))
+        let file = self.storage.open(&path, Access::Read);
+        Table::open(file.map_err(MergeError::io("open", &path))?).map_err(MergeError::table(&path))
+    }
+
+    /// The partial file that becomes `name`, as a clone of the one at `from`.
+    fn cloned(&self, from: &Path, name: &str) -> Result<PathBuf, MergeError> {
+        let path = self.partial(name);
+        let unsupported = || MergeError::io("clone", from)(io::ErrorKind::Unsupported.into());
+        self.clone_file(from, &path)?.ok_or_else(unsupported)?;
+        Ok(path)
+    }
+
+    /// Makes a file at `to` that shares all blocks with the one at `from`; `None` where the file system can't.
+    fn clone_file(&self, from: &Path, to: &Path) -> Result<Option<()>, MergeError> {
+        let source = self.storage.open(from, Access::Read).map_err(MergeError::io("open", from))?;
+        let cloned = self.create(to)?.clone_all(&source);
+        Ok(match cloned.map_err(MergeError::io("clone", from))? {
+            Cloning::Done => Some(()),
+            Cloning::Unsupported => None,
+        })
+    }
+
+    fn create(&self, path: &Path) -> Result<File, MergeError> {
+        let file =
+            self.storage.open(path, Access::Create).map_err(MergeError::io("create", path))?;
+        file.set_len(0).map_err(MergeError::io("cut", path))?;
+        Ok(file)
     }
 
     fn partial(&self, name: &str) -> PathBuf {
@@ -315,30 +327,5 @@ impl Pair<'_> {
 
     fn relative(&self, path: &Path) -> String {
         path.strip_prefix(self.folder).unwrap_or(path).to_string_lossy().into_owned()
-    }
-}
-
-fn open_for_writing(path: &Path) -> Result<File, MergeError> {
-    let file = OpenOptions::new().read(true).write(true).open(path);
-    file.map_err(MergeError::io("open", path))
-}
-
-fn create(path: &Path) -> Result<File, MergeError> {
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path);
-    file.map_err(MergeError::io("create", path))
-}
-
-/// A file at `to` that shares all blocks with the one at `from`; `None` where the file system can't.
-fn clone(from: &Path, to: &Path) -> Result<Option<File>, MergeError> {
-    use rustix::io::Errno;
-    let source = File::open(from).map_err(MergeError::io("open", from))?;
-    let file = create(to)?;
-    match rustix::fs::ioctl_ficlone(&file, &source) {
-        Ok(()) => Ok(Some(file)),
-        Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::XDEV | Errno::INVAL | Errno::NOSYS) => {
-            fs::remove_file(to).map_err(MergeError::io("remove", to))?;
-            Ok(None)
-        }
-        Err(errno) => Err(MergeError::io("clone", from)(errno.into())),
     }
 }

@@ -1,19 +1,21 @@
 //! A snapshot opened for reading: the images and tables of its whole chain.
 
 use std::{
-    fs::File,
     io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use janus_proto::{direct::DirectFile, ids::SnapshotId};
+use janus_proto::ids::SnapshotId;
 
 use super::{
     Held,
     table::{Table, TableError, TableStack},
 };
-use crate::image::{ImageError, Layers, vhdx::VhdxImage};
+use crate::{
+    image::{ImageError, Layers, vhdx::VhdxImage},
+    storage::{Access, Disk, File},
+};
 
 /// Why a snapshot can't be read.
 #[derive(Debug, thiserror::Error)]
@@ -76,22 +78,22 @@ impl OpenedSnapshot {
     ///
     /// # Errors
     /// When a file is missing, damaged, or not the one that its child was made on.
-    pub fn open(folder: &Path, chain: &[Held]) -> Result<Self, OpenError> {
+    pub fn open(storage: &Disk, folder: &Path, chain: &[Held]) -> Result<Self, OpenError> {
         let mut images = Vec::with_capacity(chain.len());
         let mut tables = Vec::with_capacity(chain.len());
         for held in chain {
             let path = folder.join(&held.snapshot().image);
-            let file = open_file(&path)?;
-            let (expected, actual) = (held.snapshot().image_length_bytes, length(&file, &path)?);
+            let file = storage.open_data(&path, Access::Read).map_err(failed(&path))?;
+            let (expected, actual) = (held.snapshot().image_length_bytes, length(&file)?);
             if actual < expected {
                 return Err(OpenError::Short { path, expected, actual });
             }
-            let image = VhdxImage::open(DirectFile::for_reading(file, &path))
-                .map_err(|source| OpenError::Image { path, source })?;
+            let image =
+                VhdxImage::open(file).map_err(|source| OpenError::Image { path, source })?;
             images.push(Arc::new(image));
             let path = folder.join(&held.snapshot().table);
-            let table = Table::open(open_file(&path)?)
-                .map_err(|source| OpenError::Table { path, source })?;
+            let file = storage.open(&path, Access::Read).map_err(failed(&path))?;
+            let table = Table::open(file).map_err(|source| OpenError::Table { path, source })?;
             tables.push(Arc::new(table));
         }
         let held = chain[0].clone();
@@ -110,11 +112,10 @@ impl OpenedSnapshot {
     }
 }
 
-fn open_file(path: &Path) -> Result<File, OpenError> {
-    File::open(path).map_err(|source| OpenError::Io { path: path.to_owned(), source })
+fn length(file: &File) -> Result<u64, OpenError> {
+    Ok(file.metadata().map_err(failed(file.path()))?.length_bytes)
 }
 
-fn length(file: &File, path: &Path) -> Result<u64, OpenError> {
-    let failed = |source| OpenError::Io { path: path.to_owned(), source };
-    Ok(file.metadata().map_err(failed)?.len())
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> OpenError {
+    move |source| OpenError::Io { path: path.to_owned(), source }
 }

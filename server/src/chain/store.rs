@@ -21,7 +21,6 @@ mod trash;
 
 use std::{
     collections::{HashMap, HashSet},
-    fs::{self, File},
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -31,7 +30,7 @@ use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId, Stor
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{FORMAT, History, Run, merge::Intent};
-use crate::storage;
+use crate::storage::{Access, Disk, File};
 
 const RUNS: &str = ".runs";
 const OPEN: &str = ".open";
@@ -191,6 +190,7 @@ pub struct MachineState {
 /// The folder tree of one server, locked for this process.
 #[derive(Debug)]
 pub struct Store {
+    storage: Disk,
     root: PathBuf,
     separate_folders_by_user: bool,
     /// Id of this store.
@@ -210,20 +210,33 @@ impl Store {
         root: &Path,
         separate_folders_by_user: bool,
     ) -> Result<(Self, HashMap<MachineKey, MachineState>), StoreError> {
-        storage::make_folder(root).map_err(StoreError::io("make the image path", root))?;
-        let lock_path = root.join(".store.lock");
-        let lock =
-            File::create(&lock_path).map_err(StoreError::io("write to the image path", root))?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| StoreError::Locked { path: root.to_owned() })?;
+        Self::open_on(Disk::default(), root, separate_folders_by_user)
+    }
+
+    /// The same on a given disk: tests watch what is done there, and make it fail.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_on(
+        storage: Disk,
+        root: &Path,
+        separate_folders_by_user: bool,
+    ) -> Result<(Self, HashMap<MachineKey, MachineState>), StoreError> {
+        storage.make_folder(root).map_err(StoreError::io("make the image path", root))?;
+        let lock = storage.open(&root.join(".store.lock"), Access::Create);
+        let lock = lock.map_err(StoreError::io("write to the image path", root))?;
+        if !lock.try_lock().map_err(StoreError::io("lock", root))? {
+            return Err(StoreError::Locked { path: root.to_owned() });
+        }
         let file_path = root.join(".store.json");
-        let mut file = match read_or_put_aside::<StoreFile>(&file_path)? {
+        let mut file = match read_or_put_aside::<StoreFile>(&storage, &file_path)? {
             Some(file) => file,
             None => StoreFile { format: FORMAT, generation: StoreGeneration::new(), starts: 0 },
         };
         file.starts += 1;
-        write(&file_path, &file)?;
+        write(&storage, &file_path, &file)?;
         let store = Self {
+            storage,
             root: root.to_owned(),
             separate_folders_by_user,
             generation: file.generation,
@@ -237,6 +250,19 @@ impl Store {
             }
         }
         Ok((store, machines))
+    }
+
+    /// What the store lies on.
+    pub fn storage(&self) -> &Disk {
+        &self.storage
+    }
+
+    /// Free and total bytes below the image path.
+    ///
+    /// # Errors
+    /// As the file system says.
+    pub fn space(&self) -> io::Result<(u64, u64)> {
+        self.storage.space(&self.root)
     }
 
     /// The image path.
@@ -266,8 +292,9 @@ impl Store {
         counters: Counters,
     ) -> Result<(), StoreError> {
         let folder = self.machine_folder(machine);
-        storage::make_folder(&folder).map_err(StoreError::io("make", &folder))?;
+        self.storage.make_folder(&folder).map_err(StoreError::io("make", &folder))?;
         write(
+            &self.storage,
             &folder.join(MACHINE),
             &MachineFile { format: FORMAT, machine: machine.clone(), counters },
         )
@@ -281,9 +308,9 @@ impl Store {
         let folder = self.machine_folder(&run.machine);
         for name in run.disks.iter().map(|disk| disk.disk.as_str()).chain([OPEN, RUNS]) {
             let path = folder.join(name);
-            storage::make_folder(&path).map_err(StoreError::io("make", &path))?;
+            self.storage.make_folder(&path).map_err(StoreError::io("make", &path))?;
         }
-        write(&self.open_path(run), run)
+        write(&self.storage, &self.open_path(run), run)
     }
 
     /// Forgets an open run and, unless it was committed, its partial files.
@@ -294,10 +321,10 @@ impl Store {
         let folder = self.machine_folder(&run.machine);
         for name in run.disks.iter().flat_map(OpenDisk::open_files) {
             let path = folder.join(name);
-            storage::remove(&path).map_err(StoreError::io("remove", &path))?;
+            self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
         }
         let path = self.open_path(run);
-        storage::remove(&path).map_err(StoreError::io("remove", &path))
+        self.storage.remove(&path).map_err(StoreError::io("remove", &path))
     }
 
     /// Publishes a run: gives its synced partial files their names, then writes the manifest, the commit point.
@@ -307,9 +334,9 @@ impl Store {
     /// may be tried again.
     pub fn publish(&self, run: &Run, open: &OpenRun) -> Result<(), StoreError> {
         let folder = self.machine_folder(&run.machine);
-        let published = name_and_publish(&folder, run, open);
+        let published = name_and_publish(&self.storage, &folder, run, open);
         if published.is_err() {
-            take_back(&folder, open)?;
+            take_back(&self.storage, &folder, open)?;
         }
         published
     }
@@ -319,13 +346,13 @@ impl Store {
     }
 
     fn machine_folders(&self) -> Result<Vec<PathBuf>, StoreError> {
-        let first = folders_in(&self.root)?;
+        let first = folders_in(&self.storage, &self.root)?;
         if !self.separate_folders_by_user {
             return Ok(first);
         }
         let mut all = Vec::new();
         for user in first {
-            all.extend(folders_in(&user)?);
+            all.extend(folders_in(&self.storage, &user)?);
         }
         Ok(all)
     }
@@ -343,15 +370,15 @@ impl Store {
         folder: &Path,
     ) -> Result<Option<(MachineKey, MachineState)>, StoreError> {
         let path = folder.join(MACHINE);
-        let mut file = match read_or_put_aside::<MachineFile>(&path)? {
+        let mut file = match read_or_put_aside::<MachineFile>(&self.storage, &path)? {
             Some(file) => file,
             // Counters are raised by the next start; what was backed up counts.
             None => match self.machine_of(folder) {
-                Some(machine) if has_manifests(folder)? => {
+                Some(machine) if has_manifests(&self.storage, folder)? => {
                     tracing::error!(path = %path.display(), "a machine's file is missing or damaged: it is made again");
                     let counters = Counters::default();
                     let file = MachineFile { format: FORMAT, machine, counters };
-                    write(&path, &file)?;
+                    write(&self.storage, &path, &file)?;
                     file
                 }
                 _ => return Ok(None),
@@ -362,10 +389,11 @@ impl Store {
             return Err(StoreError::Damaged { path, reason });
         }
         let mut state = MachineState { counters: file.counters, ..MachineState::default() };
-        state.last_sequence = last_sequence(folder)?.max(file.counters.purged_sequence);
+        let last = last_sequence(&self.storage, folder)?;
+        state.last_sequence = last.max(file.counters.purged_sequence);
         let mut unread = false;
-        for path in files_in(&folder.join(RUNS), "json")? {
-            match read::<Run>(&path) {
+        for path in files_in(&self.storage, &folder.join(RUNS), "json")? {
+            match read::<Run>(&self.storage, &path) {
                 Ok(Some(run)) if run.machine == file.machine => state.history.add(Arc::new(run)),
                 Ok(_) => {
                     tracing::error!(path = %path.display(), "a run manifest of another machine is left out");
@@ -374,7 +402,7 @@ impl Store {
                 Err(error @ StoreError::Newer { .. }) => return Err(error),
                 Err(error @ StoreError::Damaged { .. }) => {
                     tracing::error!(%error, "a run manifest is left out; its images stay where they are");
-                    put_aside(&path)?;
+                    put_aside(&self.storage, &path)?;
                 }
                 Err(error) => {
                     tracing::error!(%error, "a run manifest can't be read and is left out");
@@ -382,74 +410,83 @@ impl Store {
                 }
             }
         }
-        unread |= !files_in(&folder.join(RUNS), DAMAGED)?.is_empty();
-        unread |= !trash::load(folder, &file.machine, &mut state.history)?;
+        unread |= !files_in(&self.storage, &folder.join(RUNS), DAMAGED)?.is_empty();
+        unread |= !trash::load(&self.storage, folder, &file.machine, &mut state.history)?;
         state.incomplete = unread;
         self.finish_merges(&mut file, &mut state)?;
-        for path in files_in(&folder.join(OPEN), "json")? {
-            match read::<OpenRun>(&path) {
+        for path in files_in(&self.storage, &folder.join(OPEN), "json")? {
+            match read::<OpenRun>(&self.storage, &path) {
                 Ok(Some(run)) if state.history.run(run.backup).is_some() => {
                     self.remove_open(&run)?
                 }
                 Ok(Some(run)) => {
-                    take_back(folder, &run)?;
+                    take_back(&self.storage, folder, &run)?;
                     state.open.push(run);
                 }
                 Ok(None) => {}
                 Err(error @ StoreError::Newer { .. }) => return Err(error),
                 Err(error) => {
                     tracing::error!(%error, "an open run can't be read and is given up");
-                    storage::remove(&path).map_err(StoreError::io("remove", &path))?;
+                    self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
                 }
             }
         }
         // What a damaged manifest names may be whole: it stays, for whoever brings the manifest back.
         if !state.incomplete && state.unfinished.is_empty() {
-            set_aside_unknown(folder, &state)?;
+            set_aside_unknown(&self.storage, folder, &state)?;
         }
         Ok(Some((file.machine, state)))
     }
 }
 
 /// True when a machine's folder has manifests of runs, kept or dropped.
-fn has_manifests(folder: &Path) -> Result<bool, StoreError> {
-    let any = |name| Ok::<_, StoreError>(!files_in(&folder.join(name), "json")?.is_empty());
+fn has_manifests(storage: &Disk, folder: &Path) -> Result<bool, StoreError> {
+    let any =
+        |name| Ok::<_, StoreError>(!files_in(storage, &folder.join(name), "json")?.is_empty());
     Ok(any(RUNS)? || any(trash::TRASH)?)
 }
 
 /// Highest number that the name of a manifest begins with.
-fn last_sequence(folder: &Path) -> Result<u64, StoreError> {
+fn last_sequence(storage: &Disk, folder: &Path) -> Result<u64, StoreError> {
     let number =
-        |entry: &fs::DirEntry| entry.file_name().to_str()?.split('.').next()?.parse::<u64>().ok();
-    let (runs, trash) = (list(&folder.join(RUNS))?, list(&folder.join(trash::TRASH))?);
+        |path: &PathBuf| path.file_name()?.to_str()?.split('.').next()?.parse::<u64>().ok();
+    let (runs, trash) =
+        (list(storage, &folder.join(RUNS))?, list(storage, &folder.join(trash::TRASH))?);
     Ok(runs.iter().chain(&trash).filter_map(number).max().unwrap_or(0))
 }
 
-fn name_and_publish(folder: &Path, run: &Run, open: &OpenRun) -> Result<(), StoreError> {
+fn name_and_publish(
+    storage: &Disk,
+    folder: &Path,
+    run: &Run,
+    open: &OpenRun,
+) -> Result<(), StoreError> {
     for disk in &open.disks {
         for kind in ["vhdx", "table"] {
             let path = folder.join(disk.published(kind));
-            fs::rename(folder.join(disk.partial(kind)), &path)
+            storage
+                .rename(&folder.join(disk.partial(kind)), &path)
                 .map_err(StoreError::io("publish", &path))?;
         }
         let disk_folder = folder.join(disk.disk.as_str());
-        storage::sync_folder(&disk_folder).map_err(StoreError::io("sync", &disk_folder))?;
+        storage.sync_folder(&disk_folder).map_err(StoreError::io("sync", &disk_folder))?;
     }
     let path = trash::manifest_path(&folder.join(RUNS), run);
-    if path.exists() {
+    if storage.exists(&path).map_err(StoreError::io("look for", &path))? {
         let source = io::Error::from(io::ErrorKind::AlreadyExists);
         return Err(StoreError::Io { action: "write over", path, source });
     }
-    write(&path, run)
+    write(storage, &path, run)
 }
 
 /// Undoes the renames of a publication that did not reach its manifest.
-fn take_back(folder: &Path, run: &OpenRun) -> Result<(), StoreError> {
+fn take_back(storage: &Disk, folder: &Path, run: &OpenRun) -> Result<(), StoreError> {
     for disk in &run.disks {
         for kind in ["vhdx", "table"] {
             let path = folder.join(disk.published(kind));
-            if path.exists() {
-                fs::rename(&path, folder.join(disk.partial(kind)))
+            if storage.exists(&path).map_err(StoreError::io("look for", &path))? {
+                storage
+                    .rename(&path, &folder.join(disk.partial(kind)))
                     .map_err(StoreError::io("take back", &path))?;
             }
         }
@@ -458,7 +495,11 @@ fn take_back(folder: &Path, run: &OpenRun) -> Result<(), StoreError> {
 }
 
 /// Moves files that nothing names to `set-aside`, so that they are neither used nor lost.
-fn set_aside_unknown(folder: &Path, state: &MachineState) -> Result<(), StoreError> {
+fn set_aside_unknown(
+    storage: &Disk,
+    folder: &Path,
+    state: &MachineState,
+) -> Result<(), StoreError> {
     let mut known: HashSet<PathBuf> = HashSet::new();
     for held in state.history.links() {
         known.insert(folder.join(&held.snapshot().image));
@@ -467,69 +508,75 @@ fn set_aside_unknown(folder: &Path, state: &MachineState) -> Result<(), StoreErr
     for name in state.open.iter().flat_map(|run| &run.disks).flat_map(OpenDisk::open_files) {
         known.insert(folder.join(name));
     }
-    for disk_folder in folders_in(folder)? {
-        for entry in list(&disk_folder)? {
-            let path = entry.path();
-            if path.is_dir() || known.contains(&path) {
+    for disk_folder in folders_in(storage, folder)? {
+        for path in list(storage, &disk_folder)? {
+            if known.contains(&path) || is_folder(storage, &path)? {
                 continue;
             }
             let aside = disk_folder.join("set-aside");
-            storage::make_folder(&aside).map_err(StoreError::io("make", &aside))?;
+            storage.make_folder(&aside).map_err(StoreError::io("make", &aside))?;
             tracing::warn!(path = %path.display(), "no run names this file: set aside");
-            fs::rename(&path, aside.join(entry.file_name()))
+            storage
+                .rename(&path, &aside.join(path.file_name().unwrap_or_default()))
                 .map_err(StoreError::io("set aside", &path))?;
         }
     }
     Ok(())
 }
 
-fn list(folder: &Path) -> Result<Vec<fs::DirEntry>, StoreError> {
-    match fs::read_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        entries => entries.and_then(Iterator::collect).map_err(StoreError::io("list", folder)),
-    }
+fn list(storage: &Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    storage.list(folder).map_err(StoreError::io("list", folder))
+}
+
+fn is_folder(storage: &Disk, path: &Path) -> Result<bool, StoreError> {
+    storage.is_folder(path).map_err(StoreError::io("look at", path))
 }
 
 /// Folders of users, machines or disks: our own start with a dot.
-fn folders_in(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
-    let own = |entry: &&fs::DirEntry| entry.file_name().as_encoded_bytes().starts_with(b".");
-    let entries = list(folder)?;
-    Ok(entries
-        .iter()
-        .filter(|entry| !own(entry))
-        .map(fs::DirEntry::path)
-        .filter(|path| path.is_dir())
-        .collect())
+fn folders_in(storage: &Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let is_own = |path: &Path| {
+        path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
+    };
+    let mut folders = Vec::new();
+    for path in list(storage, folder)? {
+        if !is_own(&path) && is_folder(storage, &path)? {
+            folders.push(path);
+        }
+    }
+    Ok(folders)
 }
 
-fn files_in(folder: &Path, extension: &str) -> Result<Vec<PathBuf>, StoreError> {
-    let entries = list(folder)?;
-    let paths = entries.iter().map(fs::DirEntry::path);
-    Ok(paths.filter(|path| path.extension().is_some_and(|e| e == extension)).collect())
+fn files_in(storage: &Disk, folder: &Path, extension: &str) -> Result<Vec<PathBuf>, StoreError> {
+    let mut paths = list(storage, folder)?;
+    paths.retain(|path| path.extension().is_some_and(|found| found == extension));
+    Ok(paths)
 }
 
 /// Largest JSON file we read: a run of 64 disks is far below.
 const MAX_FILE_BYTES: u64 = 4 << 20;
 
-fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+fn write<T: Serialize>(storage: &Disk, path: &Path, value: &T) -> Result<(), StoreError> {
     let damaged =
         |e: serde_json::Error| StoreError::Damaged { path: path.to_owned(), reason: e.to_string() };
     let mut bytes = serde_json::to_vec_pretty(value).map_err(damaged)?;
     bytes.push(b'\n');
     let sum = blake3::hash(&bytes);
     bytes.extend_from_slice(format!("{sum}\n").as_bytes());
-    storage::replace(path, &bytes).map_err(StoreError::io("write", path))
+    storage.replace(path, &bytes).map_err(StoreError::io("write", path))
 }
 
 /// Extension of files that could not be read. They are kept, and never written over.
 const DAMAGED: &str = "damaged";
 
 /// A file that can be made again: a damaged one is kept beside and counts as missing.
-fn read_or_put_aside<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> {
-    match read(path) {
+fn read_or_put_aside<T: DeserializeOwned>(
+    storage: &Disk,
+    path: &Path,
+) -> Result<Option<T>, StoreError> {
+    match read(storage, path) {
         Err(error @ StoreError::Damaged { .. }) => {
             tracing::error!(%error, "a file is put aside");
-            put_aside(path)?;
+            put_aside(storage, path)?;
             Ok(None)
         }
         other => other,
@@ -537,20 +584,22 @@ fn read_or_put_aside<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Stor
 }
 
 /// Gives a damaged file a name that nothing else has.
-fn put_aside(path: &Path) -> Result<(), StoreError> {
+fn put_aside(storage: &Disk, path: &Path) -> Result<(), StoreError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let aside = path.with_file_name(format!("{name}.{}.{DAMAGED}", uuid::Uuid::now_v7().simple()));
-    fs::rename(path, &aside).map_err(StoreError::io("put aside", path))
+    storage.rename(path, &aside).map_err(StoreError::io("put aside", path))
 }
 
-fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreError> {
+fn read<T: DeserializeOwned>(storage: &Disk, path: &Path) -> Result<Option<T>, StoreError> {
     let damaged = |reason: String| StoreError::Damaged { path: path.to_owned(), reason };
-    match fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Ok(metadata) if metadata.len() > MAX_FILE_BYTES => return Err(damaged("too long".into())),
-        other => other.map_err(StoreError::io("read", path))?,
+    let bytes = match storage.read(path, MAX_FILE_BYTES) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+            return Err(damaged("too long".into()));
+        }
+        Err(error) => return Err(StoreError::io("read", path)(error)),
     };
-    let bytes = fs::read(path).map_err(StoreError::io("read", path))?;
     let split = bytes.len().checked_sub(65).ok_or_else(|| damaged("too short".into()))?;
     let (json, sum) = bytes.split_at(split);
     if sum.strip_suffix(b"\n") != Some(blake3::hash(json).to_string().as_bytes()) {

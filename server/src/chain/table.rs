@@ -16,15 +16,13 @@
 //! Pages that were read through an older header stay where they are, so a table that is open goes on. What lies behind the
 //! index is of an attempt that did not get to the header.
 
-use std::{
-    fs::File,
-    io::{self, BufWriter, Seek, SeekFrom, Write},
-    os::unix::fs::FileExt,
-};
+use std::io;
 
 use janus_proto::ids::{
     BLOCK_BYTES, BlockHash, MAX_DISK_BYTES, SEGMENT_BLOCKS, SnapshotId, block_count, segment_count,
 };
+
+use crate::storage::{Appender, File};
 
 mod append;
 mod stack;
@@ -196,7 +194,7 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 /// Writes a table, segment by segment.
 #[derive(Debug)]
 pub struct TableWriter {
-    file: BufWriter<File>,
+    file: Appender,
     header: TableHeader,
     entries: Vec<Entry>,
     end: u64,
@@ -207,15 +205,13 @@ impl TableWriter {
     ///
     /// # Errors
     /// When the file can't be written or the disk is larger than the format allows.
-    pub fn create(mut file: File, header: TableHeader) -> Result<Self, TableError> {
+    pub fn create(file: File, header: TableHeader) -> Result<Self, TableError> {
         if header.disk_bytes > MAX_DISK_BYTES {
             return Err(TableError::impossible(format!("a disk of {} bytes", header.disk_bytes)));
         }
         let end = HEADER_BYTES as u64;
-        file.set_len(0)
-            .and_then(|()| file.seek(SeekFrom::Start(end)))
-            .map_err(TableError::io("write"))?;
-        Ok(Self { file: BufWriter::with_capacity(1 << 18, file), header, entries: Vec::new(), end })
+        file.set_len(0).map_err(TableError::io("write"))?;
+        Ok(Self { file: Appender::new(file, end), header, entries: Vec::new(), end })
     }
 
     /// Adds a segment: the hashes of its blocks in `present`, in order, and the digest of the whole segment with the parent's
@@ -245,7 +241,7 @@ impl TableWriter {
         let mut page = Vec::with_capacity(BITMAP_BYTES + hashes.len() * BlockHash::LEN);
         page.extend(present.0.iter().flat_map(|word| word.to_le_bytes()));
         page.extend(hashes.iter().flat_map(|hash| hash.0));
-        self.file.write_all(&page).map_err(TableError::io("write"))?;
+        self.file.push(&page).map_err(TableError::io("write"))?;
         let sum = crc32c::crc32c(&page);
         self.entries.push(Entry {
             segment,
@@ -267,9 +263,9 @@ impl TableWriter {
         for entry in &self.entries {
             let bytes = entry.to_bytes();
             sum.update(&bytes);
-            self.file.write_all(&bytes).map_err(TableError::io("write"))?;
+            self.file.push(&bytes).map_err(TableError::io("write"))?;
         }
-        let file = self.file.into_inner().map_err(|e| TableError::io("write")(e.into_error()))?;
+        let file = self.file.finish().map_err(TableError::io("write"))?;
         let fields = Fields {
             version: WRITTEN,
             header: self.header,
@@ -362,7 +358,7 @@ impl Table {
         let mut header = [0; HEADER_BYTES];
         file.read_exact_at(&mut header, 0).map_err(TableError::io("header"))?;
         let fields = Fields::from_bytes(&header)?;
-        let file_bytes = file.metadata().map_err(TableError::io("length"))?.len();
+        let file_bytes = file.metadata().map_err(TableError::io("length"))?.length_bytes;
         let index_bytes = fields.pages.checked_mul(ENTRY_BYTES as u64);
         let end = index_bytes.and_then(|bytes| fields.index_offset.checked_add(bytes));
         let end = end.filter(|end| *end <= file_bytes).ok_or_else(|| {

@@ -2,14 +2,16 @@
 //! Also a module of `tests/outside_readers.rs`, which imports what `super` names here.
 
 use std::{
-    collections::BTreeMap, convert::Infallible, fs::File, os::unix::fs::FileExt, path::Path,
-    path::PathBuf,
+    collections::BTreeMap,
+    convert::Infallible,
+    path::{Path, PathBuf},
 };
 
 use uuid::Uuid;
 
 use super::{
     Geometry, Identity, Kind, Parent,
+    storage::{Access, Disk, File},
     vhdx::{Layout, PAYLOAD_BYTES, Payload, UNIT_BYTES, VhdxImage, write_structures},
 };
 
@@ -49,13 +51,13 @@ impl Sample {
         });
         let kind = if parent.is_some() { Kind::Differencing } else { Kind::Dynamic };
         let layout = Layout::new(self.geometry, kind).unwrap();
-        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        let file = Disk::default().open(&path, Access::CreateNew).unwrap();
         let blocks = fill_slots(&file, &layout, units, &mut self.model);
         let listed = blocks.values().copied().map(Ok::<_, Infallible>);
         let slots = blocks.len() as u32;
         let length =
             write_structures(&file, &layout, &identity, parent.as_ref(), slots, listed).unwrap();
-        assert_eq!(length, file.metadata().unwrap().len());
+        assert_eq!(length, file.metadata().unwrap().length_bytes);
         self.files.push(path);
         self.ids.push(identity);
     }
@@ -66,14 +68,16 @@ impl Sample {
         self.files
             .iter()
             .rev()
-            .map(|path| VhdxImage::open(File::open(path).unwrap()).unwrap())
+            .map(|path| {
+                VhdxImage::open(Disk::default().open_data(path, Access::Read).unwrap()).unwrap()
+            })
             .collect()
     }
 
     #[allow(dead_code)] // Only outside readers need it.
     /// The disk as a raw file of its virtual size.
     pub fn write_raw(&self, path: &Path) {
-        let file = File::create(path).unwrap();
+        let file = Disk::default().open(path, Access::CreateNew).unwrap();
         file.set_len(Layout::new(self.geometry, Kind::Dynamic).unwrap().virtual_bytes()).unwrap();
         for (unit, content) in &self.model {
             file.write_all_at(content, unit * UNIT_BYTES).unwrap();

@@ -6,12 +6,12 @@
 
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{Arc, Mutex},
 };
 
 use janus_proto::ids::MachineKey;
 
-use super::{RunError, Runs};
+use super::{RunError, Runs, lock};
 use crate::{
     config::{Settings, Size},
     space::{self, Space},
@@ -48,7 +48,7 @@ impl Runs {
 
     /// Refuses a new run of a machine where there is no room for it.
     pub(super) fn check_room(&self, machine: &MachineKey) -> Result<(), RunError> {
-        match Space::ask(self.store.root(), self.limits.reserve) {
+        match Space::ask(&self.store, self.limits.reserve) {
             Some(space) if space.is_low(false) => Err(RunError::Full(space.advice())),
             _ => self.check_quota(machine.user()),
         }
@@ -82,18 +82,25 @@ impl Runs {
 }
 
 /// What one stream has sent since its user's quota was looked at.
-#[derive(Debug, Default)]
-pub(super) struct Metered(AtomicU64);
+pub(super) struct Metered {
+    runs: Arc<Runs>,
+    /// `None` before the first message: a resumed run may be over its quota already.
+    sent_bytes: Mutex<Option<u64>>,
+}
 
 impl Metered {
-    /// Counts `bytes` that will be stored.
-    pub(super) fn count(&self, runs: &Runs, user: &str, bytes: u64) -> Result<(), RunError> {
-        let before = self.0.fetch_add(bytes, Ordering::Relaxed);
-        // The first message counts too: a resumed run may be over its quota already.
-        if before != 0 && before.saturating_add(bytes) < LOOK_BYTES {
-            return Ok(());
-        }
-        self.0.store(1, Ordering::Relaxed);
-        runs.check_quota(user)
+    pub(super) fn new(runs: Arc<Runs>) -> Self {
+        Self { runs, sent_bytes: Mutex::new(None) }
+    }
+
+    /// Counts `bytes` that are about to be stored.
+    pub(super) fn count(&self, user: &str, bytes: u64) -> Result<(), RunError> {
+        let is_due = {
+            let mut sent_bytes = lock(&self.sent_bytes);
+            let sent = sent_bytes.map_or(LOOK_BYTES, |sent| sent.saturating_add(bytes));
+            *sent_bytes = Some(if sent >= LOOK_BYTES { 0 } else { sent });
+            sent >= LOOK_BYTES
+        };
+        if is_due { self.runs.check_quota(user) } else { Ok(()) }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashSet, VecDeque},
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
     time::Duration,
 };
@@ -10,15 +11,13 @@ use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId};
 use time::{OffsetDateTime, macros::format_description};
 use tokio::time::Instant;
 
-use super::{
-    CommitDisk, MAX_COUNTER_JUMP, RunError, Runs, WantedDisk, boot_id, left, lock, now_ms,
-};
+use super::{CommitDisk, MAX_COUNTER_JUMP, RunError, Runs, WantedDisk, left, lock, now_ms};
 use crate::{
     chain::{
         FORMAT, Held, History, Run, Snapshot, TrashRecord, TrashedRun,
         merge::Intent,
         opened::OpenedSnapshot,
-        store::{Counters, MachineState, OpenDisk, OpenRun},
+        store::{Counters, MachineState, OpenDisk, OpenRun, Store, StoreError},
     },
     session::{Session, Trust},
 };
@@ -350,7 +349,7 @@ impl ActiveRun {
                 size_bytes: disk.size_bytes,
                 logical_sector_bytes: disk.logical_sector_bytes,
                 head: head.as_ref().map(|head| head.held.snapshot().id),
-                stem: free_stem(&folder, machine, &disk.disk),
+                stem: free_stem(runs.store(), machine, &disk.disk)?,
             });
             opened.push(head);
         }
@@ -361,12 +360,13 @@ impl ActiveRun {
             epoch: 1,
             use_counter,
             started_ms: now_ms(),
-            boot: boot_id(),
+            boot: runs.store().storage().boot(),
             disks,
         };
         runs.store().save_open(&record)?;
         let open = |(disk, head): (&OpenDisk, _)| {
-            Session::open(&folder, disk.clone(), head, Trust::SameBoot).map(Arc::new)
+            Session::open(runs.store().storage(), &folder, disk.clone(), head, Trust::SameBoot)
+                .map(Arc::new)
         };
         let sessions = record.disks.iter().zip(opened).map(open).collect::<Result<Vec<_>, _>>();
         let sessions = sessions.inspect_err(|_| {
@@ -390,13 +390,11 @@ impl ActiveRun {
         if !same {
             return Err(RunError::OtherDisks { backup: self.backup });
         }
-        let trust = if !record.boot.is_empty() && record.boot == boot_id() {
-            Trust::SameBoot
-        } else {
-            Trust::Synced
-        };
+        let boot = runs.store().storage().boot();
+        let trust =
+            if !boot.is_empty() && record.boot == boot { Trust::SameBoot } else { Trust::Synced };
         record.epoch += 1;
-        record.boot = boot_id();
+        record.boot = boot;
         record.started_ms = now_ms();
         let kept = lock(&self.state).sessions.clone();
         let mut sessions = Vec::with_capacity(record.disks.len());
@@ -430,7 +428,8 @@ impl ActiveRun {
             }
             None => None,
         };
-        Ok(Session::open(&runs.store().machine_folder(&self.machine), disk.clone(), head, trust)?)
+        let folder = runs.store().machine_folder(&self.machine);
+        Ok(Session::open(runs.store().storage(), &folder, disk.clone(), head, trust)?)
     }
 
     /// The run as it is on disk.
@@ -561,19 +560,28 @@ fn readable_head(runs: &Runs, machine: &Machine, disk: &DiskId) -> Option<Opened
 }
 
 /// A file name that is free: `<disk>/<number>-<time>`.
-fn free_stem(folder: &std::path::Path, machine: &Machine, disk: &DiskId) -> String {
+fn free_stem(store: &Store, machine: &Machine, disk: &DiskId) -> Result<String, RunError> {
+    let folder = store.machine_folder(&machine.key);
     let time = OffsetDateTime::now_utc()
         .format(format_description!("[year][month][day]T[hour][minute][second]Z"));
     let time = time.unwrap_or_else(|_| "undated".to_owned());
-    let first = 1 + machine.snapshots().iter().filter(|held| held.snapshot().disk == *disk).count();
-    let taken = |stem: &String| {
-        ["vhdx", "vhdx.partial", "journal"]
-            .iter()
-            .any(|kind| folder.join(format!("{stem}.{kind}")).exists())
-    };
-    let stems = (first..).map(|number| format!("{disk}/{number:05}-{time}"));
-    stems
-        .into_iter()
-        .find(|stem| !taken(stem))
-        .unwrap_or_else(|| format!("{disk}/{}", SessionId::new()))
+    let mut number =
+        1 + machine.snapshots().iter().filter(|held| held.snapshot().disk == *disk).count();
+    loop {
+        let stem = format!("{disk}/{number:05}-{time}");
+        if !is_taken(store, &folder, &stem)? {
+            return Ok(stem);
+        }
+        number += 1;
+    }
+}
+
+fn is_taken(store: &Store, folder: &Path, stem: &str) -> Result<bool, RunError> {
+    for kind in ["vhdx", "vhdx.partial", "journal"] {
+        let path = folder.join(format!("{stem}.{kind}"));
+        if store.storage().exists(&path).map_err(StoreError::io("look for", &path))? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

@@ -14,12 +14,9 @@ use janus_proto::ids::{BackupId, MachineKey, SnapshotId};
 use tokio_util::sync::CancellationToken;
 
 use super::{Change, Machine, RunError, Runs};
-use crate::{
-    chain::{
-        Held, TrashedRun,
-        merge::{Intent, MergeError, Moved, Pair, Way},
-    },
-    storage,
+use crate::chain::{
+    Held, TrashedRun,
+    merge::{Intent, MergeError, Moved, Pair, Way},
 };
 
 /// For manifests, intents and the file system's own needs.
@@ -216,7 +213,9 @@ impl Purge<'_> {
             return self.conclude(link, Intent::remove(link.snapshot().clone()));
         };
         let folder = self.runs.store.machine_folder(&self.machine.key);
-        let pair = Pair { folder: &folder, link: link.snapshot(), child: child.snapshot() };
+        let storage = self.runs.store.storage();
+        let (link_snapshot, child) = (link.snapshot(), child.snapshot());
+        let pair = Pair { storage, folder: &folder, link: link_snapshot, child };
         let way = self.way(&pair, children.len())?;
         self.begin(link)?;
         let stop = || self.stop.is_cancelled();
@@ -242,9 +241,8 @@ impl Purge<'_> {
             return Err(Wait::Children(children));
         }
         let needed_bytes = pair.needed_bytes(way)? + SLACK_BYTES;
-        let root = self.runs.store.root();
         let (free_bytes, _) =
-            storage::space(root).map_err(|error| Wait::Failed(error.to_string()))?;
+            self.runs.store.space().map_err(|error| Wait::Failed(error.to_string()))?;
         if free_bytes < needed_bytes.saturating_add(self.options.reserve_bytes) {
             return Err(Wait::Space { needed_bytes, free_bytes });
         }

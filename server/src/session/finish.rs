@@ -1,12 +1,6 @@
 //! Turning a session into an image and a table: checked against the commit's digest, written, synced, not yet named.
 
-use std::{
-    collections::HashMap,
-    convert::Infallible,
-    fs::{File, OpenOptions},
-    ops::Range,
-    os::unix::fs::MetadataExt,
-};
+use std::{collections::HashMap, convert::Infallible, ops::Range};
 
 use janus_proto::{
     buffers::Buffer,
@@ -23,6 +17,7 @@ use crate::{
         Identity, ImageError, Kind, Parent,
         vhdx::{Payload, write_structures},
     },
+    storage::Access,
 };
 
 /// An image that only needs its name and a manifest.
@@ -69,14 +64,14 @@ impl Session {
         let identity = self.write_image(&inner, &slots)?;
         let path = self.image_path();
         let failed = SessionError::io("sync", &path);
-        let image = self.image.file();
-        let metadata = image.sync_all().and_then(|()| image.metadata()).map_err(failed)?;
+        let synced = self.image.sync_all().and_then(|()| self.image.metadata());
+        let metadata = synced.map_err(failed)?;
         Ok(Finished {
             identity,
             table_digest: stored,
             is_delta,
-            image_allocated_bytes: metadata.blocks() * 512,
-            image_length_bytes: metadata.len(),
+            image_allocated_bytes: metadata.allocated_bytes,
+            image_length_bytes: metadata.length_bytes,
         })
     }
 
@@ -122,9 +117,8 @@ impl Session {
         is_delta: bool,
     ) -> Result<(), SessionError> {
         let path = self.folder.join(self.disk.partial("table"));
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
-        let file: File = file.map_err(SessionError::io("create", &path))?;
+        let file = self.storage.open(&path, Access::Create);
+        let file = file.map_err(SessionError::io("create", &path))?;
         let header = TableHeader { snapshot: self.disk.snapshot, disk_bytes: self.disk.size_bytes };
         let mut writer = TableWriter::create(file, header).map_err(|e| self.table_error(e))?;
         let segments: Vec<u64> = match is_delta {
@@ -170,7 +164,7 @@ impl Session {
             Ok::<_, Infallible>(Payload { index, slot, present })
         });
         write_structures(
-            self.image.file(),
+            &self.image,
             &self.layout,
             &identity,
             parent.as_ref(),

@@ -12,12 +12,14 @@
 //!         first 16 bytes of the BLAKE3 of all of the above
 //! ```
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::io;
 
 use janus_proto::{
     ids::{BlockHash, SessionId},
     model::{Extent, MAX_BATCH_BYTES, MAX_EXTENTS},
 };
+
+use crate::storage::File;
 
 const MAGIC: &[u8; 8] = b"JANUSJNL";
 const FORMAT: u32 = 1;
@@ -227,26 +229,27 @@ fn read_full(file: &File, bytes: &mut [u8], at: u64) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::{Access, Disk};
 
-    fn file() -> File {
-        tempfile::tempfile().unwrap()
+    /// The same file each time, with handles of its own.
+    fn file(folder: &tempfile::TempDir) -> File {
+        Disk::default().open(&folder.path().join("journal"), Access::Create).unwrap()
     }
 
     #[test]
     fn a_torn_tail_is_cut_off_and_the_rest_kept() {
-        let (file, session) = (file(), SessionId::new());
-        let mut journal = Journal::create(file.try_clone().unwrap(), session, 1 << 20).unwrap();
+        let (folder, session) = (tempfile::tempdir().unwrap(), SessionId::new());
+        let mut journal = Journal::create(file(&folder), session, 1 << 20).unwrap();
         let extent = Extent { first: 3, count: 2, zero: false };
         let at = journal.append(&[extent], &[7; 64], 5).unwrap();
         journal.append_synced(5).unwrap();
         let whole = journal.len;
         journal.append(&[Extent { first: 9, count: 1, zero: true }], &[], 10).unwrap();
         for cut in whole..journal.len {
-            file.set_len(cut).unwrap();
+            file(&folder).set_len(cut).unwrap();
             let mut seen = Vec::new();
             let again =
-                Journal::open(file.try_clone().unwrap(), session, 1 << 20, false, |r| seen.push(r))
-                    .unwrap();
+                Journal::open(file(&folder), session, 1 << 20, false, |r| seen.push(r)).unwrap();
             assert_eq!((again.len, seen.len()), (whole, 2));
             assert_eq!(seen[0].extents, [extent]);
             assert_eq!(again.hashes(at, 2).unwrap(), [BlockHash([7; 32]); 2]);
@@ -255,20 +258,20 @@ mod tests {
 
     #[test]
     fn after_a_reboot_only_synced_records_count() {
-        let (file, session) = (file(), SessionId::new());
-        let mut journal = Journal::create(file.try_clone().unwrap(), session, 1 << 20).unwrap();
+        let (folder, session) = (tempfile::tempdir().unwrap(), SessionId::new());
+        let mut journal = Journal::create(file(&folder), session, 1 << 20).unwrap();
         journal.append(&[Extent { first: 0, count: 1, zero: true }], &[], 1).unwrap();
         journal.append_synced(1).unwrap();
         journal.append(&[Extent { first: 1, count: 1, zero: true }], &[], 2).unwrap();
         let mut settled = 0;
-        Journal::open(file, session, 1 << 20, true, |r| settled = r.settled).unwrap();
+        Journal::open(file(&folder), session, 1 << 20, true, |r| settled = r.settled).unwrap();
         assert_eq!(settled, 1);
     }
 
     #[test]
     fn another_sessions_journal_is_refused() {
-        let file = file();
-        Journal::create(file.try_clone().unwrap(), SessionId::new(), 1 << 20).unwrap();
-        assert!(Journal::open(file, SessionId::new(), 1 << 20, false, |_| ()).is_err());
+        let folder = tempfile::tempdir().unwrap();
+        Journal::create(file(&folder), SessionId::new(), 1 << 20).unwrap();
+        assert!(Journal::open(file(&folder), SessionId::new(), 1 << 20, false, |_| ()).is_err());
     }
 }

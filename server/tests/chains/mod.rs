@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // Each test file uses its own part.
 
+pub mod faults;
+
 use std::{
     collections::{BTreeSet, HashMap},
     path::{Path, PathBuf},
@@ -19,9 +21,15 @@ use janus_proto::{
     model::{Batch, Extent},
 };
 use janus_server::{
-    chain::{Run, opened::OpenedSnapshot, store::Store},
-    runs::{ActiveRun, CommitDisk, Runs, WantedDisk, Writer},
+    chain::{
+        Run,
+        opened::OpenedSnapshot,
+        store::{Store, StoreError},
+    },
+    runs::{ActiveRun, CommitDisk, PurgeOptions, PurgeReport, Runs, WantedDisk, Writer},
+    storage::Disk,
 };
+use tokio_util::sync::CancellationToken;
 
 /// Content of a disk.
 pub type Content = Arc<Vec<u8>>;
@@ -42,15 +50,35 @@ impl Model {
     pub fn new(folder: &Path) -> Self {
         let key = MachineKey::new("user", "machine").unwrap();
         let (contents, live) = (HashMap::new(), BTreeSet::new());
-        Self { folder: folder.into(), key, runs: open(folder), contents, live }
+        let runs = open(Disk::default(), folder);
+        Self { folder: folder.into(), key, runs, contents, live }
     }
 
     /// Closes the store and opens it again.
     pub fn reopen(&mut self) {
+        self.reopen_on(Disk::default());
+    }
+
+    /// Closes the store and opens it again, on another disk.
+    pub fn reopen_on(&mut self, storage: Disk) {
         // The lock goes with the old one.
         let folder = tempfile::tempdir().unwrap();
-        self.runs = open(folder.path());
-        self.runs = open(&self.folder);
+        self.runs = open(Disk::default(), folder.path());
+        self.runs = open(storage, &self.folder);
+    }
+
+    /// A copy of the store in another folder, which is on `storage`.
+    pub fn copy(&self, folder: &Path, storage: Disk) -> Self {
+        let mut cp = std::process::Command::new("cp");
+        cp.args(["-a", "--sparse=always"]).arg(self.folder.join(".")).arg(folder);
+        assert!(cp.status().unwrap().success());
+        Self {
+            folder: folder.into(),
+            key: self.key.clone(),
+            runs: open(storage, folder),
+            contents: self.contents.clone(),
+            live: self.live.clone(),
+        }
     }
 
     /// Opens a run with these disks and sends what differs from its start.
@@ -126,6 +154,31 @@ impl Model {
         self.live.extend(run.snapshots.iter().map(|snapshot| snapshot.id));
     }
 
+    /// Purges all of the trash that can go.
+    pub fn purge(&self, copy: bool) -> PurgeReport {
+        let options = PurgeOptions { now_ms: i64::MAX, reserve_bytes: 0, copy };
+        self.runs.purge_due(&self.key, &options, &CancellationToken::new())
+    }
+
+    /// Purges; nothing may have to wait.
+    pub fn purge_all(&self, copy: bool) -> PurgeReport {
+        let report = self.purge(copy);
+        assert_eq!(report.waiting, []);
+        assert_eq!(self.runs.trashed(&self.key).len(), 0);
+        report
+    }
+
+    /// No file is left that no snapshot needs.
+    pub fn assert_clean(&self) {
+        let mut expected = BTreeSet::from([".machine.json".to_owned()]);
+        for held in self.runs.machine(&self.key).unwrap().snapshots() {
+            let snapshot = held.snapshot();
+            expected.extend([snapshot.image.clone(), snapshot.table.clone()]);
+            expected.insert(format!(".runs/{:08}.json", held.run.sequence));
+        }
+        assert_eq!(self.files(), expected);
+    }
+
     /// The run of a snapshot.
     pub fn run_of(&self, id: SnapshotId) -> Arc<Run> {
         self.runs.snapshot(id).unwrap().run
@@ -183,9 +236,18 @@ impl Model {
     }
 }
 
-fn open(folder: &Path) -> Arc<Runs> {
-    let (store, machines) = Store::open(folder, true).unwrap();
-    Arc::new(Runs::new(store, machines, Duration::from_secs(60)))
+fn open(storage: Disk, folder: &Path) -> Arc<Runs> {
+    // A program that another test starts has our lock, too, until it has begun.
+    for _ in 0..100 {
+        match Store::open_on(storage.clone(), folder, true) {
+            Err(StoreError::Locked { .. }) => std::thread::sleep(Duration::from_millis(50)),
+            opened => {
+                let (store, machines) = opened.unwrap();
+                return Arc::new(Runs::new(store, machines, Duration::from_secs(60)));
+            }
+        }
+    }
+    panic!("{} stays locked", folder.display());
 }
 
 pub fn disk(name: &str) -> DiskId {

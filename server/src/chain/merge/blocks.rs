@@ -1,6 +1,6 @@
 //! Moves a child's blocks into the merged image: shared where that works, else copied, checked against their hashes.
 
-use std::{fs::File, ops::Range, path::Path};
+use std::{ops::Range, path::Path};
 
 use janus_proto::{
     buffers::Buffer,
@@ -10,7 +10,6 @@ use janus_proto::{
     },
     model::MAX_BATCH_BYTES,
 };
-use rustix::fs::{FallocateFlags, fallocate};
 
 use super::{MergeError, Moved, Way};
 use crate::{
@@ -19,6 +18,7 @@ use crate::{
         self, ImageError,
         vhdx::{Absorber, VhdxImage},
     },
+    storage::{Cloning, File},
 };
 
 /// Shorter stretches are copied even where they could be shared: each shared one makes the file's map longer.
@@ -218,15 +218,7 @@ impl Mover<'_> {
         let bytes = range.end - range.start;
         let at = self.target.place_zeros(range).map_err(MergeError::image(self.path))?;
         let Some(at) = at else { return Ok(()) };
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(self.target.file().file(), flags, at, bytes) {
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
-                let zeros = vec![0; bytes as usize];
-                self.target.file().write_all_at(&zeros, at)
-            }
-            other => other.map_err(Into::into),
-        }
-        .map_err(MergeError::io("write", self.path))
+        self.target.file().punch(at, bytes).map_err(MergeError::io("write", self.path))
     }
 
     /// Lets the target share a range of the child's file; false where the file system can't.
@@ -238,19 +230,11 @@ impl Mover<'_> {
     ) -> Result<bool, MergeError> {
         let bytes = range.end - range.start;
         let at = self.place(range)?;
-        let (mut from, mut to) = (from, at);
-        while to < at + bytes {
-            let left = (at + bytes - to) as usize;
-            let file = self.target.file().file();
-            match rustix::fs::copy_file_range(child, Some(&mut from), file, Some(&mut to), left) {
-                Ok(0) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::INVAL) => {
-                    return Ok(false);
-                }
-                Ok(_) => {}
-                Err(errno) => return Err(MergeError::io("share", self.path)(errno.into())),
-            }
+        let shared = self.target.file().clone_range(at, child, from, bytes);
+        match shared.map_err(MergeError::io("share", self.path))? {
+            Cloning::Done => self.moved.shared_bytes += bytes,
+            Cloning::Unsupported => return Ok(false),
         }
-        self.moved.shared_bytes += bytes;
         Ok(true)
     }
 

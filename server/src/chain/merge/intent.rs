@@ -1,9 +1,6 @@
 //! What is still to be done of a merge, and the renames that do it.
 
-use std::{
-    fs::{self, File, OpenOptions},
-    path::Path,
-};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -12,7 +9,7 @@ use super::{MergeError, set_identity};
 use crate::{
     chain::{FORMAT, History, Run, Snapshot, table::Table},
     image::{ImageError, vhdx::VhdxImage},
-    storage,
+    storage::{Access, Disk, File},
 };
 
 /// A link's way out of its chain, decided: it is finished whatever happens.
@@ -104,39 +101,34 @@ impl Switch {
     ///
     /// # Errors
     /// As the file system says.
-    pub fn rename(&self, folder: &Path) -> Result<(), MergeError> {
+    pub fn rename(&self, storage: &Disk, folder: &Path) -> Result<(), MergeError> {
         let (image_from, table_from) =
             (folder.join(&self.image_from), folder.join(&self.table_from));
-        let open = |path: &Path| {
-            let file = OpenOptions::new().read(true).write(true).open(path);
-            file.map_err(MergeError::io("open", path))
-        };
-        if let (Some(header), true) = (&self.table_header, table_from.exists()) {
+        if let (Some(header), Some(file)) = (&self.table_header, open(storage, &table_from)?) {
             let damaged = MergeError::table(&table_from);
             let bytes = hex::decode(header).unwrap_or_default();
             let (header, _) = Table::parse_header(&bytes).map_err(&damaged)?;
-            let file = open(&table_from)?;
             Table::write_header(&file, &header).map_err(&damaged)?;
             file.sync_data().map_err(MergeError::io("sync", &table_from))?;
         }
-        if image_from.exists() {
-            set_id(&open(&image_from)?, self.merged.data_write, &image_from)?;
+        if let Some(file) = open(storage, &image_from)? {
+            set_identity(&file, self.merged.data_write).map_err(MergeError::image(&image_from))?;
         }
         for (from, to) in [(&table_from, &self.merged.table), (&image_from, &self.merged.image)] {
             let to = folder.join(to);
-            if from.exists() {
-                fs::rename(from, &to).map_err(MergeError::io("rename", from))?;
+            if storage.exists(from).map_err(MergeError::io("look for", from))? {
+                storage.rename(from, &to).map_err(MergeError::io("rename", from))?;
             }
             if let Some(folder) = to.parent() {
-                storage::sync_folder(folder).map_err(MergeError::io("sync", folder))?;
+                storage.sync_folder(folder).map_err(MergeError::io("sync", folder))?;
             }
         }
-        self.check(&folder.join(&self.merged.image))
+        self.check(storage, &folder.join(&self.merged.image))
     }
 
     /// Nothing may be removed before the merged image is where the manifest says.
-    fn check(&self, path: &Path) -> Result<(), MergeError> {
-        let file = File::open(path).map_err(MergeError::io("open", path))?;
+    fn check(&self, storage: &Disk, path: &Path) -> Result<(), MergeError> {
+        let file = storage.open(path, Access::Read).map_err(MergeError::io("open", path))?;
         let image = VhdxImage::open(file).map_err(MergeError::image(path))?;
         let parent = image.parent().map(|parent| parent.data_write);
         if (image.data_write(), parent) == (self.merged.data_write, self.parent) {
@@ -147,6 +139,10 @@ impl Switch {
     }
 }
 
-fn set_id(file: &File, data_write: Uuid, path: &Path) -> Result<(), MergeError> {
-    set_identity(file, data_write).map_err(MergeError::image(path))
+/// A file that a step before may have renamed already.
+fn open(storage: &Disk, path: &Path) -> Result<Option<File>, MergeError> {
+    match storage.open(path, Access::Write) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some).map_err(MergeError::io("open", path)),
+    }
 }

@@ -10,10 +10,7 @@
 //!
 //! Each step may be repeated, and the first two are done again at start before anything is opened.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use janus_proto::ids::MachineKey;
 
@@ -26,7 +23,7 @@ use crate::{
         Run,
         merge::{Intent, MergeError, PARTIAL},
     },
-    storage,
+    storage::Disk,
 };
 
 const MERGES: &str = ".merge";
@@ -38,8 +35,8 @@ impl Store {
     /// As the file system says; the intent may then be durable or not.
     pub fn save_intent(&self, machine: &MachineKey, intent: &Intent) -> Result<(), StoreError> {
         let folder = self.machine_folder(machine).join(MERGES);
-        storage::make_folder(&folder).map_err(StoreError::io("make", &folder))?;
-        write(&self.intent_path(machine, intent), intent)
+        self.storage.make_folder(&folder).map_err(StoreError::io("make", &folder))?;
+        write(&self.storage, &self.intent_path(machine, intent), intent)
     }
 
     /// Forgets an intent, whether it was made durable or not.
@@ -48,7 +45,7 @@ impl Store {
     /// As the file system says.
     pub fn remove_intent(&self, machine: &MachineKey, intent: &Intent) -> Result<(), StoreError> {
         let path = self.intent_path(machine, intent);
-        storage::remove(&path).map_err(StoreError::io("remove", &path))
+        self.storage.remove(&path).map_err(StoreError::io("remove", &path))
     }
 
     /// Steps 1 and 2. `child` is the child's run as it will be, and whether it is in the trash.
@@ -63,11 +60,11 @@ impl Store {
     ) -> Result<(), StoreError> {
         let folder = self.machine_folder(machine);
         if let Some(switch) = intent.switching() {
-            switch.rename(&folder).map_err(store_error)?;
+            switch.rename(&self.storage, &folder).map_err(store_error)?;
         }
         if let Some((run, in_trash)) = child {
             let place = if in_trash { trash::TRASH } else { RUNS };
-            write(&trash::manifest_path(&folder.join(place), run), run)?;
+            write(&self.storage, &trash::manifest_path(&folder.join(place), run), run)?;
         }
         Ok(())
     }
@@ -90,13 +87,15 @@ impl Store {
                 self.save_counters(machine, counters)?;
                 self.remove_trashed(run)?;
             }
-            Some(run) => write(&trash::manifest_path(&folder.join(trash::TRASH), run), run)?,
+            Some(run) => {
+                write(&self.storage, &trash::manifest_path(&folder.join(trash::TRASH), run), run)?
+            }
             None => {}
         }
         if intent.link_goes() {
             for name in [&intent.link.image, &intent.link.table] {
                 let path = folder.join(name);
-                storage::remove(&path).map_err(StoreError::io("remove", &path))?;
+                self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
             }
         }
         self.remove_intent(machine, intent)
@@ -113,14 +112,14 @@ impl Store {
         state: &mut MachineState,
     ) -> Result<(), StoreError> {
         let folder = self.machine_folder(&file.machine);
-        for path in files_in(&folder.join(MERGES), "json")? {
-            let intent = match read::<Intent>(&path) {
+        for path in files_in(&self.storage, &folder.join(MERGES), "json")? {
+            let intent = match read::<Intent>(&self.storage, &path) {
                 Ok(Some(intent)) => intent,
                 Ok(None) => continue,
                 Err(error @ StoreError::Newer { .. }) => return Err(error),
                 Err(error) => {
                     tracing::error!(%error, "a merge that was begun can't be finished");
-                    put_aside(&path)?;
+                    put_aside(&self.storage, &path)?;
                     state.incomplete = true;
                     continue;
                 }
@@ -131,7 +130,7 @@ impl Store {
             }
         }
         if state.unfinished.is_empty() {
-            remove_partials(&folder)?;
+            remove_partials(&self.storage, &folder)?;
         }
         Ok(())
     }
@@ -167,11 +166,11 @@ impl Counters {
 }
 
 /// Copies that no intent speaks of: of merges that were not ready.
-fn remove_partials(folder: &Path) -> Result<(), StoreError> {
-    for disk in folders_in(folder)? {
-        for entry in list(&disk)? {
-            if entry.file_name().to_string_lossy().ends_with(PARTIAL) {
-                fs::remove_file(entry.path()).map_err(StoreError::io("remove", &entry.path()))?;
+fn remove_partials(storage: &Disk, folder: &Path) -> Result<(), StoreError> {
+    for disk in folders_in(storage, folder)? {
+        for path in list(storage, &disk)? {
+            if path.as_os_str().as_encoded_bytes().ends_with(PARTIAL.as_bytes()) {
+                storage.remove(&path).map_err(StoreError::io("remove", &path))?;
             }
         }
     }

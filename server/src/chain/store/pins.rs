@@ -9,7 +9,6 @@ use janus_proto::ids::{MachineKey, SnapshotId};
 use serde::{Deserialize, Serialize};
 
 use super::{FORMAT, Store, StoreError, read, write};
-use crate::storage;
 
 const PINS: &str = ".pins.json";
 
@@ -25,7 +24,7 @@ impl Store {
     /// # Errors
     /// When the file is there and can't be read.
     pub fn pins(&self, machine: &MachineKey) -> Result<BTreeSet<SnapshotId>, StoreError> {
-        let file = read::<PinsFile>(&self.machine_folder(machine).join(PINS))?;
+        let file = read::<PinsFile>(&self.storage, &self.machine_folder(machine).join(PINS))?;
         Ok(file.map(|file| file.snapshots).unwrap_or_default())
     }
 
@@ -39,8 +38,8 @@ impl Store {
         snapshots: BTreeSet<SnapshotId>,
     ) -> Result<(), StoreError> {
         let folder = self.machine_folder(machine);
-        storage::make_folder(&folder).map_err(StoreError::io("make", &folder))?;
-        write(&folder.join(PINS), &PinsFile { format: FORMAT, snapshots })
+        self.storage.make_folder(&folder).map_err(StoreError::io("make", &folder))?;
+        write(&self.storage, &folder.join(PINS), &PinsFile { format: FORMAT, snapshots })
     }
 }
 

@@ -5,7 +5,6 @@
 //! where they are. Locking is the caller's.
 
 use std::{
-    fs,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -15,7 +14,7 @@ use janus_proto::ids::MachineKey;
 use super::{DAMAGED, RUNS, Store, StoreError, files_in, put_aside, read, write};
 use crate::{
     chain::{FORMAT, History, Run, TrashRecord, TrashedRun},
-    storage,
+    storage::Disk,
 };
 
 pub(super) const TRASH: &str = ".trash";
@@ -28,9 +27,9 @@ impl Store {
     /// As the file system says; the run is kept then, or dropped when only a folder could not be synced.
     pub fn drop_run(&self, run: &Run, record: &TrashRecord) -> Result<(), StoreError> {
         let trash = self.machine_folder(&run.machine).join(TRASH);
-        storage::make_folder(&trash).map_err(StoreError::io("make", &trash))?;
+        self.storage.make_folder(&trash).map_err(StoreError::io("make", &trash))?;
         self.save_trash_record(run, record)?;
-        move_manifest(&self.run_path(run, RUNS), &self.run_path(run, TRASH))
+        move_manifest(&self.storage, &self.run_path(run, RUNS), &self.run_path(run, TRASH))
     }
 
     /// Brings a dropped run back.
@@ -38,9 +37,9 @@ impl Store {
     /// # Errors
     /// As the file system says.
     pub fn bring_back(&self, run: &Run) -> Result<(), StoreError> {
-        move_manifest(&self.run_path(run, TRASH), &self.run_path(run, RUNS))?;
+        move_manifest(&self.storage, &self.run_path(run, TRASH), &self.run_path(run, RUNS))?;
         let path = self.why_path(run);
-        storage::remove(&path).map_err(StoreError::io("remove", &path))
+        self.storage.remove(&path).map_err(StoreError::io("remove", &path))
     }
 
     /// Replaces the record of a dropped run.
@@ -48,7 +47,7 @@ impl Store {
     /// # Errors
     /// As the file system says; the old record stays then.
     pub fn save_trash_record(&self, run: &Run, record: &TrashRecord) -> Result<(), StoreError> {
-        write(&self.why_path(run), record)
+        write(&self.storage, &self.why_path(run), record)
     }
 
     /// Removes what is left of a dropped run that has no snapshots any more.
@@ -57,7 +56,7 @@ impl Store {
     /// As the file system says.
     pub(super) fn remove_trashed(&self, run: &Run) -> Result<(), StoreError> {
         for path in [self.run_path(run, TRASH), self.why_path(run)] {
-            storage::remove(&path).map_err(StoreError::io("remove", &path))?;
+            self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
         }
         Ok(())
     }
@@ -73,19 +72,20 @@ impl Store {
 
 /// Reads a machine's trash into `history`; false when a manifest could not be read and was left out.
 pub(super) fn load(
+    storage: &Disk,
     folder: &Path,
     machine: &MachineKey,
     history: &mut History,
 ) -> Result<bool, StoreError> {
     let trash = folder.join(TRASH);
-    let mut complete = files_in(&trash, DAMAGED)?.is_empty();
-    for path in files_in(&trash, "json")? {
+    let mut complete = files_in(storage, &trash, DAMAGED)?.is_empty();
+    for path in files_in(storage, &trash, "json")? {
         if path.to_string_lossy().ends_with(WHY) {
             continue;
         }
-        match read::<Run>(&path) {
+        match read::<Run>(storage, &path) {
             Ok(Some(run)) if run.machine == *machine && history.run(run.backup).is_none() => {
-                let record = read_record(&path, &run)?;
+                let record = read_record(storage, &path, &run)?;
                 history.add_trashed(TrashedRun { run: Arc::new(run), record });
             }
             Ok(_) => {
@@ -96,20 +96,20 @@ pub(super) fn load(
             Err(error) => {
                 tracing::error!(%error, "the manifest of a dropped run is left out; its images stay where they are");
                 if matches!(error, StoreError::Damaged { .. }) {
-                    put_aside(&path)?;
+                    put_aside(storage, &path)?;
                 }
                 complete = false;
             }
         }
     }
-    remove_lone_records(&trash)?;
+    remove_lone_records(storage, &trash)?;
     Ok(complete)
 }
 
 /// A run without a record that can be read stays until somebody asks for its purge, and isn't brought back: its purge
 /// may have begun.
-fn read_record(manifest: &Path, run: &Run) -> Result<TrashRecord, StoreError> {
-    match read(&manifest.with_extension("why.json")) {
+fn read_record(storage: &Disk, manifest: &Path, run: &Run) -> Result<TrashRecord, StoreError> {
+    match read(storage, &manifest.with_extension("why.json")) {
         Ok(Some(record)) => return Ok(record),
         Err(error @ StoreError::Newer { .. }) => return Err(error),
         Ok(None) => {
@@ -128,22 +128,23 @@ fn read_record(manifest: &Path, run: &Run) -> Result<TrashRecord, StoreError> {
 }
 
 /// Removes records of drops that did not happen or were undone.
-fn remove_lone_records(trash: &Path) -> Result<(), StoreError> {
-    for path in files_in(trash, "json")? {
+fn remove_lone_records(storage: &Disk, trash: &Path) -> Result<(), StoreError> {
+    for path in files_in(storage, trash, "json")? {
         let Some(stem) = path.to_str().and_then(|path| path.strip_suffix(WHY)) else { continue };
         let manifest = PathBuf::from(format!("{stem}.json"));
+        let there = storage.exists(&manifest).map_err(StoreError::io("look for", &manifest))?;
         // A damaged manifest may be brought back under its name.
-        if !manifest.exists() && files_in(trash, DAMAGED)?.is_empty() {
-            storage::remove(&path).map_err(StoreError::io("remove", &path))?;
+        if !there && files_in(storage, trash, DAMAGED)?.is_empty() {
+            storage.remove(&path).map_err(StoreError::io("remove", &path))?;
         }
     }
     Ok(())
 }
 
-fn move_manifest(from: &Path, to: &Path) -> Result<(), StoreError> {
-    fs::rename(from, to).map_err(StoreError::io("move", from))?;
+fn move_manifest(storage: &Disk, from: &Path, to: &Path) -> Result<(), StoreError> {
+    storage.rename(from, to).map_err(StoreError::io("move", from))?;
     for folder in [to, from].into_iter().filter_map(Path::parent) {
-        storage::sync_folder(folder).map_err(StoreError::io("sync", folder))?;
+        storage.sync_folder(folder).map_err(StoreError::io("sync", folder))?;
     }
     Ok(())
 }

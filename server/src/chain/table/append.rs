@@ -4,8 +4,6 @@
 //! repeated; [`Appended::header`], written at the start of the file, makes the switch. Once more than half of the file
 //! would be pages that nobody names, [`rewrite`] makes a new file instead.
 
-use std::{fs::File, os::unix::fs::FileExt};
-
 use janus_proto::{
     hash::zero_hash,
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_len},
@@ -15,6 +13,7 @@ use super::{
     BITMAP_BYTES, ENTRY_BYTES, Entry, Fields, HEADER_BYTES, Page, SegmentBitmap, Table, TableError,
     TableHeader, TableWriter, VERSION,
 };
+use crate::storage::File;
 
 /// Bytes gathered before they are written.
 const PIECE_BYTES: usize = 1 << 18;

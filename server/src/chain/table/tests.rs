@@ -9,6 +9,7 @@ use janus_proto::{
 use proptest::prelude::*;
 
 use super::*;
+use crate::storage::temporary;
 
 /// All block hashes of a disk.
 fn zero_disk(disk_bytes: u64) -> Vec<BlockHash> {
@@ -22,7 +23,7 @@ fn hash_of(seed: u32) -> BlockHash {
 /// Writes the table of `changes` and applies them to `model`.
 fn write_table(disk_bytes: u64, changes: &BTreeMap<u64, u32>, model: &mut [BlockHash]) -> File {
     let header = TableHeader { snapshot: SnapshotId::new(), disk_bytes };
-    let mut writer = TableWriter::create(tempfile::tempfile().unwrap(), header).unwrap();
+    let mut writer = TableWriter::create(temporary(), header).unwrap();
     let mut segments: BTreeMap<u64, SegmentBitmap> = BTreeMap::new();
     for (&block, &seed) in changes {
         segments
@@ -93,7 +94,7 @@ proptest! {
         let disk_bytes = 5 * SEGMENT_BYTES + 512;
         let changes = [(0, 1), (5, 2), (1023, 3), (1024, 4), (5120, 5)].into();
         let file = write_table(disk_bytes, &changes, &mut zero_disk(disk_bytes));
-        let length = file.metadata().unwrap().len();
+        let length = file.metadata().unwrap().length_bytes;
         let place = at.index(length as usize) as u64;
         if cut {
             file.set_len(place).unwrap();
@@ -128,10 +129,10 @@ fn change_header(file: &File, at: usize, bytes: &[u8]) {
 #[test]
 fn a_newer_version_is_refused_as_such() {
     let file = small_table();
-    change_header(&file, 8, &2u32.to_le_bytes());
+    change_header(&file, 8, &3u32.to_le_bytes());
     let error = Table::open(file).unwrap_err();
-    assert!(matches!(error, TableError::NewerVersion { found: 2 }), "{error}");
-    let other = tempfile::tempfile().unwrap();
+    assert!(matches!(error, TableError::NewerVersion { found: 3 }), "{error}");
+    let other = temporary();
     other.write_all_at(&[b'x'; 300], 0).unwrap();
     assert!(matches!(Table::open(other).unwrap_err(), TableError::Damaged { .. }));
 }
@@ -154,7 +155,7 @@ fn a_header_that_promises_a_huge_index_costs_nothing() {
 #[test]
 fn the_header_names_the_snapshot_and_pages_are_where_they_differ() {
     let header = TableHeader { snapshot: SnapshotId::new(), disk_bytes: 3 * SEGMENT_BYTES };
-    let mut writer = TableWriter::create(tempfile::tempfile().unwrap(), header).unwrap();
+    let mut writer = TableWriter::create(temporary(), header).unwrap();
     let mut present = SegmentBitmap::default();
     present.insert(64);
     writer.push(0, &SegmentBitmap::default(), &[], hash_of(0)).unwrap();
@@ -185,7 +186,7 @@ fn a_table_missing_in_between_is_noticed() {
 #[test]
 fn impossible_segments_are_refused() {
     let header = TableHeader { snapshot: SnapshotId::new(), disk_bytes: SEGMENT_BYTES + 512 };
-    let mut writer = TableWriter::create(tempfile::tempfile().unwrap(), header).unwrap();
+    let mut writer = TableWriter::create(temporary(), header).unwrap();
     let (mut first, mut second) = (SegmentBitmap::default(), SegmentBitmap::default());
     first.insert(0);
     second.insert(1);

@@ -8,9 +8,8 @@
 //! New payload blocks go behind what the allocation table names; what an earlier attempt left there is cut off first.
 //! Open readers of the file find them, see [`VhdxImage`].
 
-use std::{collections::BTreeMap, fs::File, ops::Range, os::unix::fs::FileExt};
+use std::{collections::BTreeMap, ops::Range};
 
-use janus_proto::direct::DirectFile;
 use uuid::Uuid;
 
 use super::{
@@ -18,7 +17,10 @@ use super::{
     layout::{UNIT_BYTES, bat_index},
     read::Window,
 };
-use crate::image::{ImageError, Kind};
+use crate::{
+    image::{ImageError, Kind},
+    storage::File,
+};
 
 /// An image that takes blocks in.
 #[derive(Debug)]
@@ -45,11 +47,11 @@ impl Absorber {
     ///
     /// # Errors
     /// When it is no valid image or can't be read or cut.
-    pub fn open(file: DirectFile) -> Result<Self, ImageError> {
+    pub fn open(file: File) -> Result<Self, ImageError> {
         let image = VhdxImage::open(file)?;
         let end = used_end(&image)?;
         // What lies behind is of an attempt that did not get to the table; new blocks must be holes first.
-        image.file.file().set_len(end).map_err(ImageError::io("write"))?;
+        image.file.set_len(end).map_err(ImageError::io("write"))?;
         Ok(Self { image, end, touched: BTreeMap::new(), marks: Vec::new() })
     }
 
@@ -59,7 +61,7 @@ impl Absorber {
     }
 
     /// The file, to put data into.
-    pub fn file(&self) -> &DirectFile {
+    pub fn file(&self) -> &File {
         &self.image.file
     }
 
@@ -128,8 +130,8 @@ impl Absorber {
         if self.image.kind() == Kind::Differencing {
             self.make_bitmaps()?;
         }
-        let file = self.image.file.file();
-        let length = file.metadata().map_err(ImageError::io("length"))?.len();
+        let file = &self.image.file;
+        let length = file.metadata().map_err(ImageError::io("length"))?.length_bytes;
         if length < self.end {
             file.set_len(self.end).map_err(ImageError::io("write"))?;
         }
@@ -185,7 +187,7 @@ impl Absorber {
             done = Some(chunk);
             if bat::state(self.image.bitmap_entry(block)?) != bat::BITMAP_PRESENT {
                 let offset = self.take(MIB);
-                let file = self.image.file.file();
+                let file = &self.image.file;
                 file.set_len(self.end).map_err(ImageError::io("write"))?;
                 file.sync_data().map_err(ImageError::io("sync"))?;
                 let entry = (offset | bat::BITMAP_PRESENT).to_le_bytes();
@@ -200,7 +202,7 @@ impl Absorber {
     fn mark(&self) -> Result<(), ImageError> {
         let sector_bytes = u64::from(self.image.geometry().logical_sector_bytes);
         let chunk_bytes = self.image.ratio * self.image.metadata.block_bytes;
-        let mut pages = Pages::new(self.image.file.file());
+        let mut pages = Pages::new(&self.image.file);
         for mark in &self.marks {
             let mut at = mark.start;
             while at < mark.end {

@@ -1,11 +1,9 @@
 //! Entries of the block allocation table, written in order without holding the table.
 
-use std::{fs::File, os::unix::fs::FileExt};
-
 use janus_proto::hash::is_zero;
 
 use super::{MIB, PAGE};
-use crate::image::ImageError;
+use crate::{image::ImageError, storage::File};
 
 pub(super) const NOT_PRESENT: u64 = 0;
 pub(super) const UNDEFINED: u64 = 1;

@@ -7,10 +7,8 @@
 //! block that is not present libvhdi (2021 to 2026) looks into the bitmap whatever its state, finds its offset to be 0, and
 //! takes the file's first MiB, the headers, for a bitmap. Some of the parent's blocks would then silently read as garbage.
 
-use std::{fs::File, os::unix::fs::FileExt};
-
 use super::{MIB, PAGE, bat};
-use crate::image::ImageError;
+use crate::{image::ImageError, storage::File};
 
 /// Writes the bitmap blocks behind the slots, one for each chunk. Payload blocks come in ascending order.
 pub(super) struct BitmapWriter<'a> {

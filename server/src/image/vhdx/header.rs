@@ -1,11 +1,9 @@
 //! File identifier and the two headers.
 
-use std::{fs::File, os::unix::fs::FileExt};
-
 use uuid::Uuid;
 
 use super::{Fields, PAGE, layout, put};
-use crate::image::ImageError;
+use crate::{image::ImageError, storage::File};
 
 const SIGNATURE: &[u8; 8] = b"vhdxfile";
 const CREATOR: &str = "Janus Backup";
@@ -147,7 +145,7 @@ mod tests {
     use super::*;
 
     fn written() -> File {
-        let file = tempfile::tempfile().unwrap();
+        let file = crate::storage::temporary();
         write_headers(&file, Uuid::from_u128(7)).unwrap();
         write_identifier(&file).unwrap();
         file

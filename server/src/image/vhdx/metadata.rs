@@ -1,11 +1,14 @@
 //! The metadata region: sizes, ids, parent locator.
 
-use std::{fs::File, ops::Range, os::unix::fs::FileExt};
+use std::ops::Range;
 
 use uuid::{Uuid, uuid};
 
 use super::{Fields, Layout, MIB, PAGE, PAYLOAD_BYTES, check_disjoint, layout, locator, put};
-use crate::image::{Geometry, ImageError, Kind, Parent};
+use crate::{
+    image::{Geometry, ImageError, Kind, Parent},
+    storage::File,
+};
 
 const FILE_PARAMETERS: Uuid = uuid!("CAA16737-FA36-4D43-B3B6-33F0AA44E76B");
 const VIRTUAL_DISK_SIZE: Uuid = uuid!("2FA54224-CD1B-4876-B211-5DBED83BF4B8");

@@ -5,7 +5,6 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use janus_proto::direct::DirectFile;
 use uuid::Uuid;
 
 use super::{
@@ -14,7 +13,10 @@ use super::{
     metadata::{self, Metadata},
     region,
 };
-use crate::image::{Geometry, ImageError, Kind, Parent, Source};
+use crate::{
+    image::{Geometry, ImageError, Kind, Parent, Source},
+    storage::File,
+};
 
 /// Table entries read at once, 4 KiB.
 const WINDOW: u64 = 512;
@@ -22,7 +24,7 @@ const WINDOW: u64 = 512;
 /// An open image. Nothing of its allocation table is kept in memory, so that blocks which a merge adds meanwhile are found.
 #[derive(Debug)]
 pub struct VhdxImage {
-    pub(super) file: DirectFile,
+    pub(super) file: File,
     /// Length of the file when it was last asked.
     file_bytes: AtomicU64,
     data_write: Uuid,
@@ -40,17 +42,15 @@ impl VhdxImage {
     /// # Errors
     /// [`ImageError::DirtyLog`] when it wasn't closed, `Unsupported` when it needs what we don't know, `Damaged` when it breaks
     /// the format's rules.
-    pub fn open(file: impl Into<DirectFile>) -> Result<Self, ImageError> {
-        let direct = file.into();
-        let file = direct.file();
-        let file_bytes = file.metadata().map_err(ImageError::io("length"))?.len();
-        let header = header::read(file)?;
+    pub fn open(file: File) -> Result<Self, ImageError> {
+        let file_bytes = file.metadata().map_err(ImageError::io("length"))?.length_bytes;
+        let header = header::read(&file)?;
         let log = header.log_offset..header.log_offset.saturating_add(header.log_bytes);
-        let regions = region::read(file, file_bytes, log)?;
-        let metadata = metadata::read(file, regions.metadata)?;
+        let regions = region::read(&file, file_bytes, log)?;
+        let metadata = metadata::read(&file, regions.metadata)?;
         let ratio = chunk_ratio(metadata.geometry.logical_sector_bytes, metadata.block_bytes);
         let image = Self {
-            file: direct,
+            file,
             file_bytes: file_bytes.into(),
             data_write: header.data_write,
             ratio,
@@ -68,8 +68,8 @@ impl VhdxImage {
     }
 
     /// The file.
-    pub fn file(&self) -> &std::fs::File {
-        self.file.file()
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Virtual size and sectors.
@@ -279,7 +279,7 @@ impl VhdxImage {
         let mut file_bytes = self.file_bytes.load(Ordering::Relaxed);
         if end.is_some_and(|end| end > file_bytes) {
             // A merge may have added blocks since.
-            file_bytes = self.file.file().metadata().map_err(ImageError::io("length"))?.len();
+            file_bytes = self.file.metadata().map_err(ImageError::io("length"))?.length_bytes;
             self.file_bytes.store(file_bytes, Ordering::Relaxed);
         }
         let end = end.filter(|end| *end <= file_bytes).ok_or_else(|| {

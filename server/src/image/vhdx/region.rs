@@ -1,11 +1,11 @@
 //! Region tables: where the block allocation table and the metadata are.
 
-use std::{fs::File, ops::Range, os::unix::fs::FileExt};
+use std::ops::Range;
 
 use uuid::{Uuid, uuid};
 
 use super::{Fields, MIB, PAGE, check_disjoint, header, layout, put};
-use crate::image::ImageError;
+use crate::{image::ImageError, storage::File};
 
 const BAT: Uuid = uuid!("2DC27766-F623-4200-9D64-115E9BFD4A08");
 const METADATA: Uuid = uuid!("8B7CA206-4790-4B9A-B8FE-575F050F886E");

@@ -1,20 +1,31 @@
 //! Chains as a whole, written and read back, and what damage does.
 
 use std::{
-    collections::BTreeMap, convert::Infallible, fs, os::unix::fs::FileExt,
-    os::unix::fs::MetadataExt, sync::Arc,
+    collections::BTreeMap,
+    convert::Infallible,
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use proptest::prelude::*;
 use uuid::Uuid;
 
 use super::*;
-use crate::image::{Geometry, Identity, ImageError, Kind, Layers, Source, sample::Sample};
+use crate::{
+    image::{Geometry, Identity, ImageError, Kind, Layers, Source, sample::Sample},
+    storage::{Access, Disk, File, temporary},
+};
 
 const UNITS: u64 = PAYLOAD_BYTES / UNIT_BYTES;
 
 fn geometry(disk_bytes: u64, logical_sector_bytes: u32) -> Geometry {
     Geometry { disk_bytes, logical_sector_bytes }
+}
+
+fn open(path: &Path, access: Access) -> File {
+    Disk::default().open(path, access).unwrap()
 }
 
 fn layers(sample: &Sample) -> Layers {
@@ -94,10 +105,10 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let sample = small_chain(folder.path());
         let path = &sample.files[1];
-        let file = fs::File::options().read(true).write(true).open(path).unwrap();
+        let file = open(path, Access::Write);
         for (region, at, byte) in flips {
             // Identifier, metadata table, metadata items, block table, sector bitmaps: what no checksum protects.
-            let bitmap = file.metadata().unwrap().len() - MIB;
+            let bitmap = file.metadata().unwrap().length_bytes - MIB;
             let start = [0, 2 * MIB, 2 * MIB + (64 << 10), 3 * MIB, bitmap][region];
             file.write_all_at(&[byte], start + at % [512, 256, 1024, 4096, 4096][region]).unwrap();
         }
@@ -109,7 +120,7 @@ proptest! {
 }
 
 /// A base and a child with partial, full and absent blocks.
-fn small_chain(folder: &std::path::Path) -> Sample {
+fn small_chain(folder: &Path) -> Sample {
     let mut sample = Sample::new(folder, geometry(7 << 20, 512));
     sample.add(&(0..1000).map(|unit| (unit, 1)).collect());
     sample.add(&(500..1100).map(|unit| (unit, 2)).chain([(3, 0)]).collect());
@@ -118,8 +129,8 @@ fn small_chain(folder: &std::path::Path) -> Sample {
 
 /// Reads all it can; errors are fine.
 fn read_everything(sample: &Sample) {
-    let open = |path| VhdxImage::open(fs::File::open(path).unwrap());
-    let images: Result<Vec<_>, _> = sample.files.iter().rev().map(open).collect();
+    let image = |path: &PathBuf| VhdxImage::open(open(path, Access::Read));
+    let images: Result<Vec<_>, _> = sample.files.iter().rev().map(image).collect();
     let Ok(images) = images else { return };
     let images: Vec<_> = images.into_iter().map(Arc::new).collect();
     for image in &images {
@@ -139,7 +150,7 @@ fn read_everything(sample: &Sample) {
 fn every_truncation_of_the_structures_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let sample = small_chain(folder.path());
-    let file = fs::File::options().write(true).open(&sample.files[1]).unwrap();
+    let file = open(&sample.files[1], Access::Write);
     for length in [
         0,
         7,
@@ -155,7 +166,7 @@ fn every_truncation_of_the_structures_is_an_error() {
         3 * MIB,
     ] {
         file.set_len(length).unwrap();
-        VhdxImage::open(fs::File::open(&sample.files[1]).unwrap()).unwrap_err();
+        VhdxImage::open(open(&sample.files[1], Access::Read)).unwrap_err();
     }
 }
 
@@ -245,7 +256,7 @@ fn foreign_links_are_refused() {
     let other_folder = tempfile::tempdir().unwrap();
     let (sample, other) = (small_chain(folder.path()), small_chain(other_folder.path()));
     let image = |sample: &Sample, at: usize| {
-        Arc::new(VhdxImage::open(fs::File::open(&sample.files[at]).unwrap()).unwrap())
+        Arc::new(VhdxImage::open(open(&sample.files[at], Access::Read)).unwrap())
     };
     let wrong = Layers::new(vec![image(&sample, 1), image(&other, 0)]);
     assert!(matches!(wrong, Err(ImageError::WrongParent { .. })));
@@ -259,14 +270,14 @@ fn foreign_links_are_refused() {
 fn blocks_on_top_of_each_other_are_found() {
     let folder = tempfile::tempdir().unwrap();
     let sample = small_chain(folder.path());
-    let file = fs::File::options().read(true).write(true).open(&sample.files[0]).unwrap();
+    let file = open(&sample.files[0], Access::Write);
     let mut entry = [0; 8];
     file.read_exact_at(&mut entry, 3 * MIB).unwrap();
     file.write_all_at(&entry, 3 * MIB + 8).unwrap();
     assert!(VhdxImage::open(file).unwrap().check_blocks().is_err());
     // On top of the metadata, behind the end of the file, a state that doesn't exist, a child's state in a base.
     for entry in [(2 * MIB) | 6, (1 << 40) | 6, 5, (4 * MIB) | 7] {
-        let file = fs::File::options().read(true).write(true).open(&sample.files[0]).unwrap();
+        let file = open(&sample.files[0], Access::Write);
         file.write_all_at(&entry.to_le_bytes(), 3 * MIB).unwrap();
         VhdxImage::open(file).unwrap().extents(0..4096).unwrap_err();
     }
@@ -274,7 +285,7 @@ fn blocks_on_top_of_each_other_are_found() {
 
 #[test]
 fn a_repeated_commit_leaves_nothing_of_the_first() {
-    let file = tempfile::tempfile().unwrap();
+    let file = temporary();
     let layout = Layout::new(geometry(16 << 20, 512), Kind::Differencing).unwrap();
     let identity = Identity { data_write: Uuid::new_v4(), virtual_disk: Uuid::new_v4() };
     let parent = crate::image::Parent {
@@ -290,7 +301,7 @@ fn a_repeated_commit_leaves_nothing_of_the_first() {
             .unwrap();
     };
     let bytes = || {
-        let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+        let mut bytes = vec![0; file.metadata().unwrap().length_bytes as usize];
         file.read_exact_at(&mut bytes, 0).unwrap();
         bytes
     };
@@ -305,7 +316,7 @@ fn a_repeated_commit_leaves_nothing_of_the_first() {
 
 #[test]
 fn a_listed_slot_of_a_base_counts_whatever_its_units_say() {
-    let file = tempfile::tempfile().unwrap();
+    let file = temporary();
     let layout = Layout::new(geometry(16 << 20, 512), Kind::Dynamic).unwrap();
     let identity = Identity { data_write: Uuid::new_v4(), virtual_disk: Uuid::new_v4() };
     file.write_all_at(&[7; 4096], layout.slot_offset(0) + 4096).unwrap();
@@ -323,7 +334,7 @@ fn impossible_lists_are_refused() {
         let blocks = blocks
             .into_iter()
             .map(|(index, slot)| Ok::<_, Infallible>(Payload { index, slot, present: [1; 8] }));
-        write_structures(&tempfile::tempfile().unwrap(), &layout, &identity, None, slots, blocks)
+        write_structures(&temporary(), &layout, &identity, None, slots, blocks)
     };
     write(8, vec![(0, 1), (7, 0)]).unwrap();
     for (slots, blocks) in [
@@ -336,7 +347,7 @@ fn impossible_lists_are_refused() {
         assert!(matches!(write(slots, blocks), Err(ImageError::Impossible { .. })));
     }
     let failing = [Err(std::io::Error::other("list"))];
-    let file = tempfile::tempfile().unwrap();
+    let file = temporary();
     assert!(matches!(
         write_structures(&file, &layout, &identity, None, 0, failing),
         Err(ImageError::Blocks(_))

@@ -1,6 +1,6 @@
 //! Turns a file whose slots hold data into a VHDX.
 
-use std::{error::Error, fs::File};
+use std::error::Error;
 
 use super::{
     Layout, MIB,
@@ -8,7 +8,10 @@ use super::{
     bitmap::BitmapWriter,
     header, layout, metadata, region,
 };
-use crate::image::{Identity, ImageError, Kind, Parent};
+use crate::{
+    image::{Identity, ImageError, Kind, Parent},
+    storage::File,
+};
 
 /// A payload block of which the file holds data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
