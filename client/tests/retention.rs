@@ -213,16 +213,64 @@ fn a_user_over_the_quota_is_refused_and_told_so() {
     kept.assert_listed(&[0, 1]);
 }
 
-/// A full disk helps itself: no backups, but reads; retention frees what no rule keeps; then backups go on.
-#[test]
-fn as_root_a_full_disk_takes_backups_again_after_retention() {
-    let mut kept = Kept::new(false);
+/// Moves the store of a stopped server to a small file system.
+fn move_to_small(kept: &mut Kept, size_bytes: u64) -> SmallFileSystem {
     kept.site.stop_server(SERVER).unwrap();
-    let store = SmallFileSystem::mount(192 * MIB).unwrap();
+    let store = SmallFileSystem::mount(size_bytes).unwrap();
     let images = store.folder().join("images");
     let settings = &mut kept.site.server(SERVER).unwrap().settings;
     settings.set("image_path", images.to_string_lossy());
     settings.set("reserve", "8 MiB");
+    store
+}
+
+/// Below the reserve: no new backups, but reads; and a server that may thin helps itself.
+#[test]
+fn as_root_below_the_reserve_there_are_reads_and_retention_but_no_backups() {
+    let mut kept = Kept::new(false);
+    let store = move_to_small(&mut kept, 96 * MIB);
+    kept.site.start_server(SERVER).unwrap();
+    kept.site.await_ready(&kept.client).unwrap();
+    for _ in 0..4 {
+        disk::write_noise(&kept.disk, 0..12 * MIB, 50 + kept.copies.len() as u64).unwrap();
+        kept.backup();
+    }
+    let filler = store.folder().join("filler");
+    let free = || {
+        let usage = kept.json(&["usage"]);
+        usage["free_bytes"].as_u64().unwrap()
+    };
+    let mut file = fs::File::create(&filler).unwrap();
+    std::io::copy(&mut std::io::Read::take(std::io::repeat(7), free() - 4 * MIB), &mut file)
+        .unwrap();
+    file.sync_all().unwrap();
+    kept.client.settings.set("failover_after_seconds", 2);
+    let failure = kept.client.failure(&["backup"]).unwrap();
+    println!("{}", failure.error);
+    // By the server itself, or by janus, which has heard of it.
+    assert!(failure.error.contains("kept in reserve") || failure.exit_code == 3, "{failure:?}");
+    kept.assert_listed(&[0, 1, 2, 3]);
+    let until = Instant::now() + Duration::from_secs(20);
+    while kept.client.status().unwrap().servers[0].ready {
+        assert!(Instant::now() < until, "health says that backups are taken");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+
+    kept.site.stop_server(SERVER).unwrap();
+    kept.site.server(SERVER).unwrap().settings.set("retention.automatic", true);
+    kept.site.start_server(SERVER).unwrap();
+    kept.site.await_ready(&kept.client).unwrap();
+    kept.assert_listed(&[2, 3]);
+    kept.backup();
+    drop(kept);
+    drop(store);
+}
+
+/// A full disk helps itself: no backups, but reads; retention frees what no rule keeps; then backups go on.
+#[test]
+fn as_root_a_full_disk_takes_backups_again_after_retention() {
+    let mut kept = Kept::new(false);
+    let store = move_to_small(&mut kept, 192 * MIB);
     kept.site.start_server(SERVER).unwrap();
     disk::blank(&kept.disk, 64 * MIB).unwrap();
     disk::write_noise(&kept.disk, 0..32 * MIB, 7).unwrap();
