@@ -266,6 +266,7 @@ async fn receive(
     let Some(first) = stream.message().await? else { return Ok(()) };
     let session: SessionId = first.session_id.parse()?;
     let writer = Writer::new(runs.run_of(session, machine)?, session, first.epoch)?;
+    let writer = writer.within_quota(runs.clone());
     let (queue, messages) = mpsc::channel(QUEUE);
     let thread_acks = acks.clone();
     let thread = spawn_work(async move { write(&writer, messages, &thread_acks).await });

@@ -6,6 +6,7 @@
 mod history;
 pub mod merge;
 pub mod opened;
+pub mod retain;
 pub mod store;
 pub mod table;
 

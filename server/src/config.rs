@@ -1,9 +1,14 @@
 //! Settings of `janus-server`, with their defaults.
 
-use std::path::PathBuf;
+pub mod retention;
+pub mod size;
 
+use std::{collections::BTreeMap, path::PathBuf};
+
+use janus_proto::ids::check_name;
 use serde::{Deserialize, Serialize};
 
+pub use self::{retention::Retention, size::Size};
 use crate::image::Format;
 
 /// Settings of one server. Every key is also an environment variable and a flag.
@@ -40,6 +45,12 @@ pub struct Settings {
     pub drain_seconds: u64,
     /// Log filter.
     pub log: String,
+    /// Free space that new backups leave alone: bytes, or percent of the file system.
+    pub reserve: String,
+    /// What a user's backups may take here, by user.
+    pub quotas: BTreeMap<String, String>,
+    /// What is kept.
+    pub retention: Retention,
 }
 
 impl Default for Settings {
@@ -60,6 +71,9 @@ impl Default for Settings {
             health_listen: String::new(),
             drain_seconds: 10,
             log: "info".into(),
+            reserve: "1%".into(),
+            quotas: BTreeMap::new(),
+            retention: Retention::default(),
         }
     }
 }
@@ -80,6 +94,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("refresh_seconds", "Heartbeat of the report streams"),
     ("health_listen", "Address and port for health checks, plain gRPC and HTTP; empty: none"),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
+    ("reserve", "Free space that new backups leave alone: 5 GiB, or 1% of the file system"),
     ("log", "Log filter, such as info or janus_server=debug"),
 ];
 
@@ -102,6 +117,21 @@ impl Settings {
         if self.prefer_vhdx { Format::Vhdx } else { Format::Vhd }
     }
 
+    /// The quotas in bytes, by user.
+    ///
+    /// # Errors
+    /// Names the user whose quota is none.
+    pub fn quotas(&self) -> Result<BTreeMap<String, u64>, String> {
+        let quota = |(user, text): (&String, &String)| {
+            check_name("user", user).map_err(|error| error.to_string())?;
+            match Size::parse(text).map_err(|reason| format!("{user}: {reason}"))? {
+                Size::Bytes(bytes) => Ok((user.clone(), bytes)),
+                Size::Percent(_) => Err(format!("{user}: {text:?} is no amount of bytes")),
+            }
+        };
+        self.quotas.iter().map(quota).collect()
+    }
+
     /// Checks what types can't.
     ///
     /// # Errors
@@ -115,6 +145,10 @@ impl Settings {
         if self.refresh_seconds == 0 {
             return invalid("refresh_seconds", "must be at least 1");
         }
+        Size::parse(&self.reserve)
+            .map_err(|reason| ConfigError::Invalid { key: "reserve", reason })?;
+        self.quotas().map_err(|reason| ConfigError::Invalid { key: "quotas", reason })?;
+        self.retention.check()?;
         match self.janus_urls.iter().chain(&self.urls).find(|url| !url.starts_with("https://")) {
             Some(url) => invalid("janus_urls", &format!("{url:?} does not begin with https://")),
             None => Ok(()),
@@ -134,12 +168,19 @@ mod tests {
         let toml::Value::Table(known) = toml::Value::try_from(Settings::default()).unwrap() else {
             panic!("a table")
         };
-        for key in known.keys() {
-            assert!(
-                text.lines()
-                    .any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} ="))),
-                "{key}"
-            );
+        for (key, value) in &known {
+            let shows = |line: &str| {
+                text.lines().any(|shown| shown.trim_start_matches("# ").starts_with(line))
+            };
+            let toml::Value::Table(section) = value else {
+                assert!(shows(&format!("{key} =")), "{key}");
+                continue;
+            };
+            assert!(shows(&format!("[{key}")), "[{key}]");
+            for inner in section.keys() {
+                let table = format!("[{key}.{inner}");
+                assert!(shows(&format!("{inner} =")) || shows(&table), "{key}.{inner}");
+            }
         }
     }
 }

@@ -4,7 +4,9 @@
 //! the epoch, so that a client that was believed dead can't write any more. All functions block: they are called on
 //! threads meant for it. No lock is held while blocks are received.
 
+mod limits;
 mod machine;
+mod names;
 mod purge;
 mod trash;
 
@@ -17,14 +19,16 @@ use std::{
 use janus_proto::{
     ids::{BackupId, BlockHash, DiskId, MachineKey, SessionId, SnapshotId},
     model::Batch,
+    show::amount,
 };
 use tokio::{sync::broadcast, time::Instant};
 
-use self::machine::PlannedDisk;
 pub use self::{
+    limits::Limits,
     machine::{ActiveRun, Machine},
     purge::{PurgeOptions, PurgeReport, Wait},
 };
+use self::{limits::Metered, machine::PlannedDisk};
 use crate::{
     chain::{
         Held, Run,
@@ -149,6 +153,31 @@ pub enum RunError {
         /// The run.
         backup: BackupId,
     },
+    /// The user's backups take what they may.
+    #[error(
+        "the backups of user {user} take {} here, quota is {}: `janus-server usage` shows what takes the space, \
+         `janus-server retention run --now`, `delete` and `trash purge` free it; or raise setting quotas.{user}",
+        amount(*used),
+        amount(*quota)
+    )]
+    Quota {
+        /// The user.
+        user: String,
+        /// Bytes taken.
+        used: u64,
+        /// Bytes allowed.
+        quota: u64,
+    },
+    /// A folder would be shared on file systems that don't tell cases apart.
+    #[error(
+        "{new} differs only in upper and lower case from {other}, which is here already: choose another name"
+    )]
+    NameTaken {
+        /// The new name.
+        new: String,
+        /// The one that is here.
+        other: String,
+    },
     /// Too many open runs.
     #[error("{MAX_OPEN_RUNS} runs are open on this server: try again later")]
     TooMany,
@@ -234,6 +263,7 @@ pub struct Runs {
     machines: Mutex<HashMap<MachineKey, Arc<Machine>>>,
     sessions: Mutex<HashMap<SessionId, Arc<ActiveRun>>>,
     changes: broadcast::Sender<Change>,
+    limits: Limits,
 }
 
 impl Runs {
@@ -256,6 +286,7 @@ impl Runs {
             machines: Mutex::new(known),
             sessions: Mutex::new(sessions),
             changes,
+            limits: Limits::NONE,
         }
     }
 
@@ -335,12 +366,15 @@ impl Runs {
         wanted: &[WantedDisk],
         use_counter: u64,
     ) -> Result<Arc<ActiveRun>, RunError> {
-        let machine = lock(&self.machines)
+        let mut machines = lock(&self.machines);
+        names::check_machine(&machines, key)?;
+        let machine = machines
             .entry(key.clone())
             .or_insert_with(|| {
                 Arc::new(Machine::new(key.clone(), MachineState::default(), self.lease))
             })
             .clone();
+        drop(machines);
         self.refuse_while_committing(&machine, backup)?;
         let _turn = machine.take_turn();
         machine.refuse_ended(backup)?;
@@ -348,6 +382,8 @@ impl Runs {
             run.take_over(self, wanted)?;
             return Ok(run);
         }
+        names::check_disks(&machine, wanted)?;
+        self.check_room(key)?;
         for other in machine.active() {
             if let Some(left) = other.lease_left() {
                 let seconds = left.as_secs().max(1);
@@ -528,6 +564,7 @@ pub struct Writer {
     run: Arc<ActiveRun>,
     session: Arc<Session>,
     epoch: u64,
+    metered: Option<Metered>,
 }
 
 impl Writer {
@@ -538,7 +575,14 @@ impl Writer {
     pub fn new(run: Arc<ActiveRun>, session: SessionId, epoch: u64) -> Result<Self, RunError> {
         run.check_epoch(epoch)?;
         let session = run.session(session)?;
-        Ok(Self { run, session, epoch })
+        Ok(Self { run, session, epoch, metered: None })
+    }
+
+    /// The same, which looks at its user's quota while it writes.
+    #[must_use]
+    pub fn within_quota(mut self, runs: Arc<Runs>) -> Self {
+        self.metered = Some(Metered::new(runs));
+        self
     }
 
     /// The session.
@@ -549,12 +593,15 @@ impl Writer {
     /// Takes in one message, renewing the lease.
     ///
     /// # Errors
-    /// When the run was taken over, is committing or has ended, or the store can't be written.
+    /// When the run was taken over, is committing or has ended, the user's quota is used up, or the store can't be written.
     pub fn apply(&self, batch: Option<&Batch>, settled: u64) -> Result<Marks, RunError> {
         self.run.check_epoch(self.epoch)?;
         self.run.renew();
         if self.run.is_committing() {
             return Err(RunError::State { backup: self.run.backup, state: "being committed" });
+        }
+        if let (Some(metered), Some(batch)) = (&self.metered, batch) {
+            metered.count(self.run.machine.user(), batch.data_len() as u64)?;
         }
         Ok(self.session.apply(batch, settled)?)
     }

@@ -25,18 +25,21 @@ use janus_proto::{
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use tonic_health::ServingStatus;
+use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
+    admin::{Admin, socket::AdminSocket},
     backup::Backup,
     caller::Gate,
     catalog::Catalog,
     chain::store::{MachineState, Store, StoreError},
-    config::Settings,
+    config::{Settings, Size},
     info::Info,
     report::Reporter,
     restore::Restore,
-    runs::Runs,
+    retention,
+    runs::{self, Runs},
+    space::{self, Space},
     storage,
 };
 
@@ -90,6 +93,7 @@ pub struct Server {
     door: Door,
     dialer: Dialer,
     plain_health: Option<TcpListener>,
+    admin: Option<AdminSocket>,
     janus_urls: watch::Sender<Vec<String>>,
 }
 
@@ -149,7 +153,9 @@ impl Server {
         let store = opened.map_err(|error| ServeError::Wiring(error.to_string()))??;
         let (door, dialer) =
             (Door::Tls(listener, identity.clone()), Arc::new(identity.clone()) as Dialer);
-        Ok(Self { plain_health, ..Self::over(store, settings, identity, door, dialer)? })
+        let server = Self::over(store, settings, identity, door, dialer)?;
+        let admin = bind_admin(&server.settings.image_path);
+        Ok(Self { plain_health, admin, ..server })
     }
 
     /// A server whose connections come through `door` and are made by `dialer`. Opens the store, which blocks.
@@ -173,11 +179,13 @@ impl Server {
         dialer: Dialer,
     ) -> Result<Self, ServeError> {
         let (id, lease) = (name(&identity)?, Duration::from_secs(settings.lease_seconds));
-        let runs = Runs::new(store, machines, lease).with_new_chains(settings.new_chains());
+        let runs = Runs::new(store, machines, lease)
+            .with_new_chains(settings.new_chains())
+            .with_limits(runs::Limits::of(&settings));
         let runs = Arc::new(runs);
         let janus_urls = watch::Sender::new(settings.janus_urls.clone());
-        let plain_health = None;
-        Ok(Self { settings, identity, id, runs, door, dialer, plain_health, janus_urls })
+        let (plain_health, admin) = (None, None);
+        Ok(Self { settings, identity, id, runs, door, dialer, plain_health, admin, janus_urls })
     }
 
     /// Its runs.
@@ -205,6 +213,7 @@ impl Server {
     /// When the wiring fails.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
         let (health, health_service) = health().await;
+        let is_low = watch::Sender::new(is_low(&self.runs, space::reserve(&self.settings)).await);
         set_all(&health, ServingStatus::Serving).await;
         let name = self.id.to_string();
         let urls = self.settings.urls.clone();
@@ -227,21 +236,25 @@ impl Server {
             .add_service(reflection().build_v1alpha().map_err(wiring)?)
             .prepare();
         let gate = Gate::new(routes, self.identity.clone(), self.id.clone()).map_err(wiring)?;
+        let admin = Arc::new(Admin::new(self.runs.clone(), self.settings.clone()));
         let mut tasks = self.tasks(&shutdown);
+        tasks.spawn(tell(health, is_low.subscribe(), shutdown.clone()));
+        if self.settings.retention.automatic {
+            let at = self.settings.retention.time_of_day().map_err(wiring)?;
+            let is_low = is_low.subscribe();
+            tasks.spawn(retention::follow(admin.retention().clone(), at, is_low, shutdown.clone()));
+        }
+        let reserve = space::reserve(&self.settings);
+        tasks.spawn(space::watch(self.runs.clone(), reserve, is_low, shutdown.clone()));
         // Answered until the last call is over.
         let stop = CancellationToken::new();
         let _stop_on_drop = stop.clone().drop_guard();
         if let Some(listener) = self.plain_health {
             tasks.spawn(plain_health::serve(listener, plain, stop.clone()));
         }
-        let drain = {
-            let shutdown = shutdown.clone();
-            async move {
-                shutdown.cancelled().await;
-                set_all(&health, ServingStatus::NotServing).await;
-            }
-        };
-        tasks.spawn(drain);
+        if let Some(socket) = self.admin {
+            tasks.spawn(socket.serve(admin, shutdown.clone()));
+        }
         let limits =
             Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
         tracing::info!(server = name, address = ?self.door.address().ok(), "serving");
@@ -305,6 +318,45 @@ fn refuse_network(janus_urls: &[String], path: &Path) -> Result<(), ServeError> 
         }
         _ => Ok(()),
     }
+}
+
+/// Whether space is low already.
+async fn is_low(runs: &Arc<Runs>, reserve: Size) -> bool {
+    let runs = runs.clone();
+    let asked = crate::blocking(move || Space::ask(runs.store(), reserve)).await;
+    asked.ok().flatten().is_some_and(|space| space.is_low(false))
+}
+
+/// The only one who changes what health says: no backups while space is low, nothing from the drain on.
+async fn tell(
+    health: HealthReporter,
+    mut is_low: watch::Receiver<bool>,
+    shutdown: CancellationToken,
+) {
+    while !shutdown.is_cancelled() {
+        let backups = match *is_low.borrow_and_update() {
+            true => ServingStatus::NotServing,
+            false => ServingStatus::Serving,
+        };
+        health.set_service_status(pb::backup_service_server::SERVICE_NAME, backups).await;
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => {}
+            changed = is_low.changed() => if changed.is_err() {
+                shutdown.cancelled().await;
+            }
+        }
+    }
+    set_all(&health, ServingStatus::NotServing).await;
+}
+
+/// Backups are worth more than commands: a server without the socket serves, and says so.
+fn bind_admin(image_path: &Path) -> Option<AdminSocket> {
+    let bound = AdminSocket::bind(image_path);
+    let told = |error: &_| {
+        tracing::error!(%error, "no admin socket in the image path: commands work while the server doesn't run");
+    };
+    bound.inspect_err(told).ok()
 }
 
 async fn bind(key: &'static str, address: &str) -> Result<TcpListener, ServeError> {

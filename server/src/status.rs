@@ -24,11 +24,12 @@ impl From<RunError> for Status {
             | RunError::OtherDisks { .. }
             | RunError::BuiltOn { .. }
             | RunError::Purging { .. } => status(ErrorReason::RunState, text),
-            RunError::CounterJump { .. } | RunError::FormatTooSmall { .. } => {
-                status(ErrorReason::InvalidField, text)
-            }
+            RunError::CounterJump { .. }
+            | RunError::FormatTooSmall { .. }
+            | RunError::NameTaken { .. } => status(ErrorReason::InvalidField, text),
             RunError::TooMany => status(ErrorReason::TooMany, text),
             RunError::Full(_) => status(ErrorReason::StoreFull, text),
+            RunError::Quota { .. } => status(ErrorReason::QuotaExceeded, text),
             RunError::Session(error) => error.into(),
             RunError::Store(error) => error.into(),
         }

@@ -182,6 +182,9 @@ pub enum ErrorReason {
     /// FAILED_PRECONDITION, no retry: the server that is to be forgotten still reports or is one of `server_urls`; the
     /// message says which.
     ServerInUse = 24,
+    /// RESOURCE_EXHAUSTED, no quick retry: the backups of the caller's user take what they may on this server; the message
+    /// says how much that is. An open session stays open and can be resumed.
+    QuotaExceeded = 25,
 }
 impl ErrorReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -215,6 +218,7 @@ impl ErrorReason {
             Self::StoreFailed => "ERROR_REASON_STORE_FAILED",
             Self::DiskTwice => "ERROR_REASON_DISK_TWICE",
             Self::ServerInUse => "ERROR_REASON_SERVER_IN_USE",
+            Self::QuotaExceeded => "ERROR_REASON_QUOTA_EXCEEDED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -245,6 +249,7 @@ impl ErrorReason {
             "ERROR_REASON_STORE_FAILED" => Some(Self::StoreFailed),
             "ERROR_REASON_DISK_TWICE" => Some(Self::DiskTwice),
             "ERROR_REASON_SERVER_IN_USE" => Some(Self::ServerInUse),
+            "ERROR_REASON_QUOTA_EXCEEDED" => Some(Self::QuotaExceeded),
             _ => None,
         }
     }

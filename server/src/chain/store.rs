@@ -3,6 +3,7 @@
 //! ```text
 //! <image_path>/.store.json                             id of the store, count of starts; .store.lock is held while in use
 //! <image_path>/<user>/<machine>/.machine.json          use counter
+//! <image_path>/<user>/<machine>/.pins.json             pinned snapshots
 //! <image_path>/<user>/<machine>/.runs/<sequence>.json  run manifests: a run is committed when its file is here
 //! <image_path>/<user>/<machine>/.trash/<sequence>.json those of dropped runs, each with a record .why.json
 //! <image_path>/<user>/<machine>/.merge/<link>.json     merges that are decided and not finished
@@ -16,6 +17,7 @@
 //! moved to `<disk>/set-aside/` at start, never deleted.
 
 mod merges;
+mod pins;
 mod trash;
 
 use std::{

@@ -104,6 +104,16 @@ impl Machine {
         lock(&self.state).history.newest().is_some()
     }
 
+    /// The base that a snapshot's chain begins with; `None` when a link is missing.
+    pub fn chain_base(&self, id: SnapshotId) -> Option<SnapshotId> {
+        Some(self.chain(id)?.last()?.snapshot().id)
+    }
+
+    /// True when a snapshot was found to be damaged.
+    pub fn is_damaged(&self, id: SnapshotId) -> bool {
+        lock(&self.state).damaged.contains(&id)
+    }
+
     pub(super) fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
         lock(&self.state).history.chain(id)
     }

@@ -29,11 +29,13 @@ pub(super) const GROUPS: &[Group] = &[
 const SOURCE_MODULES: &[&str] = &["source::", "scan::", "delta::", "journal::"];
 /// Whole-system tests that belong to another group than `main-job`.
 const PLACED: &[(&str, &str)] = &[
+    ("admin", "store"),
     ("damage", "store"),
     ("vhd", "store"),
     ("links", "client"),
     ("reasons", "janus"),
     ("resilience", "client"),
+    ("retention", "store"),
     ("simulation", "janus"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
