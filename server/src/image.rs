@@ -16,6 +16,7 @@ use uuid::Uuid;
 use crate::storage;
 
 mod any;
+pub mod foreign;
 pub mod layers;
 mod names;
 mod payload;
@@ -66,6 +67,9 @@ pub struct Parent {
     /// VHD: the parent's time stamp, seconds since 2000. Nothing in VHDX.
     pub time_stamp: u32,
 }
+
+/// A parent, and all file names that its child gives it, the most trusted first.
+type NamedParent = (Parent, Vec<String>);
 
 /// Where a stretch of a disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,6 +9,7 @@ pub mod caller;
 pub mod catalog;
 pub mod chain;
 pub mod config;
+pub mod fuzz;
 pub mod image;
 pub mod info;
 pub mod pki;

@@ -10,7 +10,7 @@
 
 mod content;
 mod finish;
-mod journal;
+pub(crate) mod journal;
 
 use std::{
     collections::{BTreeMap, HashMap},

@@ -581,9 +581,14 @@ fn write<T: Serialize>(storage: &Disk, path: &Path, value: &T) -> Result<(), Sto
         |e: serde_json::Error| StoreError::Damaged { path: path.to_owned(), reason: e.to_string() };
     let mut bytes = serde_json::to_vec_pretty(value).map_err(damaged)?;
     bytes.push(b'\n');
-    let sum = blake3::hash(&bytes);
-    bytes.extend_from_slice(format!("{sum}\n").as_bytes());
-    storage.replace(path, &bytes).map_err(StoreError::io("write", path))
+    storage.replace(path, &with_sum(bytes)).map_err(StoreError::io("write", path))
+}
+
+/// A file's text with the line that holds its sum.
+pub(crate) fn with_sum(mut text: Vec<u8>) -> Vec<u8> {
+    let sum = blake3::hash(&text);
+    text.extend_from_slice(format!("{sum}\n").as_bytes());
+    text
 }
 
 /// Extension of files that could not be read. They are kept, and never written over.
@@ -621,6 +626,12 @@ fn read<T: DeserializeOwned>(storage: &Disk, path: &Path) -> Result<Option<T>, S
         }
         Err(error) => return Err(StoreError::io("read", path)(error)),
     };
+    parse(path, &bytes).map(Some)
+}
+
+/// The value in the bytes of the file at `path`, if they are what a writer left there.
+pub(crate) fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, StoreError> {
+    let damaged = |reason: String| StoreError::Damaged { path: path.to_owned(), reason };
     let split = bytes.len().checked_sub(65).ok_or_else(|| damaged("too short".into()))?;
     let (json, sum) = bytes.split_at(split);
     if sum.strip_suffix(b"\n") != Some(blake3::hash(json).to_string().as_bytes()) {
@@ -632,5 +643,5 @@ fn read<T: DeserializeOwned>(storage: &Disk, path: &Path) -> Result<Option<T>, S
     if format > u64::from(FORMAT) {
         return Err(StoreError::Newer { path: path.to_owned(), format });
     }
-    serde_json::from_value(value).map(Some).map_err(|e| damaged(e.to_string()))
+    serde_json::from_value(value).map_err(|e| damaged(e.to_string()))
 }

@@ -162,6 +162,18 @@ impl Image {
         }
     }
 
+    /// Opens an image of another program, which may have left it open: what the log of a VHDX holds counts as done, without
+    /// changing the file.
+    ///
+    /// # Errors
+    /// As [`Self::open`], and when the log is damaged.
+    pub fn open_foreign(file: File) -> Result<Self, ImageError> {
+        match format_of(&file)? {
+            Format::Vhdx => VhdxImage::open_foreign(file).map(Self::Vhdx),
+            Format::Vhd => VhdImage::open(file).map(Self::Vhd),
+        }
+    }
+
     /// The format.
     pub fn format(&self) -> Format {
         match self {
@@ -196,6 +208,11 @@ impl Image {
     /// What a child says about its parent. The name comes from the file: compare it before using it as a path.
     pub fn parent(&self) -> Option<&Parent> {
         either!(Self, self, image => image.parent())
+    }
+
+    /// All file names that a child gives its parent, the most trusted first.
+    pub fn parent_names(&self) -> &[String] {
+        either!(Self, self, image => image.parent_names())
     }
 
     /// What a child of this image is to say about it, when it has this file name.

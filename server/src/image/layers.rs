@@ -89,7 +89,7 @@ impl Layers {
     }
 }
 
-fn check_link(child: &Image, parent: &Image) -> Result<(), ImageError> {
+pub(super) fn check_link(child: &Image, parent: &Image) -> Result<(), ImageError> {
     let link = child
         .parent()
         .ok_or(ImageError::BrokenChain { reason: "an image above the base has no parent" })?;

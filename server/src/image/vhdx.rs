@@ -19,9 +19,11 @@ mod bitmap;
 mod header;
 mod layout;
 mod locator;
+mod log;
 mod metadata;
 mod read;
 mod region;
+mod replayed;
 mod write;
 
 #[cfg(test)]
@@ -69,4 +71,23 @@ impl Fields for [u8] {
 /// Puts `value` at `at`. The buffers are our own and sized for what goes in.
 fn put(buffer: &mut [u8], at: usize, value: &[u8]) {
     buffer[at..at + value.len()].copy_from_slice(value);
+}
+
+/// Reads a parent locator: for fuzzers.
+pub(crate) fn read_locator(bytes: &[u8]) -> Result<super::Parent, super::ImageError> {
+    locator::decode(bytes).map(|(parent, _)| parent)
+}
+
+/// A parent locator: for fuzzers.
+pub(crate) fn write_locator(parent: &super::Parent) -> Result<Vec<u8>, super::ImageError> {
+    locator::encode(parent)
+}
+
+/// `bytes`, padded to `len`, with their CRC-32C at 4: for fuzzers and tests.
+pub(crate) fn summed(bytes: &[u8], len: usize) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    bytes.resize(len.max(8), 0);
+    let sum = header::checksum(&bytes);
+    put(&mut bytes, 4, &sum.to_le_bytes());
+    bytes
 }

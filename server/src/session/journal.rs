@@ -15,7 +15,7 @@
 use std::io;
 
 use janus_proto::{
-    ids::{BlockHash, SessionId},
+    ids::{BlockHash, SessionId, block_count},
     model::{Extent, MAX_BATCH_BYTES, MAX_EXTENTS},
 };
 
@@ -91,10 +91,10 @@ impl Journal {
                 "not the journal of this session",
             ));
         }
-        let end = if synced_only { last_synced(&file)? } else { u64::MAX };
+        let end = if synced_only { last_synced(&file, disk_bytes)? } else { u64::MAX };
         let mut len = HEADER_BYTES;
         while len < end {
-            let Some((record, next)) = read_record(&file, len)? else { break };
+            let Some((record, next)) = read_record(&file, len, disk_bytes)? else { break };
             take(record);
             len = next;
         }
@@ -164,9 +164,9 @@ impl Journal {
 }
 
 /// Where the last synced record ends; right after the header when there is none.
-fn last_synced(file: &File) -> io::Result<u64> {
+fn last_synced(file: &File, disk_bytes: u64) -> io::Result<u64> {
     let (mut at, mut found) = (HEADER_BYTES, HEADER_BYTES);
-    while let Some((record, next)) = read_record(file, at)? {
+    while let Some((record, next)) = read_record(file, at, disk_bytes)? {
         if record.synced {
             found = next;
         }
@@ -176,7 +176,7 @@ fn last_synced(file: &File) -> io::Result<u64> {
 }
 
 /// The record at `at` and where it ends; `None` when there is no whole, good one.
-fn read_record(file: &File, at: u64) -> io::Result<Option<(Record, u64)>> {
+fn read_record(file: &File, at: u64, disk_bytes: u64) -> io::Result<Option<(Record, u64)>> {
     let mut fixed = [0; FIXED_BYTES];
     if !read_full(file, &mut fixed, at)? {
         return Ok(None);
@@ -209,13 +209,27 @@ fn read_record(file: &File, at: u64) -> io::Result<Option<(Record, u64)>> {
         let count = long(&pair[8..]);
         Extent { first: long(&pair[..8]), count: count & !ZERO_BIT, zero: count & ZERO_BIT != 0 }
     });
+    let extents: Vec<Extent> = extents.collect();
+    if !fit(&extents, hash_count, disk_bytes) {
+        return Ok(None);
+    }
     let record = Record {
-        extents: extents.collect(),
+        extents,
         hashes_at: at + (FIXED_BYTES + extent_count * 16) as u64,
         settled: long(&fixed[16..]),
         synced: word(1) == 2,
     };
     Ok(Some((record, at + (FIXED_BYTES + rest.len()) as u64)))
+}
+
+/// Whether extents lie on the disk and have as many hashes as blocks with data.
+fn fit(extents: &[Extent], hash_count: usize, disk_bytes: u64) -> bool {
+    let blocks = block_count(disk_bytes);
+    let inside = |extent: &Extent| {
+        extent.count > 0 && extent.first.checked_add(extent.count).is_some_and(|end| end <= blocks)
+    };
+    let data = extents.iter().filter(|extent| !extent.zero).map(|extent| extent.count);
+    extents.iter().all(inside) && data.fold(0, u64::saturating_add) == hash_count as u64
 }
 
 /// Reads all of `bytes`, or says false at the end of the file.
@@ -266,6 +280,26 @@ mod tests {
         let mut settled = 0;
         Journal::open(file(&folder), session, 1 << 20, true, |r| settled = r.settled).unwrap();
         assert_eq!(settled, 1);
+    }
+
+    #[test]
+    fn a_record_that_leaves_the_disk_or_lacks_hashes_ends_the_journal() {
+        for extent in [
+            Extent { first: u64::MAX, count: 2, zero: true },
+            Extent { first: 255, count: 2, zero: true },
+            Extent { first: 0, count: 2, zero: false },
+        ] {
+            let session = SessionId::new();
+            let path = tempfile::NamedTempFile::new().unwrap();
+            let open = || {
+                crate::storage::Disk::default()
+                    .open(path.path(), crate::storage::Access::Write)
+                    .unwrap()
+            };
+            let mut journal = Journal::create(open(), session, 1 << 20).unwrap();
+            journal.append(&[extent], &[7; 32], 5).unwrap();
+            Journal::open(open(), session, 1 << 20, false, |_| panic!("{extent:?}")).unwrap();
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::{
     locator, put,
 };
 use crate::{
-    image::{ImageError, Parent, names, payload::PAYLOAD_BYTES},
+    image::{ImageError, NamedParent, Parent, names, payload::PAYLOAD_BYTES},
     storage::File,
 };
 
@@ -52,16 +52,20 @@ pub(super) fn write(
     file.write_all_at(&bytes, HEADER_OFFSET).map_err(ImageError::io("write"))
 }
 
-/// Reads the header at `offset`, and of a child the parent with all names it is given.
+/// Reads the header at `offset` of a file of `file_bytes`, and of a child the parent with all names it is given.
 pub(super) fn read(
     file: &File,
+    file_bytes: u64,
     offset: u64,
     is_child: bool,
-) -> Result<(Header, Option<(Parent, Vec<String>)>), ImageError> {
+) -> Result<(Header, Option<NamedParent>), ImageError> {
+    if offset.checked_add(BYTES as u64).is_none_or(|end| end > file_bytes) {
+        return Err(ImageError::damaged(format!("a dynamic header at {offset}")));
+    }
     let mut bytes = [0; BYTES];
     file.read_exact_at(&mut bytes, offset).map_err(ImageError::io("dynamic header"))?;
     let header = parse(&bytes)?;
-    let parent = if is_child { Some(read_parent(file, &bytes)?) } else { None };
+    let parent = if is_child { Some(read_parent(file, file_bytes, &bytes)?) } else { None };
     Ok((header, parent))
 }
 
@@ -74,14 +78,18 @@ fn parse(bytes: &[u8; BYTES]) -> Result<Header, ImageError> {
         return Err(ImageError::unsupported(format!("VHD header version {version:#x}")));
     }
     let block_bytes = u64::from(bytes.u32_at(32));
-    if !block_bytes.is_power_of_two() || block_bytes < 8 * SECTOR || block_bytes > 256 << 20 {
+    if !block_bytes.is_power_of_two() || !(8 * SECTOR..=256 << 20).contains(&block_bytes) {
         return Err(ImageError::damaged(format!("blocks of {block_bytes} bytes")));
     }
     Ok(Header { table_offset: bytes.u64_at(16), entries: bytes.u32_at(28).into(), block_bytes })
 }
 
-fn read_parent(file: &File, bytes: &[u8; BYTES]) -> Result<(Parent, Vec<String>), ImageError> {
-    let mut names = locator::read(file, &bytes[LOCATORS])?;
+fn read_parent(
+    file: &File,
+    file_bytes: u64,
+    bytes: &[u8; BYTES],
+) -> Result<NamedParent, ImageError> {
+    let mut names = locator::read(file, file_bytes, &bytes[LOCATORS])?;
     let units = bytes[NAME].chunks_exact(2).map(|unit| u16::from_be_bytes([unit[0], unit[1]]));
     let own = names::utf16(units.take_while(|unit| *unit != 0))?;
     if !own.is_empty() {

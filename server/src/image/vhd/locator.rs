@@ -39,13 +39,16 @@ pub(super) fn write(file: &File, table: &mut [u8], name: &str) -> Result<(), Ima
 
 /// File names that the entries in `table` give the parent, the relative path's first. Entries of other systems are left out,
 /// and so is what can't be read: the header has a name too.
-pub(super) fn read(file: &File, table: &[u8]) -> Result<Vec<String>, ImageError> {
+pub(super) fn read(file: &File, file_bytes: u64, table: &[u8]) -> Result<Vec<String>, ImageError> {
     let mut found = Vec::new();
     for code in [RELATIVE, ABSOLUTE] {
         for entry in table.chunks_exact(ENTRY_BYTES).take(ENTRIES).filter(|e| &e[..4] == code) {
             let (bytes, offset) = (entry.u32_at(8), entry.u64_at(16));
-            if bytes > MAX_PATH {
-                return Err(ImageError::damaged(format!("a parent's path of {bytes} bytes")));
+            let inside = offset.checked_add(bytes.into()).is_some_and(|end| end <= file_bytes);
+            if bytes > MAX_PATH || !inside {
+                return Err(ImageError::damaged(format!(
+                    "a parent's path of {bytes} bytes at {offset}"
+                )));
             }
             let mut path = vec![0; bytes as usize];
             file.read_exact_at(&mut path, offset).map_err(ImageError::io("parent locator"))?;

@@ -67,7 +67,8 @@ impl VhdImage {
 
     fn open_dynamic(&mut self, footer_at: u64) -> Result<(), ImageError> {
         let is_child = self.footer.disk_type == DiskType::Differencing;
-        let (header, parent) = header::read(&self.file, self.footer.header_offset, is_child)?;
+        let (header, parent) =
+            header::read(&self.file, self.file_bytes, self.footer.header_offset, is_child)?;
         let count = self.footer.disk_bytes.div_ceil(header.block_bytes);
         if count > MAX_BLOCKS {
             return Err(ImageError::unsupported(format!("{count} blocks in a VHD")));

@@ -17,6 +17,8 @@ pub(super) struct Header {
     pub(super) data_write: Uuid,
     pub(super) log_offset: u64,
     pub(super) log_bytes: u64,
+    /// What entries of the log must carry to count; nil when it is empty.
+    pub(super) log_id: Uuid,
 }
 
 impl Header {
@@ -118,12 +120,8 @@ pub(super) fn read(file: &File) -> Result<Header, ImageError> {
             _ => current = Some((header, page)),
         }
     }
-    let (header, page) = current.ok_or_else(|| ImageError::damaged("neither header is valid"))?;
     // Only the current header counts: an older one may still name a log that has been replayed.
-    if !page.guid_at(48).is_nil() {
-        return Err(ImageError::DirtyLog);
-    }
-    Ok(header)
+    current.map(|(header, _)| header).ok_or_else(|| ImageError::damaged("neither header is valid"))
 }
 
 fn parse(page: &[u8; PAGE], offset: u64) -> Result<Header, ImageError> {
@@ -131,12 +129,18 @@ fn parse(page: &[u8; PAGE], offset: u64) -> Result<Header, ImageError> {
     if version != 1 {
         return Err(ImageError::unsupported(format!("VHDX version {version}")));
     }
+    // An empty log may be of any version.
+    let (log_version, log_id) = (page.u16_at(64), page.guid_at(48));
+    if log_version != 0 && !log_id.is_nil() {
+        return Err(ImageError::unsupported(format!("VHDX log version {log_version}")));
+    }
     Ok(Header {
         offset,
         sequence: page.u64_at(8),
         data_write: page.guid_at(32),
         log_bytes: page.u32_at(68).into(),
         log_offset: page.u64_at(72),
+        log_id,
     })
 }
 
@@ -163,7 +167,8 @@ mod tests {
                 sequence: 1,
                 data_write: Uuid::from_u128(7),
                 log_offset: 1 << 20,
-                log_bytes: 1 << 20
+                log_bytes: 1 << 20,
+                log_id: Uuid::nil(),
             }
         );
         file.write_all_at(&[1], OFFSETS[0] + 100).unwrap();
@@ -189,8 +194,8 @@ mod tests {
     }
 
     #[test]
-    fn a_dirty_log_and_a_newer_version_are_refused() {
-        for (at, dirty) in [(48, true), (66, false)] {
+    fn a_log_is_told_and_newer_versions_are_refused() {
+        for (at, is_read) in [(48, true), (64, false), (66, false)] {
             let file = written();
             let mut page = [0; PAGE];
             file.read_exact_at(&mut page, OFFSETS[1]).unwrap();
@@ -198,8 +203,7 @@ mod tests {
             let sum = checksum(&page);
             put(&mut page, 4, &sum.to_le_bytes());
             file.write_all_at(&page, OFFSETS[1]).unwrap();
-            assert_eq!(matches!(read(&file), Err(ImageError::DirtyLog)), dirty);
-            read(&file).unwrap_err();
+            assert_eq!(read(&file).is_ok_and(|header| !header.log_id.is_nil()), is_read, "{at}");
         }
     }
 }

@@ -5,10 +5,12 @@ use std::collections::HashMap;
 use uuid::{Uuid, uuid};
 
 use super::{Fields, put};
-use crate::image::{ImageError, Parent, names};
+use crate::image::{ImageError, NamedParent, Parent, names};
 
 const VHDX_LOCATOR: Uuid = uuid!("B04AEFB7-D19E-4A81-B789-25B8E9445913");
 const ENTRY_BYTES: usize = 12;
+/// Keys of paths, in the order in which they count.
+const PATHS: [&str; 3] = ["relative_path", "volume_path", "absolute_win32_path"];
 
 /// The locator of a child whose parent lies in the same folder.
 ///
@@ -37,8 +39,9 @@ pub(super) fn encode(parent: &Parent) -> Result<Vec<u8>, ImageError> {
     Ok(bytes)
 }
 
-/// Reads a locator. Of a path only its last part is taken: a chain lives in one folder.
-pub(super) fn decode(bytes: &[u8]) -> Result<Parent, ImageError> {
+/// Reads a locator: the parent, and all file names it is given, the most trusted first. Of a path only its last part is taken:
+/// a chain lives in one folder.
+pub(super) fn decode(bytes: &[u8]) -> Result<NamedParent, ImageError> {
     if bytes.guid_at(0) != VHDX_LOCATOR {
         return Err(ImageError::unsupported(format!(
             "parent locator of type {}",
@@ -60,9 +63,18 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Parent, ImageError> {
     let data_write = Uuid::try_parse(linkage).map_err(|_| {
         ImageError::damaged(format!("parent_linkage {:?} is no id", names::shorten(linkage)))
     })?;
-    let path = ["relative_path", "absolute_win32_path"].into_iter().find_map(|key| pairs.get(key));
-    let path = path.ok_or_else(|| ImageError::damaged("parent locator without a path"))?;
-    Ok(Parent { data_write, file_name: names::file_name(path)?, time_stamp: 0 })
+    let mut found = Vec::new();
+    for path in PATHS.into_iter().filter_map(|key| pairs.get(key)) {
+        let name = names::file_name(path)?;
+        if !found.contains(&name) {
+            found.push(name);
+        }
+    }
+    let file_name = found
+        .first()
+        .cloned()
+        .ok_or_else(|| ImageError::damaged("parent locator without a path"))?;
+    Ok((Parent { data_write, file_name, time_stamp: 0 }, found))
 }
 
 fn text(bytes: &[u8], offset: u32, length: u16) -> Result<String, ImageError> {
@@ -86,7 +98,8 @@ mod tests {
             file_name: "sda-0001.vhdx".into(),
             time_stamp: 0,
         };
-        assert_eq!(decode(&encode(&parent).unwrap()).unwrap(), parent);
+        let names = vec![parent.file_name.clone()];
+        assert_eq!(decode(&encode(&parent).unwrap()).unwrap(), (parent, names));
     }
 
     #[test]

@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use uuid::{Uuid, uuid};
 
-use super::{Fields, Layout, MIB, PAGE, PAYLOAD_BYTES, check_disjoint, layout, locator, put};
+use super::{
+    Fields, Layout, MIB, PAGE, PAYLOAD_BYTES, check_disjoint, layout, locator, put,
+    replayed::ReplayedFile,
+};
 use crate::{
     image::{Geometry, ImageError, Kind, Parent},
     storage::File,
@@ -33,6 +36,7 @@ pub(super) struct Metadata {
     pub(super) block_bytes: u64,
     pub(super) virtual_disk: Uuid,
     pub(super) parent: Option<Parent>,
+    pub(super) parent_names: Vec<String>,
 }
 
 /// Writes table and items.
@@ -80,7 +84,7 @@ pub(super) fn write(
 }
 
 /// Reads the metadata in `region`, which lies within the file.
-pub(super) fn read(file: &File, region: Range<u64>) -> Result<Metadata, ImageError> {
+pub(super) fn read(file: &ReplayedFile, region: Range<u64>) -> Result<Metadata, ImageError> {
     let items = Items::read(file, region)?;
     let parameters: [u8; 8] = items.fixed(FILE_PARAMETERS, "file parameters")?;
     let block_bytes = u64::from(parameters.u32_at(0));
@@ -107,22 +111,24 @@ pub(super) fn read(file: &File, region: Range<u64>) -> Result<Metadata, ImageErr
         None if !has_parent => None,
         _ => return Err(ImageError::damaged("parent locator and file parameters disagree")),
     };
+    let (parent, parent_names) = parent.map_or((None, Vec::new()), |(p, n)| (Some(p), n));
     Ok(Metadata {
         geometry: Geometry { disk_bytes, logical_sector_bytes },
         block_bytes,
         virtual_disk: Uuid::from_bytes_le(items.fixed(VIRTUAL_DISK_ID, "virtual disk id")?),
         parent,
+        parent_names,
     })
 }
 
 /// The table of a metadata region: ids and places, checked.
 struct Items<'a> {
-    file: &'a File,
+    file: &'a ReplayedFile,
     known: Vec<(Uuid, Range<u64>)>,
 }
 
 impl<'a> Items<'a> {
-    fn read(file: &'a File, region: Range<u64>) -> Result<Self, ImageError> {
+    fn read(file: &'a ReplayedFile, region: Range<u64>) -> Result<Self, ImageError> {
         let mut table = vec![0; TABLE_BYTES as usize];
         // The region is at least 1 MiB long: an empty one fails here, or at its first item.
         file.read_exact_at(&mut table, region.start).map_err(ImageError::io("metadata table"))?;

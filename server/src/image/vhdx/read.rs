@@ -1,17 +1,17 @@
 //! Opens a VHDX of any origin and says where its data lies.
 
-use std::{
-    ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::ops::Range;
 
 use uuid::Uuid;
 
 use super::{
-    Fields, MIB, bat, header,
+    Fields, MIB, bat,
+    header::{self, Header},
     layout::{bat_entries, bat_index, chunk_ratio},
+    log,
     metadata::{self, Metadata},
     region,
+    replayed::ReplayedFile,
 };
 use crate::{
     image::{
@@ -27,9 +27,7 @@ const WINDOW: u64 = 512;
 /// An open image. Nothing of its allocation table is kept in memory, so that blocks which a merge adds meanwhile are found.
 #[derive(Debug)]
 pub struct VhdxImage {
-    pub(super) file: File,
-    /// Length of the file when it was last asked.
-    file_bytes: AtomicU64,
+    pub(super) file: ReplayedFile,
     data_write: Uuid,
     pub(super) metadata: Metadata,
     pub(super) ratio: u64,
@@ -46,15 +44,35 @@ impl VhdxImage {
     /// [`ImageError::DirtyLog`] when it wasn't closed, `Unsupported` when it needs what we don't know, `Damaged` when it breaks
     /// the format's rules.
     pub fn open(file: File) -> Result<Self, ImageError> {
-        let file_bytes = file.metadata().map_err(ImageError::io("length"))?.length_bytes;
         let header = header::read(&file)?;
+        match header.log_id.is_nil() {
+            true => Self::over(ReplayedFile::new(file).map_err(ImageError::io("length"))?, &header),
+            false => Err(ImageError::DirtyLog),
+        }
+    }
+
+    /// Opens an image that its writer may have left open: what its log holds counts as done. The file is not changed.
+    ///
+    /// # Errors
+    /// As [`Self::open`], and when the log is damaged.
+    pub fn open_foreign(file: File) -> Result<Self, ImageError> {
+        let header = header::read(&file)?;
+        let mut file = ReplayedFile::new(file).map_err(ImageError::io("length"))?;
+        if !header.log_id.is_nil() {
+            let log = read_log(&file, &header)?;
+            let changes = log::read(&log, header.log_id, file.len())?;
+            file = file.with(changes);
+        }
+        Self::over(file, &header)
+    }
+
+    fn over(file: ReplayedFile, header: &Header) -> Result<Self, ImageError> {
         let log = header.log_offset..header.log_offset.saturating_add(header.log_bytes);
-        let regions = region::read(&file, file_bytes, log)?;
+        let regions = region::read(&file, log)?;
         let metadata = metadata::read(&file, regions.metadata)?;
         let ratio = chunk_ratio(metadata.geometry.logical_sector_bytes, metadata.block_bytes);
         let image = Self {
             file,
-            file_bytes: file_bytes.into(),
             data_write: header.data_write,
             ratio,
             metadata,
@@ -70,9 +88,9 @@ impl VhdxImage {
         Ok(image)
     }
 
-    /// The file.
+    /// The file itself, without what its log changes.
     pub fn file(&self) -> &File {
-        &self.file
+        self.file.own()
     }
 
     /// Virtual size and sectors.
@@ -98,6 +116,11 @@ impl VhdxImage {
     /// What a child says about its parent. The name comes from the file: compare it before using it as a path.
     pub fn parent(&self) -> Option<&Parent> {
         self.metadata.parent.as_ref()
+    }
+
+    /// All file names that a child gives its parent, the most trusted first.
+    pub fn parent_names(&self) -> &[String] {
+        &self.metadata.parent_names
     }
 
     /// Says where each stretch of `range` (bytes of the disk) is, in order and without gaps. Past the disk's end it is zero.
@@ -142,7 +165,7 @@ impl VhdxImage {
     /// As [`Self::extents`], and when blocks overlap.
     pub fn check_blocks(&self) -> Result<(), ImageError> {
         let (count, mut window) = (self.payload_count(), Window::default());
-        let mut used = UsedSpace::new(self.file_bytes.load(Ordering::Relaxed))?;
+        let mut used = UsedSpace::new(self.file.len())?;
         for block in 0..count {
             let entry = self.entry(&mut window, block, count)?;
             if matches!(bat::state(entry), bat::FULLY_PRESENT | bat::PARTIALLY_PRESENT) {
@@ -279,12 +302,7 @@ impl VhdxImage {
     pub(super) fn place(&self, entry: u64, bytes: u64) -> Result<u64, ImageError> {
         let start = bat::offset(entry);
         let end = start.checked_add(bytes).filter(|_| start >= MIB);
-        let mut file_bytes = self.file_bytes.load(Ordering::Relaxed);
-        if end.is_some_and(|end| end > file_bytes) {
-            // A merge may have added blocks since.
-            file_bytes = self.file.metadata().map_err(ImageError::io("length"))?.length_bytes;
-            self.file_bytes.store(file_bytes, Ordering::Relaxed);
-        }
+        let file_bytes = self.file.len_up_to(end.unwrap_or(0)).map_err(ImageError::io("length"))?;
         let end = end.filter(|end| *end <= file_bytes).ok_or_else(|| {
             ImageError::damaged(format!("a block at {start} of a file of {file_bytes} bytes"))
         })?;
@@ -296,6 +314,21 @@ impl VhdxImage {
             _ => Ok(start),
         }
     }
+}
+
+/// The whole log of a file, whose place is checked.
+fn read_log(file: &ReplayedFile, header: &Header) -> Result<Vec<u8>, ImageError> {
+    let (at, bytes) = (header.log_offset, header.log_bytes);
+    if bytes > log::MAX_LOG_BYTES {
+        return Err(ImageError::unsupported(format!("a log of {bytes} bytes to be replayed")));
+    }
+    let inside = at.checked_add(bytes).is_some_and(|end| end <= file.len());
+    if !inside || bytes == 0 || !bytes.is_multiple_of(MIB) || !at.is_multiple_of(MIB) || at < MIB {
+        return Err(ImageError::damaged(format!("a log of {bytes} bytes at {at}")));
+    }
+    let mut log = vec![0; bytes as usize];
+    file.read_exact_at(&mut log, at).map_err(ImageError::io("log"))?;
+    Ok(log)
 }
 
 /// Which MiB of a file hold a block.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use uuid::{Uuid, uuid};
 
-use super::{Fields, MIB, PAGE, check_disjoint, header, layout, put};
+use super::{Fields, MIB, PAGE, check_disjoint, header, layout, put, replayed::ReplayedFile};
 use crate::{image::ImageError, storage::File};
 
 const BAT: Uuid = uuid!("2DC27766-F623-4200-9D64-115E9BFD4A08");
@@ -48,13 +48,13 @@ pub(super) fn write(file: &File, bat_bytes: u64) -> Result<(), ImageError> {
     Ok(())
 }
 
-/// Reads the first valid table of a file of `file_bytes`, whose log lies at `log`.
-pub(super) fn read(file: &File, file_bytes: u64, log: Range<u64>) -> Result<Regions, ImageError> {
+/// Reads the first valid table of a file whose log lies at `log`.
+pub(super) fn read(file: &ReplayedFile, log: Range<u64>) -> Result<Regions, ImageError> {
     let mut table = vec![0; TABLE_BYTES];
     for offset in OFFSETS {
         file.read_exact_at(&mut table, offset).map_err(ImageError::io("region table"))?;
         if &table[..4] == b"regi" && table.u32_at(4) == header::checksum(&table) {
-            return parse(&table, file_bytes, log);
+            return parse(&table, file.len(), log);
         }
     }
     Err(ImageError::damaged("neither region table is valid"))
