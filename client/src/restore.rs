@@ -348,7 +348,12 @@ impl Restore {
         if first_block < total {
             let ranges = vec![BlockRange { first_block, block_count: total - first_block }];
             let encodings = vec![Encoding::None.into(), self.encoding.into()];
-            let message = ReadBlocksRequest { handle: handle.to_owned(), ranges, encodings };
+            let message = ReadBlocksRequest {
+                handle: handle.to_owned(),
+                ranges,
+                encodings,
+                ..Default::default()
+            };
             let request = address.request(message, None);
             let mut answers = link
                 .bulk_restore()

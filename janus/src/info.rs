@@ -96,6 +96,7 @@ impl Info {
             starts: counters.starts.load(Ordering::Relaxed),
             bytes_sent: counters.bytes_sent.load(Ordering::Relaxed),
             bytes_received: counters.bytes_received.load(Ordering::Relaxed),
+            damaged: Vec::new(),
             free_bytes: vitals.free_bytes,
             total_bytes: vitals.total_bytes,
             // A server that has read a new certificate reports it; connections from before still show the old one.

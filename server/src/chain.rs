@@ -112,6 +112,7 @@ impl Held {
             consistency: snapshot.consistency,
             reachable: true,
             client_seal: self.run.client_seal.clone().into(),
+            ..Default::default()
         }
     }
 }

@@ -186,7 +186,10 @@ impl Message<'_> {
         self.bytes = 0;
         let batch = Batch::new(self.size_bytes(), extents, hashes, data.into_bytes(at))
             .map_err(|e| Some(e.into()))?;
-        let answer = pb::ReadBlocksResponse { batch: Some(batch.into_wire(self.encoding)) };
+        let answer = pb::ReadBlocksResponse {
+            batch: Some(batch.into_wire(self.encoding)),
+            ..Default::default()
+        };
         send(self.answers, answer).map_err(|Gone| None)
     }
 
