@@ -3,7 +3,9 @@
 //! A run manifest is the commit point of a run: the snapshots it names exist when it does. Everything here is plain
 //! data; [`store`] keeps it on disk.
 
+pub mod health;
 pub mod opened;
+pub mod ranges;
 pub mod store;
 pub mod table;
 
@@ -118,7 +120,7 @@ impl Held {
 }
 
 /// All committed runs of one machine on this server, oldest first.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct History {
     runs: BTreeMap<u64, Arc<Run>>,
     snapshots: BTreeMap<SnapshotId, Held>,

@@ -18,6 +18,7 @@ pub mod serve;
 pub mod session;
 pub mod status;
 pub mod storage;
+pub mod verify;
 
 use janus_proto::error::{ErrorReason, status};
 use tracing::Instrument;

@@ -3,6 +3,7 @@
 //! ```text
 //! <image_path>/.store.json                             id of the store, count of starts; .store.lock is held while in use
 //! <image_path>/<user>/<machine>/.machine.json          use counter
+//! <image_path>/<user>/<machine>/.health.json           what is known of the images: see [`super::health`]
 //! <image_path>/<user>/<machine>/.runs/<sequence>.json  run manifests: a run is committed when its file is here
 //! <image_path>/<user>/<machine>/.open/<backup>.json    runs that are not
 //! <image_path>/<user>/<machine>/<disk>/*.vhdx, *.table images and their hashes; *.partial, *.journal of open runs
@@ -22,7 +23,7 @@ use std::{
 use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId, StoreGeneration};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{FORMAT, History, Run};
+use super::{FORMAT, History, Run, health::Health};
 use crate::storage::{Access, Disk, File};
 
 const RUNS: &str = ".runs";
@@ -160,6 +161,8 @@ pub struct MachineState {
     pub open: Vec<OpenRun>,
     /// Highest number of a run manifest, readable or not: no number is used twice.
     pub last_sequence: u64,
+    /// What is known of the images.
+    pub health: Health,
 }
 
 /// The folder tree of one server, locked for this process.
@@ -362,6 +365,7 @@ impl Store {
         }
         let mut state = MachineState { use_counter: file.use_counter, ..MachineState::default() };
         state.last_sequence = last_sequence(&self.storage, &folder.join(RUNS))?;
+        state.health = Health::load(&self.storage, folder, &file.machine)?;
         let mut unread = false;
         for path in files_in(&self.storage, &folder.join(RUNS), "json")? {
             match read::<Run>(&self.storage, &path) {
@@ -512,7 +516,11 @@ fn files_in(storage: &Disk, folder: &Path, extension: &str) -> Result<Vec<PathBu
 /// Largest JSON file we read: a run of 64 disks is far below.
 const MAX_FILE_BYTES: u64 = 4 << 20;
 
-fn write<T: Serialize>(storage: &Disk, path: &Path, value: &T) -> Result<(), StoreError> {
+pub(super) fn write<T: Serialize>(
+    storage: &Disk,
+    path: &Path,
+    value: &T,
+) -> Result<(), StoreError> {
     let damaged =
         |e: serde_json::Error| StoreError::Damaged { path: path.to_owned(), reason: e.to_string() };
     let mut bytes = serde_json::to_vec_pretty(value).map_err(damaged)?;
@@ -526,7 +534,7 @@ fn write<T: Serialize>(storage: &Disk, path: &Path, value: &T) -> Result<(), Sto
 const DAMAGED: &str = "damaged";
 
 /// A file that can be made again: a damaged one is kept beside and counts as missing.
-fn read_or_put_aside<T: DeserializeOwned>(
+pub(super) fn read_or_put_aside<T: DeserializeOwned>(
     storage: &Disk,
     path: &Path,
 ) -> Result<Option<T>, StoreError> {

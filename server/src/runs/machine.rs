@@ -1,13 +1,16 @@
 //! One machine on this server: its committed runs, and the open ones with their leases.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::VecDeque,
     path::Path,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
-use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId};
+use janus_proto::{
+    ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId},
+    model::MAX_RANGES,
+};
 use time::{OffsetDateTime, macros::format_description};
 use tokio::time::Instant;
 
@@ -15,10 +18,12 @@ use super::{CommitDisk, MAX_COUNTER_JUMP, RunError, Runs, WantedDisk, left, lock
 use crate::{
     chain::{
         FORMAT, Held, History, Run, Snapshot,
+        health::Health,
         opened::OpenedSnapshot,
+        ranges::BlockRanges,
         store::{MachineState, OpenDisk, OpenRun, Store, StoreError},
     },
-    session::{Session, Trust},
+    session::{Session, SessionError, Trust},
 };
 
 /// Aborted runs remembered per machine, to tell a late caller what became of them.
@@ -31,6 +36,8 @@ pub struct Machine {
     state: Mutex<State>,
     /// Starts, commits and aborts of one machine take turns.
     turn: Mutex<()>,
+    /// Changes of what is known of the images take turns of their own: a commit may take minutes.
+    health_turn: Mutex<()>,
 }
 
 struct State {
@@ -40,16 +47,13 @@ struct State {
     aborted: VecDeque<BackupId>,
     /// Highest number of a run manifest, readable or not.
     last_sequence: u64,
-    /// Snapshots whose chains were found to be damaged.
-    damaged: HashSet<SnapshotId>,
+    /// What is known of the images.
+    health: Health,
+    /// Something of that is not in its file yet.
+    health_unsaved: bool,
 }
 
 impl Machine {
-    /// No new snapshot is built on this one.
-    pub(super) fn note_damaged(&self, snapshot: Option<SnapshotId>) {
-        lock(&self.state).damaged.extend(snapshot);
-    }
-
     pub(super) fn new(key: MachineKey, state: MachineState, lease: Duration) -> Self {
         // Nobody holds the lease of a run that was left by an earlier process.
         let active = state
@@ -63,9 +67,10 @@ impl Machine {
             active,
             aborted: VecDeque::new(),
             last_sequence: state.last_sequence,
-            damaged: HashSet::new(),
+            health: state.health,
+            health_unsaved: false,
         };
-        Self { key, state: Mutex::new(state), turn: Mutex::new(()) }
+        Self { key, state: Mutex::new(state), turn: Mutex::new(()), health_turn: Mutex::new(()) }
     }
 
     /// Counter of the newest start here.
@@ -90,6 +95,40 @@ impl Machine {
 
     pub(super) fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
         lock(&self.state).history.chain(id)
+    }
+
+    pub(super) fn history(&self) -> History {
+        lock(&self.state).history.clone()
+    }
+
+    pub(super) fn take_health_turn(&self) -> MutexGuard<'_, ()> {
+        lock(&self.health_turn)
+    }
+
+    /// What is known of its images.
+    pub fn health(&self) -> Health {
+        lock(&self.state).health.clone()
+    }
+
+    pub(super) fn set_health(&self, health: Health, is_saved: bool) {
+        let mut state = lock(&self.state);
+        state.health = health;
+        state.health_unsaved = !is_saved;
+    }
+
+    pub(super) fn is_health_unsaved(&self) -> bool {
+        lock(&self.state).health_unsaved
+    }
+
+    pub(super) fn health_count(&self, snapshot: SnapshotId) -> Option<u64> {
+        lock(&self.state).health.snapshots.get(&snapshot).copied()
+    }
+
+    /// Damaged blocks of a snapshot, and since when all images of its chain are proven (Unix milliseconds; 0: not yet).
+    pub fn health_of(&self, snapshot: SnapshotId) -> (u64, i64) {
+        let state = lock(&self.state);
+        let damaged = state.health.snapshots.get(&snapshot).copied().unwrap_or(0);
+        (damaged, state.health.proven_ms(&state.history, snapshot))
     }
 
     pub(super) fn take_turn(&self) -> MutexGuard<'_, ()> {
@@ -396,8 +435,12 @@ impl ActiveRun {
                 if !error.is_head_damage() {
                     return error.into();
                 }
-                let (disk, head) = (open.disk.clone(), open.head);
-                RunError::ChainDamaged { disk, head, reason: error.to_string() }
+                let (disk, reason) = (open.disk.clone(), error.to_string());
+                let blocks = match error {
+                    SessionError::HeadDamaged { blocks } => blocks,
+                    _ => BlockRanges::default(),
+                };
+                RunError::ChainDamaged { disk, blocks, reason }
             })?;
             snapshots.push(Snapshot {
                 id: open.snapshot,
@@ -419,17 +462,23 @@ impl ActiveRun {
     }
 }
 
-/// The head of a disk, unless its chain can't be read: then the session starts from zeros and makes a new base.
+/// The head of a disk, unless its chain can't be built on: then the session starts from zeros and makes a new base.
 fn readable_head(runs: &Runs, machine: &Machine, disk: &DiskId) -> Option<OpenedSnapshot> {
     let held = lock(&machine.state).history.head(disk).cloned()?;
-    if lock(&machine.state).damaged.contains(&held.snapshot().id) {
-        tracing::error!(machine = %machine.key, %disk, snapshot_id = %held.snapshot().id, "the disk's head was found to be damaged: a new base begins");
-        return None;
-    }
+    let id = held.snapshot().id;
     match runs.open_snapshot(&held) {
-        Ok(opened) => Some(opened),
+        Ok(opened) if opened.damaged.len() > MAX_RANGES => {
+            tracing::error!(machine = %machine.key, %disk, snapshot_id = %id, ranges = opened.damaged.len(), "the disk's head is damaged in too many places: a new base begins");
+            None
+        }
+        Ok(opened) => {
+            if !opened.damaged.is_empty() {
+                tracing::warn!(machine = %machine.key, %disk, snapshot_id = %id, blocks = opened.damaged.blocks(), "damaged blocks of the disk's head are asked for again");
+            }
+            Some(opened)
+        }
         Err(error) => {
-            tracing::error!(%error, machine = %machine.key, %disk, "the disk's head can't be read: a new base begins");
+            tracing::error!(%error, machine = %machine.key, %disk, snapshot_id = %id, "the disk's head can't be built on: a new base begins");
             None
         }
     }
