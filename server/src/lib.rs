@@ -3,6 +3,7 @@
 //! Blocks come in through [`backup`], are kept by [`session`] until [`runs`] commits them into [`chain`]s of
 //! [`image`]s, and go out through [`restore`]. [`serve`] wires it all.
 
+pub mod admin;
 pub mod backup;
 pub mod caller;
 pub mod catalog;

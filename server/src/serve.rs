@@ -28,6 +28,7 @@ use tonic::service::Routes;
 use tonic_health::ServingStatus;
 
 use crate::{
+    admin::{Admin, socket::AdminSocket},
     backup::Backup,
     caller::Gate,
     catalog::Catalog,
@@ -91,6 +92,7 @@ pub struct Server {
     door: Door,
     dialer: Dialer,
     plain_health: Option<TcpListener>,
+    admin: Option<AdminSocket>,
     janus_urls: watch::Sender<Vec<String>>,
 }
 
@@ -150,7 +152,9 @@ impl Server {
         let store = opened.map_err(|error| ServeError::Wiring(error.to_string()))??;
         let (door, dialer) =
             (Door::Tls(listener, identity.clone()), Arc::new(identity.clone()) as Dialer);
-        Ok(Self { plain_health, ..Self::over(store, settings, identity, door, dialer)? })
+        let server = Self::over(store, settings, identity, door, dialer)?;
+        let admin = bind_admin(&server.settings.image_path);
+        Ok(Self { plain_health, admin, ..server })
     }
 
     /// A server whose connections come through `door` and are made by `dialer`. Opens the store, which blocks.
@@ -176,8 +180,8 @@ impl Server {
         let (id, lease) = (name(&identity)?, Duration::from_secs(settings.lease_seconds));
         let runs = Arc::new(Runs::new(store, machines, lease));
         let janus_urls = watch::Sender::new(settings.janus_urls.clone());
-        let plain_health = None;
-        Ok(Self { settings, identity, id, runs, door, dialer, plain_health, janus_urls })
+        let (plain_health, admin) = (None, None);
+        Ok(Self { settings, identity, id, runs, door, dialer, plain_health, admin, janus_urls })
     }
 
     /// Its runs.
@@ -233,6 +237,10 @@ impl Server {
         let _stop_on_drop = stop.clone().drop_guard();
         if let Some(listener) = self.plain_health {
             tasks.spawn(plain_health::serve(listener, plain, stop.clone()));
+        }
+        if let Some(socket) = self.admin {
+            let admin = Admin::new(self.runs.clone(), self.settings.clone());
+            tasks.spawn(socket.serve(Arc::new(admin), shutdown.clone()));
         }
         let drain = {
             let shutdown = shutdown.clone();
@@ -316,6 +324,15 @@ fn refuse_network(janus_urls: &[String], path: &Path) -> Result<(), ServeError> 
         }
         _ => Ok(()),
     }
+}
+
+/// Backups are worth more than commands: a server without the socket serves, and says so.
+fn bind_admin(image_path: &Path) -> Option<AdminSocket> {
+    let bound = AdminSocket::bind(image_path);
+    let told = |error: &_| {
+        tracing::error!(%error, "no admin socket in the image path: commands work while the server doesn't run");
+    };
+    bound.inspect_err(told).ok()
 }
 
 async fn bind(key: &'static str, address: &str) -> Result<TcpListener, ServeError> {

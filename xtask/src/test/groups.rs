@@ -29,6 +29,7 @@ pub(super) const GROUPS: &[Group] = &[
 const SOURCE_MODULES: &[&str] = &["source::", "scan::", "delta::", "journal::"];
 /// Whole-system tests that belong to another group than `main-job`.
 const PLACED: &[(&str, &str)] = &[
+    ("admin", "store"),
     ("damage", "store"),
     ("links", "client"),
     ("reasons", "janus"),
