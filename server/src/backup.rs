@@ -77,15 +77,14 @@ impl Backup {
             received_block: marks.received,
             durable_block: marks.durable,
             resumed: session.is_resumed(),
-            resend: Vec::new(),
+            resend: session.resend(),
         }
     }
 
     fn committed(&self, run: &Arc<Run>) -> pb::CommitBackupResponse {
-        let folder = self.runs.store().relative_folder(&run.machine);
         pb::CommitBackupResponse {
             snapshots: Held::all(run)
-                .map(|held| held.to_wire(&self.here.server_id, &folder))
+                .map(|held| self.runs.to_wire(&held, &self.here.server_id))
                 .collect(),
             store_generation: self.runs.store().generation.to_string(),
         }

@@ -41,6 +41,10 @@ pub struct Settings {
     pub refresh_seconds: u64,
     /// Address and port for health checks without TLS; empty: none.
     pub health_listen: String,
+    /// Stored images are read and compared in the background, at most so fast; 0: not at all.
+    pub scrub_mib_per_second: u64,
+    /// An image is read again after so many days.
+    pub scrub_days: u64,
     /// On SIGTERM, calls may go on for this long.
     pub drain_seconds: u64,
     /// Log filter.
@@ -69,6 +73,8 @@ impl Default for Settings {
             session_keep_days: 7,
             refresh_seconds: 60,
             health_listen: String::new(),
+            scrub_mib_per_second: 20,
+            scrub_days: 30,
             drain_seconds: 10,
             log: "info".into(),
             reserve: "1%".into(),
@@ -93,6 +99,8 @@ pub const KEYS: &[(&str, &str)] = &[
     ("session_keep_days", "Open runs that nobody touches are given up after this"),
     ("refresh_seconds", "Heartbeat of the report streams"),
     ("health_listen", "Address and port for health checks, plain gRPC and HTTP; empty: none"),
+    ("scrub_mib_per_second", "Compare stored images with their hashes, at most so fast; 0: never"),
+    ("scrub_days", "Compare an image again after so many days"),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
     ("reserve", "Free space that new backups leave alone: 5 GiB, or 1% of the file system"),
     ("log", "Log filter, such as info or janus_server=debug"),

@@ -22,6 +22,7 @@ pub mod session;
 pub mod space;
 pub mod status;
 pub mod storage;
+pub mod verify;
 
 use janus_proto::error::{ErrorReason, status};
 use tracing::Instrument;

@@ -4,6 +4,7 @@
 //! the epoch, so that a client that was believed dead can't write any more. All functions block: they are called on
 //! threads meant for it. No lock is held while blocks are received.
 
+mod health;
 mod limits;
 mod machine;
 mod names;
@@ -32,7 +33,7 @@ use self::{limits::Metered, machine::PlannedDisk};
 use crate::{
     chain::{
         Held, Run,
-        opened::{OpenError, OpenedSnapshot},
+        ranges::BlockRanges,
         store::{MachineState, Store, StoreError},
     },
     image::Format,
@@ -93,13 +94,13 @@ pub enum RunError {
     },
     /// What the run builds on is damaged. The run is given up.
     #[error(
-        "the chain of disk {disk} is damaged: {reason}; this run is given up, the next one begins a new base"
+        "the chain of disk {disk} is damaged: {reason}; this run is given up, the next one heals it"
     )]
     ChainDamaged {
         /// The disk.
         disk: DiskId,
-        /// Its head, which is not built on any more.
-        head: Option<SnapshotId>,
+        /// Blocks of its head that are lost; none when its tables or structures are damaged.
+        blocks: BlockRanges,
         /// What was found.
         reason: String,
     },
@@ -252,6 +253,8 @@ pub enum Change {
     Committed(Arc<Run>),
     /// Snapshots of a machine are gone.
     Removed(MachineKey, Vec<SnapshotId>),
+    /// Other things are known of the images of these snapshots.
+    Health(MachineKey, Vec<SnapshotId>),
 }
 
 /// All runs of one server.
@@ -327,32 +330,6 @@ impl Runs {
     /// A snapshot by its id, of whatever machine.
     pub fn snapshot(&self, id: SnapshotId) -> Option<Held> {
         lock(&self.machines).values().find_map(|machine| machine.snapshot(id))
-    }
-
-    /// Opens a snapshot for reading.
-    ///
-    /// # Errors
-    /// When a file of its chain is missing or damaged.
-    pub fn open_snapshot(&self, held: &Held) -> Result<OpenedSnapshot, OpenError> {
-        let broken = OpenError::BrokenChain { snapshot: held.snapshot().id };
-        let Some(machine) = self.machine(&held.run.machine) else { return Err(broken) };
-        if let Err(error) = self.finish_switches(&machine) {
-            tracing::error!(%error, machine = %machine.key, "a merge can't be finished: snapshots of its chain can't be read");
-        }
-        let _files = machine.keep_files();
-        let id = held.snapshot().id;
-        let chain = machine.snapshot(id).and_then(|_| machine.chain(id)).ok_or(broken)?;
-        let folder = self.store.machine_folder(&held.run.machine);
-        let opened = OpenedSnapshot::open(self.store.storage(), &folder, &chain)?;
-        machine.note_opened(opened.links());
-        Ok(opened)
-    }
-
-    /// A snapshot was found to be damaged: no new one is built on it. Forgotten with this process, found again by the next.
-    pub fn note_damaged(&self, held: &Held) {
-        if let Some(machine) = self.machine(&held.run.machine) {
-            machine.note_damaged(Some(held.snapshot().id));
-        }
     }
 
     /// Opens a run or takes it over.
@@ -486,9 +463,9 @@ impl Runs {
         active.check_epoch(epoch)?;
         let _committing = active.begin_commit();
         let snapshots = match active.finish(disks) {
-            Err(error @ RunError::ChainDamaged { head, .. }) => {
+            Err(error @ RunError::ChainDamaged { .. }) => {
                 tracing::error!(%error, machine = %key, backup_id = %backup, "a commit found damage");
-                machine.note_damaged(head);
+                self.note_found(&machine, &active, &error);
                 self.give_up(&machine, &active)?;
                 return Err(error);
             }
@@ -508,6 +485,7 @@ impl Runs {
         self.store.publish(&run, &open)?;
         let run = Arc::new(run);
         machine.committed_now(run.clone());
+        self.look_again(&machine);
         self.forget_sessions(&active);
         if let Err(error) = self.store.remove_open(&open) {
             // Harmless: the next start of the server finds the manifest and removes the rest.

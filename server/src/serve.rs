@@ -41,6 +41,7 @@ use crate::{
     runs::{self, Runs},
     space::{self, Space},
     storage,
+    verify::scrub::Scrub,
 };
 
 /// How often old open runs are looked for.
@@ -265,7 +266,15 @@ impl Server {
         Ok(())
     }
 
-    /// Reports to every janus, and the end of old runs.
+    /// The background check of all images, unless it is off.
+    fn scrub(&self) -> Option<Scrub> {
+        let bytes_per_second = self.settings.scrub_mib_per_second.saturating_mul(1 << 20);
+        let again = Duration::from_secs(self.settings.scrub_days.saturating_mul(86_400));
+        let runs = self.runs.clone();
+        (bytes_per_second > 0).then_some(Scrub { runs, bytes_per_second, again })
+    }
+
+    /// Reports to every janus, the end of old runs, and the background check.
     fn tasks(&self, shutdown: &CancellationToken) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
         let reporter = Reporter {
@@ -283,6 +292,9 @@ impl Server {
         let urls = self.janus_urls.subscribe();
         tasks.spawn(reporter.follow(urls, self.dialer.clone(), shutdown.clone()));
         let keep = Duration::from_secs(self.settings.session_keep_days.saturating_mul(86_400));
+        if let Some(scrub) = self.scrub() {
+            tasks.spawn(scrub.run(shutdown.clone()));
+        }
         let (runs, shutdown) = (self.runs.clone(), shutdown.clone());
         tasks.spawn(async move {
             while shutdown.run_until_cancelled(tokio::time::sleep(EXPIRY_ROUND)).await.is_some() {

@@ -26,12 +26,13 @@ use janus_proto::{
     hash::{hash_blocks, segment_digest, zero_hash},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_count, block_len},
     model::{Batch, Extent},
+    pb,
 };
 
 pub use self::finish::Finished;
 use self::{content::StartContent, journal::Journal};
 use crate::{
-    chain::{opened::OpenedSnapshot, store::OpenDisk, table::TableError},
+    chain::{opened::OpenedSnapshot, ranges::BlockRanges, store::OpenDisk, table::TableError},
     image::{Geometry, ImageError, Kind, Layout, PAYLOAD_BYTES},
     storage::{self, Access, Disk, File},
 };
@@ -71,11 +72,12 @@ pub enum SessionError {
     },
     /// The head doesn't hold what its table says.
     #[error(
-        "block {block} of the snapshot that the session started from is not what was backed up"
+        "{} blocks of the snapshot that the session started from are not what was backed up",
+        blocks.blocks()
     )]
     HeadDamaged {
-        /// The first such block that was looked at.
-        block: u64,
+        /// All such blocks that were needed.
+        blocks: BlockRanges,
     },
     /// An image of the head, or the new one.
     #[error(transparent)]
@@ -265,6 +267,19 @@ impl Session {
     /// The head the session starts from.
     pub fn head(&self) -> Option<&OpenedSnapshot> {
         self.start.head()
+    }
+
+    /// Blocks that must be sent whether they differ from the head or not, since the head has lost them.
+    pub fn resend(&self) -> Vec<pb::BlockRange> {
+        let end = block_count(self.disk.size_bytes);
+        let lost = self.start.head().into_iter().flat_map(|head| head.damaged.iter());
+        lost.map(|range| range.start..range.end.min(end))
+            .filter(|range| !range.is_empty())
+            .map(|range| pb::BlockRange {
+                first_block: range.start,
+                block_count: range.end - range.start,
+            })
+            .collect()
     }
 
     /// Takes in a checked batch and the client's mark. Blocks the thread.

@@ -76,7 +76,7 @@ impl From<RestoreError> for Status {
             RestoreError::UnknownHandle { .. } => status(ErrorReason::HandleExpired, text),
             RestoreError::TooMany => status(ErrorReason::TooMany, text),
             RestoreError::Open(error) => error.into(),
-            RestoreError::Image(_) | RestoreError::Table(_) => {
+            RestoreError::Lost { .. } | RestoreError::Table(_) => {
                 tracing::error!(error = text, "a snapshot can't be read");
                 status(ErrorReason::StoreDamaged, text)
             }

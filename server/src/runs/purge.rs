@@ -110,7 +110,11 @@ impl Runs {
         let report = PurgeReport::default();
         let mut purge = Purge { runs: self, machine: &machine, options, stop, report };
         purge.go();
-        purge.report
+        let report = purge.report;
+        if report.merged > 0 || !report.purged.is_empty() {
+            self.look_again(&machine);
+        }
+        report
     }
 
     /// Lets decided merges happen that are not finished: nobody can open their chains before.
@@ -208,18 +212,19 @@ impl Purge<'_> {
     }
 
     fn take_out(&mut self, link: &Held, children: &[Held]) -> Result<(), Wait> {
-        let Some(child) = children.iter().min_by_key(|held| held.run.sequence) else {
+        let Some(child_held) = children.iter().min_by_key(|held| held.run.sequence) else {
             self.begin(link)?;
             return self.conclude(link, Intent::remove(link.snapshot().clone()));
         };
         let folder = self.runs.store.machine_folder(&self.machine.key);
         let storage = self.runs.store.storage();
-        let (link_snapshot, child) = (link.snapshot(), child.snapshot());
+        let (link_snapshot, child) = (link.snapshot(), child_held.snapshot());
         let pair = Pair { storage, folder: &folder, link: link_snapshot, child };
         let way = self.way(&pair, children.len())?;
         self.begin(link)?;
         let stop = || self.stop.is_cancelled();
         let (switch, moved) = pair.prepare(way, &stop)?;
+        self.runs.note_merge(self.machine, link, child_held);
         let intent = Intent::switch(link.snapshot().clone(), switch, children.len() > 1);
         self.conclude(link, intent)?;
         tracing::info!(
