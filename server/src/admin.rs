@@ -15,6 +15,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod usage;
+mod verify;
 mod wire;
 
 use std::sync::Arc;
@@ -37,6 +38,8 @@ use crate::{
 pub enum Command {
     /// Show what machines, disks and snapshots take
     Usage(usage::Arguments),
+    /// Read stored images now and compare them with their hashes
+    Verify(verify::Arguments),
 }
 
 /// What a command prints when it went well.
@@ -158,6 +161,7 @@ impl Admin {
     pub fn run(&self, command: Command, task: &Task<'_>) -> Result<Answer, AdminError> {
         match command {
             Command::Usage(arguments) => usage::run(self, &arguments, task),
+            Command::Verify(arguments) => verify::run(self, &arguments, task),
         }
     }
 }

@@ -93,7 +93,8 @@ impl Machine {
         lock(&self.state).history.newest().is_some()
     }
 
-    pub(super) fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
+    /// The chain that ends in a snapshot, newest first; `None` when a link is missing.
+    pub fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
         lock(&self.state).history.chain(id)
     }
 
