@@ -39,7 +39,7 @@ fn one_changed_byte_costs_one_block_of_a_restore_and_nothing_after_the_next_back
     assert!(!to.exists());
     let arguments = ["restore", &base, "--to", &to_text, "--partial", &map_text];
     let restored: answers::Restore = damaged.client.answer(&arguments).unwrap();
-    assert_eq!(restored.lost, [lost.clone()]);
+    assert_eq!(restored.lost, std::slice::from_ref(lost));
     let block = lost.offset as usize..lost.offset as usize + 4096;
     let mut expected = read(&damaged.copies[0].1);
     expected[block].fill(0);
