@@ -17,6 +17,7 @@ mod table;
 mod tests;
 mod trash;
 mod usage;
+mod verify;
 mod wire;
 
 use std::sync::Arc;
@@ -62,6 +63,8 @@ pub enum Command {
     /// Show, bring back or purge what was dropped
     #[command(subcommand)]
     Trash(trash::TrashAction),
+    /// Read stored images now and compare them with their hashes
+    Verify(verify::Arguments),
 }
 
 /// What a command prints when it went well.
@@ -208,6 +211,7 @@ impl Admin {
             Command::Unpin { snapshot } => trash::unpin(self, snapshot),
             Command::Delete { target } => trash::delete(self, &target),
             Command::Trash(action) => trash::trash(self, &action, task),
+            Command::Verify(arguments) => verify::run(self, &arguments, task),
         }
     }
 }

@@ -214,7 +214,7 @@ mod tests {
         assert!(assembly.lose(&range(1031, 2)).is_err());
         assert!(assembly.lose(&range(3000, 100)).is_err());
         assert_eq!(assembly.lose(&range(1032, 1)).unwrap(), (1032, 1));
-        assert_eq!(assembly.lost(), [1030..1033]);
+        assert!(matches!(assembly.lost(), [lost] if *lost == (1030..1033)));
         assembly.finish();
         let mut digests = vec![hash::zero_segment(); 3];
         digests[1] = hash::hash_block(b"other");

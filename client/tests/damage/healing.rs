@@ -39,7 +39,7 @@ fn one_changed_byte_costs_one_block_of_a_restore_and_nothing_after_the_next_back
     assert!(!to.exists());
     let arguments = ["restore", &base, "--to", &to_text, "--partial", &map_text];
     let restored: answers::Restore = damaged.client.answer(&arguments).unwrap();
-    assert_eq!(restored.lost, [lost.clone()]);
+    assert_eq!(restored.lost, std::slice::from_ref(lost));
     let block = lost.offset as usize..lost.offset as usize + 4096;
     let mut expected = read(&damaged.copies[0].1);
     expected[block].fill(0);
@@ -127,13 +127,42 @@ fn first_data(path: &Path, from: u64) -> u64 {
 }
 
 #[test]
+fn verify_tells_what_it_read_and_ends_with_1_when_anything_is_lost() {
+    let mut damaged = Damaged::new();
+    let whole = damaged.verify(&[], 0);
+    assert_eq!((&whole["damaged_snapshots"], &whole["ok"]), (&0.into(), &true.into()));
+    assert!(whole["read_bytes"].as_u64().unwrap() >= 32 * MIB, "{whole}");
+    assert_eq!(whole["images"].as_array().unwrap().len(), 2, "each once: {whole}");
+    assert!(damaged.client.list().unwrap().snapshots.iter().all(|one| one.verified_ms > 0));
+    damaged.while_stopped(|here| {
+        let image = newest(here, "vhdx");
+        let data = first_data(&image, 5 * MIB);
+        flip(&image, data);
+        // Without a server the command does it itself.
+        let found = here.verify(&["alice/machine/disk"], 1);
+        assert_eq!(found["damaged_snapshots"], 1, "{found}");
+        assert_eq!(found["images"][1]["damaged"][0]["block_count"], 1, "{found}");
+    });
+    let (base, delta) = (damaged.copies[0].0.clone(), damaged.copies[1].0.clone());
+    assert_eq!(damaged.client.list().unwrap().snapshots[0].damaged_blocks, 1, "it is kept");
+    damaged.verify(&[&format!("alice/machine/disk/{base}")], 0);
+    let shown = damaged.site.admin(SERVER, &["verify", &format!("alice/machine/disk/{delta}")]);
+    let shown = shown.unwrap();
+    println!("{}", String::from_utf8_lossy(&shown.stdout));
+    assert_eq!(shown.status.code(), Some(1));
+    let wrong = damaged.site.admin(SERVER, &["verify", "alice"]).unwrap();
+    assert_eq!(wrong.status.code(), Some(2), "{wrong:?}");
+}
+
+#[test]
 fn whatever_is_damaged_the_next_backup_heals_the_newest_snapshot() {
     let mut damaged = Damaged::new();
     for (what, harm) in HARMS {
         damaged.while_stopped(harm);
-        damaged.scrub();
+        let found = damaged.verify(&[], 1);
         let snapshots = damaged.client.list().unwrap().snapshots;
         let hurt = snapshots.iter().filter(|one| one.damaged_blocks > 0).count();
+        assert_eq!(found["damaged_snapshots"], hurt, "{what}: {found}");
         damaged.change();
         let taken = damaged.backup();
         eprintln!("{what}: {hurt} of {} snapshots damaged, then {}", snapshots.len(), taken.kind);

@@ -100,6 +100,14 @@ impl Damaged {
         self.with_scrub(0, 30);
     }
 
+    /// `janus-server verify`; it must end with this code.
+    pub fn verify(&self, more: &[&str], code: i32) -> serde_json::Value {
+        let arguments: Vec<&str> = ["verify", "--json"].iter().chain(more).copied().collect();
+        let output = self.site.admin(SERVER, &arguments).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
     fn with_scrub(&mut self, mib_per_second: u64, days: u64) {
         self.site.stop_server(SERVER).unwrap();
         let settings = &mut self.site.server(SERVER).unwrap().settings;

@@ -125,7 +125,8 @@ impl Machine {
         self.health_of(id).0 > 0
     }
 
-    pub(super) fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
+    /// The chain that ends in a snapshot, newest first; `None` when a link is missing.
+    pub fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
         lock(&self.state).history.chain(id)
     }
 

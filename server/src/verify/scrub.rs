@@ -2,7 +2,7 @@
 //! while a client writes, and goes on where it was after a restart.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -40,7 +40,7 @@ impl Scrub {
         let mut failed: HashMap<Uuid, Instant> = HashMap::new();
         while !shutdown.is_cancelled() {
             failed.retain(|_, since| since.elapsed() < LATER);
-            let Some(held) = self.next(&failed) else {
+            let Some(held) = self.next(failed.keys().copied().collect()).await else {
                 shutdown.run_until_cancelled(tokio::time::sleep(IDLE)).await;
                 continue;
             };
@@ -58,10 +58,15 @@ impl Scrub {
         let _ = blocking(move || runs.save_health()).await;
     }
 
-    fn next(&self, failed: &HashMap<Uuid, Instant>) -> Option<Held> {
+    /// The image to check next, but for those that can't be read now.
+    async fn next(&self, failed: HashSet<Uuid>) -> Option<Held> {
         let again_ms = i64::try_from(self.again.as_millis()).unwrap_or(i64::MAX);
-        let skip = |held: &Held| failed.contains_key(&held.snapshot().data_write);
-        self.runs.next_to_check(now_ms().saturating_sub(again_ms), &skip)
+        let (runs, before_ms) = (self.runs.clone(), now_ms().saturating_sub(again_ms));
+        let found = blocking(move || {
+            let skip = |held: &Held| failed.contains(&held.snapshot().data_write);
+            runs.next_to_check(before_ms, &skip)
+        });
+        found.await.ok().flatten()
     }
 }
 
