@@ -208,6 +208,14 @@ fn a_user_over_the_quota_is_refused_and_told_so() {
     kept.client.settings.set("failover_after_seconds", 2);
     let failure = kept.client.failure(&["backup"]).unwrap();
     assert!(failure.error.contains("quota is 4.0 MiB"), "{failure:?}");
+    // While it writes: the first backup and 16 MiB of this one are there when it is looked at again.
+    restarted(&mut kept, "24 MiB");
+    fs::OpenOptions::new().write(true).open(&kept.disk).unwrap().set_len(64 * MIB).unwrap();
+    disk::write_noise(&kept.disk, 0..64 * MIB, 5).unwrap();
+    let failure = kept.client.failure(&["backup"]).unwrap();
+    println!("{}", failure.error);
+    assert!(failure.error.contains("quota is 24.0 MiB"), "{failure:?}");
+    kept.assert_listed(&[0]);
     restarted(&mut kept, "1 GiB");
     kept.backup();
     kept.assert_listed(&[0, 1]);

@@ -360,7 +360,6 @@ impl Runs {
             return Ok(run);
         }
         names::check_disks(&machine, wanted)?;
-        self.check_room(key)?;
         for other in machine.active() {
             if let Some(left) = other.lease_left() {
                 let seconds = left.as_secs().max(1);
@@ -372,6 +371,8 @@ impl Runs {
             }
             self.give_up(&machine, &other)?;
         }
+        // After the lost runs, which took room.
+        self.check_room(key)?;
         if lock(&self.sessions).len() >= MAX_OPEN_RUNS {
             return Err(RunError::TooMany);
         }
