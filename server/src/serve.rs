@@ -35,7 +35,7 @@ use crate::{
     config::Settings,
     info::Info,
     report::Reporter,
-    restore::Restore,
+    restore::{HANDLE_LEASE, Restore},
     runs::Runs,
     storage,
 };
@@ -208,6 +208,7 @@ impl Server {
         let name = self.id.to_string();
         let urls = self.settings.urls.clone();
         let here = pb::ServerAddresses { server_id: name.clone(), urls };
+        let restore = Arc::new(Restore::new(self.runs.clone(), name.clone()));
         let plain = Routes::new(health_service.clone());
         let routes = Routes::new(health_service)
             .add_service(
@@ -216,7 +217,7 @@ impl Server {
                     .max_encoding_message_size(MAX_MESSAGE_BYTES),
             )
             .add_service(
-                RestoreServiceServer::new(Restore::new(self.runs.clone(), name.clone()))
+                RestoreServiceServer::from_arc(restore.clone())
                     .max_decoding_message_size(MAX_MESSAGE_BYTES)
                     .max_encoding_message_size(MAX_MESSAGE_BYTES),
             )
@@ -227,6 +228,7 @@ impl Server {
             .prepare();
         let gate = Gate::new(routes, self.identity.clone(), self.id.clone()).map_err(wiring)?;
         let mut tasks = self.tasks(&shutdown);
+        tasks.spawn(expire_handles(restore, shutdown.clone()));
         // Answered until the last call is over.
         let stop = CancellationToken::new();
         let _stop_on_drop = stop.clone().drop_guard();
@@ -277,6 +279,13 @@ impl Server {
             }
         });
         tasks
+    }
+}
+
+/// Closes handles of restores that nobody goes on with.
+async fn expire_handles(restore: Arc<Restore>, shutdown: CancellationToken) {
+    while shutdown.run_until_cancelled(tokio::time::sleep(HANDLE_LEASE)).await.is_some() {
+        restore.expire();
     }
 }
 
