@@ -3,12 +3,14 @@
 //!
 //! For each call the [`Directory`] gives the order, [`Directory::gate`] finds out whether a server can be used (which
 //! may take a probe), and the inner service makes the [`Attempt`]. All gates run at the same time, so any number of
-//! silent servers costs one probe deadline. The order is asked for again before each attempt, without an await in
+//! silent servers costs one probe deadline. When a server has failed, what the gates of the others said is old: they are
+//! asked again, all at once. [`Directory::wait`] says how long each may take; who was passed over in haste is asked once
+//! more, at leisure, before the call is given up. The order is asked for again before each attempt, without an await in
 //! between, so that calls at the same time see each other's [`Directory::claim`] and don't all take the same server.
 //!
 //! ```
 //! use futures::future::{BoxFuture, FutureExt, ready};
-//! use janus::{balance::{Attempt, BalanceLayer, Directory, Outcome}, selection::Place};
+//! use janus::{balance::{Attempt, BalanceLayer, Directory, Outcome}, patience::Wait, selection::Place};
 //! use tower::{Layer, ServiceExt, service_fn};
 //!
 //! #[derive(Clone)]
@@ -21,7 +23,8 @@
 //!     fn order(&self, _: &Self::Call, targets: &[u16]) -> Vec<Place> {
 //!         (0..targets.len()).map(|candidate| Place { candidate, turn: candidate, hold: None }).collect()
 //!     }
-//!     fn gate(&self, _: &Self::Call, target: &u16) -> BoxFuture<'static, Result<(), String>> {
+//!     fn wait(&self, _: &Self::Call) -> Wait { Wait::Full }
+//!     fn gate(&self, _: &Self::Call, target: &u16, _: Wait) -> BoxFuture<'static, Result<(), String>> {
 //!         ready(if *target == 1 { Err("connection refused".into()) } else { Ok(()) }).boxed()
 //!     }
 //!     fn name(&self, target: &u16) -> String { target.to_string() }
@@ -40,6 +43,7 @@
 
 use std::{
     fmt,
+    pin::pin,
     task::{Context, Poll},
 };
 
@@ -49,7 +53,7 @@ use futures::{
 };
 use tower::{Layer, Service, ServiceExt};
 
-use crate::selection::Place;
+use crate::{patience::Wait, selection::Place};
 
 /// Where candidates come from, and what is known of them.
 pub trait Directory: Clone + Send + Sync + 'static {
@@ -64,11 +68,14 @@ pub trait Directory: Clone + Send + Sync + 'static {
     fn targets(&self, call: &Self::Call) -> Vec<Self::Target>;
     /// The order in which to try them, as things stand now.
     fn order(&self, call: &Self::Call, targets: &[Self::Target]) -> Vec<Place>;
-    /// Whether a server can be used now; waits at most a probe's deadline. `Err` says why not, for people.
+    /// How long the call may wait for a server that it asks now.
+    fn wait(&self, call: &Self::Call) -> Wait;
+    /// Whether a server can be used now; waits as long as `wait` says. `Err` says why not, for people.
     fn gate(
         &self,
         call: &Self::Call,
         target: &Self::Target,
+        wait: Wait,
     ) -> BoxFuture<'static, Result<(), String>>;
     /// Name of a server in messages.
     fn name(&self, target: &Self::Target) -> String;
@@ -87,6 +94,8 @@ pub struct Attempt<D: Directory, R> {
     pub request: R,
     /// The claim, to be accepted or dropped.
     pub claim: D::Claim,
+    /// How long to wait for a sign of life.
+    pub wait: Wait,
     /// Servers passed over so far.
     pub skipped: Vec<Skipped>,
 }
@@ -181,13 +190,16 @@ where
     }
 }
 
-type Gates = FuturesUnordered<BoxFuture<'static, (usize, Result<(), String>)>>;
+type Gates = FuturesUnordered<BoxFuture<'static, (usize, Wait, Result<(), String>)>>;
 
 #[derive(Debug, Clone)]
 enum Stand {
+    /// Its gate is being asked.
     Unknown,
-    Open,
-    Out(String),
+    /// It can be used, as was known after so many failures of others.
+    Open(u32),
+    /// No, and why.
+    Out(String, Wait),
 }
 
 /// One call on its way through the servers.
@@ -197,17 +209,21 @@ struct Walk<D: Directory> {
     targets: Vec<D::Target>,
     stands: Vec<Stand>,
     gates: Gates,
+    /// Servers that were found out so far.
+    failures: u32,
+    /// Those that were passed over in haste are asked again, and nobody is in haste any more.
+    is_last_round: bool,
 }
 
 impl<D: Directory> Walk<D> {
     fn new(directory: D, call: D::Call) -> Self {
         let targets = directory.targets(&call);
-        let gates = targets.iter().enumerate().map(|(index, target)| {
-            let gate = directory.gate(&call, target);
-            Box::pin(async move { (index, gate.await) }) as BoxFuture<'static, _>
-        });
-        let gates = gates.collect();
-        Self { stands: vec![Stand::Unknown; targets.len()], directory, call, targets, gates }
+        let stands = vec![Stand::Unknown; targets.len()];
+        let gates = FuturesUnordered::new();
+        let mut walk =
+            Self { directory, call, targets, stands, gates, failures: 0, is_last_round: false };
+        (0..walk.targets.len()).for_each(|candidate| walk.ask(candidate));
+        walk
     }
 
     async fn run<S, R, T>(mut self, mut inner: S, mut request: R) -> Result<Balanced<T>, S::Error>
@@ -219,32 +235,38 @@ impl<D: Directory> Walk<D> {
             inner.ready().await?;
             let places = self.directory.order(&self.call, &self.targets);
             let Some(place) = self.first_not_out(&places) else {
+                if self.begin_last_round() {
+                    continue;
+                }
                 return Ok(Balanced {
                     response: first_refusal,
                     skipped: self.skipped(&places, None),
                 });
             };
-            if matches!(self.stands[place.candidate], Stand::Unknown) {
-                self.wait_for(place.candidate).await;
-                continue;
+            match self.stands[place.candidate] {
+                Stand::Open(failures) if failures == self.failures => {}
+                Stand::Open(_) => {
+                    self.ask_all_again();
+                    continue;
+                }
+                Stand::Unknown | Stand::Out(..) => {
+                    self.wait_for(place.candidate).await;
+                    continue;
+                }
             }
             // From the order to the claim there is no await: whoever comes next sees this claim.
             let skipped = self.skipped(&places, Some(place));
             let target = self.targets[place.candidate].clone();
             let claim = self.directory.claim(&self.call, &target);
-            let attempt = Attempt {
-                call: self.call.clone(),
-                target,
-                request,
-                claim,
-                skipped: skipped.clone(),
-            };
-            match inner.call(attempt).await? {
+            let (call, wait) = (self.call.clone(), self.wait());
+            let attempt = Attempt { call, target, request, claim, wait, skipped: skipped.clone() };
+            let attempted = inner.call(attempt);
+            match self.gating(attempted).await? {
                 Outcome::Done(response) => {
                     return Ok(Balanced { response: Some(response), skipped });
                 }
                 Outcome::Next { reason, request: back, refusal } => {
-                    self.stands[place.candidate] = Stand::Out(reason);
+                    self.fail(place.candidate, reason, wait);
                     request = back;
                     first_refusal = first_refusal.or(refusal);
                 }
@@ -252,16 +274,74 @@ impl<D: Directory> Walk<D> {
         }
     }
 
+    fn wait(&self) -> Wait {
+        if self.is_last_round { Wait::Full } else { self.directory.wait(&self.call) }
+    }
+
+    fn ask(&mut self, candidate: usize) {
+        self.stands[candidate] = Stand::Unknown;
+        let wait = self.wait();
+        let gate = self.directory.gate(&self.call, &self.targets[candidate], wait);
+        self.gates.push(Box::pin(async move { (candidate, wait, gate.await) }));
+    }
+
+    /// Asks those whose gates were open before the last failure.
+    fn ask_all_again(&mut self) {
+        for candidate in 0..self.stands.len() {
+            if matches!(self.stands[candidate], Stand::Open(at) if at < self.failures) {
+                self.ask(candidate);
+            }
+        }
+    }
+
+    /// Asks those that were passed over in haste; `false`: there are none, or they were asked so already.
+    fn begin_last_round(&mut self) -> bool {
+        let in_haste = |stand: &Stand| matches!(stand, Stand::Out(_, Wait::AtMost(_)));
+        if self.is_last_round || !self.stands.iter().any(in_haste) {
+            return false;
+        }
+        self.is_last_round = true;
+        for candidate in 0..self.stands.len() {
+            if in_haste(&self.stands[candidate]) {
+                self.ask(candidate);
+            }
+        }
+        true
+    }
+
+    fn fail(&mut self, candidate: usize, reason: String, wait: Wait) {
+        self.stands[candidate] = Stand::Out(reason, wait);
+        self.failures += 1;
+    }
+
+    fn note(&mut self, (candidate, wait, answer): (usize, Wait, Result<(), String>)) {
+        match answer {
+            Ok(()) => self.stands[candidate] = Stand::Open(self.failures),
+            Err(reason) => self.fail(candidate, reason, wait),
+        }
+    }
+
+    /// Waits for an attempt while the gates go on.
+    async fn gating<F: Future>(&mut self, attempt: F) -> F::Output {
+        let mut attempt = pin!(attempt);
+        loop {
+            tokio::select! {
+                biased;
+                outcome = &mut attempt => return outcome,
+                Some(answer) = self.gates.next() => self.note(answer),
+            }
+        }
+    }
+
     fn first_not_out(&self, places: &[Place]) -> Option<Place> {
-        places.iter().copied().find(|place| !matches!(self.stands[place.candidate], Stand::Out(_)))
+        places.iter().copied().find(|place| !matches!(self.stands[place.candidate], Stand::Out(..)))
     }
 
     async fn wait_for(&mut self, candidate: usize) {
         while matches!(self.stands[candidate], Stand::Unknown) {
             match self.gates.next().await {
-                Some((index, Ok(()))) => self.stands[index] = Stand::Open,
-                Some((index, Err(reason))) => self.stands[index] = Stand::Out(reason),
-                None => self.stands[candidate] = Stand::Out("has no gate".into()),
+                Some(answer) => self.note(answer),
+                None => self.fail(candidate, "has no gate".into(), Wait::Full),
             }
         }
     }
@@ -274,7 +354,7 @@ impl<D: Directory> Walk<D> {
             .collect();
         before.sort_by_key(|place| place.turn);
         let why = |place: &Place| match (&self.stands[place.candidate], place.hold) {
-            (Stand::Out(reason), _) => Some(reason.clone()),
+            (Stand::Out(reason, _), _) => Some(reason.clone()),
             (_, Some(hold)) => Some(hold.to_string()),
             _ => None,
         };

@@ -31,6 +31,7 @@ use self::{
 use crate::{
     clock::unix_ms,
     fleet::Fleet,
+    patience::Wait,
     router::for_server,
     upstream::{Down, Link, Need, Upstream},
 };
@@ -185,7 +186,7 @@ impl Catalog {
         size: usize,
         position: &Position<E::Key>,
     ) -> Result<(Option<Part<E>>, Option<pb::UnreachableServer>), Status> {
-        let down = match (upstream.gate(Need::Reads).await, upstream.server()) {
+        let down = match (upstream.gate(Need::Reads, Wait::Full).await, upstream.server()) {
             (Ok(link), Some(server)) => {
                 let live = live_part(&link, server, asker, query, size, position);
                 match timeout(DEADLINE, live).await {
@@ -340,7 +341,7 @@ async fn ask_snapshot(
     asker: &Asker,
     id: SnapshotId,
 ) -> Result<Option<pb::Snapshot>, String> {
-    let link = upstream.gate(Need::Reads).await.map_err(|down| down.reason)?;
+    let link = upstream.gate(Need::Reads, Wait::Full).await.map_err(|down| down.reason)?;
     let mut client = client(&link);
     let request = asker
         .request(asker.own.as_ref())

@@ -57,6 +57,8 @@ pub struct Settings {
     pub primary: bool,
     /// URL that alerts are posted to; empty: none.
     pub alert_webhook: String,
+    /// Certificate authority that its certificate must come from (PEM); empty: those that this system trusts.
+    pub alert_ca: PathBuf,
     /// Program and arguments that get each alert as a mail on stdin; empty: none.
     pub alert_command: Vec<String>,
     /// A server that takes no backups for so long is worth an alert.
@@ -89,6 +91,7 @@ impl Default for Settings {
             overdue_after_hours: 26,
             primary: false,
             alert_webhook: String::new(),
+            alert_ca: PathBuf::new(),
             alert_command: Vec::new(),
             alert_after_minutes: 60,
             drain_seconds: 10,
@@ -134,6 +137,10 @@ pub const KEYS: &[(&str, &str)] = &[
     ),
     ("primary", "This janus sends the alerts: one of several"),
     ("alert_webhook", "URL that alerts are posted to as JSON; empty: none"),
+    (
+        "alert_ca",
+        "Authority of the webhook's certificate, PEM; empty: those that this system trusts",
+    ),
     ("alert_command", "Program and arguments that get each alert as a mail on stdin"),
     ("alert_after_minutes", "A server that takes no backups for so long is worth an alert"),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
@@ -210,8 +217,10 @@ impl Settings {
         let invalid = |key, reason: String| ConfigError { key, reason };
         let mut ways = Vec::new();
         if !self.alert_webhook.is_empty() {
-            let way = Way::webhook(&self.alert_webhook);
-            ways.push(way.map_err(|error| invalid("alert_webhook", error.to_string()))?);
+            let ca = Some(self.alert_ca.as_path()).filter(|ca| !ca.as_os_str().is_empty());
+            let key = if ca.is_some() { "alert_webhook, alert_ca" } else { "alert_webhook" };
+            let way = Way::webhook(&self.alert_webhook, ca);
+            ways.push(way.map_err(|error| invalid(key, error.to_string()))?);
         }
         if let Some(program) = self.alert_command.first() {
             if !program.starts_with('/') {
@@ -305,7 +314,10 @@ mod tests {
         assert_eq!(primary.check().unwrap_err().key, "primary");
         let command = Settings { alert_command: vec!["sendmail".into()], ..primary.clone() };
         assert_eq!(command.check().unwrap_err().key, "alert_command");
-        let webhook = Settings { alert_webhook: "example.org".into(), ..primary };
+        let webhook = Settings { alert_webhook: "example.org".into(), ..primary.clone() };
         assert_eq!(webhook.check().unwrap_err().key, "alert_webhook");
+        let (alert_webhook, alert_ca) = ("https://example.org/".into(), "/nonexistent.pem".into());
+        let refused = Settings { alert_webhook, alert_ca, ..primary }.check().unwrap_err();
+        assert!(refused.key.contains("alert_ca") && refused.reason.contains("/nonexistent.pem"));
     }
 }

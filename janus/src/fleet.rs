@@ -10,13 +10,18 @@ use janus_proto::{
     channel::{Dialer, Target},
     ids::{MachineKey, ServerId},
 };
-use tokio::{sync::watch, task::JoinSet, time::sleep};
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, sleep},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::{
     agreement::Required,
     balance::Directory,
+    patience::Wait,
     registry::{Claim, Registry, Remembered},
     selection::{Candidate, Place, Policy, order},
     upstream::{Down, Link, Need, Upstream},
@@ -44,6 +49,8 @@ pub struct Call {
     pub asked_use: u64,
     /// Server that has the call's run already: it comes first.
     pub prefer: Option<ServerId>,
+    /// When it came.
+    pub begun: Instant,
 }
 
 impl Fleet {
@@ -174,10 +181,10 @@ impl Fleet {
             // It may be one that was never reached yet: then its name isn't known either.
             let servers = self.servers();
             let nameless = servers.iter().filter(|upstream| upstream.server().is_none());
-            join_all(nameless.map(|upstream| upstream.gate(Need::Link))).await;
+            join_all(nameless.map(|upstream| upstream.gate(Need::Link, Wait::Full))).await;
         }
         let upstream = self.named(server).ok_or_else(|| self.unknown(server))?;
-        let link = upstream.gate(Need::Link).await?;
+        let link = upstream.gate(Need::Link, Wait::Full).await?;
         Ok((upstream, link))
     }
 
@@ -270,9 +277,21 @@ impl Directory for Fleet {
         places
     }
 
-    fn gate(&self, call: &Call, target: &Upstream) -> BoxFuture<'static, Result<(), String>> {
+    fn wait(&self, call: &Call) -> Wait {
+        match call.need {
+            Need::Starts => Wait::of_start(self.probe, call.begun.elapsed()),
+            Need::Reads | Need::Link => Wait::Full,
+        }
+    }
+
+    fn gate(
+        &self,
+        call: &Call,
+        target: &Upstream,
+        wait: Wait,
+    ) -> BoxFuture<'static, Result<(), String>> {
         let (need, target) = (call.need, target.clone());
-        Box::pin(async move { target.gate(need).await.map(drop).map_err(|down| down.reason) })
+        Box::pin(async move { target.gate(need, wait).await.map(drop).map_err(|down| down.reason) })
     }
 
     fn name(&self, target: &Upstream) -> String {

@@ -17,6 +17,7 @@ mod health;
 pub mod info;
 pub mod maintenance;
 pub mod metrics;
+pub mod patience;
 pub mod registry;
 pub mod report;
 pub mod router;

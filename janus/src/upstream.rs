@@ -35,7 +35,7 @@ pub(crate) use self::{
     health::{BACKUP_SERVICE, RESTORE_SERVICE},
     wire::{SendError, Wire},
 };
-use crate::{clock::unix_ms, traffic::Errors};
+use crate::{clock::unix_ms, patience::Wait, traffic::Errors};
 
 /// Knowledge older than this is stale: a probe comes before a start.
 pub(crate) const STALE: Duration = Duration::from_secs(5);
@@ -233,39 +233,59 @@ impl Upstream {
     }
 
     /// Whether it can be used for `need` now. Probes when the last byte is old, looks again when there is no connection;
-    /// takes at most [`Upstream::probe_limit`].
+    /// takes no longer than `wait` allows.
     ///
     /// # Errors
     /// Why not.
-    pub(crate) async fn gate(&self, need: Need) -> Result<Link, Down> {
+    pub(crate) async fn gate(&self, need: Need, wait: Wait) -> Result<Link, Down> {
         let fresh = if need == Need::Starts { STALE_FOR_STARTS } else { STALE };
         let linked = self.0.state.borrow().link.clone();
         match linked {
-            None => self.look_again().await,
+            None => self.look_again(wait).await,
             Some(_) if need == Need::Link => {}
             Some(link) if link.silence() < fresh && !self.is_suspect(&link) => {}
-            Some(link) => drop(self.probe(&link).await),
+            Some(link) => {
+                if let Err(reason) = self.probe(&link, wait).await {
+                    // In haste it is not suspect, but this call had no sign of life from it.
+                    self.stand(need)?;
+                    return Err(Down { reason, since_ms: self.changed_ms() });
+                }
+            }
         }
         self.stand(need)
     }
 
-    /// Asks for a sign of life; without one the server is suspect.
+    /// Asks for a sign of life. Without one for the whole deadline of a probe the server is suspect.
     ///
     /// # Errors
     /// How long it was silent.
-    pub(crate) async fn probe(&self, link: &Link) -> Result<(), String> {
-        let (limit, begun) = (self.probe_limit(), Instant::now());
+    pub(crate) async fn probe(&self, link: &Link, wait: Wait) -> Result<(), String> {
+        let (limit, begun) = (self.limit(wait), Instant::now());
         if health::shows_life(&link.control, limit).await || link.silence() < limit {
             self.note_round_trip(begun.elapsed());
             return Ok(());
         }
-        self.suspect();
+        if limit == self.probe_limit() {
+            self.suspect();
+        }
         Err(format!("no answer for {} ms", limit.as_millis()))
     }
 
     /// Deadline of a probe: as set, but never below four round trips.
     pub(crate) fn probe_limit(&self) -> Duration {
-        self.0.probe.max(4 * Duration::from_micros(self.0.round_trip.load(Ordering::Relaxed)))
+        self.0.probe.max(self.least_limit())
+    }
+
+    /// Four round trips: no answer within less says nothing.
+    fn least_limit(&self) -> Duration {
+        4 * Duration::from_micros(self.0.round_trip.load(Ordering::Relaxed))
+    }
+
+    fn limit(&self, wait: Wait) -> Duration {
+        match wait {
+            Wait::Full => self.probe_limit(),
+            Wait::AtMost(limit) => limit.max(self.least_limit()).min(self.probe_limit()),
+        }
     }
 
     /// Looks for the server now instead of at the end of the pause.
@@ -286,14 +306,14 @@ impl Upstream {
     }
 
     /// Looks now and waits for what comes of it. A look that is under way has had a part of the time already.
-    async fn look_again(&self) {
+    async fn look_again(&self, wait: Wait) {
         let looks = self.0.state.borrow().looks;
         self.look_now();
         let since = match self.0.looking_since.load(Ordering::Relaxed) {
             0 => Instant::now(),
             since => self.0.begun + Duration::from_millis(since),
         };
-        let until = since + self.probe_limit();
+        let until = (since + self.probe_limit()).min(Instant::now() + self.limit(wait));
         let over = |state: &State| state.link.is_some() || state.looks > looks;
         let _ = timeout_at(until, self.wait_for(over)).await;
     }
@@ -341,7 +361,12 @@ impl Upstream {
 
     fn note_round_trip(&self, sample: Duration) {
         let (old, new) = (self.0.round_trip.load(Ordering::Relaxed), sample.as_micros() as u64);
-        let smoothed = if old == 0 { new } else { (old * 7 + new) / 8 };
+        // Down faster than up: a packet that was held makes one sample long, and the deadlines that follow from it with it.
+        let smoothed = match old {
+            0 => new,
+            old if new < old => (old + new) / 2,
+            old => (old * 7 + new) / 8,
+        };
         self.0.round_trip.store(smoothed, Ordering::Relaxed);
     }
 

@@ -3,11 +3,13 @@
 //! A run manifest is the commit point of a run: the snapshots it names exist when it does. Everything here is plain
 //! data; [`store`] keeps it on disk.
 
+mod history;
+pub mod merge;
 pub mod opened;
 pub mod store;
 pub mod table;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::sync::Arc;
 
 use janus_proto::{
     ids::{BackupId, BlockHash, DiskId, MachineKey, SnapshotId},
@@ -15,6 +17,8 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+pub use self::history::History;
 
 /// Version of the manifests; an older program refuses a newer one.
 pub const FORMAT: u32 = 1;
@@ -70,6 +74,32 @@ pub struct Run {
     pub snapshots: Vec<Snapshot>,
 }
 
+/// Why a run was dropped, kept beside its manifest in the trash.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrashRecord {
+    /// Version of this file.
+    pub format: u32,
+    /// The run.
+    pub backup: BackupId,
+    /// Unix milliseconds of the drop.
+    pub trashed_ms: i64,
+    /// Who or what dropped it, for people.
+    pub reason: String,
+    /// Until this time (Unix milliseconds) it can be brought back; afterwards it may be purged.
+    pub purge_not_before_ms: i64,
+    /// Its purge has begun: some of its images may be gone or changed, it can't be brought back.
+    pub purging: bool,
+}
+
+/// A dropped run: no snapshot any more, but its images are still links of chains.
+#[derive(Debug, Clone)]
+pub struct TrashedRun {
+    /// The run. A purge takes snapshots out of it one by one.
+    pub run: Arc<Run>,
+    /// When and why it was dropped.
+    pub record: TrashRecord,
+}
+
 /// A snapshot with the run it belongs to.
 #[derive(Debug, Clone)]
 pub struct Held {
@@ -113,68 +143,6 @@ impl Held {
             reachable: true,
             client_seal: self.run.client_seal.clone().into(),
         }
-    }
-}
-
-/// All committed runs of one machine on this server, oldest first.
-#[derive(Debug, Default)]
-pub struct History {
-    runs: BTreeMap<u64, Arc<Run>>,
-    snapshots: BTreeMap<SnapshotId, Held>,
-    heads: BTreeMap<DiskId, SnapshotId>,
-}
-
-impl History {
-    /// Takes a run in. Runs may come in any order.
-    pub fn add(&mut self, run: Arc<Run>) {
-        for held in Held::all(&run) {
-            let snapshot = held.snapshot().clone();
-            self.snapshots.insert(snapshot.id, held);
-            let newest =
-                self.head(&snapshot.disk).is_none_or(|head| head.run.sequence <= run.sequence);
-            if newest {
-                self.heads.insert(snapshot.disk, snapshot.id);
-            }
-        }
-        self.runs.insert(run.sequence, run);
-    }
-
-    /// The newest snapshot of a disk.
-    pub fn head(&self, disk: &DiskId) -> Option<&Held> {
-        self.snapshots.get(self.heads.get(disk)?)
-    }
-
-    /// A snapshot by its id.
-    pub fn snapshot(&self, id: SnapshotId) -> Option<&Held> {
-        self.snapshots.get(&id)
-    }
-
-    /// All snapshots, newest run first.
-    pub fn newest_first(&self) -> impl Iterator<Item = Held> + '_ {
-        self.runs.values().rev().flat_map(Held::all)
-    }
-
-    /// A committed run.
-    pub fn run(&self, backup: BackupId) -> Option<&Arc<Run>> {
-        self.runs.values().rev().find(|run| run.backup == backup)
-    }
-
-    /// The newest run.
-    pub fn newest(&self) -> Option<&Arc<Run>> {
-        self.runs.values().next_back()
-    }
-
-    /// The chain that ends in `id`, newest first; `None` when a link is missing.
-    pub fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
-        let mut chain = vec![self.snapshot(id)?.clone()];
-        while let Some(parent) = chain[chain.len() - 1].snapshot().parent {
-            // A manifest that names itself as an ancestor must not keep us here.
-            if chain.len() > self.snapshots.len() {
-                return None;
-            }
-            chain.push(self.snapshot(parent)?.clone());
-        }
-        Some(chain)
     }
 }
 

@@ -235,15 +235,17 @@ impl Reporter {
     }
 
     fn change(&self, change: &Change) -> pb::StateChange {
-        let (key, snapshots) = match change {
-            Change::Used(key) => (key, Vec::new()),
+        let (key, snapshots, removed) = match change {
+            Change::Used(key) => (key, Vec::new(), &[][..]),
             Change::Committed(run) => {
-                (&run.machine, Held::all(run).map(|held| self.snapshot(&held)).collect())
+                (&run.machine, Held::all(run).map(|held| self.snapshot(&held)).collect(), &[][..])
             }
+            Change::Removed(key, removed) => (key, Vec::new(), &removed[..]),
         };
+        let removed_snapshots = removed.iter().map(ToString::to_string).collect();
         let machines =
             self.runs.machine(key).map(|machine| machine_report(&machine)).into_iter().collect();
-        pb::StateChange { machines, snapshots, removed_snapshots: Vec::new() }
+        pb::StateChange { machines, snapshots, removed_snapshots }
     }
 
     fn snapshot(&self, held: &Held) -> pb::Snapshot {

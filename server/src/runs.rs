@@ -5,6 +5,8 @@
 //! threads meant for it. No lock is held while blocks are received.
 
 mod machine;
+mod purge;
+mod trash;
 
 use std::{
     collections::HashMap,
@@ -19,7 +21,10 @@ use janus_proto::{
 use tokio::{sync::broadcast, time::Instant};
 
 use self::machine::PlannedDisk;
-pub use self::machine::{ActiveRun, Machine};
+pub use self::{
+    machine::{ActiveRun, Machine},
+    purge::{PurgeOptions, PurgeReport, Wait},
+};
 use crate::{
     chain::{
         Held, Run,
@@ -126,6 +131,24 @@ pub enum RunError {
         /// Here.
         known: u64,
     },
+    /// An open run builds on a snapshot that should be dropped.
+    #[error(
+        "run {backup} can't be dropped: the open run {holder} starts from its snapshot of disk {disk}; wait for its end or abort it"
+    )]
+    BuiltOn {
+        /// The run.
+        backup: BackupId,
+        /// The open run.
+        holder: BackupId,
+        /// A disk of both.
+        disk: DiskId,
+    },
+    /// A dropped run can't be brought back.
+    #[error("run {backup} can't be brought back from the trash: its purge has begun")]
+    Purging {
+        /// The run.
+        backup: BackupId,
+    },
     /// Too many open runs.
     #[error("{MAX_OPEN_RUNS} runs are open on this server: try again later")]
     TooMany,
@@ -196,8 +219,10 @@ pub enum RunState {
 pub enum Change {
     /// A machine's use counter.
     Used(MachineKey),
-    /// A run was committed.
+    /// A run was committed, brought back, or its images changed.
     Committed(Arc<Run>),
+    /// Snapshots of a machine are gone.
+    Removed(MachineKey, Vec<SnapshotId>),
 }
 
 /// All runs of one server.
@@ -279,13 +304,17 @@ impl Runs {
     /// When a file of its chain is missing or damaged.
     pub fn open_snapshot(&self, held: &Held) -> Result<OpenedSnapshot, OpenError> {
         let broken = OpenError::BrokenChain { snapshot: held.snapshot().id };
-        let machine = self.machine(&held.run.machine);
-        let chain = machine.and_then(|machine| machine.chain(held.snapshot().id)).ok_or(broken)?;
-        OpenedSnapshot::open(
-            self.store.storage(),
-            &self.store.machine_folder(&held.run.machine),
-            &chain,
-        )
+        let Some(machine) = self.machine(&held.run.machine) else { return Err(broken) };
+        if let Err(error) = self.finish_switches(&machine) {
+            tracing::error!(%error, machine = %machine.key, "a merge can't be finished: snapshots of its chain can't be read");
+        }
+        let _files = machine.keep_files();
+        let id = held.snapshot().id;
+        let chain = machine.snapshot(id).and_then(|_| machine.chain(id)).ok_or(broken)?;
+        let folder = self.store.machine_folder(&held.run.machine);
+        let opened = OpenedSnapshot::open(self.store.storage(), &folder, &chain)?;
+        machine.note_opened(opened.links());
+        Ok(opened)
     }
 
     /// A snapshot was found to be damaged: no new one is built on it. Forgotten with this process, found again by the next.
@@ -336,8 +365,9 @@ impl Runs {
         let planned = wanted.iter().map(|disk| PlannedDisk::new(self, &machine, disk));
         let planned = planned.collect::<Result<Vec<_>, _>>()?;
         let used = machine.next_counter(use_counter)?;
-        self.store.save_counter(key, used)?;
-        machine.set_counter(used);
+        let counters = machine.counters_with(used);
+        self.store.save_counters(key, counters)?;
+        machine.set_counters(counters);
         let run = Arc::new(ActiveRun::create(self, &machine, backup, planned, used)?);
         lock(&self.sessions).extend(run.session_ids().into_iter().map(|id| (id, run.clone())));
         machine.add(run.clone());

@@ -20,9 +20,10 @@ impl From<RunError> for Status {
             RunError::LeaseHeld { holder, .. } => lease_held(holder, text),
             RunError::Superseded { .. } => status(ErrorReason::EpochSuperseded, text),
             RunError::HeadMoved { .. } => status(ErrorReason::HeadMoved, text),
-            RunError::State { .. } | RunError::OtherDisks { .. } => {
-                status(ErrorReason::RunState, text)
-            }
+            RunError::State { .. }
+            | RunError::OtherDisks { .. }
+            | RunError::BuiltOn { .. }
+            | RunError::Purging { .. } => status(ErrorReason::RunState, text),
             RunError::CounterJump { .. } | RunError::FormatTooSmall { .. } => {
                 status(ErrorReason::InvalidField, text)
             }

@@ -20,6 +20,7 @@ use janus_server::{
     storage,
 };
 
+mod chains;
 #[path = "../src/image/sample.rs"]
 mod sample;
 
@@ -333,4 +334,37 @@ fn a_chain_with_a_wrong_parent_is_refused() {
     fs::copy(&stranger.files[0], &sample.files[0]).unwrap();
     let output = seven_zip(&sample.files[1]).output().expect(INSTALL_7Z);
     assert!(!output.status.success());
+}
+
+#[test]
+fn merged_chains_read_right() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut model = chains::Model::new(folder.path());
+    // Three payload blocks: links hold parts of them, all of one, and what no link below has.
+    let mut content = chains::changed(&vec![0; 6 << 20], &[(0, 300, 1), (1100, 100, 1)]);
+    let mut runs = vec![model.backup(&[("sda", content.clone())])];
+    for link in 2..10u64 {
+        let block = [(512, 512, link), (link * 150, 20, link)][usize::from(link % 3 == 0)];
+        let changes = [block, (link * 31, 9, link), (link * 40, 3, 0), (link * 57 + 512, 2, link)];
+        content = chains::changed(&content, &changes);
+        runs.push(model.backup(&[("sda", content.clone())]));
+    }
+    for dropped in [&[2, 3][..], &[0, 1], &[6], &[5, 8]] {
+        for run in dropped {
+            model.trash(&runs[*run]);
+        }
+        model.purge_all(true);
+        model.check();
+        for id in &model.live {
+            let opened = model.open(*id);
+            let machine = model.runs.machine(&model.key).unwrap();
+            let image = |id| machine.snapshot(id).unwrap().snapshot().image.clone();
+            let here = folder.path().join("user/machine");
+            let links = opened.links().iter().rev();
+            let files: Vec<_> = links.map(|id| here.join(image(*id))).collect();
+            let leaf = files.last().unwrap();
+            assert_same(&run(&mut seven_zip(leaf), INSTALL_7Z).stdout, &model.contents[id], "7z");
+            assert_same(&libvhdi(&files, ""), &model.contents[id], "libvhdi");
+        }
+    }
 }

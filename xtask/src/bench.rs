@@ -33,6 +33,9 @@ pub struct Args {
     /// Janus as a proxy only, beside a byte copier, nginx and HAProxy
     #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib"])]
     proxies: bool,
+    /// With --proxies: how often each way is measured; the best counts
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
     /// How clients pack blocks: none, lz4 or zstd
     #[arg(long, default_value = "none")]
     encoding: String,
@@ -97,7 +100,7 @@ pub fn run(args: &Args) -> Result<()> {
     if args.proxies {
         fs::create_dir_all(&folder)?;
         let json = args.json.clone().unwrap_or_else(|| folder.join("proxies.json"));
-        return proxies::run(&programs, &json);
+        return proxies::run(&programs, args.rounds, &json);
     }
     let images = images(&folder, args.size_mib)?;
     let work = tempfile::Builder::new().prefix("run-").tempdir_in(&folder)?;

@@ -95,6 +95,8 @@ pub fn command(program: &str) -> Command {
 /// When it can't be started or fails; with the end of what it said.
 pub fn output(command: &mut Command) -> Result<String> {
     let name = command.get_program().to_string_lossy().into_owned();
+    // A backtrace would push the error itself out of what is quoted below.
+    command.env("RUST_BACKTRACE", "0");
     let output = command.output().with_context(|| format!("run {name}"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);

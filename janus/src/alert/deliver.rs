@@ -1,7 +1,7 @@
 //! The ways out of an alert: a webhook (POST of JSON), or a command that gets a mail on stdin. One attempt each, with a
 //! deadline.
 
-use std::{process::Stdio, time::Duration};
+use std::{fmt::Display, path::Path, process::Stdio, time::Duration};
 
 use bytes::Bytes;
 use http::{Method, Request, Uri, header};
@@ -12,7 +12,11 @@ use hyper_util::{
     rt::TokioExecutor,
 };
 use janus_proto::{ids::ServerId, show::date};
-use rustls::{ClientConfig, RootCertStore, crypto::ring};
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, pem::PemObject},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy, sink},
     process::Command,
@@ -60,11 +64,11 @@ pub enum Way {
 }
 
 impl Way {
-    /// A webhook. `https` is checked against the authorities that this system trusts.
+    /// A webhook. `https` is checked against the authorities in the file `ca`, or else those that this system trusts.
     ///
     /// # Errors
-    /// When the URL is none, or the system trusts nobody.
-    pub fn webhook(url: &str) -> Result<Self, DeliverError> {
+    /// When the URL is none, or there is nobody to trust.
+    pub fn webhook(url: &str, ca: Option<&Path>) -> Result<Self, DeliverError> {
         let wrong = |why: &str| DeliverError::Setup(format!("{url:?} {why}"));
         let uri: Uri = url.parse().map_err(|_| wrong("is not a URL"))?;
         let is_http = matches!(uri.scheme_str(), Some("http" | "https"));
@@ -75,8 +79,9 @@ impl Way {
         let tls = ClientConfig::builder_with_provider(ring::default_provider().into())
             .with_safe_default_protocol_versions()
             .map_err(|error| setup(error.to_string()))?;
-        let tls = match uri.scheme_str() {
-            Some("https") => tls.with_native_roots().map_err(|error| {
+        let tls = match (uri.scheme_str(), ca) {
+            (Some("https"), Some(ca)) => tls.with_root_certificates(roots(ca).map_err(setup)?),
+            (Some("https"), None) => tls.with_native_roots().map_err(|error| {
                 setup(format!(
                     "this system's CA certificates can't be read (package ca-certificates): {error}"
                 ))
@@ -115,6 +120,16 @@ impl Way {
         let late = |_| DeliverError::Lost(format!("no end after {} s", DEADLINE.as_secs()));
         timeout(DEADLINE, attempt).await.map_err(late)?
     }
+}
+
+/// The certificates of a PEM file, at least one.
+fn roots(ca: &Path) -> Result<RootCertStore, String> {
+    let failed = |why: &dyn Display| format!("{}: {why}", ca.display());
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_file_iter(ca).map_err(|error| failed(&error))? {
+        roots.add(certificate.map_err(|error| failed(&error))?).map_err(|error| failed(&error))?;
+    }
+    if roots.is_empty() { Err(failed(&"holds no certificate")) } else { Ok(roots) }
 }
 
 async fn post(
@@ -223,9 +238,9 @@ mod tests {
     #[test]
     fn only_urls_are_webhooks() {
         for wrong in ["", "example.org", "ftp://example.org/", "https://"] {
-            assert!(Way::webhook(wrong).is_err(), "{wrong}");
+            assert!(Way::webhook(wrong, None).is_err(), "{wrong}");
         }
-        assert!(Way::webhook("http://127.0.0.1:1/x").is_ok());
+        assert!(Way::webhook("http://127.0.0.1:1/x", None).is_ok());
     }
 
     #[tokio::test]

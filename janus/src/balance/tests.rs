@@ -15,6 +15,10 @@ enum Gate {
     Open,
     Shut(&'static str),
     Silent,
+    /// Open so long, then silent.
+    OpenFor(Duration),
+    /// Needs so long to answer.
+    Slow(Duration),
 }
 
 /// Servers a, b, … whose use counters are claims counted so far.
@@ -22,11 +26,13 @@ enum Gate {
 struct Fake {
     gates: Vec<Gate>,
     uses: Arc<Mutex<Vec<u64>>>,
+    begun: Instant,
 }
 
 impl Fake {
     fn new(gates: &[Gate]) -> Self {
-        Self { gates: gates.to_vec(), uses: Arc::new(Mutex::new(vec![0; gates.len()])) }
+        let uses = Arc::new(Mutex::new(vec![0; gates.len()]));
+        Self { gates: gates.to_vec(), uses, begun: Instant::now() }
     }
 }
 
@@ -56,23 +62,34 @@ impl Directory for Fake {
         order(*policy, &candidates)
     }
 
-    fn gate(&self, _: &Policy, target: &usize) -> BoxFuture<'static, Result<(), String>> {
-        let gate = self.gates[*target].clone();
+    fn wait(&self, _: &Policy) -> Wait {
+        Wait::of_start(PROBE, self.begun.elapsed())
+    }
+
+    fn gate(
+        &self,
+        _: &Policy,
+        target: &usize,
+        wait: Wait,
+    ) -> BoxFuture<'static, Result<(), String>> {
+        let (gate, age) = (self.gates[*target].clone(), self.begun.elapsed());
+        let limit = if let Wait::AtMost(limit) = wait { limit } else { PROBE };
         async move {
-            match gate {
-                Gate::Open => Ok(()),
-                Gate::Shut(reason) => Err(reason.to_string()),
-                Gate::Silent => {
-                    sleep(Duration::from_secs(1)).await;
-                    Err("no answer".to_string())
-                }
-            }
+            let answers_in = match gate {
+                Gate::Open => Duration::ZERO,
+                Gate::OpenFor(time) if age < time => Duration::ZERO,
+                Gate::Slow(time) => time,
+                Gate::Shut(reason) => return Err(reason.to_string()),
+                Gate::Silent | Gate::OpenFor(_) => Duration::MAX,
+            };
+            sleep(answers_in.min(limit)).await;
+            if answers_in < limit { Ok(()) } else { Err("no answer".to_string()) }
         }
         .boxed()
     }
 
     fn name(&self, target: &usize) -> String {
-        ["a", "b", "c", "d"][*target].to_string()
+        ["a", "b", "c", "d", "e"][*target].to_string()
     }
 
     fn claim(&self, _: &Policy, target: &usize) {
@@ -82,6 +99,7 @@ impl Directory for Fake {
     }
 }
 
+const PROBE: Duration = Duration::from_secs(1);
 const START: Policy =
     Policy::LeastRecent { initial_backups: InitialBackups::Allow, max_initial_runs: 2 };
 
@@ -205,4 +223,55 @@ async fn an_error_of_the_inner_service_ends_the_call() {
     let (_, respond) = handle.next_request().await.unwrap();
     respond.send_error("broken");
     assert_eq!(call.await.unwrap().unwrap_err().to_string(), "broken");
+}
+
+/// Answers attempts as servers do that fall silent once they have a request; the server that answers, and when.
+async fn answer_of_the_first_live(handle: &mut Handle, live: usize) -> (Vec<usize>, Duration) {
+    let (begun, mut tried) = (Instant::now(), Vec::new());
+    loop {
+        let (attempt, respond) = handle.next_request().await.unwrap();
+        tried.push(attempt.target);
+        if attempt.target == live {
+            respond.send_response(Outcome::Done("taken"));
+            return (tried, begun.elapsed());
+        }
+        let limit = if let Wait::AtMost(limit) = attempt.wait { limit } else { PROBE };
+        sleep(limit + attempt.wait.pause()).await;
+        respond.send_response(next("no answer", None));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_gate_that_was_open_before_a_failure_is_asked_again() {
+    let soon = Gate::OpenFor(Duration::from_millis(500));
+    let (service, mut handle) =
+        balanced(&[Gate::Open, soon.clone(), soon.clone(), soon, Gate::Open]);
+    let call = tokio::spawn(service.oneshot((START, 7)));
+    let (tried, took) = answer_of_the_first_live(&mut handle, 4).await;
+    assert_eq!(tried, [0, 4], "b, c and d were silent when their turn came");
+    assert!(took < Duration::from_millis(1600), "{took:?}: they were asked at once");
+    assert_eq!(call.await.unwrap().unwrap().response, Some("taken"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn servers_that_die_one_after_the_other_cost_less_than_two_seconds() {
+    for bad in 1..=4 {
+        let (service, mut handle) = balanced(&vec![Gate::Open; bad + 1]);
+        let call = tokio::spawn(service.oneshot((START, 7)));
+        let (tried, took) = answer_of_the_first_live(&mut handle, bad).await;
+        assert_eq!(tried, (0..=bad).collect::<Vec<_>>());
+        assert!(took < Duration::from_millis(1950), "{bad} bad servers: {took:?}");
+        assert_eq!(call.await.unwrap().unwrap().response, Some("taken"));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_was_passed_over_in_haste_is_asked_again_before_the_call_is_given_up() {
+    let slow = Gate::Slow(Duration::from_millis(700));
+    let (service, mut handle) = balanced(&[Gate::Open, slow]);
+    let call = tokio::spawn(service.oneshot((START, 7)));
+    let (tried, took) = answer_of_the_first_live(&mut handle, 1).await;
+    assert_eq!(tried, [0, 1]);
+    assert!(took > Duration::from_secs(2), "{took:?}: it had its full time in the end");
+    assert_eq!(call.await.unwrap().unwrap().response, Some("taken"));
 }

@@ -13,7 +13,7 @@ use janus_proto::{
 };
 use tokio::{
     sync::OwnedSemaphorePermit,
-    time::{sleep, timeout},
+    time::{Instant, sleep},
 };
 use tonic::{Code, Status, body::Body};
 use tower::{Layer, ServiceExt, service_fn};
@@ -30,6 +30,7 @@ use super::{
 use crate::{
     balance::{Attempt, BalanceLayer, Balanced, Outcome, Skipped},
     fleet::{Call, Fleet},
+    patience::Wait,
     registry::{Claim, Meter, RunCall},
     selection::Policy,
     traffic::{Class, Stopwatch},
@@ -41,6 +42,8 @@ use crate::{
 const START_DEADLINE: Duration = Duration::from_secs(60);
 /// Pause between two looks at whether a server that works on a call still lives.
 const LIFE_PAUSE: Duration = Duration::from_secs(1);
+/// A server that works on a start is looked at more often for so long.
+const LONG_START: Duration = Duration::from_secs(2);
 
 /// A request on its way, in a form that can be sent again where that is allowed.
 struct Outgoing {
@@ -189,6 +192,7 @@ impl Router {
             machine: caller.machine.clone(),
             asked_use: caller.asked_use,
             prefer,
+            begun: caller.begun,
         };
         let (router, caller) = (self.clone(), Arc::new(caller));
         let one_attempt = service_fn(move |attempt: Attempt<Fleet, Outgoing>| {
@@ -215,7 +219,7 @@ impl Router {
         caller: &Caller,
         attempt: Attempt<Fleet, Outgoing>,
     ) -> Outcome<Outgoing, Response<Body>> {
-        let Attempt { call, target: upstream, mut request, claim, .. } = attempt;
+        let Attempt { call, target: upstream, mut request, claim, wait, .. } = attempt;
         let is_start = route == Route::Start;
         set_use(&mut request.headers, claim.as_ref());
         let (Ok(link), Some(server)) = (upstream.stand(call.need), upstream.server()) else {
@@ -225,9 +229,10 @@ impl Router {
         let asked = request.headers.get(metadata::USE).cloned();
         let place = request.place.clone();
         let sent = wire(&link, route).send(request.request(&upstream, None));
-        let answer = match kept.is_some() {
-            true => while_alive(&upstream, &link, is_start, sent).await,
-            false => Ok(sent.await),
+        let answer = match (kept.is_some(), is_start) {
+            (true, true) => start_while_alive(&upstream, &link, wait, sent).await,
+            (true, false) => while_alive(&upstream, &link, sent).await,
+            (false, _) => Ok(sent.await),
         };
         let run = self.run_call(caller, &server);
         match (answer, kept) {
@@ -337,34 +342,50 @@ fn set_use(headers: &mut HeaderMap, claim: Option<&Claim>) {
 async fn while_alive<T>(
     upstream: &Upstream,
     link: &Link,
-    is_start: bool,
     answer: impl Future<Output = T>,
 ) -> Result<T, String> {
-    // A start is probed at once: the server may have been frozen since its last byte, and the caller is to have an
-    // answer soon. Other calls only when they take long.
     let death = async {
-        if !is_start {
-            sleep(LIFE_PAUSE).await;
-        }
         loop {
-            if let Err(reason) = upstream.probe(link).await {
+            sleep(LIFE_PAUSE).await;
+            if let Err(reason) = upstream.probe(link, Wait::Full).await {
                 return reason;
             }
-            sleep(LIFE_PAUSE).await;
         }
     };
-    let either = async {
-        tokio::select! {
-            biased;
-            answer = answer => Ok(answer),
-            reason = death => Err(reason),
-        }
-    };
-    if !is_start {
-        return either.await;
+    tokio::select! {
+        biased;
+        answer = answer => Ok(answer),
+        reason = death => Err(reason),
     }
-    let late = |_| format!("did not answer the start for {} s", START_DEADLINE.as_secs());
-    timeout(START_DEADLINE, either).await.map_err(late)?
+}
+
+/// The same for a start, which is probed at once and often: the server may have been frozen since its last byte, and the
+/// caller is to have an answer soon.
+async fn start_while_alive<T>(
+    upstream: &Upstream,
+    link: &Link,
+    wait: Wait,
+    answer: impl Future<Output = T>,
+) -> Result<T, String> {
+    let begun = Instant::now();
+    let death = async {
+        loop {
+            if let Err(reason) = upstream.probe(link, wait).await {
+                return reason;
+            }
+            // Nobody can be in time any more for a start that a live server works on for so long.
+            let is_long = begun.elapsed() > LONG_START;
+            sleep(if is_long { LIFE_PAUSE } else { wait.pause() }).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        answer = answer => Ok(answer),
+        reason = death => Err(reason),
+        () = sleep(START_DEADLINE) => {
+            Err(format!("did not answer the start for {} s", START_DEADLINE.as_secs()))
+        }
+    }
 }
 
 fn returning(

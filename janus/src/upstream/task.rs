@@ -21,7 +21,7 @@ use super::{
     BACKUP_SERVICE, Link, RESTORE_SERVICE, STALE, Serving, Upstream, Wire,
     health::{self},
 };
-use crate::clock::unix_ms;
+use crate::{clock::unix_ms, patience::Wait};
 
 /// Pauses between looks for a server that isn't there.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -211,7 +211,7 @@ async fn silence(upstream: &Upstream, link: &Link) -> String {
             return format!("no answer for {} s", control.max(bulk).as_secs());
         }
         if control >= STALE {
-            let _ = upstream.probe(link).await;
+            let _ = upstream.probe(link, Wait::Full).await;
         }
         if bulk >= STALE {
             health::shows_life(&link.bulk, upstream.probe_limit()).await;

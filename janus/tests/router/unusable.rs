@@ -1,5 +1,7 @@
 //! Servers that can't be used, each in its own way: a start passes over them in time and says why.
 
+mod together;
+
 use std::{
     net::SocketAddr,
     time::{Duration, Instant},

@@ -70,6 +70,7 @@ pub struct OpenedSnapshot {
     pub layers: Layers,
     /// Tables, newest first.
     pub tables: TableStack,
+    links: Arc<[SnapshotId]>,
 }
 
 impl OpenedSnapshot {
@@ -100,7 +101,13 @@ impl OpenedSnapshot {
         let path = folder.join(&held.snapshot().table);
         let tables = TableStack::new(tables, held.snapshot().size_bytes);
         let tables = tables.map_err(|source| OpenError::Table { path, source })?;
-        Ok(Self { held, layers, tables })
+        let links = chain.iter().map(|held| held.snapshot().id).collect();
+        Ok(Self { held, layers, tables, links })
+    }
+
+    /// The chain, newest first. While this lives, its images change only where nobody sees it who reads them this way.
+    pub fn links(&self) -> &Arc<[SnapshotId]> {
+        &self.links
     }
 }
 

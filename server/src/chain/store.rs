@@ -4,6 +4,8 @@
 //! <image_path>/.store.json                             id of the store, count of starts; .store.lock is held while in use
 //! <image_path>/<user>/<machine>/.machine.json          use counter
 //! <image_path>/<user>/<machine>/.runs/<sequence>.json  run manifests: a run is committed when its file is here
+//! <image_path>/<user>/<machine>/.trash/<sequence>.json those of dropped runs, each with a record .why.json
+//! <image_path>/<user>/<machine>/.merge/<link>.json     merges that are decided and not finished
 //! <image_path>/<user>/<machine>/.open/<backup>.json    runs that are not
 //! <image_path>/<user>/<machine>/<disk>/*.vhdx or *.vhd, *.table
 //!                                                      images and their hashes; *.partial, *.journal of open runs
@@ -12,6 +14,9 @@
 //! Our own files start with a dot, which no name from the wire does. Every JSON file ends in a line with the BLAKE3 sum
 //! of what stands before it. A crash leaves each file old or new. Images that no manifest and no open run names are
 //! moved to `<disk>/set-aside/` at start, never deleted.
+
+mod merges;
+mod trash;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,7 +28,7 @@ use std::{
 use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId, StoreGeneration};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{FORMAT, History, Run, opened::OpenedSnapshot};
+use super::{FORMAT, History, Run, merge::Intent, opened::OpenedSnapshot};
 use crate::{
     image::Format,
     storage::{Access, Disk, File},
@@ -167,7 +172,21 @@ struct StoreFile {
 struct MachineFile {
     format: u32,
     machine: MachineKey,
-    use_counter: u64,
+    #[serde(flatten)]
+    counters: Counters,
+}
+
+/// What only grows, whatever becomes of a machine's runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Counter of the newest start.
+    pub use_counter: u64,
+    /// Highest number that a purged run had.
+    #[serde(default)]
+    pub purged_sequence: u64,
+    /// Time of its commit, Unix milliseconds.
+    #[serde(default)]
+    pub purged_ms: i64,
 }
 
 /// What one machine has here.
@@ -175,12 +194,16 @@ struct MachineFile {
 pub struct MachineState {
     /// Committed runs.
     pub history: History,
-    /// Counter of the newest start.
-    pub use_counter: u64,
+    /// Counters of its file.
+    pub counters: Counters,
     /// Runs not yet committed.
     pub open: Vec<OpenRun>,
     /// Highest number of a run manifest, readable or not: no number is used twice.
     pub last_sequence: u64,
+    /// Some manifests could not be read: what they name must stay.
+    pub incomplete: bool,
+    /// Merges that could not be finished yet.
+    pub unfinished: Vec<Intent>,
 }
 
 /// The folder tree of one server, locked for this process.
@@ -278,17 +301,21 @@ impl Store {
         self.root.join(self.relative_folder(machine))
     }
 
-    /// Makes a use counter durable.
+    /// Makes a machine's counters durable.
     ///
     /// # Errors
     /// As the file system says.
-    pub fn save_counter(&self, machine: &MachineKey, use_counter: u64) -> Result<(), StoreError> {
+    pub fn save_counters(
+        &self,
+        machine: &MachineKey,
+        counters: Counters,
+    ) -> Result<(), StoreError> {
         let folder = self.machine_folder(machine);
         self.storage.make_folder(&folder).map_err(StoreError::io("make", &folder))?;
         write(
             &self.storage,
             &folder.join(MACHINE),
-            &MachineFile { format: FORMAT, machine: machine.clone(), use_counter },
+            &MachineFile { format: FORMAT, machine: machine.clone(), counters },
         )
     }
 
@@ -362,15 +389,14 @@ impl Store {
         folder: &Path,
     ) -> Result<Option<(MachineKey, MachineState)>, StoreError> {
         let path = folder.join(MACHINE);
-        let file = match read_or_put_aside::<MachineFile>(&self.storage, &path)? {
+        let mut file = match read_or_put_aside::<MachineFile>(&self.storage, &path)? {
             Some(file) => file,
             // Counters are raised by the next start; what was backed up counts.
             None => match self.machine_of(folder) {
-                Some(machine)
-                    if !files_in(&self.storage, &folder.join(RUNS), "json")?.is_empty() =>
-                {
+                Some(machine) if has_manifests(&self.storage, folder)? => {
                     tracing::error!(path = %path.display(), "a machine's file is missing or damaged: it is made again");
-                    let file = MachineFile { format: FORMAT, machine, use_counter: 0 };
+                    let counters = Counters::default();
+                    let file = MachineFile { format: FORMAT, machine, counters };
                     write(&self.storage, &path, &file)?;
                     file
                 }
@@ -381,14 +407,16 @@ impl Store {
             let reason = format!("it belongs to machine {}, whose folder is another", file.machine);
             return Err(StoreError::Damaged { path, reason });
         }
-        let mut state = MachineState { use_counter: file.use_counter, ..MachineState::default() };
-        state.last_sequence = last_sequence(&self.storage, &folder.join(RUNS))?;
+        let mut state = MachineState { counters: file.counters, ..MachineState::default() };
+        let last = last_sequence(&self.storage, folder)?;
+        state.last_sequence = last.max(file.counters.purged_sequence);
         let mut unread = false;
         for path in files_in(&self.storage, &folder.join(RUNS), "json")? {
             match read::<Run>(&self.storage, &path) {
                 Ok(Some(run)) if run.machine == file.machine => state.history.add(Arc::new(run)),
                 Ok(_) => {
-                    tracing::error!(path = %path.display(), "a run manifest of another machine is left out")
+                    tracing::error!(path = %path.display(), "a run manifest of another machine is left out");
+                    unread = true;
                 }
                 Err(error @ StoreError::Newer { .. }) => return Err(error),
                 Err(error @ StoreError::Damaged { .. }) => {
@@ -401,6 +429,10 @@ impl Store {
                 }
             }
         }
+        unread |= !files_in(&self.storage, &folder.join(RUNS), DAMAGED)?.is_empty();
+        unread |= !trash::load(&self.storage, folder, &file.machine, &mut state.history)?;
+        state.incomplete = unread;
+        self.finish_merges(&mut file, &mut state)?;
         for path in files_in(&self.storage, &folder.join(OPEN), "json")? {
             match read::<OpenRun>(&self.storage, &path) {
                 Ok(Some(run)) if state.history.run(run.backup).is_some() => {
@@ -419,18 +451,27 @@ impl Store {
             }
         }
         // What a damaged manifest names may be whole: it stays, for whoever brings the manifest back.
-        if !unread && files_in(&self.storage, &folder.join(RUNS), DAMAGED)?.is_empty() {
+        if !state.incomplete && state.unfinished.is_empty() {
             set_aside_unknown(&self.storage, folder, &state)?;
         }
         Ok(Some((file.machine, state)))
     }
 }
 
-/// Highest number that a file name in `runs` begins with.
-fn last_sequence(storage: &Disk, runs: &Path) -> Result<u64, StoreError> {
+/// True when a machine's folder has manifests of runs, kept or dropped.
+fn has_manifests(storage: &Disk, folder: &Path) -> Result<bool, StoreError> {
+    let any =
+        |name| Ok::<_, StoreError>(!files_in(storage, &folder.join(name), "json")?.is_empty());
+    Ok(any(RUNS)? || any(trash::TRASH)?)
+}
+
+/// Highest number that the name of a manifest begins with.
+fn last_sequence(storage: &Disk, folder: &Path) -> Result<u64, StoreError> {
     let number =
         |path: &PathBuf| path.file_name()?.to_str()?.split('.').next()?.parse::<u64>().ok();
-    Ok(list(storage, runs)?.iter().filter_map(number).max().unwrap_or(0))
+    let (runs, trash) =
+        (list(storage, &folder.join(RUNS))?, list(storage, &folder.join(trash::TRASH))?);
+    Ok(runs.iter().chain(&trash).filter_map(number).max().unwrap_or(0))
 }
 
 fn name_and_publish(
@@ -449,7 +490,7 @@ fn name_and_publish(
         let disk_folder = folder.join(disk.disk.as_str());
         storage.sync_folder(&disk_folder).map_err(StoreError::io("sync", &disk_folder))?;
     }
-    let path = folder.join(RUNS).join(format!("{:08}.json", run.sequence));
+    let path = trash::manifest_path(&folder.join(RUNS), run);
     if storage.exists(&path).map_err(StoreError::io("look for", &path))? {
         let source = io::Error::from(io::ErrorKind::AlreadyExists);
         return Err(StoreError::Io { action: "write over", path, source });
@@ -479,7 +520,7 @@ fn set_aside_unknown(
     state: &MachineState,
 ) -> Result<(), StoreError> {
     let mut known: HashSet<PathBuf> = HashSet::new();
-    for held in state.history.newest_first() {
+    for held in state.history.links() {
         known.insert(folder.join(&held.snapshot().image));
         known.insert(folder.join(&held.snapshot().table));
     }

@@ -5,12 +5,16 @@
 //!
 //! ```text
 //! 0    header: magic, version, snapshot, disk size, place and sum of the index; then its own sum
-//! 160  pages, one after another in ascending order of segments: 128 bytes of bitmap, 32 bytes for each hash
-//! then index: 56 bytes for each page, to the end of the file
+//! 160  pages: 128 bytes of bitmap, 32 bytes for each hash; version 1: one after another in ascending order of segments
+//! then index: 56 bytes for each page
 //! ```
 //!
 //! Numbers are little-endian. Index and header carry BLAKE3 sums, pages CRC-32C. The header is written last, so a file that was
-//! not finished is never taken for a table. The caller syncs and renames. A table that was opened is never written again.
+//! not finished is never taken for a table. The caller syncs and renames.
+//!
+//! A merge appends pages and a new index to the parent's table ([`append`]) and makes it the child's by its header, version 2.
+//! Pages that were read through an older header stay where they are, so a table that is open goes on. What lies behind the
+//! index is of an attempt that did not get to the header.
 
 use std::io;
 
@@ -20,14 +24,19 @@ use janus_proto::ids::{
 
 use crate::storage::{Appender, File};
 
+mod append;
 mod stack;
 #[cfg(test)]
 mod tests;
 
+pub use append::{Appended, append, needed_bytes, rewrite};
 pub use stack::TableStack;
 
 const MAGIC: &[u8; 8] = b"JANUSTBL";
-const VERSION: u32 = 1;
+/// Version of a table that was written at once.
+const WRITTEN: u32 = 1;
+/// Version of a table that grew by merges: the newest known.
+const VERSION: u32 = 2;
 const HEADER_BYTES: usize = 160;
 /// Header bytes before the header's own sum.
 const HEADER_FIELDS: usize = 128;
@@ -258,6 +267,7 @@ impl TableWriter {
         }
         let file = self.file.finish().map_err(TableError::io("write"))?;
         let fields = Fields {
+            version: WRITTEN,
             header: self.header,
             pages: self.entries.len() as u64,
             index_offset: self.end,
@@ -270,6 +280,7 @@ impl TableWriter {
 
 /// The header's fields.
 struct Fields {
+    version: u32,
     header: TableHeader,
     pages: u64,
     index_offset: u64,
@@ -280,7 +291,7 @@ impl Fields {
     fn to_bytes(&self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         bytes[..8].copy_from_slice(MAGIC);
-        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.version.to_le_bytes());
         bytes[12..16].copy_from_slice(&(BLOCK_BYTES as u32).to_le_bytes());
         bytes[16..24].copy_from_slice(&self.header.disk_bytes.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.pages.to_le_bytes());
@@ -316,6 +327,7 @@ impl Fields {
             )));
         }
         Ok(Self {
+            version,
             header: TableHeader { snapshot, disk_bytes },
             pages: u64::from_le_bytes(array(bytes, 24)),
             index_offset: u64::from_le_bytes(array(bytes, 32)),
@@ -330,6 +342,8 @@ pub struct Table {
     file: File,
     header: TableHeader,
     entries: Vec<Entry>,
+    /// First byte behind the index.
+    end: u64,
 }
 
 impl Table {
@@ -346,16 +360,16 @@ impl Table {
         let fields = Fields::from_bytes(&header)?;
         let file_bytes = file.metadata().map_err(TableError::io("length"))?.length_bytes;
         let index_bytes = fields.pages.checked_mul(ENTRY_BYTES as u64);
-        let whole = index_bytes.and_then(|bytes| fields.index_offset.checked_add(bytes))
-            == Some(file_bytes);
-        if !whole || fields.pages > segment_count(fields.header.disk_bytes) {
-            return Err(TableError::damaged(format!(
-                "{} pages and an index at {} in {file_bytes} bytes",
-                fields.pages, fields.index_offset
-            )));
+        let end = index_bytes.and_then(|bytes| fields.index_offset.checked_add(bytes));
+        let end = end.filter(|end| *end <= file_bytes).ok_or_else(|| {
+            let (pages, at) = (fields.pages, fields.index_offset);
+            TableError::damaged(format!("{pages} pages and an index at {at} in {file_bytes} bytes"))
+        })?;
+        if fields.pages > segment_count(fields.header.disk_bytes) {
+            return Err(TableError::damaged(format!("{} pages for its disk", fields.pages)));
         }
         let entries = read_index(&file, &fields)?;
-        Ok(Self { file, header: fields.header, entries })
+        Ok(Self { file, header: fields.header, entries, end })
     }
 
     /// What the table belongs to.
@@ -419,7 +433,13 @@ fn read_index(file: &File, fields: &Fields) -> Result<Vec<Entry>, TableError> {
             let entry = Entry::from_bytes(bytes);
             let ascends = entries.last().is_none_or(|last| last.segment < entry.segment);
             let blocks = blocks_of(fields.header.disk_bytes, entry.segment);
-            if !ascends || entry.offset != end || !(1..=blocks).contains(&(entry.count as usize)) {
+            let place = match fields.version {
+                WRITTEN => end..=end,
+                _ => HEADER_BYTES as u64..=fields.index_offset.saturating_sub(entry.page_bytes()),
+            };
+            let fits =
+                place.contains(&entry.offset) && (1..=blocks).contains(&(entry.count as usize));
+            if !ascends || !fits {
                 return Err(TableError::damaged(format!(
                     "its index is wrong at segment {}",
                     entry.segment
@@ -431,7 +451,8 @@ fn read_index(file: &File, fields: &Fields) -> Result<Vec<Entry>, TableError> {
         place += piece.len() as u64;
         left -= piece.len() / ENTRY_BYTES;
     }
-    if end != fields.index_offset || sum.finalize().as_bytes() != &fields.index_sum {
+    let has_gap = fields.version == WRITTEN && end != fields.index_offset;
+    if has_gap || sum.finalize().as_bytes() != &fields.index_sum {
         return Err(TableError::damaged("the index doesn't match its sum"));
     }
     Ok(entries)

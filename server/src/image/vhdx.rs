@@ -13,6 +13,7 @@
 //! then    sector bitmap blocks (children only): 1 MiB for 4 GiB of disk (32 GiB with 4096-byte sectors), mostly holes
 //! ```
 
+mod absorb;
 mod bat;
 mod bitmap;
 mod header;
@@ -28,6 +29,7 @@ mod write;
 #[cfg(test)]
 pub(super) mod tests;
 
+pub use absorb::{Absorber, set_identity};
 pub use layout::Layout;
 pub use read::VhdxImage;
 pub use write::write_structures;

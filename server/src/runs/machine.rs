@@ -3,7 +3,7 @@
 use std::{
     collections::{HashSet, VecDeque},
     path::Path,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
     time::Duration,
 };
 
@@ -14,9 +14,10 @@ use tokio::time::Instant;
 use super::{CommitDisk, MAX_COUNTER_JUMP, RunError, Runs, WantedDisk, left, lock, now_ms};
 use crate::{
     chain::{
-        FORMAT, Held, History, Run, Snapshot,
+        FORMAT, Held, History, Run, Snapshot, TrashRecord, TrashedRun,
+        merge::Intent,
         opened::OpenedSnapshot,
-        store::{MachineState, OpenDisk, OpenRun, Store, StoreError},
+        store::{Counters, MachineState, OpenDisk, OpenRun, Store, StoreError},
     },
     image::{Format, vhd},
     session::{Session, Trust},
@@ -30,19 +31,29 @@ pub struct Machine {
     /// Its key.
     pub key: MachineKey,
     state: Mutex<State>,
-    /// Starts, commits and aborts of one machine take turns.
+    /// Starts, commits, aborts and drops of one machine take turns. Taken before `files`, and that before `state`.
     turn: Mutex<()>,
+    /// Read while the files of a chain are opened, written while they change their names or manifests.
+    files: RwLock<()>,
+    /// Purges take turns. Taken before all others.
+    merging: Mutex<()>,
 }
 
 struct State {
     history: History,
-    use_counter: u64,
+    counters: Counters,
     active: Vec<Arc<ActiveRun>>,
     aborted: VecDeque<BackupId>,
     /// Highest number of a run manifest, readable or not.
     last_sequence: u64,
     /// Snapshots whose chains were found to be damaged.
     damaged: HashSet<SnapshotId>,
+    /// Manifests that could not be read may name what nothing else does.
+    incomplete: bool,
+    /// Decided merges that are not finished, and whether the chain can be opened already.
+    unfinished: Vec<(Intent, bool)>,
+    /// Links of the chains that somebody has open.
+    opened: Vec<Weak<[SnapshotId]>>,
 }
 
 impl Machine {
@@ -60,18 +71,22 @@ impl Machine {
             .collect();
         let state = State {
             history: state.history,
-            use_counter: state.use_counter,
+            counters: state.counters,
             active,
             aborted: VecDeque::new(),
             last_sequence: state.last_sequence,
             damaged: HashSet::new(),
+            incomplete: state.incomplete,
+            unfinished: state.unfinished.into_iter().map(|intent| (intent, false)).collect(),
+            opened: Vec::new(),
         };
-        Self { key, state: Mutex::new(state), turn: Mutex::new(()) }
+        let (turn, merging) = (Mutex::new(()), Mutex::new(()));
+        Self { key, state: Mutex::new(state), turn, files: RwLock::new(()), merging }
     }
 
     /// Counter of the newest start here.
     pub fn use_counter(&self) -> u64 {
-        lock(&self.state).use_counter
+        lock(&self.state).counters.use_counter
     }
 
     /// All snapshots, newest first.
@@ -91,6 +106,97 @@ impl Machine {
 
     pub(super) fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
         lock(&self.state).history.chain(id)
+    }
+
+    /// Nothing changes the names of files or the manifests of this machine meanwhile.
+    pub(super) fn keep_files(&self) -> RwLockReadGuard<'_, ()> {
+        self.files.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody opens files of this machine meanwhile.
+    pub(super) fn change_files(&self) -> RwLockWriteGuard<'_, ()> {
+        self.files.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The trash, oldest run first.
+    pub fn trashed(&self) -> Vec<TrashedRun> {
+        lock(&self.state).history.trashed().cloned().collect()
+    }
+
+    pub(super) fn live_run(&self, backup: BackupId) -> Option<Arc<Run>> {
+        lock(&self.state).history.live_run(backup).cloned()
+    }
+
+    pub(super) fn trashed_run(&self, backup: BackupId) -> Option<TrashedRun> {
+        lock(&self.state).history.trashed_run(backup).cloned()
+    }
+
+    pub(super) fn dropped_now(&self, backup: BackupId, record: TrashRecord) {
+        lock(&self.state).history.drop_run(backup, record);
+    }
+
+    pub(super) fn brought_back_now(&self, backup: BackupId) {
+        lock(&self.state).history.bring_back(backup);
+    }
+
+    pub(super) fn take_merging(&self) -> MutexGuard<'_, ()> {
+        lock(&self.merging)
+    }
+
+    /// Looks at the runs.
+    pub(super) fn history<T>(&self, look: impl FnOnce(&History) -> T) -> T {
+        look(&lock(&self.state).history)
+    }
+
+    pub(super) fn is_incomplete(&self) -> bool {
+        lock(&self.state).incomplete
+    }
+
+    pub(super) fn purging_now(&self, backup: BackupId) {
+        lock(&self.state).history.purging(backup);
+    }
+
+    /// A merge will happen: it is tried until it has.
+    pub(super) fn decided(&self, intent: Intent) {
+        lock(&self.state).unfinished.push((intent, false));
+    }
+
+    /// A merge whose chain may not be readable before it goes on.
+    pub(super) fn unswitched(&self) -> Option<Intent> {
+        let state = lock(&self.state);
+        state.unfinished.iter().find(|(_, switched)| !switched).map(|(intent, _)| intent.clone())
+    }
+
+    pub(super) fn switched_now(&self, intent: &Intent) {
+        let mut state = lock(&self.state);
+        state.history.switch(intent);
+        for (known, switched) in &mut state.unfinished {
+            *switched |= known == intent;
+        }
+    }
+
+    /// A merge that has left something behind.
+    pub(super) fn unfinished(&self) -> Option<Intent> {
+        lock(&self.state).unfinished.first().map(|(intent, _)| intent.clone())
+    }
+
+    pub(super) fn finished_now(&self, intent: &Intent) {
+        let mut state = lock(&self.state);
+        state.history.clear_away(intent);
+        state.unfinished.retain(|(known, _)| known != intent);
+    }
+
+    pub(super) fn note_opened(&self, links: &Arc<[SnapshotId]>) {
+        let mut state = lock(&self.state);
+        state.opened.retain(|opened| opened.strong_count() > 0);
+        state.opened.push(Arc::downgrade(links));
+    }
+
+    /// Whether somebody reads a link, and not through its child.
+    pub(super) fn is_opened_without(&self, link: SnapshotId, child: SnapshotId) -> bool {
+        let opened = lock(&self.state).opened.clone();
+        let mut chains = opened.iter().filter_map(Weak::upgrade);
+        chains.any(|links| links.contains(&link) && !links.contains(&child))
     }
 
     pub(super) fn take_turn(&self) -> MutexGuard<'_, ()> {
@@ -131,8 +237,17 @@ impl Machine {
         Ok(given.max(known + 1))
     }
 
-    pub(super) fn set_counter(&self, used: u64) {
-        lock(&self.state).use_counter = used;
+    /// The counters with a new use.
+    pub(super) fn counters_with(&self, use_counter: u64) -> Counters {
+        Counters { use_counter, ..lock(&self.state).counters }
+    }
+
+    pub(super) fn counters(&self) -> Counters {
+        lock(&self.state).counters
+    }
+
+    pub(super) fn set_counters(&self, counters: Counters) {
+        lock(&self.state).counters = counters;
     }
 
     pub(super) fn add(&self, run: Arc<ActiveRun>) {
@@ -142,11 +257,10 @@ impl Machine {
     /// Sequence and time of the next commit; both only grow.
     pub(super) fn next_place(&self) -> (u64, i64) {
         let state = lock(&self.state);
-        let (sequence, committed_ms) = match state.history.newest() {
-            Some(newest) => (newest.sequence, now_ms().max(newest.committed_ms + 1)),
-            None => (0, now_ms()),
-        };
-        (sequence.max(state.last_sequence).saturating_add(1), committed_ms)
+        let purged = (state.counters.purged_sequence, state.counters.purged_ms);
+        let last = state.history.last().map_or(purged, |run| (run.sequence, run.committed_ms));
+        let sequence = last.0.max(purged.0).max(state.last_sequence).saturating_add(1);
+        (sequence, now_ms().max(last.1.max(purged.1).saturating_add(1)))
     }
 
     pub(super) fn committed_now(&self, run: Arc<Run>) {

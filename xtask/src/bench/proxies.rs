@@ -24,8 +24,6 @@ const TOOLS: &[Tool] = &[
 ];
 /// The server's name in its certificate.
 const SINK: &str = "sink";
-/// Turns; the best of them counts, since other work on the machine only makes a figure worse.
-const ROUNDS: usize = 3;
 const BULK_MIB: u64 = 2048;
 const MANY: u64 = 64;
 const CONCURRENCY: [u64; 3] = [1, 16, 64];
@@ -66,28 +64,23 @@ struct Row {
     many_streams_peak_rss_mib: u64,
 }
 
-/// Measures, prints and saves.
+/// Measures in `rounds` turns, prints and saves. The best of the turns counts, since other work on the machine only makes a
+/// figure worse.
 ///
 /// # Errors
 /// When a program can't be installed, built or started, or loses a byte.
-pub(super) fn run(programs: &Programs, json: &Path) -> Result<()> {
+pub(super) fn run(programs: &Programs, rounds: u32, json: &Path) -> Result<()> {
     packages::require(TOOLS)?;
     let load = build_load()?;
     let bench = Bench::start(programs, load)?;
     let mut rows: Vec<Row> = bench.ways.iter().map(|way| Row::new(way.name)).collect();
-    for _ in 0..ROUNDS {
-        for (way, row) in bench.ways.iter().zip(&mut rows) {
-            bench.bulk(way, row)?;
-        }
-        for (way, row) in bench.ways.iter().zip(&mut rows) {
-            bench.unary(way, row)?;
-        }
+    for _ in 0..rounds {
+        bench.each(&mut rows, "one stream", Bench::bulk)?;
+        bench.each(&mut rows, "calls", Bench::unary)?;
     }
-    for (way, row) in bench.ways.iter().zip(&mut rows) {
-        bench.many_streams(way, row)?;
-    }
-    print(&rows);
-    let report = serde_json::json!({"rows": rows, "rounds": ROUNDS, "bulk_mib": BULK_MIB});
+    bench.each(&mut rows, "many streams", Bench::many_streams)?;
+    print(&rows, rounds);
+    let report = serde_json::json!({"rows": rows, "rounds": rounds, "bulk_mib": BULK_MIB});
     fs::write(json, serde_json::to_vec_pretty(&report)?)
         .with_context(|| format!("write {}", json.display()))?;
     println!("\nfigures: {}", json.display());
@@ -148,6 +141,8 @@ impl Bench {
             let process = Process::spawn(name, command, &log(name), &url)?;
             ways.push(Way { name, url, process: Some(process) });
         }
+        // All streams of the load are one caller's.
+        site.janus_settings()?.set("max_bulk_streams_per_caller", MANY as i64);
         site.start_janus()?;
         let janus = site.take_janus()?;
         ways.push(Way { name: "janus", url: janus.url().to_owned(), process: Some(janus) });
@@ -165,6 +160,20 @@ impl Bench {
                 }
                 thread::sleep(Duration::from_millis(100));
             }
+        }
+        Ok(())
+    }
+
+    /// Measures all ways, one after another.
+    fn each(
+        &self,
+        rows: &mut [Row],
+        what: &str,
+        measure: fn(&Self, &Way, &mut Row) -> Result<()>,
+    ) -> Result<()> {
+        for (way, row) in self.ways.iter().zip(rows) {
+            eprintln!("{what}: {}", way.name);
+            measure(self, way, row).with_context(|| format!("{what} through {}", way.name))?;
         }
         Ok(())
     }
@@ -277,7 +286,7 @@ fn write_config(name: &str, to: &Path, keys: &Path, listen: &str, server: &str) 
     Ok(fs::write(to, filled)?)
 }
 
-fn print(rows: &[Row]) {
+fn print(rows: &[Row], rounds: u32) {
     let floor =
         rows.iter().find(|row| row.who == "copier").map_or(f64::NAN, |r| r.cpu_seconds_per_gib);
     let direct: Vec<Unary> = rows
@@ -285,7 +294,7 @@ fn print(rows: &[Row]) {
         .find(|row| row.who == "direct")
         .map_or(vec![], |row| row.unary.iter().map(|(_, unary)| *unary).collect());
     println!(
-        "\nTLS on both sides; the best of {ROUNDS} turns; CPU of the proxy alone; p50 and p99 added, in µs"
+        "\nTLS on both sides; the best of {rounds} turns; CPU of the proxy alone; p50 and p99 added, in µs"
     );
     println!(
         "{:<8} {:>7} {:>10} {:>8} {:>15} {:>15} {:>15}  {MANY} streams",

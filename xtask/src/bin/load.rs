@@ -250,7 +250,9 @@ async fn sink(listen: &str, identity: Identity, stop: CancellationToken) -> Resu
     let service = BackupServiceServer::new(Sink).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let routes = Routes::new(health_service).add_service(service).prepare();
     let routes = routes.map_request(|request: http::Request<_>| request.map(Body::new));
-    listener::serve(bind(listen).await?, identity, routes, Limits::default(), stop).await;
+    // nginx takes a connection for each call that is open.
+    let limits = Limits { max_connections_per_caller: 1024, ..Limits::default() };
+    listener::serve(bind(listen).await?, identity, routes, limits, stop).await;
     Ok(())
 }
 

@@ -129,9 +129,9 @@ fn change_header(file: &File, at: usize, bytes: &[u8]) {
 #[test]
 fn a_newer_version_is_refused_as_such() {
     let file = small_table();
-    change_header(&file, 8, &2u32.to_le_bytes());
+    change_header(&file, 8, &3u32.to_le_bytes());
     let error = Table::open(file).unwrap_err();
-    assert!(matches!(error, TableError::NewerVersion { found: 2 }), "{error}");
+    assert!(matches!(error, TableError::NewerVersion { found: 3 }), "{error}");
     let other = temporary();
     other.write_all_at(&[b'x'; 300], 0).unwrap();
     assert!(matches!(Table::open(other).unwrap_err(), TableError::Damaged { .. }));

@@ -12,12 +12,25 @@ const OFFSETS: [u64; 2] = [64 << 10, 128 << 10];
 /// The fields of a header that matter to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
+    offset: u64,
     pub(super) sequence: u64,
     pub(super) data_write: Uuid,
     pub(super) log_offset: u64,
     pub(super) log_bytes: u64,
     /// What entries of the log must carry to count; nil when it is empty.
     pub(super) log_id: Uuid,
+}
+
+impl Header {
+    /// Where the header that is not current lies.
+    fn other_offset(&self) -> u64 {
+        if self.offset == OFFSETS[0] { OFFSETS[1] } else { OFFSETS[0] }
+    }
+
+    /// The sequence number of a newer header.
+    fn next(&self) -> Result<u64, ImageError> {
+        self.sequence.checked_add(1).ok_or_else(|| ImageError::damaged("the last sequence number"))
+    }
 }
 
 /// CRC-32C of `bytes` with the four bytes of the checksum field, at 4, taken as zero.
@@ -40,20 +53,46 @@ pub(super) fn write_identifier(file: &File) -> Result<(), ImageError> {
 /// Writes both headers with an empty log.
 pub(super) fn write_headers(file: &File, data_write: Uuid) -> Result<(), ImageError> {
     for (sequence, offset) in (1u64..).zip(OFFSETS) {
-        let mut page = [0; PAGE];
-        put(&mut page, 0, b"head");
-        put(&mut page, 8, &sequence.to_le_bytes());
-        // The file write id changes with any write to a file; this one is written once.
-        put(&mut page, 16, &data_write.to_bytes_le());
-        put(&mut page, 32, &data_write.to_bytes_le());
-        put(&mut page, 66, &1u16.to_le_bytes());
-        put(&mut page, 68, &(layout::LOG_BYTES as u32).to_le_bytes());
-        put(&mut page, 72, &layout::LOG_OFFSET.to_le_bytes());
-        let sum = checksum(&page);
-        put(&mut page, 4, &sum.to_le_bytes());
-        file.write_all_at(&page, offset).map_err(ImageError::io("write"))?;
+        let log = (layout::LOG_OFFSET, layout::LOG_BYTES);
+        write_header(file, offset, sequence, data_write, log)?;
     }
     Ok(())
+}
+
+/// Gives a file another data write id: first into the header that is not current, then into the other, each synced.
+pub(super) fn set_data_write(file: &File, data_write: Uuid) -> Result<(), ImageError> {
+    let current = read(file)?;
+    let log = (current.log_offset, current.log_bytes);
+    let sync = || file.sync_data().map_err(ImageError::io("sync"));
+    if current.data_write != data_write {
+        write_header(file, current.other_offset(), current.next()?, data_write, log)?;
+        sync()?;
+    }
+    let current = read(file)?;
+    // Not only to have two: an older header with the old id must not come back when this one is damaged.
+    write_header(file, current.other_offset(), current.next()?, data_write, log)?;
+    sync()
+}
+
+fn write_header(
+    file: &File,
+    offset: u64,
+    sequence: u64,
+    data_write: Uuid,
+    (log_offset, log_bytes): (u64, u64),
+) -> Result<(), ImageError> {
+    let mut page = [0; PAGE];
+    put(&mut page, 0, b"head");
+    put(&mut page, 8, &sequence.to_le_bytes());
+    // The file write id changes with any write to a file; ours change with the data only.
+    put(&mut page, 16, &data_write.to_bytes_le());
+    put(&mut page, 32, &data_write.to_bytes_le());
+    put(&mut page, 66, &1u16.to_le_bytes());
+    put(&mut page, 68, &(log_bytes as u32).to_le_bytes());
+    put(&mut page, 72, &log_offset.to_le_bytes());
+    let sum = checksum(&page);
+    put(&mut page, 4, &sum.to_le_bytes());
+    file.write_all_at(&page, offset).map_err(ImageError::io("write"))
 }
 
 /// Reads the identifier and the current header.
@@ -70,7 +109,7 @@ pub(super) fn read(file: &File) -> Result<Header, ImageError> {
         if &page[..4] != b"head" || page.u32_at(4) != checksum(&page) {
             continue;
         }
-        let header = parse(&page)?;
+        let header = parse(&page, offset)?;
         match &current {
             Some((other, _)) if other.sequence > header.sequence => {}
             Some((other, bytes)) if other.sequence == header.sequence && *bytes != page => {
@@ -85,7 +124,7 @@ pub(super) fn read(file: &File) -> Result<Header, ImageError> {
     current.map(|(header, _)| header).ok_or_else(|| ImageError::damaged("neither header is valid"))
 }
 
-fn parse(page: &[u8; PAGE]) -> Result<Header, ImageError> {
+fn parse(page: &[u8; PAGE], offset: u64) -> Result<Header, ImageError> {
     let version = page.u16_at(66);
     if version != 1 {
         return Err(ImageError::unsupported(format!("VHDX version {version}")));
@@ -96,6 +135,7 @@ fn parse(page: &[u8; PAGE]) -> Result<Header, ImageError> {
         return Err(ImageError::unsupported(format!("VHDX log version {log_version}")));
     }
     Ok(Header {
+        offset,
         sequence: page.u64_at(8),
         data_write: page.guid_at(32),
         log_bytes: page.u32_at(68).into(),
@@ -123,6 +163,7 @@ mod tests {
         assert_eq!(
             read(&file).unwrap(),
             Header {
+                offset: OFFSETS[0],
                 sequence: 1,
                 data_write: Uuid::from_u128(7),
                 log_offset: 1 << 20,
@@ -132,6 +173,24 @@ mod tests {
         );
         file.write_all_at(&[1], OFFSETS[0] + 100).unwrap();
         read(&file).unwrap_err();
+    }
+
+    #[test]
+    fn a_new_id_is_in_both_headers_and_never_in_none() {
+        let file = written();
+        set_data_write(&file, Uuid::from_u128(8)).unwrap();
+        for damaged in OFFSETS {
+            let copy = written();
+            for offset in OFFSETS {
+                let mut page = [0; PAGE];
+                file.read_exact_at(&mut page, offset).unwrap();
+                copy.write_all_at(&page, offset).unwrap();
+            }
+            copy.write_all_at(&[1], damaged + 100).unwrap();
+            assert_eq!(read(&copy).unwrap().data_write, Uuid::from_u128(8));
+        }
+        set_data_write(&file, Uuid::from_u128(8)).unwrap();
+        assert_eq!(read(&file).unwrap().data_write, Uuid::from_u128(8));
     }
 
     #[test]

@@ -24,16 +24,16 @@ use crate::{
 /// Table entries read at once, 4 KiB.
 const WINDOW: u64 = 512;
 
-/// An open image. Nothing of its allocation table is kept in memory.
+/// An open image. Nothing of its allocation table is kept in memory, so that blocks which a merge adds meanwhile are found.
 #[derive(Debug)]
 pub struct VhdxImage {
-    file: ReplayedFile,
+    pub(super) file: ReplayedFile,
     data_write: Uuid,
-    metadata: Metadata,
-    ratio: u64,
-    bat_offset: u64,
+    pub(super) metadata: Metadata,
+    pub(super) ratio: u64,
+    pub(super) bat_offset: u64,
     /// Log and regions, sorted: no block may lie there.
-    taken: Vec<Range<u64>>,
+    pub(super) taken: Vec<Range<u64>>,
 }
 
 impl VhdxImage {
@@ -86,6 +86,11 @@ impl VhdxImage {
             )));
         }
         Ok(image)
+    }
+
+    /// The file.
+    pub fn file(&self) -> &File {
+        self.file.file()
     }
 
     /// Virtual size and sectors.
@@ -180,12 +185,17 @@ impl VhdxImage {
         Ok(())
     }
 
-    fn payload_count(&self) -> u64 {
+    pub(super) fn payload_count(&self) -> u64 {
         self.geometry().disk_bytes.div_ceil(self.metadata.block_bytes)
     }
 
     /// The table entry of payload block `block`; reads ahead for blocks below `end`.
-    fn entry(&self, window: &mut Window, block: u64, end: u64) -> Result<u64, ImageError> {
+    pub(super) fn entry(
+        &self,
+        window: &mut Window,
+        block: u64,
+        end: u64,
+    ) -> Result<u64, ImageError> {
         let index = bat_index(block, self.ratio);
         if let Some(entry) = window.get(index) {
             return Ok(entry);
@@ -201,13 +211,27 @@ impl VhdxImage {
     }
 
     /// The table entry of the sector bitmap that serves payload block `block` of a child.
-    fn bitmap_entry(&self, block: u64) -> Result<u64, ImageError> {
-        let index = block / self.ratio * (self.ratio + 1) + self.ratio;
+    pub(super) fn bitmap_entry(&self, block: u64) -> Result<u64, ImageError> {
         let mut bytes = [0; 8];
         self.file
-            .read_exact_at(&mut bytes, self.bat_offset + index * 8)
+            .read_exact_at(&mut bytes, self.bitmap_entry_offset(block))
             .map_err(ImageError::io("allocation table"))?;
         Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Where in the file that entry is.
+    pub(super) fn bitmap_entry_offset(&self, block: u64) -> u64 {
+        let index = block / self.ratio * (self.ratio + 1) + self.ratio;
+        self.bat_offset + index * 8
+    }
+
+    /// Whether the sector bitmap has all of payload block `block`.
+    pub(super) fn all_sectors(&self, block: u64) -> Result<bool, ImageError> {
+        let block_bytes = self.metadata.block_bytes;
+        let range = block * block_bytes..self.geometry().disk_bytes.min((block + 1) * block_bytes);
+        let mut extents = Extents(Vec::new());
+        self.sectors(block, 0, range, &mut extents)?;
+        Ok(extents.0.iter().all(|(_, source)| *source != Source::Parent))
     }
 
     fn block_extents(
@@ -275,14 +299,16 @@ impl VhdxImage {
     }
 
     /// The offset of a block of `bytes`, checked: in the file and not on top of its structures.
-    fn place(&self, entry: u64, bytes: u64) -> Result<u64, ImageError> {
+    pub(super) fn place(&self, entry: u64, bytes: u64) -> Result<u64, ImageError> {
         let start = bat::offset(entry);
-        let end = start.checked_add(bytes).filter(|end| *end <= self.file.len() && start >= MIB);
-        let end = end.ok_or_else(|| {
-            ImageError::damaged(format!(
-                "a block at {start} of a file of {} bytes",
-                self.file.len()
-            ))
+        let end = start.checked_add(bytes).filter(|_| start >= MIB);
+        let mut file_bytes = self.file.len();
+        if end.is_some_and(|end| end > file_bytes) {
+            // A merge may have added blocks since.
+            file_bytes = self.file.measure().map_err(ImageError::io("length"))?;
+        }
+        let end = end.filter(|end| *end <= file_bytes).ok_or_else(|| {
+            ImageError::damaged(format!("a block at {start} of a file of {file_bytes} bytes"))
         })?;
         let next = self.taken.partition_point(|range| range.end <= start);
         match self.taken.get(next) {
@@ -340,7 +366,7 @@ impl UsedSpace {
 
 /// A piece of the allocation table.
 #[derive(Default)]
-struct Window {
+pub(super) struct Window {
     first: u64,
     bytes: Vec<u8>,
 }

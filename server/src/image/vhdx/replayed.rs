@@ -1,6 +1,11 @@
 //! A file as its log would leave it, without writing to it.
 
-use std::{collections::BTreeMap, fmt, io, ops::Range};
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use super::log::{Change, Changes, SECTOR};
 use crate::storage::File;
@@ -8,10 +13,10 @@ use crate::storage::File;
 /// A file, and what its log changes. Threads may read at the same time.
 pub(super) struct ReplayedFile {
     file: File,
-    /// Length of the file itself.
-    own_bytes: u64,
-    /// Length with the log's changes.
-    file_bytes: u64,
+    /// Length of the file itself when it was last asked.
+    own_bytes: AtomicU64,
+    /// Length that the log gives it; 0 without a log.
+    log_bytes: u64,
     zeros: Vec<Range<u64>>,
     pages: BTreeMap<u64, Box<[u8; SECTOR]>>,
 }
@@ -26,19 +31,18 @@ impl fmt::Debug for ReplayedFile {
 impl ReplayedFile {
     /// The file as it is.
     pub(super) fn new(file: File) -> io::Result<Self> {
-        let own_bytes = file.metadata()?.length_bytes;
-        Ok(Self {
-            file,
-            own_bytes,
-            file_bytes: own_bytes,
-            zeros: Vec::new(),
-            pages: BTreeMap::new(),
-        })
+        let own_bytes = file.metadata()?.length_bytes.into();
+        Ok(Self { file, own_bytes, log_bytes: 0, zeros: Vec::new(), pages: BTreeMap::new() })
+    }
+
+    /// The file itself.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     /// The file with these changes.
     pub(super) fn with(mut self, changes: Changes) -> Self {
-        self.file_bytes = changes.file_bytes.max(self.own_bytes);
+        self.log_bytes = changes.file_bytes;
         for change in changes.changes {
             match change {
                 Change::Zero(range) => {
@@ -55,20 +59,27 @@ impl ReplayedFile {
         self
     }
 
-    /// Length with the log's changes.
+    /// Length with the log's changes, when it was last asked.
     pub(super) fn len(&self) -> u64 {
-        self.file_bytes
+        self.own_bytes.load(Ordering::Relaxed).max(self.log_bytes)
+    }
+
+    /// Asks for the length anew.
+    pub(super) fn measure(&self) -> io::Result<u64> {
+        self.own_bytes.store(self.file.metadata()?.length_bytes, Ordering::Relaxed);
+        Ok(self.len())
     }
 
     /// Fills `buffer` from `offset`.
     pub(super) fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        if self.pages.is_empty() && self.zeros.is_empty() && self.file_bytes == self.own_bytes {
+        if self.log_bytes == 0 {
             return self.file.read_exact_at(buffer, offset);
         }
-        let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= self.file_bytes);
+        let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= self.len());
         let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
         // The log may have made the file longer than it is.
-        let there = self.own_bytes.saturating_sub(offset).min(buffer.len() as u64) as usize;
+        let own_bytes = self.own_bytes.load(Ordering::Relaxed);
+        let there = own_bytes.saturating_sub(offset).min(buffer.len() as u64) as usize;
         let (own, beyond) = buffer.split_at_mut(there);
         self.file.read_exact_at(own, offset)?;
         beyond.fill(0);
