@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use janus_proto::log::{LogFormat, LogPlan};
 use serde::{Deserialize, Serialize};
 
 /// Settings of one server. Every key is also an environment variable and a flag.
@@ -38,6 +39,10 @@ pub struct Settings {
     pub drain_seconds: u64,
     /// Log filter.
     pub log: String,
+    /// How log lines look: `text`, or `json`.
+    pub log_format: LogFormat,
+    /// URL of a collector that gets the spans of calls; empty: none.
+    pub otlp_endpoint: String,
 }
 
 impl Default for Settings {
@@ -58,6 +63,8 @@ impl Default for Settings {
             health_listen: String::new(),
             drain_seconds: 10,
             log: "info".into(),
+            log_format: LogFormat::Text,
+            otlp_endpoint: String::new(),
         }
     }
 }
@@ -79,6 +86,8 @@ pub const KEYS: &[(&str, &str)] = &[
     ("health_listen", "Address and port for health checks, plain gRPC and HTTP; empty: none"),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
     ("log", "Log filter, such as info or janus_server=debug"),
+    ("log_format", "Log lines for people or programs: text, or json"),
+    ("otlp_endpoint", "Collector that gets the spans of calls by OTLP over gRPC; empty: none"),
 ];
 
 /// A combination of settings that can't work.
@@ -114,6 +123,16 @@ impl Settings {
         match self.janus_urls.iter().chain(&self.urls).find(|url| !url.starts_with("https://")) {
             Some(url) => invalid("janus_urls", &format!("{url:?} does not begin with https://")),
             None => Ok(()),
+        }
+    }
+
+    /// How the program logs.
+    pub fn log_plan(&self) -> LogPlan<'_> {
+        LogPlan {
+            filter: &self.log,
+            format: self.log_format,
+            otlp_endpoint: &self.otlp_endpoint,
+            service: "janus-server",
         }
     }
 }

@@ -34,6 +34,7 @@ const PLACED: &[(&str, &str)] = &[
     ("reasons", "janus"),
     ("resilience", "client"),
     ("simulation", "janus"),
+    ("spans", "client"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
 ];
