@@ -9,6 +9,7 @@ use janus_proto::{
     error::WireError,
     ids::{BackupId, BlockHash, SEGMENT_BLOCKS, ServerId},
     pb::{self, CommitBackupResponse, DiskStart, Encoding, ErrorReason},
+    trace,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -137,6 +138,8 @@ impl Backup {
                     return Err(last.unwrap_or(error));
                 }
             };
+            trace::note("backup_id", run.plan.backup_id);
+            trace::note("server", &run.server);
             skipped.append(&mut run.skipped.clone());
             match self.transfer(&mut run).await {
                 Ok(disks) => {
@@ -334,6 +337,7 @@ impl Backup {
     }
 
     /// Sends one disk, over as many streams as it takes.
+    #[tracing::instrument(name = "disk", skip_all, fields(disk = %session.disk_id))]
     async fn send_disk(
         &self,
         run: &mut Run,
@@ -439,6 +443,7 @@ impl Backup {
     }
 
     /// Commits; what differs on the server is sent again, and if that isn't enough everything is compared.
+    #[tracing::instrument(name = "commit", skip_all)]
     async fn commit(
         &self,
         run: &mut Run,

@@ -7,7 +7,12 @@ mod restore;
 mod status;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use janus_proto::{ids::MachineKey, settings::Loader, tls::Identity};
+use janus_proto::{
+    ids::MachineKey,
+    settings::Loader,
+    tls::{Identity, Role},
+    trace,
+};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
@@ -35,6 +40,8 @@ pub fn loader() -> Loader<Settings> {
         ),
         ("direct", "Data straight to the server where it answers at once: never, or prefer"),
         ("log", "Log filter, such as info or janus_client=debug"),
+        ("log_format", "Log lines for people or programs: text, or json"),
+        ("otlp_endpoint", "Collector that gets the spans of runs by OTLP over gRPC; empty: none"),
     ])
 }
 
@@ -131,6 +138,11 @@ pub struct Outcome {
 /// # Errors
 /// A failure with its exit code.
 pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
+    trace::note("command", name);
+    match &context.identity.principal().role {
+        Role::Client(machine) => trace::note("machine", machine),
+        other => trace::note("caller", other),
+    }
     match name {
         "backup" => backup::run(matches, context).await,
         "list" => list::run(matches, context).await,

@@ -2,7 +2,12 @@
 
 use std::{num::NonZero, path::PathBuf, time::Duration};
 
-use janus_proto::{channel::Target, ids::DiskId, pb};
+use janus_proto::{
+    channel::Target,
+    ids::DiskId,
+    log::{LogFormat, LogPlan},
+    pb,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::link::Direct;
@@ -35,6 +40,10 @@ pub struct Settings {
     pub direct: Direct,
     /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter as of `RUST_LOG`.
     pub log: String,
+    /// How log lines look: `text`, or `json`.
+    pub log_format: LogFormat,
+    /// URL of a collector that gets the spans of calls; empty: none.
+    pub otlp_endpoint: String,
 }
 
 impl Default for Settings {
@@ -52,6 +61,8 @@ impl Default for Settings {
             failover_after_seconds: 60,
             direct: Direct::Never,
             log: "info".into(),
+            log_format: LogFormat::Text,
+            otlp_endpoint: String::new(),
         }
     }
 }
@@ -158,6 +169,16 @@ impl Settings {
     /// See [`Settings::failover_after_seconds`].
     pub fn failover_after(&self) -> Duration {
         Duration::from_secs(self.failover_after_seconds)
+    }
+
+    /// How the program logs.
+    pub fn log_plan(&self) -> LogPlan<'_> {
+        LogPlan {
+            filter: &self.log,
+            format: self.log_format,
+            otlp_endpoint: &self.otlp_endpoint,
+            service: "janus-client",
+        }
     }
 }
 

@@ -196,7 +196,7 @@ impl Address {
                 request.metadata_mut().insert(name, value);
             }
         }
-        let traceparent = trace().next().to_string();
+        let traceparent = TraceContext::current().unwrap_or_else(|| trace().next()).to_string();
         if let Ok(value) = MetadataValue::try_from(traceparent) {
             request.metadata_mut().insert(TRACEPARENT, value);
         }

@@ -5,7 +5,7 @@ use std::{io::Write, process::ExitCode, time::Duration};
 use clap::ArgMatches;
 use janus_client::cli::{self, Context, Failure, Outcome};
 use janus_client::link;
-use janus_proto::{program, tls::Identity};
+use janus_proto::{log, program, tls::Identity};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
@@ -47,8 +47,7 @@ fn print(matches: &ArgMatches, json: &serde_json::Value, text: &str) {
 
 fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     let settings = cli::loader().load(matches, std::env::vars_os()).map_err(Failure::usage)?;
-    program::start_log(&settings.log)
-        .map_err(|error| Failure::usage(format!("setting log: {error}")))?;
+    let _log = log::start(settings.log_plan()).map_err(Failure::usage)?;
     let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -59,6 +58,7 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
         let signals = tokio::spawn(stop_on_signals(stop.clone()));
         let context = Context { settings, identity, stop };
         let span = tracing::info_span!("run", trace_id = link::trace().trace_id());
+        let _ = link::trace().begin(&span);
         let outcome = cli::run(name, matches, &context).instrument(span).await;
         signals.abort();
         outcome

@@ -175,6 +175,7 @@ impl Gate {
     ///
     /// # Errors
     /// When no URL leads to a server that takes it; of several failures the first that isn't about reaching one.
+    #[tracing::instrument(name = "start", skip_all)]
     pub async fn start(
         &self,
         plan: &StartPlan,

@@ -105,7 +105,7 @@ impl Asker {
         {
             headers.insert(metadata::MACHINE, value);
         }
-        if let Some(value) = self.trace.and_then(|trace| trace.next().header()) {
+        if let Some(value) = self.trace.and_then(|trace| trace.header()) {
             headers.insert(TRACEPARENT, value);
         }
         let mut request = Request::new(());

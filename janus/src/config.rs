@@ -2,7 +2,11 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use janus_proto::{channel::Target, settings::Loader};
+use janus_proto::{
+    channel::Target,
+    log::{LogFormat, LogPlan},
+    settings::Loader,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -67,6 +71,10 @@ pub struct Settings {
     pub drain_seconds: u64,
     /// Log filter.
     pub log: String,
+    /// How log lines look: `text`, or `json`.
+    pub log_format: LogFormat,
+    /// URL of a collector that gets the spans of calls; empty: none.
+    pub otlp_endpoint: String,
 }
 
 impl Default for Settings {
@@ -96,6 +104,8 @@ impl Default for Settings {
             alert_after_minutes: 60,
             drain_seconds: 10,
             log: "info".into(),
+            log_format: LogFormat::Text,
+            otlp_endpoint: String::new(),
         }
     }
 }
@@ -145,6 +155,8 @@ pub const KEYS: &[(&str, &str)] = &[
     ("alert_after_minutes", "A server that takes no backups for so long is worth an alert"),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
     ("log", "Log filter, such as info or janus=debug"),
+    ("log_format", "Log lines for people or programs: text, or json"),
+    ("otlp_endpoint", "Collector that gets the spans of calls by OTLP over gRPC; empty: none"),
 ];
 
 /// Loads settings from file, environment and flags.
@@ -269,6 +281,16 @@ impl Settings {
     /// How starts are spread.
     pub fn start_rule(&self) -> StartRule {
         StartRule { initial_backups: self.initial_backups, max_initial_runs: self.max_initial_runs }
+    }
+
+    /// How the program logs.
+    pub fn log_plan(&self) -> LogPlan<'_> {
+        LogPlan {
+            filter: &self.log,
+            format: self.log_format,
+            otlp_endpoint: &self.otlp_endpoint,
+            service: "janus",
+        }
     }
 }
 

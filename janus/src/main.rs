@@ -4,7 +4,7 @@ use std::{io::Write, process::ExitCode};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus::{config, maintenance, serve::Janus, status};
-use janus_proto::{memory, program, settings::SettingsError, show};
+use janus_proto::{log, memory, program, settings::SettingsError, show};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
@@ -72,9 +72,11 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
     if let Err(error) = settings.check() {
         return fail(error, USAGE);
     }
-    if let Err(error) = program::start_log(&settings.log) {
-        return fail(format!("setting log: {error}"), USAGE);
-    }
+    // Dropped last: what is told at the end is told too.
+    let _log = match log::start(settings.log_plan()) {
+        Ok(log) => log,
+        Err(error) => return fail(error, USAGE),
+    };
     if matches.get_flag("check") {
         println!("settings are valid");
         return ExitCode::SUCCESS;

@@ -26,7 +26,7 @@ use janus_proto::{
     ids::ServerId,
     metadata,
     tls::Principal,
-    trace::{TRACEPARENT, TraceContext},
+    trace::{self, TRACEPARENT, TraceContext},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, body::Body};
@@ -109,14 +109,15 @@ impl Router {
     /// Answers one call, in a span that carries the caller's trace; what is sent on belongs to the same trace.
     async fn answer(&self, mut request: Request<Body>) -> Response<Body> {
         let trace = TraceContext::of(request.headers().get(TRACEPARENT));
-        let next = trace.next();
+        let method = janus_proto::error::shorten(request.uri().path());
+        let span = tracing::info_span!("call", trace_id = trace.trace_id(), method);
+        let next = trace.begin(&span);
         if let Some(header) = next.header() {
             request.headers_mut().insert(TRACEPARENT, header);
         }
         request.extensions_mut().insert(next);
-        let method = janus_proto::error::shorten(request.uri().path());
-        let span = tracing::info_span!("call", trace_id = trace.trace_id(), method);
-        self.answer_in_span(request).instrument(span).await
+        let response = self.answer_in_span(request).instrument(span.clone()).await;
+        trace::until_end(response, &span)
     }
 
     async fn answer_in_span(&self, request: Request<Body>) -> Response<Body> {
@@ -125,6 +126,7 @@ impl Router {
             Err(status) => status.into_http(),
         };
         headers::name_answer(response.headers_mut(), self.0.id.as_str());
+        trace::note("server", answered_by(&response, self.0.id.as_str()));
         response
     }
 
@@ -142,6 +144,12 @@ impl Router {
         let principal = principal
             .ok_or_else(|| status(ErrorReason::IdentityMissing, "caller has no certificate"))?;
         let caller = Caller::read(principal, request.headers())?;
+        if let Some(machine) = &caller.machine {
+            trace::note("machine", machine);
+        }
+        if let Some(run) = caller.run {
+            trace::note("backup_id", run);
+        }
         if route == Route::Merged && caller.pin.as_ref().is_none_or(|pin| *pin == self.0.id) {
             let mut stopwatch = self.0.latencies.begin(Class::Catalog, caller.begun);
             let response = self.locally(request).await;

@@ -1,34 +1,14 @@
-//! What every program does with its process: the log, and being asked to stop or to read its settings again.
+//! What every program does with its process: being asked to stop or to read its settings again.
 
-use std::{
-    future::Future,
-    io::{self, IsTerminal},
-    sync::Arc,
-};
+use std::{future::Future, io, sync::Arc};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::{EnvFilter, filter::ParseError};
 
 use crate::tls::Identity;
-
-/// Starts the log on stderr, in colours only on a terminal. Once in a process.
-///
-/// # Errors
-/// When `filter` is not one.
-pub fn start_log(filter: &str) -> Result<(), ParseError> {
-    let filter = EnvFilter::builder().parse(filter)?;
-    let colours = io::stderr().is_terminal();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(colours)
-        .with_writer(io::stderr)
-        .init();
-    Ok(())
-}
 
 /// Listens for SIGTERM and SIGINT from now on; the future ends at the first of them. Needs a tokio runtime.
 ///

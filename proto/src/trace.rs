@@ -1,9 +1,27 @@
 //! W3C trace context: one id for all that belongs together, carried from the client through janus to the server in the
-//! metadata `traceparent`, so that the log lines of one run can be found in all three programs.
+//! metadata `traceparent`, so that the log lines of one run can be found in all three programs, and its spans in a collector
+//! where one is set (`spans`).
 //!
 //! An id that can't be read is as good as none: tracing never fails a call.
 
-use std::{fmt, str::FromStr};
+use std::{
+    fmt,
+    pin::Pin,
+    str::FromStr,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Response};
+use http_body::{Frame, SizeHint};
+use opentelemetry::trace::{
+    SpanContext, SpanId, Status as SpanStatus, TraceContextExt, TraceFlags, TraceId, TraceState,
+};
+use tonic::{Code, Status, body::Body};
+use tracing::Span;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
+use crate::spans::in_trace;
 
 /// Name of the header.
 pub const TRACEPARENT: &str = "traceparent";
@@ -12,6 +30,7 @@ pub const TRACEPARENT: &str = "traceparent";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TraceContext {
     trace: u128,
+    /// 0: none, the trace begins here.
     parent: u64,
     flags: u8,
 }
@@ -25,7 +44,7 @@ impl TraceContext {
     /// A new trace.
     pub fn fresh() -> Self {
         // UUIDs are the randomness that this crate has; version and variant bits cost six of 128.
-        Self { trace: uuid::Uuid::new_v4().as_u128(), parent: span(), flags: 1 }
+        Self { trace: uuid::Uuid::new_v4().as_u128(), parent: 0, flags: 1 }
     }
 
     /// The trace of `header`, or a new one.
@@ -34,10 +53,44 @@ impl TraceContext {
         read.unwrap_or_else(Self::fresh)
     }
 
-    /// The same trace, as the next program is told of it: its parent is a span of ours.
+    /// The same trace, as the next program is told of it: its parent is a span of ours that nobody collects.
     #[must_use]
     pub fn next(self) -> Self {
         Self { parent: span(), ..self }
+    }
+
+    /// Makes `span` part of this trace, below the span that made the call. Returns what the programs are told that are called
+    /// within it.
+    #[must_use]
+    pub fn begin(self, span: &Span) -> Self {
+        let context = match self.parent {
+            0 => in_trace(self.trace, || span.context()),
+            _ => {
+                let (trace, parent) = (TraceId::from(self.trace), SpanId::from(self.parent));
+                let flags = TraceFlags::new(self.flags);
+                let caller = SpanContext::new(trace, parent, flags, true, TraceState::NONE);
+                let parent = opentelemetry::Context::new().with_remote_span_context(caller);
+                // Without a collector there is nothing to be set, and a fresh span was not begun before.
+                let _ = span.set_parent(parent);
+                span.context()
+            }
+        };
+        Self::told_of(&context).unwrap_or_else(|| self.next())
+    }
+
+    /// What a program is told that is called within the present span; `None` where nobody collects spans.
+    pub fn current() -> Option<Self> {
+        Self::told_of(&Span::current().context())
+    }
+
+    fn told_of(context: &opentelemetry::Context) -> Option<Self> {
+        let span = context.span();
+        let span = span.span_context();
+        span.is_valid().then(|| Self {
+            trace: u128::from_be_bytes(span.trace_id().to_bytes()),
+            parent: u64::from_be_bytes(span.span_id().to_bytes()),
+            flags: span.trace_flags().to_u8(),
+        })
     }
 
     /// The trace's id in hex digits.
@@ -48,6 +101,71 @@ impl TraceContext {
     /// As a header; hex digits and hyphens may always stand there.
     pub fn header(&self) -> Option<http::HeaderValue> {
         http::HeaderValue::from_str(&self.to_string()).ok()
+    }
+}
+
+/// Says something of the present span to whoever collects it; it doesn't stand in the log.
+pub fn note(name: &'static str, value: impl fmt::Display) {
+    let span = Span::current();
+    if !span.is_disabled() {
+        span.set_attribute(name, value.to_string());
+    }
+}
+
+/// Lets the span of a call last until its answer has been sent, and says how it ended.
+pub fn until_end(response: Response<Body>, span: &Span) -> Response<Body> {
+    if !span.context().span().span_context().is_sampled() {
+        return response;
+    }
+    note_status(span, response.headers());
+    response.map(|body| Body::new(Traced { body, span: span.clone() }))
+}
+
+fn note_status(span: &Span, headers: &HeaderMap) {
+    let Some(code) = headers.get("grpc-status") else { return };
+    let code = Code::from_bytes(code.as_bytes());
+    span.set_attribute("rpc.grpc.status_code", code as i64);
+    if code != Code::Ok {
+        span.set_status(SpanStatus::error(format!("{code:?}")));
+    }
+}
+
+/// A body that ends its span.
+struct Traced {
+    body: Body,
+    span: Span,
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        // A span lasts until it was left last.
+        self.span.in_scope(|| {});
+    }
+}
+
+impl http_body::Body for Traced {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let frame = std::task::ready!(Pin::new(&mut self.body).poll_frame(cx));
+        if let Some(Ok(frame)) = &frame
+            && let Some(trailers) = frame.trailers_ref()
+        {
+            note_status(&self.span, trailers);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -100,7 +218,7 @@ mod tests {
         let next = context.next();
         assert_eq!(next.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
         assert_ne!(next.to_string(), EXAMPLE);
-        let fresh = TraceContext::fresh();
+        let fresh = TraceContext::fresh().next();
         assert_eq!(fresh.to_string().parse(), Ok(fresh));
         assert_ne!(fresh.trace_id(), TraceContext::fresh().trace_id());
     }

@@ -8,6 +8,7 @@ use janus_proto::{
     metadata,
     model::Batch,
     pb::{self, backup_service_server::BackupService},
+    trace,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -159,6 +160,8 @@ impl BackupService for Backup {
         let used = use_counter(&request)?;
         let request = request.into_inner();
         let backup: BackupId = request.backup_id.parse()?;
+        // A start has no run in its metadata yet.
+        trace::note("backup_id", backup);
         let wanted = wanted(&request.disks)?;
         let runs = self.runs.clone();
         let key = machine.clone();

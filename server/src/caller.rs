@@ -15,7 +15,7 @@ use janus_proto::{
     ids::{MachineKey, ServerId},
     metadata,
     tls::{Identity, Principal, Role},
-    trace::{TRACEPARENT, TraceContext},
+    trace::{self, TRACEPARENT, TraceContext},
 };
 use tonic::{Status, body::Body, metadata::MetadataMap};
 use tower::Service;
@@ -125,6 +125,23 @@ impl<S> Gate<S> {
         }
     }
 
+    /// What a collector of spans is told of a call.
+    fn note<B>(&self, request: &Request<B>) {
+        trace::note("server", &self.server);
+        let text =
+            |name| request.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+        let own = request.extensions().get::<Caller>().and_then(|caller| match &caller.0.role {
+            Role::Client(own) => Some(own.to_string()),
+            _ => None,
+        });
+        if let Some(machine) = own.as_deref().or_else(|| text(metadata::MACHINE)) {
+            trace::note("machine", machine);
+        }
+        if let Some(run) = text(metadata::RUN) {
+            trace::note("backup_id", run);
+        }
+    }
+
     fn forwarded(&self, value: &HeaderValue) -> Result<Principal, Status> {
         let refused = |why: String| {
             status(ErrorReason::IdentityMissing, format!("certificate forwarded by janus: {why}"))
@@ -151,8 +168,10 @@ where
         let trace = TraceContext::of(request.headers().get(TRACEPARENT));
         let method = janus_proto::error::shorten(request.uri().path());
         let span = tracing::info_span!("call", trace_id = trace.trace_id(), method);
+        let _ = trace.begin(&span);
         let admitted = self.admit(&mut request);
         let name = self.name.clone();
+        span.in_scope(|| self.note(&request));
         // The clone takes our place for the next call; the one that was polled ready serves this one.
         let clone = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, clone);
@@ -164,6 +183,9 @@ where
             response.headers_mut().insert(metadata::SERVER, name);
             Ok(response)
         };
-        Box::pin(answer.instrument(span))
+        Box::pin(async move {
+            let response = answer.instrument(span.clone()).await?;
+            Ok(trace::until_end(response, &span))
+        })
     }
 }

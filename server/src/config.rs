@@ -5,7 +5,10 @@ pub mod size;
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use janus_proto::ids::check_name;
+use janus_proto::{
+    ids::check_name,
+    log::{LogFormat, LogPlan},
+};
 use serde::{Deserialize, Serialize};
 
 pub use self::{retention::Retention, size::Size};
@@ -49,6 +52,10 @@ pub struct Settings {
     pub drain_seconds: u64,
     /// Log filter.
     pub log: String,
+    /// How log lines look: `text`, or `json`.
+    pub log_format: LogFormat,
+    /// URL of a collector that gets the spans of calls; empty: none.
+    pub otlp_endpoint: String,
     /// Free space that new backups leave alone: bytes, or percent of the file system.
     pub reserve: String,
     /// What a user's backups may take here, by user.
@@ -77,6 +84,8 @@ impl Default for Settings {
             scrub_days: 30,
             drain_seconds: 10,
             log: "info".into(),
+            log_format: LogFormat::Text,
+            otlp_endpoint: String::new(),
             reserve: "1%".into(),
             quotas: BTreeMap::new(),
             retention: Retention::default(),
@@ -104,6 +113,8 @@ pub const KEYS: &[(&str, &str)] = &[
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
     ("reserve", "Free space that new backups leave alone: 5 GiB, or 1% of the file system"),
     ("log", "Log filter, such as info or janus_server=debug"),
+    ("log_format", "Log lines for people or programs: text, or json"),
+    ("otlp_endpoint", "Collector that gets the spans of calls by OTLP over gRPC; empty: none"),
 ];
 
 /// A combination of settings that can't work.
@@ -160,6 +171,16 @@ impl Settings {
         match self.janus_urls.iter().chain(&self.urls).find(|url| !url.starts_with("https://")) {
             Some(url) => invalid("janus_urls", &format!("{url:?} does not begin with https://")),
             None => Ok(()),
+        }
+    }
+
+    /// How the program logs.
+    pub fn log_plan(&self) -> LogPlan<'_> {
+        LogPlan {
+            filter: &self.log,
+            format: self.log_format,
+            otlp_endpoint: &self.otlp_endpoint,
+            service: "janus-server",
         }
     }
 }

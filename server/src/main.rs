@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, Subcommand};
 use janus::serve::Janus;
 use janus_proto::{
-    memory, program,
+    log, memory, program,
     settings::{Loader, SettingsError},
 };
 use janus_server::{
@@ -142,8 +142,15 @@ impl Settings {
     fn check(&self) -> Result<(), String> {
         self.server.check().map_err(|error| error.to_string())?;
         let Some(router) = self.router() else { return Ok(()) };
-        if router.log != janus::config::Settings::default().log {
-            return Err("setting janus.log: one process has one log: set log".into());
+        let unset = janus::config::Settings::default();
+        for (key, is_set) in [
+            ("log", router.log != unset.log),
+            ("log_format", router.log_format != unset.log_format),
+            ("otlp_endpoint", router.otlp_endpoint != unset.otlp_endpoint),
+        ] {
+            if is_set {
+                return Err(format!("setting janus.{key}: one process has one log: set {key}"));
+            }
         }
         router.check().map_err(|error| format!("section [janus]: {error}"))
     }
@@ -157,9 +164,11 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
     if let Err(error) = settings.check() {
         return fail(error, USAGE);
     }
-    if let Err(error) = program::start_log(&settings.server.log) {
-        return fail(format!("setting log: {error}"), USAGE);
-    }
+    // Dropped last: what is told at the end is told too.
+    let _log = match log::start(settings.server.log_plan()) {
+        Ok(log) => log,
+        Err(error) => return fail(error, USAGE),
+    };
     if settings.router().is_some() {
         memory::keep_large_blocks();
     }

@@ -14,8 +14,10 @@ use crate::{
     site::{Client, Plan, Profile, Programs, Site, answers},
 };
 
+mod place;
 mod steps;
 
+use place::Place;
 use steps::Steps;
 
 const A: &str = "server-a";
@@ -71,8 +73,8 @@ pub fn run(args: &Args) -> Result<()> {
 fn tell(args: &Args, seed: u64, steps: &mut Steps) -> Result<()> {
     let programs =
         steps.step("build the programs", || Ok((Programs::build(Profile::Dev)?, String::new())))?;
-    let folder = args.dir.clone().map_or_else(emptied, Ok)?;
-    let plan = Plan { folder: Some(folder), ..Plan::default() };
+    let place = Place::take(args.dir.as_deref())?;
+    let plan = Plan { folder: Some(place.folder.clone()), ..Plan::default() };
     let mut site = steps.step("make keys, start two servers and a janus", || {
         let site = Site::start(programs, &plan)?;
         let said = format!("mutual TLS on {}", site.url());
@@ -291,16 +293,6 @@ impl Story {
 }
 
 /// The default folder, without what an earlier demo left there.
-fn emptied() -> Result<PathBuf> {
-    let folder = PathBuf::from("target/demo");
-    match std::fs::remove_dir_all(&folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("empty {}", folder.display()))
-        }
-        _ => Ok(folder),
-    }
-}
-
 fn describe(backup: &answers::Backup) -> String {
     let disk = &backup.disks[0];
     let (sent, stored) = (mib(disk.sent_bytes), mib(disk.image_allocated_bytes));

@@ -37,6 +37,7 @@ const PLACED: &[(&str, &str)] = &[
     ("resilience", "client"),
     ("retention", "store"),
     ("simulation", "janus"),
+    ("spans", "client"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
 ];
