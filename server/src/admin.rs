@@ -2,7 +2,7 @@
 //!
 //! A running server holds its store's lock, so `janus-server usage` and the like reach it through the socket
 //! `<image_path>/.admin.sock` ([`socket`]); while none runs they open the store themselves ([`ask`]) and call the same
-//! handler. A request is one [`Command`] as a line of JSON, the answer lines of progress and one last line ([`wire`]):
+//! handler. A request is one [`Command`] as a line of JSON, the answer lines of progress and one last line (`wire`):
 //! both ends are one program of one version on one host, so there is nothing that a .proto would describe to others, and
 //! clap's enum of commands is the wire form too.
 //!

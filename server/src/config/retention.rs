@@ -175,7 +175,7 @@ mod tests {
             (rules.daily, rules.weekly, rules.monthly)
         };
         assert_eq!(of("bob/web", "data"), (1, 4, 12));
-        assert_eq!(of("alice/db", "data"), (2, 4 - 2, 12));
+        assert_eq!(of("alice/db", "data"), (2, 2, 12));
         assert_eq!(of("alice/web", "system"), (2, 3, 12));
         assert_eq!(of("alice/web", "data"), (2, 3, 4));
     }
