@@ -44,6 +44,9 @@ struct Args {
     /// Size of the disk that is read
     #[arg(long, default_value_t = 1024)]
     read_mib: u64,
+    /// Lengths of what the delta changes, in KiB
+    #[arg(long, value_delimiter = ',', default_values_t = [1024, 64])]
+    run_kib: Vec<u64>,
     /// Folder with room for six times the delta
     #[arg(long)]
     place: PathBuf,
@@ -55,11 +58,12 @@ struct Args {
 fn main() {
     let args: Args = clap::Parser::parse();
     let mut rows = Vec::new();
-    for run_kib in [1024, 64, 4] {
+    for &run_kib in &args.run_kib {
         let folder = tempfile::tempdir_in(&args.place).unwrap();
         rows.push(merge(&args, folder.path(), "in place", run_kib));
         if rustix::process::geteuid().is_root() {
-            let bytes = (args.delta_mib * 5 + 600) * MIB;
+            // XFS takes more space ahead for each short stretch.
+            let bytes = (args.delta_mib * 24 + 4096) * MIB;
             let small = SmallFileSystem::mount_in(&args.place, Kind::Xfs, bytes).unwrap();
             rows.push(merge(&args, small.folder(), "sharing (XFS)", run_kib));
         } else {
@@ -114,10 +118,9 @@ fn read(args: &Args, folder: &Path) -> Vec<Value> {
     let base = backup(&runs, disk, &all, 256, 1);
     let mut newest = base.clone();
     for link in 1..args.links {
-        let runs_of_16 = (blocks / 100 / 16).max(1);
-        let places: Vec<_> = (0..runs_of_16)
-            .map(|at| (at * (blocks / runs_of_16) + link * 37) % (blocks - 16))
-            .collect();
+        let step = blocks / (blocks / 100 / 16).max(1);
+        let within = link * 37 % (step - 16);
+        let places: Vec<_> = (0..blocks / step).map(|at| at * step + within).collect();
         newest = backup(&runs, disk, &places, 16, link + 1);
     }
     let mut rows = Vec::new();

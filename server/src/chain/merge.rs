@@ -230,7 +230,8 @@ impl Pair<'_> {
             Way::InPlace => link_path,
             Way::Clone => self.cloned(&link_path, &self.child.image)?,
         };
-        let file = self.storage.open_data(&path, Access::Write);
+        // Through the cache: of many short writes, each to a place of its own, the system sends as many at once as the disk takes.
+        let file = self.storage.open(&path, Access::Write);
         let file = file.map_err(MergeError::io("open", &path))?;
         let damaged = MergeError::image(&path);
         let least_bytes = self.link.image_length_bytes;
