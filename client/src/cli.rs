@@ -91,6 +91,12 @@ pub fn command() -> Command {
                         .action(ArgAction::SetTrue)
                         .help("Overwrite an existing file or a device"),
                 )
+                .arg(
+                    Arg::new("partial")
+                        .long("partial")
+                        .value_name("MAP")
+                        .help("Restore what is left of a damaged snapshot; MAP: file to make that says what is zeros now"),
+                )
                 .arg(server()),
         ))
         .subcommand(with_flags(Command::new("status").about("Show the servers as janus sees them")))

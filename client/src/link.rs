@@ -132,7 +132,8 @@ impl LinkError {
                 Remedy::Reconnect
             }
             Some(R::TooMany | R::StoreFailed | R::BlockHashMismatch) => Remedy::Reconnect,
-            Some(R::SessionExpired | R::RunState | R::HeadMoved | R::StoreFull) => Remedy::NewRun,
+            Some(R::SessionExpired | R::RunState | R::HeadMoved) => Remedy::NewRun,
+            Some(R::StoreFull | R::QuotaExceeded) => Remedy::NewRun,
             Some(_) => Remedy::None,
             None => transport_remedy(status.code()),
         }

@@ -49,19 +49,8 @@ impl SessionReader {
     /// # Errors
     /// When the call fails or the answer isn't complete.
     pub async fn segment_digests(&self) -> Result<Vec<BlockHash>, LinkError> {
-        let expected = segment_count(self.size_bytes) as usize;
-        let mut digests = Vec::with_capacity(expected);
-        let mut answers = std::pin::pin!(self.read(HashLevel::Segment, vec![]).await?);
-        while let Some((first, hashes)) = answers.try_next().await? {
-            if first != digests.len() as u64 || digests.len() + hashes.len() > expected {
-                return Err(out_of_order(first));
-            }
-            digests.extend(hashes);
-        }
-        if digests.len() != expected {
-            return Err(out_of_order(digests.len() as u64));
-        }
-        Ok(digests)
+        let of = Of::SessionId(self.session.to_string());
+        read_segment_digests(&self.link, &self.address, of, self.size_bytes).await
     }
 
     /// Makes the cache's table equal to the session's content; returns how many segments differed. `head` when that
@@ -156,18 +145,49 @@ impl SessionReader {
         ranges: Vec<BlockRange>,
     ) -> Result<impl Stream<Item = Result<(u64, Vec<BlockHash>), LinkError>> + use<>, LinkError>
     {
-        let of = Some(Of::SessionId(self.session.to_string()));
-        let request =
-            self.address.request(ReadHashesRequest { level: level.into(), ranges, of }, None);
-        let answers = self
-            .link
-            .bulk_restore()
-            .read_hashes(request)
-            .await
-            .map_err(LinkError::call(DOING))?
-            .into_inner();
-        Ok(within(answers).map(|answer| parse(answer?)))
+        let of = Of::SessionId(self.session.to_string());
+        read(&self.link, &self.address, of, level, ranges).await
     }
+}
+
+/// Digests of all segments of a snapshot or session, whose disk has this size.
+///
+/// # Errors
+/// When the call fails or the answer isn't complete.
+pub(crate) async fn read_segment_digests(
+    link: &Link,
+    address: &Address,
+    of: Of,
+    size_bytes: u64,
+) -> Result<Vec<BlockHash>, LinkError> {
+    let expected = segment_count(size_bytes) as usize;
+    let mut digests = Vec::with_capacity(expected);
+    let answers = read(link, address, of, HashLevel::Segment, vec![]).await?;
+    let mut answers = std::pin::pin!(answers);
+    while let Some((first, hashes)) = answers.try_next().await? {
+        if first != digests.len() as u64 || digests.len() + hashes.len() > expected {
+            return Err(out_of_order(first));
+        }
+        digests.extend(hashes);
+    }
+    if digests.len() != expected {
+        return Err(out_of_order(digests.len() as u64));
+    }
+    Ok(digests)
+}
+
+async fn read(
+    link: &Link,
+    address: &Address,
+    of: Of,
+    level: HashLevel,
+    ranges: Vec<BlockRange>,
+) -> Result<impl Stream<Item = Result<(u64, Vec<BlockHash>), LinkError>> + use<>, LinkError> {
+    let message = ReadHashesRequest { level: level.into(), ranges, of: Some(of) };
+    let request = address.request(message, None);
+    let answers = link.bulk_restore().read_hashes(request).await;
+    let answers = answers.map_err(LinkError::call(DOING))?.into_inner();
+    Ok(within(answers).map(|answer| parse(answer?)))
 }
 
 /// Longest silence of a stream that should be flowing.

@@ -9,11 +9,13 @@ use std::{
 
 use janus_proto::{
     error::WireError,
+    hash::table_digest,
     ids::{BlockHash, DiskId, MAX_DISK_BYTES, MachineKey, ServerId, SnapshotId, block_count},
     pb::{
         BlockRange, CloseSnapshotRequest, Encoding, ErrorReason, HashLevel, OpenSnapshotRequest,
         ReadBlocksRequest, ReadHashesRequest, Snapshot, read_hashes_request::Of,
     },
+    show::amount,
     tls::Identity,
 };
 use tokio_util::sync::CancellationToken;
@@ -23,13 +25,15 @@ use crate::{
     catalog::{self, Found, Query},
     link::{Address, Direct, Link, LinkError, PATIENCE, QUICK, Remedy},
     progress::Progress,
+    reconcile,
 };
 
 mod assembly;
+mod lost;
 mod target;
 mod writers;
 
-pub use target::TargetError;
+pub use self::{lost::Lost, target::TargetError};
 
 use self::{assembly::Assembly, target::Target, writers::Writers};
 
@@ -75,6 +79,26 @@ pub enum RestoreError {
         /// What is wrong.
         source: DamageError,
     },
+    /// Blocks are lost.
+    #[error(
+        "{} of this snapshot are lost on server {server}, bytes {}; restore another snapshot, the same disk from another server, or what is left: --partial MAP",
+        amount(lost.bytes()),
+        lost.said()
+    )]
+    Lost {
+        /// The server.
+        server: String,
+        /// Which.
+        lost: Lost,
+    },
+    /// The map of lost blocks.
+    #[error("{}: the map of what is lost can't be written: {source}", path.display())]
+    Map {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// Asked to stop.
     #[error("interrupted; nothing was restored")]
     Interrupted,
@@ -89,6 +113,12 @@ pub enum DamageError {
     /// A block doesn't have its hash.
     #[error(transparent)]
     Block(#[from] janus_proto::model::HashMismatch),
+    /// A part isn't the snapshot's.
+    #[error("segment {segment} is not the snapshot's")]
+    Segment {
+        /// Its number.
+        segment: u64,
+    },
     /// The whole isn't the snapshot.
     #[error("all blocks together have digest {actual}, the snapshot has {expected}")]
     Whole {
@@ -124,6 +154,8 @@ pub struct Restore {
     pub to: PathBuf,
     /// Replace a file, overwrite a device.
     pub force: bool,
+    /// Restore what is left of a damaged snapshot, with zeros for what is lost, and write a map of that here.
+    pub partial: Option<PathBuf>,
     /// How data may be packed.
     pub encoding: Encoding,
     /// Threads that check and write.
@@ -147,6 +179,8 @@ pub struct RestoreReport {
     pub fetched_bytes: u64,
     /// Data written; zeros are left out.
     pub written_bytes: u64,
+    /// What is lost, and zeros now.
+    pub lost: Lost,
     /// How long it took.
     pub seconds: f64,
 }
@@ -158,6 +192,10 @@ impl Restore {
     /// See [`RestoreError`].
     pub async fn run(&self) -> Result<RestoreReport, RestoreError> {
         let began = Instant::now();
+        if let Some(path) = self.partial.clone().filter(|path| path.exists()) {
+            let source = std::io::ErrorKind::AlreadyExists.into();
+            return Err(RestoreError::Map { path, source });
+        }
         let found = self.find().await?;
         let snapshot = found.snapshot.clone();
         if snapshot.size_bytes > MAX_DISK_BYTES {
@@ -178,13 +216,14 @@ impl Restore {
         let written_bytes =
             writers.finish().await.map_err(|error| self.writer_failed(&snapshot, error))?;
         let fetched_bytes = fetched?;
-        self.check_whole(&snapshot, assembly)?;
+        let lost = self.check_whole(&snapshot, assembly)?;
         let done = tokio::task::spawn_blocking(move || target.publish()).await;
         done.map_err(|_| RestoreError::Interrupted)??;
         Ok(RestoreReport {
             snapshot,
             fetched_bytes,
             written_bytes,
+            lost,
             seconds: began.elapsed().as_secs_f64(),
         })
     }
@@ -348,7 +387,12 @@ impl Restore {
         if first_block < total {
             let ranges = vec![BlockRange { first_block, block_count: total - first_block }];
             let encodings = vec![Encoding::None.into(), self.encoding.into()];
-            let message = ReadBlocksRequest { handle: handle.to_owned(), ranges, encodings };
+            let message = ReadBlocksRequest {
+                handle: handle.to_owned(),
+                ranges,
+                encodings,
+                name_damaged: true,
+            };
             let request = address.request(message, None);
             let mut answers = link
                 .bulk_restore()
@@ -357,6 +401,14 @@ impl Restore {
                 .map_err(LinkError::call(READING))?
                 .into_inner();
             while let Some(answer) = next(&mut answers).await? {
+                for range in &answer.damaged {
+                    let zeros =
+                        assembly.lose(range).map_err(|error| self.damaged(snapshot, error))?;
+                    self.progress.advance(zeros.1 * janus_proto::ids::BLOCK_BYTES);
+                    if !writers.give_zeros(zeros).await {
+                        return Err(RestoreError::Interrupted); // The writer says why.
+                    }
+                }
                 let Some(batch) = answer.batch else { continue };
                 *fetched += batch.data.len() as u64;
                 let before = assembly.next_block();
@@ -373,15 +425,54 @@ impl Restore {
         if !writers.give_zeros(rest).await {
             return Err(RestoreError::Interrupted);
         }
+        if !assembly.lost().is_empty() {
+            self.compare_rest(link, address, handle, snapshot, assembly).await?;
+        }
         Ok(())
     }
 
-    fn check_whole(&self, snapshot: &Snapshot, assembly: Assembly) -> Result<(), RestoreError> {
-        let expected = BlockHash::from_wire("table_digest", &snapshot.table_digest)
-            .map_err(|error| self.damaged(snapshot, error))?;
-        let actual = assembly.table_digest();
+    /// The digest of the whole can't tell any more whether the rest is right: those of its segments can.
+    async fn compare_rest(
+        &self,
+        link: &Link,
+        address: &Address,
+        handle: &str,
+        snapshot: &Snapshot,
+        assembly: &Assembly,
+    ) -> Result<(), RestoreError> {
+        let of = Of::Handle(handle.to_owned());
+        let digests =
+            reconcile::read_segment_digests(link, address, of, snapshot.size_bytes).await?;
+        let actual = table_digest(snapshot.size_bytes, &digests);
+        let expected = self.expected(snapshot)?;
+        if actual != expected {
+            return Err(self.damaged(snapshot, DamageError::Whole { actual, expected }));
+        }
+        let compared = assembly.compare(&digests);
+        compared.map_err(|segment| self.damaged(snapshot, DamageError::Segment { segment }))
+    }
+
+    fn expected(&self, snapshot: &Snapshot) -> Result<BlockHash, RestoreError> {
+        BlockHash::from_wire("table_digest", &snapshot.table_digest)
+            .map_err(|error| self.damaged(snapshot, error))
+    }
+
+    /// Compares the whole, or notes what is lost of it.
+    fn check_whole(&self, snapshot: &Snapshot, assembly: Assembly) -> Result<Lost, RestoreError> {
+        let lost = Lost::new(assembly.lost(), snapshot.size_bytes);
+        if !lost.is_empty() {
+            let server = snapshot.server_id.clone();
+            let Some(path) = self.partial.clone() else {
+                return Err(RestoreError::Lost { server, lost });
+            };
+            tracing::warn!(server, snapshot = %snapshot.snapshot_id, bytes = lost.said(), "lost: zeros take their place");
+            let written = lost.write_map(&path, snapshot.size_bytes);
+            written.map_err(|source| RestoreError::Map { path, source })?;
+            return Ok(lost);
+        }
+        let (actual, expected) = (assembly.table_digest(), self.expected(snapshot)?);
         if actual == expected {
-            Ok(())
+            Ok(lost)
         } else {
             Err(self.damaged(snapshot, DamageError::Whole { actual, expected }))
         }

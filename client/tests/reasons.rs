@@ -37,6 +37,10 @@ const NOT_YET: &[(ErrorReason, &str)] = &[
         ErrorReason::StoreFull,
         "needs a small file system: refusals.rs, as_root_a_full_store_keeps_what_it_has",
     ),
+    (
+        ErrorReason::QuotaExceeded,
+        "needs a quota: retention.rs, a_user_over_the_quota_is_refused_and_told_so",
+    ),
     (ErrorReason::VersionUnsupported, "there is one version"),
 ];
 

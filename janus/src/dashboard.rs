@@ -196,6 +196,10 @@ fn server_card(server: &ServerStatus, facts: &[ServerFacts], now_ms: i64) -> Mar
                     dt { "free" }
                     dd { (amount(server.free_bytes)) " of " (amount(server.total_bytes)) }
                 }
+                @for machine in &server.damaged {
+                    dt { "damaged" }
+                    dd.bad { (machine.machine) ": " (machine.snapshots) " snapshots" }
+                }
                 @if server.since_ms > 0 {
                     dt { @if server.ready { "ready for" } @else { "not ready for" } }
                     dd { (span_ms(now_ms.saturating_sub(server.since_ms))) }

@@ -52,6 +52,8 @@ pub enum About {
     Certificate(String),
     /// The disk of this server.
     Disk(String),
+    /// Damaged snapshots on this server.
+    Damage(String),
     /// What servers differ in.
     Agreement,
 }
@@ -96,6 +98,9 @@ pub fn findings(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64
             let text = format!("{name} is nearly full: {} of {} free", amount(free), amount(total));
             say(Verdict::Warning, About::Disk(name.clone()), text);
         }
+        if let Some(text) = damage(server) {
+            say(Verdict::Warning, About::Damage(name.clone()), text);
+        }
         if let Some((verdict, text)) = expiring(&name, server.certificate_expires_ms, now_ms) {
             say(verdict, About::Certificate(name), text);
         }
@@ -130,6 +135,24 @@ fn expiring(name: &str, expires_ms: i64, now_ms: i64) -> Option<(Verdict, String
     })
 }
 
+/// Snapshots that have lost blocks.
+fn damage(server: &ServerStatus) -> Option<String> {
+    let snapshots: u64 = server.damaged.iter().map(|machine| machine.snapshots).sum();
+    let names = server.damaged.iter().take(MOST_NAMED).map(|machine| machine.machine.as_str());
+    let named = names.collect::<Vec<_>>().join(", ");
+    let more = match server.damaged.len().saturating_sub(MOST_NAMED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let heals = match server.damaged.iter().any(|machine| machine.newest) {
+        true => "; the next backup there heals the newest",
+        false => "",
+    };
+    (snapshots > 0).then(|| {
+        format!("{} has {snapshots} damaged snapshots of {named}{more}{heals}", name_of(server))
+    })
+}
+
 /// Machines whose backups are on other servers only.
 fn unseeded(server: &ServerStatus, machines: &[MachineStatus]) -> Option<String> {
     let has_none = |machine: &&MachineStatus| {
@@ -153,7 +176,7 @@ fn unseeded(server: &ServerStatus, machines: &[MachineStatus]) -> Option<String>
 
 #[cfg(test)]
 mod tests {
-    use janus_proto::pb::MachineUse;
+    use janus_proto::pb::{DamagedMachine, MachineUse};
 
     use super::*;
 
@@ -196,6 +219,24 @@ mod tests {
         let seen = found(vec![server("a"), down], vec![both, one]);
         assert_eq!(seen.len(), 1);
         assert_eq!(seen[0].about, About::Server("b".into()));
+    }
+
+    #[test]
+    fn damaged_snapshots_are_a_warning() {
+        let machine = |machine: &str, snapshots, newest| DamagedMachine {
+            machine: machine.into(),
+            snapshots,
+            blocks: 9,
+            newest,
+        };
+        let damaged = vec![machine("u/m", 2, false), machine("u/n", 1, true)];
+        let seen = found(vec![ServerStatus { damaged, ..server("a") }], Vec::new());
+        assert_eq!(
+            (seen[0].verdict, &seen[0].about),
+            (Verdict::Warning, &About::Damage("a".into()))
+        );
+        let text = "a has 3 damaged snapshots of u/m, u/n; the next backup there heals the newest";
+        assert_eq!(seen[0].text, text);
     }
 
     #[test]

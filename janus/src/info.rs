@@ -55,12 +55,12 @@ impl Info {
     /// How all stands now: for a client with its own machine alone, else with all machines.
     pub fn status(&self, own: Option<&MachineKey>) -> GetRouterStatusResponse {
         let mut servers: Vec<ServerStatus> =
-            self.fleet.servers().iter().map(|server| self.line(server)).collect();
+            self.fleet.servers().iter().map(|server| self.line(server, own)).collect();
         // While a server of server_urls was never reached, its name isn't known, so it may be the one that reports.
         let all_named = servers.iter().all(|line| !line.server_id.is_empty());
         for server in self.fleet.registry().reporting().iter().filter(|_| all_named) {
             if servers.iter().all(|line| line.server_id != server.as_str()) {
-                servers.push(self.stranger(server));
+                servers.push(self.stranger(server, own));
             }
         }
         GetRouterStatusResponse {
@@ -78,7 +78,7 @@ impl Info {
         age.map_or(-1, millis)
     }
 
-    fn line(&self, upstream: &Upstream) -> ServerStatus {
+    fn line(&self, upstream: &Upstream, own: Option<&MachineKey>) -> ServerStatus {
         let server = upstream.server();
         let down = upstream.stand(Need::Starts).err();
         let counters = upstream.counters();
@@ -88,6 +88,10 @@ impl Info {
         ServerStatus {
             report_age_ms: self.report_age_ms(server.as_ref()),
             settings: server.as_ref().and_then(|id| self.fleet.registry().settings_of(id)),
+            damaged: server
+                .as_ref()
+                .map(|id| self.fleet.registry().damaged(id, own))
+                .unwrap_or_default(),
             server_id: server.map(String::from).unwrap_or_default(),
             url: upstream.url(),
             ready: down.is_none(),
@@ -152,13 +156,14 @@ impl Info {
     }
 
     /// A server that reports here but that no call can be sent to.
-    fn stranger(&self, server: &ServerId) -> ServerStatus {
+    fn stranger(&self, server: &ServerId, own: Option<&MachineKey>) -> ServerStatus {
         let vitals = self.fleet.registry().vitals_of(server).unwrap_or_default();
         ServerStatus {
             server_id: server.to_string(),
             reason: "reports to this janus but is not in its server_urls".into(),
             report_age_ms: self.report_age_ms(Some(server)),
             settings: self.fleet.registry().settings_of(server),
+            damaged: self.fleet.registry().damaged(server, own),
             free_bytes: vitals.free_bytes,
             total_bytes: vitals.total_bytes,
             certificate_expires_ms: vitals.certificate_expires_ms,
@@ -195,6 +200,7 @@ impl ServerInfoService for Info {
         let mut status = self.status(principal.and_then(|caller| caller.machine()));
         if principal.is_none() {
             status.machines.clear();
+            status.servers.iter_mut().for_each(|server| server.damaged.clear());
         }
         Ok(Response::new(status))
     }

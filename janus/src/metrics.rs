@@ -127,6 +127,13 @@ impl Figures {
             told(&|line| Some(seconds(line.certificate_expires_ms)).filter(|at| *at > 0.0));
         let help = "Unix time at which the server's certificate expires";
         by_server(encoder, "server_certificate_expiry_timestamp_seconds", help, &expires)?;
+        let damaged = told(&|line| {
+            let told = line.report_age_ms >= 0 || !line.damaged.is_empty();
+            let snapshots: u64 = line.damaged.iter().map(|machine| machine.snapshots).sum();
+            told.then_some(snapshots as f64)
+        });
+        let help = "Snapshots on the server that have lost blocks, as it has reported last";
+        by_server(encoder, "server_damaged_snapshots", help, &damaged)?;
         let starts = counter(&|upstream| upstream.counters().starts.load(Ordering::Relaxed));
         by_server(encoder, "server_starts", "Backups started there by this janus", &starts)?;
         let sent = counter(&|upstream| upstream.counters().bytes_sent.load(Ordering::Relaxed));

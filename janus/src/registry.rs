@@ -290,6 +290,15 @@ impl Registry {
         self.lock().servers.get(server)?.vitals
     }
 
+    /// Machines that have damaged snapshots on a server, or this one.
+    pub fn damaged(
+        &self,
+        server: &ServerId,
+        machine: Option<&MachineKey>,
+    ) -> Vec<pb::DamagedMachine> {
+        self.lock().servers.get(server).map(|state| state.damaged(machine)).unwrap_or_default()
+    }
+
     /// URLs under which clients reach a server, as it has reported them.
     pub fn urls_of(&self, server: &ServerId) -> Option<Vec<String>> {
         Some(self.lock().servers.get(server)?.urls.clone())

@@ -67,7 +67,7 @@ pub fn code(reason: ErrorReason) -> Code {
         }
         R::LeaseHeld | R::EpochSuperseded | R::HeadMoved => Code::Aborted,
         R::DigestMismatch | R::StoreDamaged => Code::DataLoss,
-        R::StoreFull | R::TooMany => Code::ResourceExhausted,
+        R::StoreFull | R::QuotaExceeded | R::TooMany => Code::ResourceExhausted,
         R::NoServerReady | R::ServerUnreachable | R::WrongServer | R::Draining => Code::Unavailable,
         R::VersionUnsupported | R::RunState | R::ServerInUse => Code::FailedPrecondition,
         R::StoreFailed => Code::Internal,

@@ -164,8 +164,8 @@ uuid_id!(
     "store_generation"
 );
 
-/// Checks a name that comes from outside: 1..=64 of `A-Za-z0-9._-`, first neither dot nor dash, so that it
-/// can stand in a path, a header, a certificate and a log line as it is.
+/// Checks a name that comes from outside: 1..=64 of `A-Za-z0-9._-`, first neither dot nor dash, last no dot, and none that
+/// Windows keeps for devices, so that it can stand in a path, a header, a certificate and a log line as it is.
 ///
 /// # Errors
 /// When it is empty, too long, or has another character.
@@ -175,16 +175,32 @@ pub fn check_name(field: &'static str, name: &str) -> Result<(), WireError> {
     }
     let first_fits = name.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_');
     let all_fit = name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
-    if name.len() > 64 || !first_fits || !all_fit {
+    if name.len() > 64 || !first_fits || !all_fit || name.ends_with('.') {
         return Err(WireError::Invalid {
             field,
             reason: format!(
-                "{:?} is not a name: 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot or a dash",
+                "{:?} is not a name: 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot or a dash, not ending in a dot",
                 crate::error::shorten(name)
             ),
         });
     }
+    if is_device(name) {
+        return Err(WireError::invalid(
+            field,
+            format!("{name:?} is a device on Windows: choose another"),
+        ));
+    }
     Ok(())
+}
+
+/// Windows opens a device under these names in every folder, whatever the case and whatever follows a dot.
+fn is_device(name: &str) -> bool {
+    let stem = name.split('.').next().unwrap_or(name).to_ascii_uppercase();
+    let numbered = |stem: &str| {
+        let number = stem.strip_prefix("COM").or_else(|| stem.strip_prefix("LPT"));
+        number.is_some_and(|number| matches!(number.as_bytes(), [b'0'..=b'9']))
+    };
+    matches!(stem.as_str(), "CON" | "PRN" | "AUX" | "NUL") || numbered(&stem)
 }
 
 macro_rules! name_id {
@@ -328,10 +344,12 @@ mod tests {
 
     #[test]
     fn names_cannot_leave_a_folder_or_break_a_header() {
-        for bad in ["", ".", "..", "-x", "a/b", "a\\b", "a b", "a\n", "ä", &"x".repeat(65)] {
+        let devices = ["CON", "nul", "Aux.img", "com1", "LPT9.raw"];
+        let shapes = ["", ".", "..", "-x", "a/b", "a\\b", "a b", "a\n", "ä", "a.", "a:b", "a\0"];
+        for bad in shapes.into_iter().chain(devices).chain([&*"x".repeat(65)]) {
             assert!(bad.parse::<DiskId>().is_err(), "{bad:?}");
         }
-        for good in ["a", "sda1", "_x", "5F0C-22", "a.b-c_d"] {
+        for good in ["a", "sda1", "_x", "5F0C-22", "a.b-c_d", "console", "com10", "x.nul"] {
             assert_eq!(good.parse::<DiskId>().unwrap().as_str(), good);
         }
     }

@@ -3,7 +3,8 @@
 //! The settings struct with its defaults is the only list of keys: file, environment and flags are derived from it
 //! (`image_path`, `PREFIX_IMAGE_PATH`, `--image-path`; nested tables as `section.key`, `PREFIX_SECTION_KEY`,
 //! `--section-key`). What no key fits is refused with the nearest one. Paths stay as written, relative to the working directory.
-//! An `Option` key must serialize as null, not be skipped, or it is unknown here.
+//! An `Option` key must serialize as null, not be skipped, or it is unknown here. A key whose default is an empty table takes a
+//! table of any names, in the file alone: it has neither variable nor flag.
 
 use std::{collections::BTreeMap, ffi::OsString, fmt, fs, marker::PhantomData, path::PathBuf};
 
@@ -134,7 +135,12 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
             .long("config")
             .value_name("FILE")
             .help(format!("Settings file in TOML [env: {}_CONFIG]", self.prefix));
-        self.keys.iter().fold(command.arg(config), |command, key| command.arg(self.flag(key)))
+        self.spelled().fold(command.arg(config), |command, key| command.arg(self.flag(key)))
+    }
+
+    /// Keys that variables and flags can spell.
+    fn spelled(&self) -> impl Iterator<Item = &Key> {
+        self.keys.iter().filter(|key| key.kind != Kind::Table)
     }
 
     fn flag(&self, key: &Key) -> Arg {
@@ -181,9 +187,10 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
 
     /// The file's values; `path` only names it in errors.
     fn parse(&self, path: PathBuf, text: &str) -> Result<Vec<Override<'_>>, SettingsError> {
-        let found = keys::toml_values(text).map_err(|(line, reason)| SettingsError::Syntax {
-            place: Place::File { path: path.clone(), line },
-            reason,
+        let is_table =
+            |name: &str| self.keys.iter().any(|key| key.kind == Kind::Table && key.name == name);
+        let found = keys::toml_values(text, &is_table).map_err(|(line, reason)| {
+            SettingsError::Syntax { place: Place::File { path: path.clone(), line }, reason }
         })?;
         let mut overrides = Vec::new();
         for (name, line, value) in found {
@@ -210,12 +217,9 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
                 config = Some(PathBuf::from(value));
                 continue;
             }
-            let Some(key) = self.keys.iter().find(|key| key.variable(self.prefix) == name) else {
-                let hint = nearest(
-                    name,
-                    self.prefix,
-                    self.keys.iter().map(|key| key.variable(self.prefix)),
-                );
+            let Some(key) = self.spelled().find(|key| key.variable(self.prefix) == name) else {
+                let known = self.spelled().map(|key| key.variable(self.prefix));
+                let hint = nearest(name, self.prefix, known);
                 return Err(SettingsError::UnknownKey { place, key: name.to_string(), hint });
             };
             let text = value
@@ -280,11 +284,10 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
 /// Dotted names of the keys whose values differ, but for those in `except`.
 pub fn changed_keys<T: Serialize>(old: &T, new: &T, except: &[&str]) -> Vec<String> {
     let shown = |settings: &T| serde_json::to_value(settings).unwrap_or(Value::Null);
-    let (old, new) = (shown(old), shown(new));
-    let at = |tree: &Value, key: &Key| tree.pointer(&keys::pointer(&key.name)).cloned();
-    let mut changed = known_keys(&new);
-    changed.retain(|key| !except.contains(&key.name.as_str()) && at(&old, key) != at(&new, key));
-    changed.into_iter().map(|key| key.name).collect()
+    let mut changed = Vec::new();
+    keys::differing(&shown(old), &shown(new), "", &mut changed);
+    changed.retain(|key| !except.contains(&key.as_str()));
+    changed
 }
 
 fn wrong(key: &Key, place: &Place, value: String, reason: String) -> SettingsError {

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use crate::pb::{GetRouterStatusResponse, MachineStatus, ServerStatus};
+use crate::pb::{DamagedMachine, GetRouterStatusResponse, MachineStatus, ServerStatus};
 
 /// Bytes as people read them.
 pub fn amount(bytes: u64) -> String {
@@ -70,9 +70,14 @@ fn server_line(text: &mut String, server: &ServerStatus) {
         0 => String::new(),
         at => format!("; certificate until {}", date(at)),
     };
+    let damaged: u64 = server.damaged.iter().map(|machine| machine.snapshots).sum();
+    let damaged = match damaged {
+        0 => String::new(),
+        count => format!("; {count} DAMAGED snapshots"),
+    };
     let _ = writeln!(
         text,
-        "{}  {}  {state}{since}; {report}; {} starts, {} to it, {} from it{space}{certificate}",
+        "{}  {}  {state}{since}; {report}; {} starts, {} to it, {} from it{space}{certificate}{damaged}",
         if server.server_id.is_empty() { "?" } else { &server.server_id },
         server.url,
         server.starts,
@@ -111,11 +116,21 @@ fn server_json(server: &ServerStatus) -> Value {
         "free_bytes": Some(server.free_bytes).filter(|_| server.total_bytes > 0),
         "total_bytes": Some(server.total_bytes).filter(|total| *total > 0),
         "certificate_expires_ms": known(server.certificate_expires_ms),
+        "damaged": server.damaged.iter().map(damaged_json).collect::<Vec<_>>(),
         "settings": server.settings.as_ref().map(|told| json!({
             "image_path": told.image_path,
             "prefer_vhdx": told.prefer_vhdx,
             "separate_folders_by_user": told.separate_folders_by_user,
         })),
+    })
+}
+
+fn damaged_json(machine: &DamagedMachine) -> Value {
+    json!({
+        "machine": machine.machine,
+        "snapshots": machine.snapshots,
+        "blocks": machine.blocks,
+        "newest": machine.newest,
     })
 }
 

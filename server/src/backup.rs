@@ -77,15 +77,14 @@ impl Backup {
             received_block: marks.received,
             durable_block: marks.durable,
             resumed: session.is_resumed(),
-            resend: Vec::new(),
+            resend: session.resend(),
         }
     }
 
     fn committed(&self, run: &Arc<Run>) -> pb::CommitBackupResponse {
-        let folder = self.runs.store().relative_folder(&run.machine);
         pb::CommitBackupResponse {
             snapshots: Held::all(run)
-                .map(|held| held.to_wire(&self.here.server_id, &folder))
+                .map(|held| self.runs.to_wire(&held, &self.here.server_id))
                 .collect(),
             store_generation: self.runs.store().generation.to_string(),
         }
@@ -266,6 +265,7 @@ async fn receive(
     let Some(first) = stream.message().await? else { return Ok(()) };
     let session: SessionId = first.session_id.parse()?;
     let writer = Writer::new(runs.run_of(session, machine)?, session, first.epoch)?;
+    let writer = writer.within_quota(runs.clone());
     let (queue, messages) = mpsc::channel(QUEUE);
     let thread_acks = acks.clone();
     let thread = spawn_work(async move { write(&writer, messages, &thread_acks).await });

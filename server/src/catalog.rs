@@ -151,12 +151,8 @@ impl CatalogService for Catalog {
         let wanted = snapshots
             .iter()
             .filter(|held| disk.as_ref().is_none_or(|disk| held.snapshot().disk == *disk));
-        let folder = |key: &MachineKey| self.runs.store().relative_folder(key);
         let items = wanted.map(|held| {
-            (
-                held.snapshot().id.to_string(),
-                held.to_wire(&self.here.server_id, &folder(&held.run.machine)),
-            )
+            (held.snapshot().id.to_string(), self.runs.to_wire(held, &self.here.server_id))
         });
         let (snapshots, next_page_token) = page(items, request.page_size, &request.page_token)?;
         Ok(Response::new(pb::ListSnapshotsResponse {
@@ -178,8 +174,7 @@ impl CatalogService for Catalog {
             id,
             server: self.here.server_id.clone(),
         })?;
-        let folder = self.runs.store().relative_folder(&held.run.machine);
-        let snapshot = Some(held.to_wire(&self.here.server_id, &folder));
+        let snapshot = Some(self.runs.to_wire(&held, &self.here.server_id));
         let addresses = Some(self.here.clone());
         Ok(Response::new(pb::GetSnapshotResponse { snapshot, addresses }))
     }

@@ -3,9 +3,12 @@
 //! A run manifest is the commit point of a run: the snapshots it names exist when it does. Everything here is plain
 //! data; [`store`] keeps it on disk.
 
+pub mod health;
 mod history;
 pub mod merge;
 pub mod opened;
+pub mod ranges;
+pub mod retain;
 pub mod store;
 pub mod table;
 
@@ -142,6 +145,7 @@ impl Held {
             consistency: snapshot.consistency,
             reachable: true,
             client_seal: self.run.client_seal.clone().into(),
+            ..Default::default()
         }
     }
 }

@@ -1,9 +1,14 @@
 //! Settings of `janus-server`, with their defaults.
 
-use std::path::PathBuf;
+pub mod retention;
+pub mod size;
 
+use std::{collections::BTreeMap, path::PathBuf};
+
+use janus_proto::ids::check_name;
 use serde::{Deserialize, Serialize};
 
+pub use self::{retention::Retention, size::Size};
 use crate::image::Format;
 
 /// Settings of one server. Every key is also an environment variable and a flag.
@@ -36,10 +41,20 @@ pub struct Settings {
     pub refresh_seconds: u64,
     /// Address and port for health checks without TLS; empty: none.
     pub health_listen: String,
+    /// Stored images are read and compared in the background, at most so fast; 0: not at all.
+    pub scrub_mib_per_second: u64,
+    /// An image is read again after so many days.
+    pub scrub_days: u64,
     /// On SIGTERM, calls may go on for this long.
     pub drain_seconds: u64,
     /// Log filter.
     pub log: String,
+    /// Free space that new backups leave alone: bytes, or percent of the file system.
+    pub reserve: String,
+    /// What a user's backups may take here, by user.
+    pub quotas: BTreeMap<String, String>,
+    /// What is kept.
+    pub retention: Retention,
 }
 
 impl Default for Settings {
@@ -58,8 +73,13 @@ impl Default for Settings {
             session_keep_days: 7,
             refresh_seconds: 60,
             health_listen: String::new(),
+            scrub_mib_per_second: 20,
+            scrub_days: 30,
             drain_seconds: 10,
             log: "info".into(),
+            reserve: "1%".into(),
+            quotas: BTreeMap::new(),
+            retention: Retention::default(),
         }
     }
 }
@@ -79,7 +99,10 @@ pub const KEYS: &[(&str, &str)] = &[
     ("session_keep_days", "Open runs that nobody touches are given up after this"),
     ("refresh_seconds", "Heartbeat of the report streams"),
     ("health_listen", "Address and port for health checks, plain gRPC and HTTP; empty: none"),
+    ("scrub_mib_per_second", "Compare stored images with their hashes, at most so fast; 0: never"),
+    ("scrub_days", "Compare an image again after so many days"),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
+    ("reserve", "Free space that new backups leave alone: 5 GiB, or 1% of the file system"),
     ("log", "Log filter, such as info or janus_server=debug"),
 ];
 
@@ -102,6 +125,21 @@ impl Settings {
         if self.prefer_vhdx { Format::Vhdx } else { Format::Vhd }
     }
 
+    /// The quotas in bytes, by user.
+    ///
+    /// # Errors
+    /// Names the user whose quota is none.
+    pub fn quotas(&self) -> Result<BTreeMap<String, u64>, String> {
+        let quota = |(user, text): (&String, &String)| {
+            check_name("user", user).map_err(|error| error.to_string())?;
+            match Size::parse(text).map_err(|reason| format!("{user}: {reason}"))? {
+                Size::Bytes(bytes) => Ok((user.clone(), bytes)),
+                Size::Percent(_) => Err(format!("{user}: {text:?} is no amount of bytes")),
+            }
+        };
+        self.quotas.iter().map(quota).collect()
+    }
+
     /// Checks what types can't.
     ///
     /// # Errors
@@ -115,6 +153,10 @@ impl Settings {
         if self.refresh_seconds == 0 {
             return invalid("refresh_seconds", "must be at least 1");
         }
+        Size::parse(&self.reserve)
+            .map_err(|reason| ConfigError::Invalid { key: "reserve", reason })?;
+        self.quotas().map_err(|reason| ConfigError::Invalid { key: "quotas", reason })?;
+        self.retention.check()?;
         match self.janus_urls.iter().chain(&self.urls).find(|url| !url.starts_with("https://")) {
             Some(url) => invalid("janus_urls", &format!("{url:?} does not begin with https://")),
             None => Ok(()),
@@ -134,12 +176,19 @@ mod tests {
         let toml::Value::Table(known) = toml::Value::try_from(Settings::default()).unwrap() else {
             panic!("a table")
         };
-        for key in known.keys() {
-            assert!(
-                text.lines()
-                    .any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} ="))),
-                "{key}"
-            );
+        for (key, value) in &known {
+            let shows = |line: &str| {
+                text.lines().any(|shown| shown.trim_start_matches("# ").starts_with(line))
+            };
+            let toml::Value::Table(section) = value else {
+                assert!(shows(&format!("{key} =")), "{key}");
+                continue;
+            };
+            assert!(shows(&format!("[{key}")), "[{key}]");
+            for inner in section.keys() {
+                let table = format!("[{key}.{inner}");
+                assert!(shows(&format!("{inner} =")) || shows(&table), "{key}.{inner}");
+            }
         }
     }
 }

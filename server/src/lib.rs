@@ -3,6 +3,7 @@
 //! Blocks come in through [`backup`], are kept by [`session`] until [`runs`] commits them into [`chain`]s of
 //! [`image`]s, and go out through [`restore`]. [`serve`] wires it all.
 
+pub mod admin;
 pub mod backup;
 pub mod caller;
 pub mod catalog;
@@ -14,11 +15,14 @@ pub mod info;
 pub mod pki;
 pub mod report;
 pub mod restore;
+pub mod retention;
 pub mod runs;
 pub mod serve;
 pub mod session;
+pub mod space;
 pub mod status;
 pub mod storage;
+pub mod verify;
 
 use janus_proto::error::{ErrorReason, status};
 use tracing::Instrument;
@@ -39,6 +43,25 @@ pub(crate) async fn blocking<T: Send + 'static>(
         tracing::error!(%error, "a task failed");
         status(ErrorReason::StoreFailed, "the server failed inside; its log says more")
     })
+}
+
+/// Runs long work of low priority on a thread of its own: CPU goes to whoever serves first. Ends with the work, also when it
+/// panicked, which is a bug and logged. On a runtime with a single thread see [`blocking`].
+pub(crate) async fn background(work: impl FnOnce() + Send + 'static) {
+    if is_single_threaded() {
+        return work();
+    }
+    let (done, ended) = tokio::sync::oneshot::channel::<()>();
+    let span = tracing::Span::current();
+    let spawned = std::thread::Builder::new().name("background".into()).spawn(move || {
+        // Of this thread alone, on Linux. What can't be had is no reason not to work.
+        let _ = rustix::process::nice(10);
+        span.in_scope(work);
+        let _ = done.send(());
+    });
+    if spawned.is_err() || ended.await.is_err() {
+        tracing::error!("work in the background failed");
+    }
 }
 
 fn is_single_threaded() -> bool {

@@ -1,17 +1,17 @@
 //! `janus-server`: serves backups, and makes the certificates of a group. With a `[janus]` section in its settings the same
 //! process routes backups too; only this file knows of both.
 
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 
 use anyhow::Context;
-use clap::{ArgMatches, Command, FromArgMatches, Subcommand};
+use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, Subcommand};
 use janus::serve::Janus;
 use janus_proto::{
     memory, program,
     settings::{Loader, SettingsError},
 };
 use janus_server::{
-    config,
+    admin, config,
     pki::{self, PkiCommand},
     serve::Server,
 };
@@ -32,11 +32,73 @@ fn main() -> ExitCode {
         .arg_required_else_help(true)
         .subcommand(serve)
         .subcommand(pki);
-    match command.get_matches().subcommand() {
+    let matches = with_admin_commands(command).get_matches();
+    match matches.subcommand() {
         Some(("serve", matches)) => serve_command(matches),
         Some(("pki", matches)) => pki_command(matches),
-        _ => ExitCode::from(USAGE),
+        Some((_, of_command)) => admin_command(&matches, of_command),
+        None => ExitCode::from(USAGE),
     }
+}
+
+/// Adds what is asked of a store. These commands take the settings of `serve`, but their help only shows `--config`.
+fn with_admin_commands(command: Command) -> Command {
+    let json = Arg::new("json")
+        .long("json")
+        .action(ArgAction::SetTrue)
+        .global(true)
+        .help("Print one JSON object on stdout");
+    let settings = loader().add_flags(Command::new("settings"));
+    let admin = admin::Command::augment_subcommands(Command::new("admin"));
+    admin.get_subcommands().fold(command, |command, one| {
+        let hidden = |arg: &Arg| arg.clone().global(true).hide(arg.get_id() != "config");
+        command.subcommand(one.clone().arg(&json).args(settings.get_arguments().map(hidden)))
+    })
+}
+
+/// Has a command done by the server that runs, or does it here.
+fn admin_command(matches: &ArgMatches, of_command: &ArgMatches) -> ExitCode {
+    let is_json = of_command.get_flag("json");
+    let failed = |error: String, code: u8| {
+        if is_json {
+            println!("{}", serde_json::json!({ "ok": false, "error": error }));
+        }
+        fail(error, code)
+    };
+    let settings = loader().load(of_command, std::env::vars_os()).map_err(|e| e.to_string());
+    let settings = match settings.and_then(|settings| settings.check().map(|()| settings)) {
+        Ok(settings) => settings,
+        Err(error) => return failed(error, USAGE),
+    };
+    if let Err(error) = program::start_log("warn") {
+        return failed(error.to_string(), 1);
+    }
+    let command = match admin::Command::from_arg_matches(matches) {
+        Ok(command) => command,
+        Err(error) => error.exit(),
+    };
+    match admin::ask::ask(&settings.server, command, &|line| eprintln!("{line}")) {
+        Ok(answer) => {
+            print(&answer, is_json);
+            ExitCode::from(u8::from(answer.is_bad))
+        }
+        Err(error) => failed(error.to_string(), 1),
+    }
+}
+
+/// A reader that went away is no failure of the command.
+fn print(answer: &admin::Answer, is_json: bool) {
+    let mut out = std::io::stdout().lock();
+    let _ = match is_json {
+        true => {
+            let mut json = answer.json.clone();
+            if let Some(object) = json.as_object_mut() {
+                object.insert("ok".into(), (!answer.is_bad).into());
+            }
+            writeln!(out, "{json}")
+        }
+        false => write!(out, "{}", answer.text),
+    };
 }
 
 fn fail(error: impl std::fmt::Display, code: u8) -> ExitCode {
@@ -67,6 +129,7 @@ struct Settings {
 fn loader() -> Loader<Settings> {
     Loader::new("JANUS_SERVER")
         .describe(config::KEYS)
+        .describe_section("retention", config::retention::KEYS)
         .describe_section("janus", janus::config::KEYS)
 }
 

@@ -237,6 +237,11 @@ impl Reporter {
     fn change(&self, change: &Change) -> pb::StateChange {
         let (key, snapshots, removed) = match change {
             Change::Used(key) => (key, Vec::new(), &[][..]),
+            Change::Health(key, ids) => {
+                let machine = self.runs.machine(key);
+                let held = ids.iter().filter_map(|id| machine.as_ref()?.snapshot(*id));
+                (key, held.map(|held| self.snapshot(&held)).collect(), &[][..])
+            }
             Change::Committed(run) => {
                 (&run.machine, Held::all(run).map(|held| self.snapshot(&held)).collect(), &[][..])
             }
@@ -249,7 +254,7 @@ impl Reporter {
     }
 
     fn snapshot(&self, held: &Held) -> pb::Snapshot {
-        held.to_wire(&self.server, &self.runs.store().relative_folder(&held.run.machine))
+        self.runs.to_wire(held, &self.server)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The restore service: hashes or blocks of a range out, as a stream.
 
-mod stream;
+pub(crate) mod blocks;
+mod hashes;
 
 use std::{
     collections::HashMap,
@@ -19,7 +20,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use self::stream::{send_blocks, send_hashes};
+use self::{blocks::send_blocks, hashes::send_hashes};
 use crate::{
     blocking,
     caller::Caller,
@@ -27,7 +28,6 @@ use crate::{
         opened::{OpenError, OpenedSnapshot},
         table::TableError,
     },
-    image::ImageError,
     runs::Runs,
     session::{Session, SessionError},
 };
@@ -63,12 +63,15 @@ pub enum RestoreError {
     /// The chain can't be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// An image can't be read.
-    #[error(transparent)]
-    Image(#[from] ImageError),
     /// A table can't be read.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// Blocks are lost.
+    #[error("block {block} of the disk is lost: it is not what was backed up any more")]
+    Lost {
+        /// The first of them.
+        block: u64,
+    },
     /// A session can't be read.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -119,6 +122,12 @@ impl Restore {
     /// A service over the runs of the server of this name.
     pub fn new(runs: Arc<Runs>, server: String) -> Self {
         Self { runs, server, handles: Mutex::default() }
+    }
+
+    /// Closes handles that nobody has used for their lease: what they have open can't be purged.
+    pub fn expire(&self) {
+        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        handles.retain(|_, handle| handle.used.elapsed() < HANDLE_LEASE);
     }
 
     fn keep(&self, opened: Arc<OpenedSnapshot>) -> Result<HandleId, RestoreError> {
@@ -205,10 +214,9 @@ impl RestoreService for Restore {
             .ok_or_else(unknown)?;
         let runs = self.runs.clone();
         let opened = Arc::new(
-            blocking(move || runs.open_snapshot(&held)).await?.map_err(RestoreError::Open)?,
+            blocking(move || runs.open_for_reading(&held)).await?.map_err(RestoreError::Open)?,
         );
-        let folder = self.runs.store().relative_folder(&opened.held.run.machine);
-        let snapshot = opened.held.to_wire(&self.server, &folder);
+        let snapshot = self.runs.to_wire(&opened.held, &self.server);
         tracing::info!(machine = %opened.held.run.machine, snapshot_id = %id, "snapshot opened");
         let handle = self.keep(opened)?.to_string();
         let lease_seconds = HANDLE_LEASE.as_secs() as u32;
@@ -265,14 +273,14 @@ impl RestoreService for Restore {
         let opened = self.opened(&request.handle, &caller)?;
         let ranges = ranges(&request.ranges, block_count(opened.held.snapshot().size_bytes))?;
         let encoding = request.encodings().next().unwrap_or(pb::Encoding::None);
+        let name_damaged = request.name_damaged;
         let (answers, stream) = mpsc::channel(QUEUE);
         let runs = self.runs.clone();
         let span = tracing::Span::current();
         tokio::task::spawn_blocking(move || {
             let _in_span = span.entered();
-            if !send_blocks(&opened, &ranges, encoding, &answers) {
-                runs.note_damaged(&opened.held);
-            }
+            let lost = send_blocks(&opened, &ranges, encoding, name_damaged, &answers);
+            runs.note_lost(&opened, &lost);
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }

@@ -4,7 +4,10 @@
 //! the epoch, so that a client that was believed dead can't write any more. All functions block: they are called on
 //! threads meant for it. No lock is held while blocks are received.
 
+mod health;
+mod limits;
 mod machine;
+mod names;
 mod purge;
 mod trash;
 
@@ -17,18 +20,20 @@ use std::{
 use janus_proto::{
     ids::{BackupId, BlockHash, DiskId, MachineKey, SessionId, SnapshotId},
     model::Batch,
+    show::amount,
 };
 use tokio::{sync::broadcast, time::Instant};
 
-use self::machine::PlannedDisk;
 pub use self::{
+    limits::Limits,
     machine::{ActiveRun, Machine},
     purge::{PurgeOptions, PurgeReport, Wait},
 };
+use self::{limits::Metered, machine::PlannedDisk};
 use crate::{
     chain::{
         Held, Run,
-        opened::{OpenError, OpenedSnapshot},
+        ranges::BlockRanges,
         store::{MachineState, Store, StoreError},
     },
     image::Format,
@@ -89,13 +94,13 @@ pub enum RunError {
     },
     /// What the run builds on is damaged. The run is given up.
     #[error(
-        "the chain of disk {disk} is damaged: {reason}; this run is given up, the next one begins a new base"
+        "the chain of disk {disk} is damaged: {reason}; this run is given up, the next one heals it"
     )]
     ChainDamaged {
         /// The disk.
         disk: DiskId,
-        /// Its head, which is not built on any more.
-        head: Option<SnapshotId>,
+        /// Blocks of its head that are lost; none when its tables or structures are damaged.
+        blocks: BlockRanges,
         /// What was found.
         reason: String,
     },
@@ -148,6 +153,31 @@ pub enum RunError {
     Purging {
         /// The run.
         backup: BackupId,
+    },
+    /// The user's backups take what they may.
+    #[error(
+        "the backups of user {user} take {} here, quota is {}: `janus-server usage` shows what takes the space, \
+         `janus-server retention run --now`, `delete` and `trash purge` free it; or raise setting quotas.{user}",
+        amount(*used),
+        amount(*quota)
+    )]
+    Quota {
+        /// The user.
+        user: String,
+        /// Bytes taken.
+        used: u64,
+        /// Bytes allowed.
+        quota: u64,
+    },
+    /// A folder would be shared on file systems that don't tell cases apart.
+    #[error(
+        "{new} differs only in upper and lower case from {other}, which is here already: choose another name"
+    )]
+    NameTaken {
+        /// The new name.
+        new: String,
+        /// The one that is here.
+        other: String,
     },
     /// Too many open runs.
     #[error("{MAX_OPEN_RUNS} runs are open on this server: try again later")]
@@ -223,6 +253,8 @@ pub enum Change {
     Committed(Arc<Run>),
     /// Snapshots of a machine are gone.
     Removed(MachineKey, Vec<SnapshotId>),
+    /// Other things are known of the images of these snapshots.
+    Health(MachineKey, Vec<SnapshotId>),
 }
 
 /// All runs of one server.
@@ -234,6 +266,7 @@ pub struct Runs {
     machines: Mutex<HashMap<MachineKey, Arc<Machine>>>,
     sessions: Mutex<HashMap<SessionId, Arc<ActiveRun>>>,
     changes: broadcast::Sender<Change>,
+    limits: Limits,
 }
 
 impl Runs {
@@ -256,6 +289,7 @@ impl Runs {
             machines: Mutex::new(known),
             sessions: Mutex::new(sessions),
             changes,
+            limits: Limits::NONE,
         }
     }
 
@@ -298,32 +332,6 @@ impl Runs {
         lock(&self.machines).values().find_map(|machine| machine.snapshot(id))
     }
 
-    /// Opens a snapshot for reading.
-    ///
-    /// # Errors
-    /// When a file of its chain is missing or damaged.
-    pub fn open_snapshot(&self, held: &Held) -> Result<OpenedSnapshot, OpenError> {
-        let broken = OpenError::BrokenChain { snapshot: held.snapshot().id };
-        let Some(machine) = self.machine(&held.run.machine) else { return Err(broken) };
-        if let Err(error) = self.finish_switches(&machine) {
-            tracing::error!(%error, machine = %machine.key, "a merge can't be finished: snapshots of its chain can't be read");
-        }
-        let _files = machine.keep_files();
-        let id = held.snapshot().id;
-        let chain = machine.snapshot(id).and_then(|_| machine.chain(id)).ok_or(broken)?;
-        let folder = self.store.machine_folder(&held.run.machine);
-        let opened = OpenedSnapshot::open(self.store.storage(), &folder, &chain)?;
-        machine.note_opened(opened.links());
-        Ok(opened)
-    }
-
-    /// A snapshot was found to be damaged: no new one is built on it. Forgotten with this process, found again by the next.
-    pub fn note_damaged(&self, held: &Held) {
-        if let Some(machine) = self.machine(&held.run.machine) {
-            machine.note_damaged(Some(held.snapshot().id));
-        }
-    }
-
     /// Opens a run or takes it over.
     ///
     /// # Errors
@@ -335,12 +343,15 @@ impl Runs {
         wanted: &[WantedDisk],
         use_counter: u64,
     ) -> Result<Arc<ActiveRun>, RunError> {
-        let machine = lock(&self.machines)
+        let mut machines = lock(&self.machines);
+        names::check_machine(&machines, key)?;
+        let machine = machines
             .entry(key.clone())
             .or_insert_with(|| {
                 Arc::new(Machine::new(key.clone(), MachineState::default(), self.lease))
             })
             .clone();
+        drop(machines);
         self.refuse_while_committing(&machine, backup)?;
         let _turn = machine.take_turn();
         machine.refuse_ended(backup)?;
@@ -348,6 +359,7 @@ impl Runs {
             run.take_over(self, wanted)?;
             return Ok(run);
         }
+        names::check_disks(&machine, wanted)?;
         for other in machine.active() {
             if let Some(left) = other.lease_left() {
                 let seconds = left.as_secs().max(1);
@@ -359,6 +371,8 @@ impl Runs {
             }
             self.give_up(&machine, &other)?;
         }
+        // After the lost runs, which took room.
+        self.check_room(key)?;
         if lock(&self.sessions).len() >= MAX_OPEN_RUNS {
             return Err(RunError::TooMany);
         }
@@ -450,9 +464,9 @@ impl Runs {
         active.check_epoch(epoch)?;
         let _committing = active.begin_commit();
         let snapshots = match active.finish(disks) {
-            Err(error @ RunError::ChainDamaged { head, .. }) => {
+            Err(error @ RunError::ChainDamaged { .. }) => {
                 tracing::error!(%error, machine = %key, backup_id = %backup, "a commit found damage");
-                machine.note_damaged(head);
+                self.note_found(&machine, &active, &error);
                 self.give_up(&machine, &active)?;
                 return Err(error);
             }
@@ -472,6 +486,7 @@ impl Runs {
         self.store.publish(&run, &open)?;
         let run = Arc::new(run);
         machine.committed_now(run.clone());
+        self.look_again(&machine);
         self.forget_sessions(&active);
         if let Err(error) = self.store.remove_open(&open) {
             // Harmless: the next start of the server finds the manifest and removes the rest.
@@ -528,6 +543,7 @@ pub struct Writer {
     run: Arc<ActiveRun>,
     session: Arc<Session>,
     epoch: u64,
+    metered: Option<Metered>,
 }
 
 impl Writer {
@@ -538,7 +554,14 @@ impl Writer {
     pub fn new(run: Arc<ActiveRun>, session: SessionId, epoch: u64) -> Result<Self, RunError> {
         run.check_epoch(epoch)?;
         let session = run.session(session)?;
-        Ok(Self { run, session, epoch })
+        Ok(Self { run, session, epoch, metered: None })
+    }
+
+    /// The same, which looks at its user's quota while it writes.
+    #[must_use]
+    pub fn within_quota(mut self, runs: Arc<Runs>) -> Self {
+        self.metered = Some(Metered::new(runs));
+        self
     }
 
     /// The session.
@@ -549,12 +572,15 @@ impl Writer {
     /// Takes in one message, renewing the lease.
     ///
     /// # Errors
-    /// When the run was taken over, is committing or has ended, or the store can't be written.
+    /// When the run was taken over, is committing or has ended, the user's quota is used up, or the store can't be written.
     pub fn apply(&self, batch: Option<&Batch>, settled: u64) -> Result<Marks, RunError> {
         self.run.check_epoch(self.epoch)?;
         self.run.renew();
         if self.run.is_committing() {
             return Err(RunError::State { backup: self.run.backup, state: "being committed" });
+        }
+        if let (Some(metered), Some(batch)) = (&self.metered, batch) {
+            metered.count(self.run.machine.user(), batch.data_len() as u64)?;
         }
         Ok(self.session.apply(batch, settled)?)
     }

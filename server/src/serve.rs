@@ -25,19 +25,23 @@ use janus_proto::{
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use tonic_health::ServingStatus;
+use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
+    admin::{Admin, socket::AdminSocket},
     backup::Backup,
     caller::Gate,
     catalog::Catalog,
     chain::store::{MachineState, Store, StoreError},
-    config::Settings,
+    config::{Settings, Size},
     info::Info,
     report::Reporter,
-    restore::Restore,
-    runs::Runs,
+    restore::{HANDLE_LEASE, Restore},
+    retention,
+    runs::{self, Runs},
+    space::{self, Space},
     storage,
+    verify::scrub::Scrub,
 };
 
 /// How often old open runs are looked for.
@@ -90,6 +94,7 @@ pub struct Server {
     door: Door,
     dialer: Dialer,
     plain_health: Option<TcpListener>,
+    admin: Option<AdminSocket>,
     janus_urls: watch::Sender<Vec<String>>,
 }
 
@@ -149,7 +154,9 @@ impl Server {
         let store = opened.map_err(|error| ServeError::Wiring(error.to_string()))??;
         let (door, dialer) =
             (Door::Tls(listener, identity.clone()), Arc::new(identity.clone()) as Dialer);
-        Ok(Self { plain_health, ..Self::over(store, settings, identity, door, dialer)? })
+        let server = Self::over(store, settings, identity, door, dialer)?;
+        let admin = bind_admin(&server.settings.image_path);
+        Ok(Self { plain_health, admin, ..server })
     }
 
     /// A server whose connections come through `door` and are made by `dialer`. Opens the store, which blocks.
@@ -173,11 +180,13 @@ impl Server {
         dialer: Dialer,
     ) -> Result<Self, ServeError> {
         let (id, lease) = (name(&identity)?, Duration::from_secs(settings.lease_seconds));
-        let runs = Runs::new(store, machines, lease).with_new_chains(settings.new_chains());
+        let runs = Runs::new(store, machines, lease)
+            .with_new_chains(settings.new_chains())
+            .with_limits(runs::Limits::of(&settings));
         let runs = Arc::new(runs);
         let janus_urls = watch::Sender::new(settings.janus_urls.clone());
-        let plain_health = None;
-        Ok(Self { settings, identity, id, runs, door, dialer, plain_health, janus_urls })
+        let (plain_health, admin) = (None, None);
+        Ok(Self { settings, identity, id, runs, door, dialer, plain_health, admin, janus_urls })
     }
 
     /// Its runs.
@@ -205,10 +214,12 @@ impl Server {
     /// When the wiring fails.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
         let (health, health_service) = health().await;
+        let is_low = watch::Sender::new(is_low(&self.runs, space::reserve(&self.settings)).await);
         set_all(&health, ServingStatus::Serving).await;
         let name = self.id.to_string();
         let urls = self.settings.urls.clone();
         let here = pb::ServerAddresses { server_id: name.clone(), urls };
+        let restore = Arc::new(Restore::new(self.runs.clone(), name.clone()));
         let plain = Routes::new(health_service.clone());
         let routes = Routes::new(health_service)
             .add_service(
@@ -217,7 +228,7 @@ impl Server {
                     .max_encoding_message_size(MAX_MESSAGE_BYTES),
             )
             .add_service(
-                RestoreServiceServer::new(Restore::new(self.runs.clone(), name.clone()))
+                RestoreServiceServer::from_arc(restore.clone())
                     .max_decoding_message_size(MAX_MESSAGE_BYTES)
                     .max_encoding_message_size(MAX_MESSAGE_BYTES),
             )
@@ -227,21 +238,26 @@ impl Server {
             .add_service(reflection().build_v1alpha().map_err(wiring)?)
             .prepare();
         let gate = Gate::new(routes, self.identity.clone(), self.id.clone()).map_err(wiring)?;
+        let admin = Arc::new(Admin::new(self.runs.clone(), self.settings.clone()));
         let mut tasks = self.tasks(&shutdown);
+        tasks.spawn(tell(health, is_low.subscribe(), shutdown.clone()));
+        if self.settings.retention.automatic {
+            let at = self.settings.retention.time_of_day().map_err(wiring)?;
+            let is_low = is_low.subscribe();
+            tasks.spawn(retention::follow(admin.retention().clone(), at, is_low, shutdown.clone()));
+        }
+        let reserve = space::reserve(&self.settings);
+        tasks.spawn(space::watch(self.runs.clone(), reserve, is_low, shutdown.clone()));
+        tasks.spawn(expire_handles(restore, shutdown.clone()));
         // Answered until the last call is over.
         let stop = CancellationToken::new();
         let _stop_on_drop = stop.clone().drop_guard();
         if let Some(listener) = self.plain_health {
             tasks.spawn(plain_health::serve(listener, plain, stop.clone()));
         }
-        let drain = {
-            let shutdown = shutdown.clone();
-            async move {
-                shutdown.cancelled().await;
-                set_all(&health, ServingStatus::NotServing).await;
-            }
-        };
-        tasks.spawn(drain);
+        if let Some(socket) = self.admin {
+            tasks.spawn(socket.serve(admin, shutdown.clone()));
+        }
         let limits =
             Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
         tracing::info!(server = name, address = ?self.door.address().ok(), "serving");
@@ -252,7 +268,15 @@ impl Server {
         Ok(())
     }
 
-    /// Reports to every janus, and the end of old runs.
+    /// The background check of all images, unless it is off.
+    fn scrub(&self) -> Option<Scrub> {
+        let bytes_per_second = self.settings.scrub_mib_per_second.saturating_mul(1 << 20);
+        let again = Duration::from_secs(self.settings.scrub_days.saturating_mul(86_400));
+        let runs = self.runs.clone();
+        (bytes_per_second > 0).then_some(Scrub { runs, bytes_per_second, again })
+    }
+
+    /// Reports to every janus, the end of old runs, and the background check.
     fn tasks(&self, shutdown: &CancellationToken) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
         let reporter = Reporter {
@@ -270,6 +294,9 @@ impl Server {
         let urls = self.janus_urls.subscribe();
         tasks.spawn(reporter.follow(urls, self.dialer.clone(), shutdown.clone()));
         let keep = Duration::from_secs(self.settings.session_keep_days.saturating_mul(86_400));
+        if let Some(scrub) = self.scrub() {
+            tasks.spawn(scrub.run(shutdown.clone()));
+        }
         let (runs, shutdown) = (self.runs.clone(), shutdown.clone());
         tasks.spawn(async move {
             while shutdown.run_until_cancelled(tokio::time::sleep(EXPIRY_ROUND)).await.is_some() {
@@ -278,6 +305,13 @@ impl Server {
             }
         });
         tasks
+    }
+}
+
+/// Closes handles of restores that nobody goes on with.
+async fn expire_handles(restore: Arc<Restore>, shutdown: CancellationToken) {
+    while shutdown.run_until_cancelled(tokio::time::sleep(HANDLE_LEASE)).await.is_some() {
+        restore.expire();
     }
 }
 
@@ -305,6 +339,45 @@ fn refuse_network(janus_urls: &[String], path: &Path) -> Result<(), ServeError> 
         }
         _ => Ok(()),
     }
+}
+
+/// Whether space is low already.
+async fn is_low(runs: &Arc<Runs>, reserve: Size) -> bool {
+    let runs = runs.clone();
+    let asked = crate::blocking(move || Space::ask(runs.store(), reserve)).await;
+    asked.ok().flatten().is_some_and(|space| space.is_low(false))
+}
+
+/// The only one who changes what health says: no backups while space is low, nothing from the drain on.
+async fn tell(
+    health: HealthReporter,
+    mut is_low: watch::Receiver<bool>,
+    shutdown: CancellationToken,
+) {
+    while !shutdown.is_cancelled() {
+        let backups = match *is_low.borrow_and_update() {
+            true => ServingStatus::NotServing,
+            false => ServingStatus::Serving,
+        };
+        health.set_service_status(pb::backup_service_server::SERVICE_NAME, backups).await;
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => {}
+            changed = is_low.changed() => if changed.is_err() {
+                shutdown.cancelled().await;
+            }
+        }
+    }
+    set_all(&health, ServingStatus::NotServing).await;
+}
+
+/// Backups are worth more than commands: a server without the socket serves, and says so.
+fn bind_admin(image_path: &Path) -> Option<AdminSocket> {
+    let bound = AdminSocket::bind(image_path);
+    let told = |error: &_| {
+        tracing::error!(%error, "no admin socket in the image path: commands work while the server doesn't run");
+    };
+    bound.inspect_err(told).ok()
 }
 
 async fn bind(key: &'static str, address: &str) -> Result<TcpListener, ServeError> {

@@ -16,19 +16,23 @@ use std::{
     collections::{BTreeMap, HashMap},
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use janus_proto::{
     hash::{hash_blocks, segment_digest, zero_hash},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_count, block_len},
     model::{Batch, Extent},
+    pb,
 };
 
 pub use self::finish::Finished;
 use self::{content::StartContent, journal::Journal};
 use crate::{
-    chain::{opened::OpenedSnapshot, store::OpenDisk, table::TableError},
+    chain::{opened::OpenedSnapshot, ranges::BlockRanges, store::OpenDisk, table::TableError},
     image::{Geometry, ImageError, Kind, Layout, PAYLOAD_BYTES},
     storage::{self, Access, Disk, File},
 };
@@ -39,7 +43,7 @@ const PAYLOAD_BLOCKS: u64 = PAYLOAD_BYTES / BLOCK_BYTES;
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// The disk that holds the store is full.
-    #[error("the store is full: cannot {action}; free space below {} or enlarge it, then run the backup again", path.display())]
+    #[error("the store is full: cannot {action}; `janus-server retention run --now` there drops what no rule keeps; free space below {} or enlarge it, then run the backup again", path.display())]
     Full {
         /// What was tried.
         action: &'static str,
@@ -68,11 +72,12 @@ pub enum SessionError {
     },
     /// The head doesn't hold what its table says.
     #[error(
-        "block {block} of the snapshot that the session started from is not what was backed up"
+        "{} blocks of the snapshot that the session started from are not what was backed up",
+        blocks.blocks()
     )]
     HeadDamaged {
-        /// The first such block that was looked at.
-        block: u64,
+        /// All such blocks that were needed.
+        blocks: BlockRanges,
     },
     /// An image of the head, or the new one.
     #[error(transparent)]
@@ -129,6 +134,8 @@ struct Index {
     touched: BTreeMap<u64, Vec<Touch>>,
     slots: HashMap<u64, u32>,
     marks: Marks,
+    /// Blocks with data that were sent, repeated ones too.
+    sent_blocks: u64,
 }
 
 struct Inner {
@@ -153,6 +160,8 @@ pub struct Session {
     start: StartContent,
     image: Arc<File>,
     inner: Mutex<Inner>,
+    /// Of the index, for those who can't wait for a commit.
+    stored_bytes: AtomicU64,
 }
 
 /// How far the files of a session can be trusted.
@@ -217,6 +226,7 @@ impl Session {
             )
         }
         .map_err(SessionError::io("open", &journal_path))?;
+        let stored_bytes = AtomicU64::new(index.sent_blocks * BLOCK_BYTES);
         let inner =
             Inner { journal, index, unsynced: 0, syncing: None, finished: false, failed: false };
         let session = Self {
@@ -227,6 +237,7 @@ impl Session {
             start,
             image: Arc::new(image),
             inner: Mutex::new(inner),
+            stored_bytes,
         };
         session.repair(trust, &last)?;
         Ok(session)
@@ -235,6 +246,11 @@ impl Session {
     /// Blocks that were settled so far.
     pub fn marks(&self) -> Marks {
         self.lock().index.marks
+    }
+
+    /// Bytes of data that were sent, which it stores at most. Waits for nothing.
+    pub fn stored_bytes(&self) -> u64 {
+        self.stored_bytes.load(Ordering::Relaxed)
     }
 
     /// True when the session holds something from an earlier stream.
@@ -251,6 +267,19 @@ impl Session {
     /// The head the session starts from.
     pub fn head(&self) -> Option<&OpenedSnapshot> {
         self.start.head()
+    }
+
+    /// Blocks that must be sent whether they differ from the head or not, since the head has lost them.
+    pub fn resend(&self) -> Vec<pb::BlockRange> {
+        let end = block_count(self.disk.size_bytes);
+        let lost = self.start.head().into_iter().flat_map(|head| head.damaged.iter());
+        lost.map(|range| range.start..range.end.min(end))
+            .filter(|range| !range.is_empty())
+            .map(|range| pb::BlockRange {
+                first_block: range.start,
+                block_count: range.end - range.start,
+            })
+            .collect()
     }
 
     /// Takes in a checked batch and the client's mark. Blocks the thread.
@@ -279,6 +308,7 @@ impl Session {
             .append(extents, hashes, settled)
             .map_err(SessionError::io("write", &self.journal_path()))?;
         inner.index.note(extents, hashes_at, settled, self.start.head().is_some());
+        self.stored_bytes.store(inner.index.sent_blocks * BLOCK_BYTES, Ordering::Relaxed);
         if let Some(batch) = batch {
             let written = self.write(&inner.index, batch);
             inner.failed = written.is_err();
@@ -508,6 +538,7 @@ impl Index {
                 };
                 self.touched.entry(segment).or_default().push(touch);
                 if !part.zero {
+                    self.sent_blocks += part.count;
                     at += part.count * BlockHash::LEN as u64;
                 }
                 let next = self.slots.len() as u32;

@@ -24,11 +24,12 @@ impl From<RunError> for Status {
             | RunError::OtherDisks { .. }
             | RunError::BuiltOn { .. }
             | RunError::Purging { .. } => status(ErrorReason::RunState, text),
-            RunError::CounterJump { .. } | RunError::FormatTooSmall { .. } => {
-                status(ErrorReason::InvalidField, text)
-            }
+            RunError::CounterJump { .. }
+            | RunError::FormatTooSmall { .. }
+            | RunError::NameTaken { .. } => status(ErrorReason::InvalidField, text),
             RunError::TooMany => status(ErrorReason::TooMany, text),
             RunError::Full(_) => status(ErrorReason::StoreFull, text),
+            RunError::Quota { .. } => status(ErrorReason::QuotaExceeded, text),
             RunError::Session(error) => error.into(),
             RunError::Store(error) => error.into(),
         }
@@ -75,7 +76,7 @@ impl From<RestoreError> for Status {
             RestoreError::UnknownHandle { .. } => status(ErrorReason::HandleExpired, text),
             RestoreError::TooMany => status(ErrorReason::TooMany, text),
             RestoreError::Open(error) => error.into(),
-            RestoreError::Image(_) | RestoreError::Table(_) => {
+            RestoreError::Lost { .. } | RestoreError::Table(_) => {
                 tracing::error!(error = text, "a snapshot can't be read");
                 status(ErrorReason::StoreDamaged, text)
             }

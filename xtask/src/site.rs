@@ -292,6 +292,17 @@ impl Site {
         Ok(())
     }
 
+    /// Runs `janus-server ARGUMENTS` with the settings of a server that was started once, whether it runs now or not.
+    ///
+    /// # Errors
+    /// When it can't be started; a failed command is no error here.
+    pub fn admin(&self, name: &str, arguments: &[&str]) -> Result<std::process::Output> {
+        let (config, _) = self.files(name);
+        let mut command = self.programs.server();
+        command.args(arguments).arg("--config").arg(config).stdin(std::process::Stdio::null());
+        command.output().context("start janus-server")
+    }
+
     fn take_server(&mut self, name: &str) -> Result<Process> {
         self.server(name)?.process.take().with_context(|| format!("{name} does not run"))
     }

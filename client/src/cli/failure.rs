@@ -6,12 +6,13 @@ use janus_proto::{
 };
 use serde_json::{Value, json};
 
+use super::restore::lost_json;
 use crate::{
     backup::BackupError,
     cache::CacheError,
     config::ConfigError,
     link::{LinkError, Remedy, reason_name},
-    restore::RestoreError,
+    restore::{Lost, RestoreError},
     scan::ScanError,
     source::SourceError,
     state::StateError,
@@ -33,13 +34,16 @@ pub struct Failure {
     pub message: String,
     /// Reason that a server gave.
     pub reason: Option<ErrorReason>,
+    /// Parts of a snapshot that are lost.
+    pub lost: Option<Lost>,
     /// Exit code of the program.
     pub exit_code: u8,
 }
 
 impl Failure {
     fn new(exit_code: u8, error: impl std::fmt::Display) -> Self {
-        Self { message: error.to_string().replace('\n', " "), reason: None, exit_code }
+        let message = error.to_string().replace('\n', " ");
+        Self { message, reason: None, lost: None, exit_code }
     }
 
     /// Wrong arguments or settings.
@@ -60,7 +64,11 @@ impl Failure {
     /// As `--json` prints it.
     pub fn json(&self) -> Value {
         let reason = self.reason.map(reason_name);
-        json!({ "ok": false, "error": self.message, "reason": reason, "exit_code": self.exit_code })
+        let mut json = json!({ "ok": false, "error": self.message, "reason": reason, "exit_code": self.exit_code });
+        if let Some(lost) = &self.lost {
+            json["lost"] = lost_json(lost);
+        }
+        json
     }
 }
 
@@ -117,6 +125,11 @@ impl From<RestoreError> for Failure {
             RestoreError::Interrupted => Self::new(INTERRUPTED, error),
             RestoreError::Unknown { .. } => Self::new(NOT_FOUND, error),
             RestoreError::Away { .. } => Self::new(NO_SERVER, error),
+            RestoreError::Lost { ref lost, .. } => Self {
+                reason: Some(ErrorReason::StoreDamaged),
+                lost: Some(lost.clone()),
+                ..Self::new(FAILED, &error)
+            },
             error => Self::new(FAILED, error),
         }
     }

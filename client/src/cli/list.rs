@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use clap::ArgMatches;
 use janus_proto::{
+    ids::BLOCK_BYTES,
     pb::{Snapshot, UnreachableServer},
     show::{amount, date},
     tls::Role,
@@ -44,6 +45,8 @@ fn listing_json(listing: &Listing) -> Value {
             "image_length_bytes": s.image_length_bytes,
             "consistency": consistency_name(s.consistency()),
             "reachable": s.reachable,
+            "damaged_blocks": s.damaged_blocks,
+            "verified_ms": s.verified_ms,
         })
     };
     let unreachable = |u: &UnreachableServer| json!({ "server": u.server_id, "reason": u.reason, "since_ms": u.since_ms });
@@ -64,7 +67,7 @@ fn listing_text(listing: &Listing) -> String {
         let kind = if s.parent_snapshot_id.is_empty() { "full " } else { "delta" };
         let _ = writeln!(
             text,
-            "{}  {}  {:disks$}  {:servers$}  {kind}  {:>10}  {:>10} on disk  {}{}",
+            "{}  {}  {:disks$}  {:servers$}  {kind}  {:>10}  {:>10} on disk  {}{}{}",
             s.snapshot_id,
             date(s.committed_ms),
             s.disk_id,
@@ -72,6 +75,7 @@ fn listing_text(listing: &Listing) -> String {
             amount(s.size_bytes),
             amount(s.image_allocated_bytes),
             consistency_name(s.consistency()),
+            damage(s),
             if s.reachable { "" } else { "  unreachable" },
         );
     }
@@ -84,4 +88,13 @@ fn listing_text(listing: &Listing) -> String {
         let _ = writeln!(text, "server {} can't be reached{since}: {}", u.server_id, u.reason);
     }
     text
+}
+
+fn damage(snapshot: &Snapshot) -> String {
+    match snapshot.damaged_blocks {
+        0 => String::new(),
+        blocks => {
+            format!("  DAMAGED: {} lost", amount((blocks * BLOCK_BYTES).min(snapshot.size_bytes)))
+        }
+    }
 }

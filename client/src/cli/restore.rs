@@ -1,18 +1,18 @@
 //! `janus-client restore`.
 
-use std::path::PathBuf;
+use std::{ops::Range, path::PathBuf};
 
 use clap::ArgMatches;
 use janus_proto::{
     ids::{MachineKey, SnapshotId},
     show::{amount, date},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Context, Failure, Outcome, address};
 use crate::{
     progress::{self, Progress},
-    restore::{Restore, Wanted},
+    restore::{Lost, Restore, Wanted},
 };
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
@@ -30,6 +30,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         server: address(matches)?.server,
         to: to.clone(),
         force: matches.get_flag("force"),
+        partial: matches.get_one::<String>("partial").map(PathBuf::from),
         encoding: settings.encoding()?,
         threads: settings.threads(),
         failover_after: settings.failover_after(),
@@ -49,10 +50,19 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         "size_bytes": snapshot.size_bytes,
         "fetched_bytes": report.fetched_bytes,
         "written_bytes": report.written_bytes,
+        "lost": lost_json(&report.lost),
         "seconds": report.seconds,
     });
+    let lost = match report.lost.is_empty() {
+        true => String::new(),
+        false => format!(
+            "LOST, zeros now: {} at bytes {}\n",
+            amount(report.lost.bytes()),
+            report.lost.said()
+        ),
+    };
     let text = format!(
-        "restored {} of {} from {} to {}: {} of {} fetched, all checked, in {:.1} s\n",
+        "{lost}restored {} of {} from {} to {}: {} of {} fetched, all checked, in {:.1} s\n",
         snapshot.disk_id,
         date(snapshot.committed_ms),
         snapshot.server_id,
@@ -62,6 +72,13 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         report.seconds,
     );
     Ok(Outcome { json, text })
+}
+
+/// Lost parts as `--json` prints them.
+pub(super) fn lost_json(lost: &Lost) -> Value {
+    let range =
+        |range: &Range<u64>| json!({ "offset": range.start, "bytes": range.end - range.start });
+    lost.ranges().iter().map(range).collect()
 }
 
 /// `SNAPSHOT`, `DISK`, or `USER/MACHINE/DISK`.

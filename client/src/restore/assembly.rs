@@ -1,11 +1,13 @@
 //! The hashes of what arrives, in order, up to the digest of the whole disk.
 
+use std::ops::Range;
+
 use janus_proto::{
     error::WireError,
     hash,
     ids::{BlockHash, SEGMENT_BLOCKS, block_count, block_len, segment_count},
     model::MAX_EXTENTS,
-    pb::BlockBatch,
+    pb::{BlockBatch, BlockRange},
 };
 
 /// A stretch of zero blocks: first block and count.
@@ -18,12 +20,17 @@ pub(super) struct Assembly {
     next: u64,
     current: Vec<BlockHash>,
     segments: Vec<BlockHash>,
+    /// Blocks that the server has lost; they count as zeros.
+    lost: Vec<Range<u64>>,
 }
+
+/// Ranges of lost blocks that are kept: with more there is nothing worth restoring.
+const MOST_LOST: usize = 1 << 20;
 
 impl Assembly {
     pub(super) fn new(size_bytes: u64) -> Self {
         let segments = Vec::with_capacity(segment_count(size_bytes) as usize);
-        Self { size_bytes, next: 0, current: Vec::new(), segments }
+        Self { size_bytes, next: 0, current: Vec::new(), segments, lost: Vec::new() }
     }
 
     /// First block that has not arrived.
@@ -52,6 +59,47 @@ impl Assembly {
             }
         }
         Ok(gaps)
+    }
+
+    /// Takes note of blocks that are lost; returns the stretch up to their end, which counts as zeros.
+    pub(super) fn lose(&mut self, range: &BlockRange) -> Result<Zeros, WireError> {
+        let invalid = |reason: &str| WireError::Invalid { field: "damaged", reason: reason.into() };
+        let blocks = block_count(self.size_bytes);
+        let (first, from) = (range.first_block, self.next);
+        let end = first.checked_add(range.block_count).filter(|end| *end <= blocks);
+        let end = end
+            .filter(|end| first >= from && *end > first)
+            .ok_or_else(|| invalid("empty, out of order or past the end"))?;
+        let is_full = self.lost.len() >= MOST_LOST;
+        match self.lost.last_mut() {
+            Some(last) if last.end == first => last.end = end,
+            _ if is_full => return Err(invalid("too many ranges are lost")),
+            _ => self.lost.push(first..end),
+        }
+        self.zeros_until(end);
+        Ok((from, end - from))
+    }
+
+    /// Blocks that are lost, ascending.
+    pub(super) fn lost(&self) -> &[Range<u64>] {
+        &self.lost
+    }
+
+    /// Compares all segments that have lost nothing with the digests they should have; the first that differs.
+    pub(super) fn compare(&self, digests: &[BlockHash]) -> Result<(), u64> {
+        if self.segments.len() != digests.len() {
+            return Err(self.segments.len().min(digests.len()) as u64);
+        }
+        let mut lost = self.lost.iter().peekable();
+        for (segment, (ours, theirs)) in (0..).zip(self.segments.iter().zip(digests)) {
+            let blocks = segment * SEGMENT_BLOCKS..(segment + 1) * SEGMENT_BLOCKS;
+            while lost.next_if(|range| range.end <= blocks.start).is_some() {}
+            let is_whole = lost.peek().is_none_or(|range| range.start >= blocks.end);
+            if is_whole && ours != theirs {
+                return Err(segment);
+            }
+        }
+        Ok(())
     }
 
     /// Nothing more comes: the rest is zeros.
@@ -155,5 +203,23 @@ mod tests {
             })
             .collect();
         assert_eq!(assembly.table_digest(), hash::table_digest(size, &digests));
+    }
+
+    #[test]
+    fn segments_with_lost_blocks_are_not_compared_and_all_others_are() {
+        let size = 3 * SEGMENT_BYTES;
+        let range = |first_block, block_count| BlockRange { first_block, block_count };
+        let mut assembly = Assembly::new(size);
+        assert_eq!(assembly.lose(&range(1030, 2)).unwrap(), (0, 1032));
+        assert!(assembly.lose(&range(1031, 2)).is_err());
+        assert!(assembly.lose(&range(3000, 100)).is_err());
+        assert_eq!(assembly.lose(&range(1032, 1)).unwrap(), (1032, 1));
+        assert!(matches!(assembly.lost(), [lost] if *lost == (1030..1033)));
+        assembly.finish();
+        let mut digests = vec![hash::zero_segment(); 3];
+        digests[1] = hash::hash_block(b"other");
+        assert_eq!(assembly.compare(&digests), Ok(()));
+        digests[2] = hash::hash_block(b"other");
+        assert_eq!(assembly.compare(&digests), Err(2));
     }
 }

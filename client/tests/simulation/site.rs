@@ -173,6 +173,8 @@ impl ServerHost {
             image_path: self.folder.path().to_owned(),
             janus_urls: (0..JANUS).map(|n| url(Node::Janus(n))).collect(),
             drain_seconds: 3,
+            // It works by the real clock.
+            scrub_mib_per_second: 0,
             ..ServerSettings::default()
         };
         let door = Door::Known(network.listen(self.node));

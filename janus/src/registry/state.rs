@@ -1,6 +1,6 @@
 //! What one server has told of itself: a full state, replaced as a whole, then changes to it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use janus_proto::{
     ids::{DiskId, MachineKey, SnapshotId},
@@ -12,6 +12,9 @@ use tokio::time::Instant;
 pub(super) const MAX_MACHINES: usize = 20_000;
 /// Snapshots remembered for one server. They only serve to list an unreachable server's snapshots.
 pub(super) const MAX_SNAPSHOTS: usize = 20_000;
+
+/// Machines with damaged snapshots that are named for one server.
+const MOST_DAMAGED: usize = 20;
 
 /// Whether a server holds a chain of a machine, as far as is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -128,6 +131,28 @@ impl ServerState {
             }
         }
         self.told = told;
+    }
+
+    /// Machines that have damaged snapshots here, or this one, by name.
+    pub fn damaged(&self, machine: Option<&MachineKey>) -> Vec<pb::DamagedMachine> {
+        let mut damaged: BTreeMap<&str, pb::DamagedMachine> = BTreeMap::new();
+        for snapshot in self.snapshots(machine, None).filter(|one| one.damaged_blocks > 0) {
+            let entry = damaged.entry(&snapshot.machine).or_default();
+            entry.machine.clone_from(&snapshot.machine);
+            entry.snapshots += 1;
+            entry.blocks = entry.blocks.max(snapshot.damaged_blocks);
+            entry.newest |= self.is_newest(snapshot);
+        }
+        damaged.into_values().take(MOST_DAMAGED).collect()
+    }
+
+    fn is_newest(&self, of: &pb::Snapshot) -> bool {
+        let mut others = self.told.snapshots.values();
+        !others.any(|other| {
+            other.committed_ms > of.committed_ms
+                && other.machine == of.machine
+                && other.disk_id == of.disk_id
+        })
     }
 
     /// Snapshots of one machine, or one disk of it, or all.

@@ -419,7 +419,7 @@ fn refusal(is_start: bool, response: &Response<Body>) -> Option<String> {
     use ErrorReason as R;
     let moves_on = match reason(&refused) {
         Some(R::Draining | R::WrongServer | R::ServerUnreachable) => true,
-        Some(R::StoreFull | R::TooMany | R::StoreFailed) => is_start,
+        Some(R::StoreFull | R::QuotaExceeded | R::TooMany | R::StoreFailed) => is_start,
         _ => code == Code::Unavailable,
     };
     moves_on.then(|| match refused.message() {

@@ -292,7 +292,7 @@ impl RestoreService for Fake {
         let answers = stream::repeat(data).take(1024).map(move |data| {
             seen.bytes.fetch_add(data.len() as u64, Ordering::SeqCst);
             let batch = Some(pb::BlockBatch { data, ..Default::default() });
-            Ok(pb::ReadBlocksResponse { batch })
+            Ok(pb::ReadBlocksResponse { batch, ..Default::default() })
         });
         Ok(tonic::Response::new(Box::pin(answers)))
     }

@@ -103,6 +103,13 @@ pub struct Snapshot {
     /// As given in the commit.
     #[prost(bytes = "bytes", tag = "16")]
     pub client_seal: ::prost::bytes::Bytes,
+    /// Blocks of the disk that are known to be lost in this snapshot; a restore names them. 0: none is known.
+    #[prost(uint64, tag = "17")]
+    pub damaged_blocks: u64,
+    /// Unix milliseconds since when all stored images that this snapshot needs have been read and compared with their
+    /// hashes; 0: not all have been, or an older server.
+    #[prost(int64, tag = "18")]
+    pub verified_ms: i64,
 }
 /// A server that is known but did not answer.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -182,6 +189,9 @@ pub enum ErrorReason {
     /// FAILED_PRECONDITION, no retry: the server that is to be forgotten still reports or is one of `server_urls`; the
     /// message says which.
     ServerInUse = 24,
+    /// RESOURCE_EXHAUSTED, no quick retry: the backups of the caller's user take what they may on this server; the message
+    /// says how much that is. An open session stays open and can be resumed.
+    QuotaExceeded = 25,
 }
 impl ErrorReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -215,6 +225,7 @@ impl ErrorReason {
             Self::StoreFailed => "ERROR_REASON_STORE_FAILED",
             Self::DiskTwice => "ERROR_REASON_DISK_TWICE",
             Self::ServerInUse => "ERROR_REASON_SERVER_IN_USE",
+            Self::QuotaExceeded => "ERROR_REASON_QUOTA_EXCEEDED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -245,6 +256,7 @@ impl ErrorReason {
             "ERROR_REASON_STORE_FAILED" => Some(Self::StoreFailed),
             "ERROR_REASON_DISK_TWICE" => Some(Self::DiskTwice),
             "ERROR_REASON_SERVER_IN_USE" => Some(Self::ServerInUse),
+            "ERROR_REASON_QUOTA_EXCEEDED" => Some(Self::QuotaExceeded),
             _ => None,
         }
     }
@@ -1220,11 +1232,20 @@ pub struct ReadBlocksRequest {
     /// Encodings the caller can read; empty: none but ENCODING_NONE.
     #[prost(enumeration = "Encoding", repeated, tag = "3")]
     pub encodings: ::prost::alloc::vec::Vec<i32>,
+    /// Go on past blocks that are lost, and name them in `damaged`. False: the stream ends with STORE_DAMAGED at the first.
+    /// Older servers do that in any case.
+    #[prost(bool, tag = "4")]
+    pub name_damaged: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ReadBlocksResponse {
+    /// Absent in a message that names damaged blocks.
     #[prost(message, optional, tag = "1")]
     pub batch: ::core::option::Option<BlockBatch>,
+    /// These blocks of the request are lost: they don't come. In the order of the stream, after all that was sent before;
+    /// at most 4096 in a message. Repeating the request brings them no more than this one did.
+    #[prost(message, repeated, tag = "2")]
+    pub damaged: ::prost::alloc::vec::Vec<BlockRange>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1338,7 +1359,8 @@ pub mod restore_service_client {
             self
         }
         /// Opens a snapshot for reading; it is kept while the handle lives. Retry: safe, gives another handle.
-        /// Fails with SNAPSHOT_UNKNOWN, TOO_MANY.
+        /// Fails with SNAPSHOT_UNKNOWN, TOO_MANY, STORE_DAMAGED (its hashes or a manifest of its chain are lost; other
+        /// damage shows when blocks are read).
         pub async fn open_snapshot(
             &mut self,
             request: impl tonic::IntoRequest<super::OpenSnapshotRequest>,
@@ -1415,8 +1437,8 @@ pub mod restore_service_client {
             self.inner.server_streaming(req, path, codec).await
         }
         /// Blocks of a snapshot, in ascending order of the ranges. Each non-zero block comes with the hash recorded at its
-        /// commit: check it. Retry: safe, from where the stream broke. Fails with HANDLE_EXPIRED, STORE_DAMAGED,
-        /// INVALID_FIELD, TOO_MANY (streams through janus).
+        /// commit: check it. Retry: safe, from where the stream broke. Fails with HANDLE_EXPIRED, STORE_DAMAGED (at the first
+        /// block that is lost, unless the request has `name_damaged`), INVALID_FIELD, TOO_MANY (streams through janus).
         pub async fn read_blocks(
             &mut self,
             request: impl tonic::IntoRequest<super::ReadBlocksRequest>,
@@ -1457,7 +1479,8 @@ pub mod restore_service_server {
     #[async_trait]
     pub trait RestoreService: std::marker::Send + std::marker::Sync + 'static {
         /// Opens a snapshot for reading; it is kept while the handle lives. Retry: safe, gives another handle.
-        /// Fails with SNAPSHOT_UNKNOWN, TOO_MANY.
+        /// Fails with SNAPSHOT_UNKNOWN, TOO_MANY, STORE_DAMAGED (its hashes or a manifest of its chain are lost; other
+        /// damage shows when blocks are read).
         async fn open_snapshot(
             &self,
             request: tonic::Request<super::OpenSnapshotRequest>,
@@ -1492,8 +1515,8 @@ pub mod restore_service_server {
             + std::marker::Send
             + 'static;
         /// Blocks of a snapshot, in ascending order of the ranges. Each non-zero block comes with the hash recorded at its
-        /// commit: check it. Retry: safe, from where the stream broke. Fails with HANDLE_EXPIRED, STORE_DAMAGED,
-        /// INVALID_FIELD, TOO_MANY (streams through janus).
+        /// commit: check it. Retry: safe, from where the stream broke. Fails with HANDLE_EXPIRED, STORE_DAMAGED (at the first
+        /// block that is lost, unless the request has `name_damaged`), INVALID_FIELD, TOO_MANY (streams through janus).
         async fn read_blocks(
             &self,
             request: tonic::Request<super::ReadBlocksRequest>,
@@ -2872,7 +2895,7 @@ pub struct GetServerInfoResponse {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetRouterStatusRequest {}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ServerStatus {
     /// Name, or empty while the server was never reached.
     #[prost(string, tag = "1")]
@@ -2910,6 +2933,24 @@ pub struct ServerStatus {
     /// Unix milliseconds at which its certificate expires; 0: never seen.
     #[prost(int64, tag = "13")]
     pub certificate_expires_ms: i64,
+    /// Its snapshots with lost blocks, as it has reported them; of at most 20 machines.
+    #[prost(message, repeated, tag = "14")]
+    pub damaged: ::prost::alloc::vec::Vec<DamagedMachine>,
+}
+/// A machine with damaged snapshots on a server.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DamagedMachine {
+    /// `<user>/<machine>`.
+    #[prost(string, tag = "1")]
+    pub machine: ::prost::alloc::string::String,
+    /// How many, and lost blocks of the worst of them.
+    #[prost(uint64, tag = "2")]
+    pub snapshots: u64,
+    #[prost(uint64, tag = "3")]
+    pub blocks: u64,
+    /// The newest snapshot of one of its disks is among them: the next backup there heals it.
+    #[prost(bool, tag = "4")]
+    pub newest: bool,
 }
 /// A machine's newest backup, as far as servers have reported.
 #[derive(Clone, PartialEq, ::prost::Message)]

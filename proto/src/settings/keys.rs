@@ -16,6 +16,8 @@ pub(super) enum Kind {
     Number,
     Text,
     List,
+    /// A table of names that the user chooses: only in the file.
+    Table,
     /// The default is absent, so only the struct knows.
     Any,
 }
@@ -28,6 +30,7 @@ impl fmt::Display for Kind {
             Self::Number => "a number",
             Self::Text => "text in quotes",
             Self::List => "a list, such as [\"a\", \"b\"]",
+            Self::Table => "a table",
             Self::Any => "a value",
         })
     }
@@ -41,7 +44,8 @@ impl Kind {
             Value::Number(_) => Self::Whole,
             Value::String(_) => Self::Text,
             Value::Array(_) => Self::List,
-            Value::Null | Value::Object(_) => Self::Any,
+            Value::Object(_) => Self::Table,
+            Value::Null => Self::Any,
         }
     }
 
@@ -52,6 +56,7 @@ impl Kind {
             Self::Number => value.is_number(),
             Self::Text => value.is_string(),
             Self::List => value.is_array(),
+            Self::Table => value.is_object(),
             Self::Any => true,
         }
     }
@@ -60,7 +65,7 @@ impl Kind {
         match self {
             Self::Switch => "true|false",
             Self::Whole | Self::Number => "NUMBER",
-            Self::Text | Self::Any => "VALUE",
+            Self::Text | Self::Any | Self::Table => "VALUE",
             Self::List => "LIST",
         }
     }
@@ -111,6 +116,7 @@ impl Key {
             Kind::Number => text.parse::<f64>().map_err(|_| expected())?.into(),
             Kind::Text => text.into(),
             Kind::List => text.split(',').map(str::trim).filter(|item| !item.is_empty()).collect(),
+            Kind::Table => return Err("stands only in the settings file".into()),
             // Numbers and switches as themselves, anything else is text.
             Kind::Any => match serde_json::from_str::<Value>(text) {
                 Ok(value) if value.is_number() || value.is_boolean() => value,
@@ -138,6 +144,24 @@ fn collect_keys(table: &Map<String, Value>, section: &str, keys: &mut Vec<Key>) 
             }
             default => keys.push(Key { name, kind: Kind::of(default), default: default.clone() }),
         }
+    }
+}
+
+/// Dotted names of what differs; what only one side has differs.
+pub(super) fn differing(old: &Value, new: &Value, name: &str, found: &mut Vec<String>) {
+    let (Value::Object(before), Value::Object(after)) = (old, new) else {
+        if old != new {
+            found.push(name.to_owned());
+        }
+        return;
+    };
+    let section = if name.is_empty() { String::new() } else { format!("{name}.") };
+    let only_before = before.keys().filter(|key| !after.contains_key(*key));
+    for key in after.keys().chain(only_before) {
+        let (old, new) = (before.get(key), after.get(key));
+        let absent = Value::Null;
+        let name = format!("{section}{key}");
+        differing(old.unwrap_or(&absent), new.unwrap_or(&absent), &name, found);
     }
 }
 
@@ -170,8 +194,12 @@ pub(super) fn nearest(name: &str, prefix: &str, known: impl Iterator<Item = Stri
 /// A value of a TOML file: dotted name, line, value.
 pub(super) type TomlValue = (String, usize, Value);
 
-/// All values of a TOML file in its order; or the line and text of what is wrong.
-pub(super) fn toml_values(text: &str) -> Result<Vec<TomlValue>, (Option<usize>, String)> {
+/// All values of a TOML file in its order, sections flattened but for those that `is_table` names; or the line and text of
+/// what is wrong.
+pub(super) fn toml_values(
+    text: &str,
+    is_table: &dyn Fn(&str) -> bool,
+) -> Result<Vec<TomlValue>, (Option<usize>, String)> {
     let line_at = |offset: usize| {
         1 + text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count()
     };
@@ -182,7 +210,7 @@ pub(super) fn toml_values(text: &str) -> Result<Vec<TomlValue>, (Option<usize>, 
     let spans = DeTable::parse(text).map_err(syntax)?;
     let values: Value = toml::from_str(text).map_err(syntax)?;
     let mut found = Vec::new();
-    collect_values(spans.get_ref(), &values, "", &mut |name, offset, value| {
+    collect_values(spans.get_ref(), &values, "", is_table, &mut |name, offset, value| {
         found.push((name, line_at(offset), value));
     });
     Ok(found)
@@ -192,13 +220,16 @@ fn collect_values(
     spans: &DeTable<'_>,
     values: &Value,
     section: &str,
+    is_table: &dyn Fn(&str) -> bool,
     found: &mut dyn FnMut(String, usize, Value),
 ) {
     for (key, inner) in spans {
         let name = format!("{section}{}", key.get_ref());
         let value = values.get(key.get_ref().as_ref()).cloned().unwrap_or_default();
         match Spanned::get_ref(inner) {
-            DeValue::Table(table) => collect_values(table, &value, &format!("{name}."), found),
+            DeValue::Table(table) if !is_table(&name) => {
+                collect_values(table, &value, &format!("{name}."), is_table, found);
+            }
             _ => found(name, key.span().start, value),
         }
     }

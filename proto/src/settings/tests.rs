@@ -12,9 +12,11 @@ struct Settings {
     note: Option<String>,
     mode: Mode,
     limits: Limits,
+    users: BTreeMap<String, Limits>,
 }
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Limits {
     probe_ms: u64,
 }
@@ -37,6 +39,7 @@ impl Default for Settings {
             note: None,
             mode: Mode::Allow,
             limits: Limits { probe_ms: 1000 },
+            users: BTreeMap::new(),
         }
     }
 }
@@ -142,4 +145,30 @@ fn wrong_values_name_place_key_and_expected_type() {
 fn a_missing_file_is_named() {
     let error = load(None, &[("JANUS_ROUTER_CONFIG", "/nowhere/janus.toml")], &[]).unwrap_err();
     assert!(error.starts_with("can't read settings file /nowhere/janus.toml"), "{error}");
+}
+
+#[test]
+fn a_table_of_names_stands_in_the_file_alone() {
+    let file = "[users.\"alice/web.1\"]\nprobe_ms = 7\n[users]\nbob = { probe_ms = 8 }\n";
+    let loaded = load(Some(file), &[], &[]).unwrap();
+    let probes: Vec<_> = loaded.users.iter().map(|(name, of)| (&**name, of.probe_ms)).collect();
+    assert_eq!(probes, [("alice/web.1", 7), ("bob", 8)]);
+    let error = load(Some("[users.alice]\nprobe = 7\n"), &[], &[]).unwrap_err();
+    assert!(
+        error.starts_with("janus.toml line 1: users = ") && error.contains("`probe`"),
+        "{error}"
+    );
+    assert!(load(Some("users = 1"), &[], &[]).unwrap_err().contains("expected a table"));
+    let variable = load(None, &[("JANUS_ROUTER_USERS", "x")], &[]).unwrap_err();
+    assert!(variable.contains("unknown key"), "{variable}");
+}
+
+#[test]
+fn changes_are_named_also_in_tables() {
+    let (old, mut new) = (Settings::default(), Settings::default());
+    assert_eq!(changed_keys(&old, &new, &[]), [""; 0]);
+    new.limits.probe_ms = 1;
+    new.listen = "x".into();
+    new.users.insert("alice/web".into(), Limits { probe_ms: 1 });
+    assert_eq!(changed_keys(&old, &new, &["listen"]), ["limits.probe_ms", "users.alice/web"]);
 }

@@ -12,7 +12,7 @@ use janus_proto::ids::{BackupId, DiskId, SnapshotId};
 use super::{Held, Run, TrashRecord, TrashedRun, merge::Intent};
 
 /// All runs of one machine on this server, oldest first.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct History {
     runs: BTreeMap<u64, Arc<Run>>,
     trash: BTreeMap<u64, TrashedRun>,
@@ -123,6 +123,13 @@ impl History {
     /// All links, also those in the trash.
     pub fn links(&self) -> impl Iterator<Item = &Held> {
         self.links.values()
+    }
+
+    /// All links, also those in the trash, in the order of their runs: a parent before its children.
+    pub fn links_oldest_first(&self) -> Vec<&Held> {
+        let mut links: Vec<&Held> = self.links.values().collect();
+        links.sort_by_key(|held| held.run.sequence);
+        links
     }
 
     /// All snapshots, newest run first.

@@ -230,7 +230,8 @@ impl Pair<'_> {
         let file = self.storage.open_data(&path, Access::Write);
         let file = file.map_err(MergeError::io("open", &path))?;
         let damaged = MergeError::image(&path);
-        let mut target = Absorber::open(file).map_err(&damaged)?;
+        let least_bytes = self.link.image_length_bytes;
+        let mut target = Absorber::open(file, least_bytes).map_err(&damaged)?;
         if (target.geometry(), target.format()) != (child.geometry(), child.format()) {
             let reason = "parent and child are of different disks".to_owned();
             return Err(damaged(ImageError::Impossible { reason }));

@@ -3,6 +3,8 @@
 //! ```text
 //! <image_path>/.store.json                             id of the store, count of starts; .store.lock is held while in use
 //! <image_path>/<user>/<machine>/.machine.json          use counter
+//! <image_path>/<user>/<machine>/.pins.json             pinned snapshots
+//! <image_path>/<user>/<machine>/.health.json           what is known of the images: see [`super::health`]
 //! <image_path>/<user>/<machine>/.runs/<sequence>.json  run manifests: a run is committed when its file is here
 //! <image_path>/<user>/<machine>/.trash/<sequence>.json those of dropped runs, each with a record .why.json
 //! <image_path>/<user>/<machine>/.merge/<link>.json     merges that are decided and not finished
@@ -16,6 +18,7 @@
 //! moved to `<disk>/set-aside/` at start, never deleted.
 
 mod merges;
+mod pins;
 mod trash;
 
 use std::{
@@ -28,7 +31,7 @@ use std::{
 use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId, StoreGeneration};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{FORMAT, History, Run, merge::Intent, opened::OpenedSnapshot};
+use super::{FORMAT, History, Run, health::Health, merge::Intent, opened::OpenedSnapshot};
 use crate::{
     image::Format,
     storage::{Access, Disk, File},
@@ -121,7 +124,7 @@ impl OpenDisk {
         let snapshot = head.held.snapshot();
         snapshot.size_bytes == self.size_bytes
             && snapshot.logical_sector_bytes == self.logical_sector_bytes
-            && head.layers.newest().format() == self.format
+            && head.newest_format() == Some(self.format)
     }
 
     /// The image (by the extension of its format) or table (`table`) once committed, relative to the machine's folder.
@@ -204,6 +207,8 @@ pub struct MachineState {
     pub incomplete: bool,
     /// Merges that could not be finished yet.
     pub unfinished: Vec<Intent>,
+    /// What is known of the images.
+    pub health: Health,
 }
 
 /// The folder tree of one server, locked for this process.
@@ -410,6 +415,7 @@ impl Store {
         let mut state = MachineState { counters: file.counters, ..MachineState::default() };
         let last = last_sequence(&self.storage, folder)?;
         state.last_sequence = last.max(file.counters.purged_sequence);
+        state.health = Health::load(&self.storage, folder, &file.machine)?;
         let mut unread = false;
         for path in files_in(&self.storage, &folder.join(RUNS), "json")? {
             match read::<Run>(&self.storage, &path) {
@@ -574,7 +580,11 @@ fn files_in(storage: &Disk, folder: &Path, extension: &str) -> Result<Vec<PathBu
 /// Largest JSON file we read: a run of 64 disks is far below.
 const MAX_FILE_BYTES: u64 = 4 << 20;
 
-fn write<T: Serialize>(storage: &Disk, path: &Path, value: &T) -> Result<(), StoreError> {
+pub(super) fn write<T: Serialize>(
+    storage: &Disk,
+    path: &Path,
+    value: &T,
+) -> Result<(), StoreError> {
     let damaged =
         |e: serde_json::Error| StoreError::Damaged { path: path.to_owned(), reason: e.to_string() };
     let mut bytes = serde_json::to_vec_pretty(value).map_err(damaged)?;
@@ -593,7 +603,7 @@ pub(crate) fn with_sum(mut text: Vec<u8>) -> Vec<u8> {
 const DAMAGED: &str = "damaged";
 
 /// A file that can be made again: a damaged one is kept beside and counts as missing.
-fn read_or_put_aside<T: DeserializeOwned>(
+pub(super) fn read_or_put_aside<T: DeserializeOwned>(
     storage: &Disk,
     path: &Path,
 ) -> Result<Option<T>, StoreError> {

@@ -266,14 +266,15 @@ pub enum Absorber {
 }
 
 impl Absorber {
-    /// Opens the file of the parent, or a copy of it, for reading and writing.
+    /// Opens the file of the parent, or a copy of it, for reading and writing. It is never made shorter than `least_bytes`, its
+    /// length at its commit.
     ///
     /// # Errors
     /// When it is no valid image or can't be read or cut.
-    pub fn open(file: File) -> Result<Self, ImageError> {
+    pub fn open(file: File, least_bytes: u64) -> Result<Self, ImageError> {
         match format_of(&file)? {
-            Format::Vhdx => vhdx::Absorber::open(file).map(Self::Vhdx),
-            Format::Vhd => vhd::Absorber::open(file).map(Self::Vhd),
+            Format::Vhdx => vhdx::Absorber::open(file, least_bytes).map(Self::Vhdx),
+            Format::Vhd => vhd::Absorber::open(file, least_bytes).map(Self::Vhd),
         }
     }
 

@@ -1,13 +1,16 @@
 //! One machine on this server: its committed runs, and the open ones with their leases.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::VecDeque,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
     time::Duration,
 };
 
-use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId};
+use janus_proto::{
+    ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId},
+    model::MAX_RANGES,
+};
 use time::{OffsetDateTime, macros::format_description};
 use tokio::time::Instant;
 
@@ -15,12 +18,14 @@ use super::{CommitDisk, MAX_COUNTER_JUMP, RunError, Runs, WantedDisk, left, lock
 use crate::{
     chain::{
         FORMAT, Held, History, Run, Snapshot, TrashRecord, TrashedRun,
+        health::Health,
         merge::Intent,
         opened::OpenedSnapshot,
+        ranges::BlockRanges,
         store::{Counters, MachineState, OpenDisk, OpenRun, Store, StoreError},
     },
     image::{Format, vhd},
-    session::{Session, Trust},
+    session::{Session, SessionError, Trust},
 };
 
 /// Aborted runs remembered per machine, to tell a late caller what became of them.
@@ -37,6 +42,8 @@ pub struct Machine {
     files: RwLock<()>,
     /// Purges take turns. Taken before all others.
     merging: Mutex<()>,
+    /// Changes of what is known of the images take turns of their own: a commit may take minutes.
+    health_turn: Mutex<()>,
 }
 
 struct State {
@@ -46,22 +53,19 @@ struct State {
     aborted: VecDeque<BackupId>,
     /// Highest number of a run manifest, readable or not.
     last_sequence: u64,
-    /// Snapshots whose chains were found to be damaged.
-    damaged: HashSet<SnapshotId>,
     /// Manifests that could not be read may name what nothing else does.
     incomplete: bool,
     /// Decided merges that are not finished, and whether the chain can be opened already.
     unfinished: Vec<(Intent, bool)>,
     /// Links of the chains that somebody has open.
     opened: Vec<Weak<[SnapshotId]>>,
+    /// What is known of the images.
+    health: Health,
+    /// Something of that is not in its file yet.
+    health_unsaved: bool,
 }
 
 impl Machine {
-    /// No new snapshot is built on this one.
-    pub(super) fn note_damaged(&self, snapshot: Option<SnapshotId>) {
-        lock(&self.state).damaged.extend(snapshot);
-    }
-
     pub(super) fn new(key: MachineKey, state: MachineState, lease: Duration) -> Self {
         // Nobody holds the lease of a run that was left by an earlier process.
         let active = state
@@ -75,13 +79,20 @@ impl Machine {
             active,
             aborted: VecDeque::new(),
             last_sequence: state.last_sequence,
-            damaged: HashSet::new(),
             incomplete: state.incomplete,
             unfinished: state.unfinished.into_iter().map(|intent| (intent, false)).collect(),
             opened: Vec::new(),
+            health: state.health,
+            health_unsaved: false,
         };
-        let (turn, merging) = (Mutex::new(()), Mutex::new(()));
-        Self { key, state: Mutex::new(state), turn, files: RwLock::new(()), merging }
+        Self {
+            key,
+            state: Mutex::new(state),
+            turn: Mutex::new(()),
+            files: RwLock::new(()),
+            merging: Mutex::new(()),
+            health_turn: Mutex::new(()),
+        }
     }
 
     /// Counter of the newest start here.
@@ -104,7 +115,18 @@ impl Machine {
         lock(&self.state).history.newest().is_some()
     }
 
-    pub(super) fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
+    /// The base that a snapshot's chain begins with; `None` when a link is missing.
+    pub fn chain_base(&self, id: SnapshotId) -> Option<SnapshotId> {
+        Some(self.chain(id)?.last()?.snapshot().id)
+    }
+
+    /// True when a snapshot was found to be damaged.
+    pub fn is_damaged(&self, id: SnapshotId) -> bool {
+        self.health_of(id).0 > 0
+    }
+
+    /// The chain that ends in a snapshot, newest first; `None` when a link is missing.
+    pub fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
         lock(&self.state).history.chain(id)
     }
 
@@ -146,6 +168,23 @@ impl Machine {
     /// Looks at the runs.
     pub(super) fn history<T>(&self, look: impl FnOnce(&History) -> T) -> T {
         look(&lock(&self.state).history)
+    }
+
+    /// A link of its chains, be it in the trash.
+    pub fn link(&self, id: SnapshotId) -> Option<Held> {
+        self.history(|history| history.link(id).cloned())
+    }
+
+    /// True while a link is as it was, and no merge may be changing its image.
+    pub fn still_has(&self, held: &Held) -> bool {
+        let link = self.link(held.snapshot().id);
+        let purging = self.trashed_run(held.run.backup).is_some_and(|run| run.record.purging);
+        !purging && link.is_some_and(|link| link.snapshot() == held.snapshot())
+    }
+
+    /// All links of its chains, those in the trash too.
+    pub(super) fn links(&self) -> Vec<Held> {
+        self.history(|history| history.links().cloned().collect())
     }
 
     pub(super) fn is_incomplete(&self) -> bool {
@@ -197,6 +236,36 @@ impl Machine {
         let opened = lock(&self.state).opened.clone();
         let mut chains = opened.iter().filter_map(Weak::upgrade);
         chains.any(|links| links.contains(&link) && !links.contains(&child))
+    }
+
+    pub(super) fn take_health_turn(&self) -> MutexGuard<'_, ()> {
+        lock(&self.health_turn)
+    }
+
+    /// What is known of its images.
+    pub fn health(&self) -> Health {
+        lock(&self.state).health.clone()
+    }
+
+    pub(super) fn set_health(&self, health: Health, is_saved: bool) {
+        let mut state = lock(&self.state);
+        state.health = health;
+        state.health_unsaved = !is_saved;
+    }
+
+    pub(super) fn is_health_unsaved(&self) -> bool {
+        lock(&self.state).health_unsaved
+    }
+
+    pub(super) fn health_count(&self, snapshot: SnapshotId) -> Option<u64> {
+        lock(&self.state).health.snapshots.get(&snapshot).copied()
+    }
+
+    /// Damaged blocks of a snapshot, and since when all images of its chain are proven (Unix milliseconds; 0: not yet).
+    pub fn health_of(&self, snapshot: SnapshotId) -> (u64, i64) {
+        let state = lock(&self.state);
+        let damaged = state.health.snapshots.get(&snapshot).copied().unwrap_or(0);
+        (damaged, state.health.proven_ms(&state.history, snapshot))
     }
 
     pub(super) fn take_turn(&self) -> MutexGuard<'_, ()> {
@@ -301,7 +370,10 @@ impl PlannedDisk {
             logical_sector_bytes: wanted.logical_sector_bytes,
             head: head.as_ref().map(|head| head.held.snapshot().id),
             stem: free_stem(runs.store(), machine, &wanted.disk)?,
-            format: head.as_ref().map_or(runs.new_chains, |head| head.layers.newest().format()),
+            format: head
+                .as_ref()
+                .and_then(OpenedSnapshot::newest_format)
+                .unwrap_or(runs.new_chains),
         };
         if !head.as_ref().is_some_and(|head| disk.goes_on(head)) {
             disk.format = runs.new_chains;
@@ -530,8 +602,12 @@ impl ActiveRun {
                 if !error.is_head_damage() {
                     return error.into();
                 }
-                let (disk, head) = (open.disk.clone(), open.head);
-                RunError::ChainDamaged { disk, head, reason: error.to_string() }
+                let (disk, reason) = (open.disk.clone(), error.to_string());
+                let blocks = match error {
+                    SessionError::HeadDamaged { blocks } => blocks,
+                    _ => BlockRanges::default(),
+                };
+                RunError::ChainDamaged { disk, blocks, reason }
             })?;
             snapshots.push(Snapshot {
                 id: open.snapshot,
@@ -553,17 +629,23 @@ impl ActiveRun {
     }
 }
 
-/// The head of a disk, unless its chain can't be read: then the session starts from zeros and makes a new base.
+/// The head of a disk, unless its chain can't be built on: then the session starts from zeros and makes a new base.
 fn readable_head(runs: &Runs, machine: &Machine, disk: &DiskId) -> Option<OpenedSnapshot> {
     let held = lock(&machine.state).history.head(disk).cloned()?;
-    if lock(&machine.state).damaged.contains(&held.snapshot().id) {
-        tracing::error!(machine = %machine.key, %disk, snapshot_id = %held.snapshot().id, "the disk's head was found to be damaged: a new base begins");
-        return None;
-    }
+    let id = held.snapshot().id;
     match runs.open_snapshot(&held) {
-        Ok(opened) => Some(opened),
+        Ok(opened) if opened.damaged.len() > MAX_RANGES => {
+            tracing::error!(machine = %machine.key, %disk, snapshot_id = %id, ranges = opened.damaged.len(), "the disk's head is damaged in too many places: a new base begins");
+            None
+        }
+        Ok(opened) => {
+            if !opened.damaged.is_empty() {
+                tracing::warn!(machine = %machine.key, %disk, snapshot_id = %id, blocks = opened.damaged.blocks(), "damaged blocks of the disk's head are asked for again");
+            }
+            Some(opened)
+        }
         Err(error) => {
-            tracing::error!(%error, machine = %machine.key, %disk, "the disk's head can't be read: a new base begins");
+            tracing::error!(%error, machine = %machine.key, %disk, snapshot_id = %id, "the disk's head can't be built on: a new base begins");
             None
         }
     }

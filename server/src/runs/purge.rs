@@ -110,7 +110,11 @@ impl Runs {
         let report = PurgeReport::default();
         let mut purge = Purge { runs: self, machine: &machine, options, stop, report };
         purge.go();
-        purge.report
+        let report = purge.report;
+        if report.merged > 0 || !report.purged.is_empty() {
+            self.look_again(&machine);
+        }
+        report
     }
 
     /// Lets decided merges happen that are not finished: nobody can open their chains before.
@@ -163,7 +167,10 @@ struct Purge<'a> {
 
 impl Purge<'_> {
     fn go(&mut self) {
-        let hindrance = match self.finish() {
+        if self.due_links().is_empty() && self.machine.unfinished().is_none() {
+            return;
+        }
+        let hindrance = match self.tidy() {
             Err(wait) => Some(wait),
             Ok(()) => self.machine.is_incomplete().then_some(Wait::Incomplete),
         };
@@ -181,6 +188,10 @@ impl Purge<'_> {
             if let Err(wait) = self.take_out(&link, &children) {
                 tracing::info!(machine = %self.machine.key, image = snapshot.image, %wait, "a dropped image stays for now");
                 self.report.waiting.push((snapshot.id, wait));
+                // What is decided comes first: the links above it are not what they will be.
+                if self.machine.unfinished().is_some() {
+                    return;
+                }
             }
         }
     }
@@ -208,18 +219,19 @@ impl Purge<'_> {
     }
 
     fn take_out(&mut self, link: &Held, children: &[Held]) -> Result<(), Wait> {
-        let Some(child) = children.iter().min_by_key(|held| held.run.sequence) else {
+        let Some(child_held) = children.iter().min_by_key(|held| held.run.sequence) else {
             self.begin(link)?;
             return self.conclude(link, Intent::remove(link.snapshot().clone()));
         };
         let folder = self.runs.store.machine_folder(&self.machine.key);
         let storage = self.runs.store.storage();
-        let (link_snapshot, child) = (link.snapshot(), child.snapshot());
+        let (link_snapshot, child) = (link.snapshot(), child_held.snapshot());
         let pair = Pair { storage, folder: &folder, link: link_snapshot, child };
         let way = self.way(&pair, children.len())?;
         self.begin(link)?;
         let stop = || self.stop.is_cancelled();
         let (switch, moved) = pair.prepare(way, &stop)?;
+        self.runs.note_merge(self.machine, link, child_held);
         let intent = Intent::switch(link.snapshot().clone(), switch, children.len() > 1);
         self.conclude(link, intent)?;
         tracing::info!(
@@ -280,5 +292,12 @@ impl Purge<'_> {
     fn finish(&self) -> Result<(), Wait> {
         self.runs.finish_switches(self.machine)?;
         Ok(self.runs.clear_away(self.machine)?)
+    }
+
+    /// Finishes what an earlier purge has begun, and removes what it had not.
+    fn tidy(&self) -> Result<(), Wait> {
+        self.finish()?;
+        let removed = self.runs.store.remove_partials(&self.machine.key);
+        removed.map_err(|error| Wait::Failed(error.to_string()))
     }
 }

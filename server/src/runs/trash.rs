@@ -74,6 +74,7 @@ impl Runs {
             machine.brought_back_now(backup);
             trashed.run
         };
+        self.look_again(&machine);
         tracing::info!(machine = %key, backup_id = %backup, "run brought back from the trash");
         let _ = self.changes.send(Change::Committed(run.clone()));
         Ok(run)

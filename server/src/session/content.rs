@@ -9,7 +9,7 @@ use janus_proto::{
 };
 
 use super::SessionError;
-use crate::chain::opened::OpenedSnapshot;
+use crate::chain::opened::{OpenedSnapshot, Salvage};
 
 /// Hashes of a disk before anything was sent.
 pub struct StartContent {
@@ -97,8 +97,21 @@ impl StartContent {
         let (old, past) = buffer.split_at_mut(inside);
         past.fill(0);
         match &self.head {
-            Some(head) => Ok(head.layers.read_at(offset, old)?),
+            Some(head) => Ok(head.read_at(offset, old)?),
             None => Ok(()),
+        }
+    }
+
+    /// Reads one block that should have this hash by any way there is; false when it is lost. The one whose length has
+    /// changed is read as it was when the session was opened.
+    pub fn salvage(&self, block: u64, hash: BlockHash, buffer: &mut [u8]) -> bool {
+        let is_inside = block * BLOCK_BYTES + buffer.len() as u64 <= self.old_bytes();
+        match &self.head {
+            Some(head) if is_inside => Salvage::new(head).read(block, hash, buffer),
+            _ => {
+                let read = self.read_at(block * BLOCK_BYTES, buffer);
+                read.is_ok() && hash_block(buffer) == hash
+            }
         }
     }
 

@@ -12,7 +12,11 @@ use uuid::Uuid;
 
 use super::{Inner, PAYLOAD_BLOCKS, Session, SessionError, Touch};
 use crate::{
-    chain::table::{SegmentBitmap, TableError, TableHeader, TableWriter},
+    chain::{
+        opened::OpenedSnapshot,
+        ranges::BlockRanges,
+        table::{SegmentBitmap, TableError, TableHeader, TableWriter},
+    },
     image::{Identity, Kind, Payload},
     storage::Access,
 };
@@ -82,7 +86,7 @@ impl Session {
         if self.start.head().is_none() {
             return Ok(slots);
         }
-        let mut buffer = Buffer::take();
+        let (mut buffer, mut lost) = (Buffer::take(), BlockRanges::default());
         for segment in self.segments_with_data(digests) {
             let hashes = self.segment_of(inner, segment)?;
             let sent = bitmap(inner.index.touched.get(&segment));
@@ -95,15 +99,45 @@ impl Session {
                 let slot = *slots.entry(run.start / PAYLOAD_BLOCKS).or_insert(next);
                 let end = (run.end * BLOCK_BYTES).min(self.disk.size_bytes);
                 let bytes = &mut buffer[..(end - run.start * BLOCK_BYTES) as usize];
-                self.start.read_at(run.start * BLOCK_BYTES, bytes)?;
                 let first = (run.start - segment * SEGMENT_BLOCKS) as usize;
-                check_hashes(bytes, &hashes[first..], run.start)?;
+                if !self.read_head(&run, bytes, &hashes[first..], &mut lost) {
+                    continue;
+                }
                 self.image
                     .write_all_at(bytes, self.place(slot, run.start))
                     .map_err(SessionError::io("write", &self.image_path()))?;
             }
         }
-        Ok(slots)
+        // All of them at once: the client is asked for them in its next run.
+        if lost.is_empty() { Ok(slots) } else { Err(SessionError::HeadDamaged { blocks: lost }) }
+    }
+
+    /// Reads blocks of the head. Nothing that is not what was backed up gets into a new image: false when one is lost, which
+    /// is then among `lost`.
+    fn read_head(
+        &self,
+        blocks: &Range<u64>,
+        bytes: &mut [u8],
+        hashes: &[BlockHash],
+        lost: &mut BlockRanges,
+    ) -> bool {
+        let mut found = Vec::new();
+        if self.start.read_at(blocks.start * BLOCK_BYTES, bytes).is_ok() {
+            hash_blocks(bytes, &mut found);
+            if found.iter().eq(&hashes[..found.len()]) {
+                return true;
+            }
+        }
+        let mut is_whole = true;
+        for ((block, piece), hash) in
+            blocks.clone().zip(bytes.chunks_mut(BLOCK_BYTES as usize)).zip(hashes)
+        {
+            if !self.start.salvage(block, *hash, piece) {
+                lost.insert(block..block + 1);
+                is_whole = false;
+            }
+        }
+        is_whole
     }
 
     /// Writes and syncs the table: what was sent for a delta, all that isn't zero for a base.
@@ -149,10 +183,7 @@ impl Session {
             data_write: Uuid::now_v7(),
             virtual_disk: head.map_or_else(Uuid::new_v4, |head| head.held.snapshot().virtual_disk),
         };
-        let parent = head.map(|head| {
-            let image = &head.held.snapshot().image;
-            head.layers.newest().as_parent(image.rsplit('/').next().unwrap_or(image))
-        });
+        let parent = head.and_then(OpenedSnapshot::as_parent);
         let mut order: Vec<(u64, u32)> =
             slots.iter().map(|(payload, slot)| (*payload, *slot)).collect();
         order.sort_unstable();
@@ -205,16 +236,6 @@ fn bitmap(touches: Option<&Vec<Touch>>) -> SegmentBitmap {
         }
     }
     present
-}
-
-/// Nothing that is not what was backed up gets into a new image.
-fn check_hashes(bytes: &[u8], expected: &[BlockHash], first: u64) -> Result<(), SessionError> {
-    let mut found = Vec::new();
-    hash_blocks(bytes, &mut found);
-    match found.iter().zip(expected).position(|(found, expected)| found != expected) {
-        Some(index) => Err(SessionError::HeadDamaged { block: first + index as u64 }),
-        None => Ok(()),
-    }
 }
 
 /// Marked blocks that follow each other, as block numbers of the disk: in one payload block, and no more than a buffer holds.

@@ -214,7 +214,7 @@ impl Model {
         let snapshot = opened.held.snapshot();
         let content = &self.contents[&snapshot.id];
         let mut bytes = vec![0xee; content.len()];
-        opened.layers.read_at(0, &mut bytes).unwrap();
+        opened.read_at(0, &mut bytes).unwrap();
         let differs = bytes.chunks(4096).zip(content.chunks(4096)).position(|(a, b)| a != b);
         assert_eq!(differs, None, "first block of {} that differs", snapshot.image);
         for (segment, part) in (0..).zip(content.chunks(SEGMENT_BYTES as usize)) {

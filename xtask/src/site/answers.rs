@@ -11,6 +11,18 @@ pub struct Failure {
     pub reason: Option<String>,
     /// The program's exit code.
     pub exit_code: i32,
+    /// Parts of a snapshot that are lost, when that is the failure.
+    #[serde(default)]
+    pub lost: Vec<Lost>,
+}
+
+/// A lost part of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Lost {
+    /// First byte.
+    pub offset: u64,
+    /// How many.
+    pub bytes: u64,
 }
 
 /// A server that was passed over.
@@ -106,6 +118,10 @@ pub struct Snapshot {
     pub image: String,
     /// Its server answers.
     pub reachable: bool,
+    /// Blocks that are known to be lost.
+    pub damaged_blocks: u64,
+    /// Unix milliseconds since when all of it is proven; 0: not yet.
+    pub verified_ms: i64,
 }
 
 /// A server that did not answer a `list`.
@@ -134,8 +150,21 @@ pub struct Restore {
     pub fetched_bytes: u64,
     /// Bytes that were written.
     pub written_bytes: u64,
+    /// What is lost, and zeros now.
+    pub lost: Vec<Lost>,
     /// Wall time.
     pub seconds: f64,
+}
+
+/// A machine with damaged snapshots.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Damaged {
+    /// `<user>/<machine>`.
+    pub machine: String,
+    /// How many.
+    pub snapshots: u64,
+    /// A disk's newest is among them.
+    pub newest: bool,
 }
 
 /// `status`.
@@ -158,6 +187,8 @@ pub struct ServerStatus {
     pub reason: Option<String>,
     /// Milliseconds since the last message of its report stream; -1: no stream.
     pub report_age_ms: i64,
+    /// Machines with damaged snapshots there.
+    pub damaged: Vec<Damaged>,
     /// Starts that janus sent there.
     pub starts: u64,
     /// Body bytes that janus forwarded to it.

@@ -70,6 +70,47 @@ impl TableStack {
         self.check(segment, hashes)
     }
 
+    /// For each block of a segment the place of the table that names it, 0 for the newest; `None`: no table does, the block is
+    /// zero.
+    ///
+    /// # Errors
+    /// When a page is damaged.
+    pub fn holders(&self, segment: u64) -> Result<Vec<Option<usize>>, TableError> {
+        let mut holders = vec![None; SEGMENT_BLOCKS as usize];
+        for (place, table) in self.tables.iter().enumerate() {
+            let Some(page) = table.page(segment)? else { continue };
+            for block in page.present.blocks() {
+                holders[block].get_or_insert(place);
+            }
+        }
+        Ok(holders)
+    }
+
+    /// The hashes of a segment as far as its pages can be read: `None` where only a damaged page knows.
+    pub fn known(&self, segment: u64) -> Vec<Option<BlockHash>> {
+        let blocks = blocks_of(self.disk_bytes, segment);
+        let first = segment * SEGMENT_BLOCKS;
+        let mut known = vec![None; blocks];
+        for table in &self.tables {
+            let Ok(page) = table.page(segment) else { return known };
+            for (block, hash) in
+                page.iter().flat_map(|page| page.present.blocks().zip(&page.hashes))
+            {
+                known[block].get_or_insert(*hash);
+            }
+        }
+        for (hash, block) in known.iter_mut().zip(first..) {
+            hash.get_or_insert(zero_hash(block_len(self.disk_bytes, block)));
+        }
+        known
+    }
+
+    /// The digest of a segment, which is known even where its pages are damaged.
+    pub fn digest(&self, segment: u64) -> BlockHash {
+        let named = self.tables.iter().find_map(|table| table.digest(segment));
+        named.unwrap_or_else(|| zero_segment_of(self.disk_bytes, segment))
+    }
+
     /// The digests of all segments, in order: 8 MiB for each TiB of disk.
     ///
     /// # Errors

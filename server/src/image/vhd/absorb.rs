@@ -36,15 +36,17 @@ struct Touched {
 }
 
 impl Absorber {
-    /// Opens the file of the parent, or a copy of it, for reading and writing.
+    /// Opens the file of the parent, or a copy of it, for reading and writing. It is never made shorter than `least_bytes`, its
+    /// length at its commit.
     ///
     /// Reads the whole allocation table: 2 MiB for each TiB of disk.
     ///
     /// # Errors
     /// When it is no valid image, a fixed one, or can't be read or cut.
-    pub fn open(file: File) -> Result<Self, ImageError> {
+    pub fn open(file: File, least_bytes: u64) -> Result<Self, ImageError> {
         let image = VhdImage::open(file)?;
-        let end = image.used_end()?;
+        let least_end = least_bytes.saturating_sub(footer::BYTES as u64).next_multiple_of(SECTOR);
+        let end = image.used_end()?.max(least_end);
         // What lies behind is the footer, or of an attempt that did not get to the table; new blocks must be holes first.
         let length = end + footer::BYTES as u64;
         image.file().set_len(length).map_err(ImageError::io("write"))?;

@@ -37,17 +37,18 @@ struct Touched {
 }
 
 impl Absorber {
-    /// Opens the file of the parent, or a copy of it, for reading and writing.
+    /// Takes the file of the parent, or a copy of it, open for reading and writing. `least_bytes`: what it was committed with,
+    /// below which it is never cut.
     ///
     /// Reads the whole allocation table: 4 MiB for each TiB of disk.
     ///
     /// # Errors
     /// When it is no valid image or can't be read or cut.
-    pub fn open(file: File) -> Result<Self, ImageError> {
+    pub fn open(file: File, least_bytes: u64) -> Result<Self, ImageError> {
         let image = VhdxImage::open(file)?;
-        let end = used_end(&image)?;
+        let end = used_end(&image)?.max(least_bytes);
         // What lies behind is of an attempt that did not get to the table; new blocks must be holes first.
-        image.file.file().set_len(end).map_err(ImageError::io("write"))?;
+        image.file().set_len(end).map_err(ImageError::io("write"))?;
         Ok(Self { image, end, touched: BTreeMap::new(), marks: Vec::new() })
     }
 
@@ -58,7 +59,7 @@ impl Absorber {
 
     /// The file, to put data into.
     pub fn file(&self) -> &File {
-        self.image.file.file()
+        self.image.file()
     }
 
     /// Payload blocks touched since the last flush; each needs some memory.
@@ -126,7 +127,7 @@ impl Absorber {
         if self.image.kind() == Kind::Differencing {
             self.make_bitmaps()?;
         }
-        let file = self.image.file.file();
+        let file = self.image.file();
         let length = file.metadata().map_err(ImageError::io("length"))?.length_bytes;
         if length < self.end {
             file.set_len(self.end).map_err(ImageError::io("write"))?;
@@ -183,7 +184,7 @@ impl Absorber {
             done = Some(chunk);
             if bat::state(self.image.bitmap_entry(block)?) != bat::BITMAP_PRESENT {
                 let offset = self.take(MIB);
-                let file = self.image.file.file();
+                let file = self.image.file();
                 file.set_len(self.end).map_err(ImageError::io("write"))?;
                 file.sync_data().map_err(ImageError::io("sync"))?;
                 let entry = (offset | bat::BITMAP_PRESENT).to_le_bytes();
@@ -198,7 +199,7 @@ impl Absorber {
     fn mark(&self) -> Result<(), ImageError> {
         let sector_bytes = u64::from(self.image.geometry().logical_sector_bytes);
         let chunk_bytes = self.image.ratio * self.image.metadata.block_bytes;
-        let mut pages = Pages::new(self.image.file.file());
+        let mut pages = Pages::new(self.image.file());
         for mark in &self.marks {
             let mut at = mark.start;
             while at < mark.end {

@@ -88,9 +88,9 @@ impl VhdxImage {
         Ok(image)
     }
 
-    /// The file.
+    /// The file itself, without what its log changes.
     pub fn file(&self) -> &File {
-        self.file.file()
+        self.file.own()
     }
 
     /// Virtual size and sectors.
@@ -302,11 +302,7 @@ impl VhdxImage {
     pub(super) fn place(&self, entry: u64, bytes: u64) -> Result<u64, ImageError> {
         let start = bat::offset(entry);
         let end = start.checked_add(bytes).filter(|_| start >= MIB);
-        let mut file_bytes = self.file.len();
-        if end.is_some_and(|end| end > file_bytes) {
-            // A merge may have added blocks since.
-            file_bytes = self.file.measure().map_err(ImageError::io("length"))?;
-        }
+        let file_bytes = self.file.len_up_to(end.unwrap_or(0)).map_err(ImageError::io("length"))?;
         let end = end.filter(|end| *end <= file_bytes).ok_or_else(|| {
             ImageError::damaged(format!("a block at {start} of a file of {file_bytes} bytes"))
         })?;

@@ -13,10 +13,12 @@ use crate::storage::File;
 /// A file, and what its log changes. Threads may read at the same time.
 pub(super) struct ReplayedFile {
     file: File,
-    /// Length of the file itself when it was last asked.
-    own_bytes: AtomicU64,
-    /// Length that the log gives it; 0 without a log.
-    log_bytes: u64,
+    /// Length of the file itself.
+    own_bytes: u64,
+    /// Length with the log's changes, as far as it is known: a merge may make the file longer meanwhile.
+    file_bytes: AtomicU64,
+    /// A log was laid over it.
+    is_changed: bool,
     zeros: Vec<Range<u64>>,
     pages: BTreeMap<u64, Box<[u8; SECTOR]>>,
 }
@@ -31,18 +33,21 @@ impl fmt::Debug for ReplayedFile {
 impl ReplayedFile {
     /// The file as it is.
     pub(super) fn new(file: File) -> io::Result<Self> {
-        let own_bytes = file.metadata()?.length_bytes.into();
-        Ok(Self { file, own_bytes, log_bytes: 0, zeros: Vec::new(), pages: BTreeMap::new() })
-    }
-
-    /// The file itself.
-    pub(super) fn file(&self) -> &File {
-        &self.file
+        let own_bytes = file.metadata()?.length_bytes;
+        Ok(Self {
+            file,
+            own_bytes,
+            file_bytes: own_bytes.into(),
+            is_changed: false,
+            zeros: Vec::new(),
+            pages: BTreeMap::new(),
+        })
     }
 
     /// The file with these changes.
     pub(super) fn with(mut self, changes: Changes) -> Self {
-        self.log_bytes = changes.file_bytes;
+        self.is_changed = true;
+        self.file_bytes = changes.file_bytes.max(self.own_bytes).into();
         for change in changes.changes {
             match change {
                 Change::Zero(range) => {
@@ -59,27 +64,33 @@ impl ReplayedFile {
         self
     }
 
-    /// Length with the log's changes, when it was last asked.
+    /// Length with the log's changes.
     pub(super) fn len(&self) -> u64 {
-        self.own_bytes.load(Ordering::Relaxed).max(self.log_bytes)
+        self.file_bytes.load(Ordering::Relaxed)
     }
 
-    /// Asks for the length anew.
-    pub(super) fn measure(&self) -> io::Result<u64> {
-        self.own_bytes.store(self.file.metadata()?.length_bytes, Ordering::Relaxed);
+    /// The same, looked up again when the file was shorter than `end`.
+    pub(super) fn len_up_to(&self, end: u64) -> io::Result<u64> {
+        if end > self.len() && !self.is_changed {
+            self.file_bytes.store(self.file.metadata()?.length_bytes, Ordering::Relaxed);
+        }
         Ok(self.len())
+    }
+
+    /// The file itself, without what its log changes.
+    pub(super) fn own(&self) -> &File {
+        &self.file
     }
 
     /// Fills `buffer` from `offset`.
     pub(super) fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        if self.log_bytes == 0 {
+        if !self.is_changed {
             return self.file.read_exact_at(buffer, offset);
         }
         let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= self.len());
         let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
         // The log may have made the file longer than it is.
-        let own_bytes = self.own_bytes.load(Ordering::Relaxed);
-        let there = own_bytes.saturating_sub(offset).min(buffer.len() as u64) as usize;
+        let there = self.own_bytes.saturating_sub(offset).min(buffer.len() as u64) as usize;
         let (own, beyond) = buffer.split_at_mut(there);
         self.file.read_exact_at(own, offset)?;
         beyond.fill(0);

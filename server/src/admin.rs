@@ -1,0 +1,217 @@
+//! Administration of a store: one list of commands and one handler, whoever holds the store.
+//!
+//! A running server holds its store's lock, so `janus-server usage` and the like reach it through the socket
+//! `<image_path>/.admin.sock` ([`socket`]); while none runs they open the store themselves ([`ask`]) and call the same
+//! handler. A request is one [`Command`] as a line of JSON, the answer lines of progress and one last line ([`wire`]):
+//! both ends are one program of one version on one host, so there is nothing that a .proto would describe to others, and
+//! clap's enum of commands is the wire form too.
+//!
+//! To add a command: a variant of [`Command`], an arm in [`Admin::run`], a file in `admin/` that makes its [`Answer`].
+//! Handlers block; what takes long looks at [`Task::is_cancelled`] and tells its progress.
+
+pub mod ask;
+mod retention;
+pub mod socket;
+mod table;
+#[cfg(test)]
+mod tests;
+mod trash;
+mod usage;
+mod verify;
+mod wire;
+
+use std::sync::Arc;
+
+use clap::Subcommand;
+use janus_proto::ids::{MachineKey, SnapshotId};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    chain::store::StoreError,
+    config::Settings,
+    retention::{Retention, RetentionError},
+    runs::{Machine, Runs},
+};
+
+/// What an administrator asks for: subcommands of `janus-server`, and what travels through the socket.
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Command {
+    /// Show what machines, disks and snapshots take
+    Usage(usage::Arguments),
+    /// Show what the rules of retention would drop, or drop it
+    #[command(subcommand)]
+    Retention(retention::Action),
+    /// Keep the run of a snapshot whatever the rules say
+    Pin {
+        /// One of its snapshots
+        snapshot: SnapshotId,
+    },
+    /// Leave the run of a snapshot to the rules again
+    Unpin {
+        /// One of its snapshots
+        snapshot: SnapshotId,
+    },
+    /// Move the run of a snapshot, with all its disks, or all runs of a machine to the trash
+    Delete {
+        /// What
+        #[arg(value_name = "SNAPSHOT|USER/MACHINE")]
+        target: trash::Target,
+    },
+    /// Show, bring back or purge what was dropped
+    #[command(subcommand)]
+    Trash(trash::TrashAction),
+    /// Read stored images now and compare them with their hashes
+    Verify(verify::Arguments),
+}
+
+/// What a command prints when it went well.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Answer {
+    /// For people.
+    pub text: String,
+    /// For `--json`: an object.
+    pub json: Value,
+    /// The command was done, and what it found is bad: exit code 1.
+    pub is_bad: bool,
+}
+
+impl Answer {
+    /// An answer that is good news; `json` serializes as an object.
+    pub fn new(text: impl Into<String>, json: impl Serialize) -> Self {
+        // What can't be shown as JSON would be a bug that every test of the command finds.
+        let json = serde_json::to_value(json).unwrap_or(Value::Null);
+        Self { text: text.into(), json, is_bad: false }
+    }
+}
+
+/// Why a command was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// No such machine here.
+    #[error("no machine {machine} here: `janus-server usage` lists them")]
+    UnknownMachine {
+        /// As given.
+        machine: MachineKey,
+    },
+    /// No such snapshot here.
+    #[error("no snapshot {snapshot} here: `janus-server usage --snapshots` lists them")]
+    UnknownSnapshot {
+        /// As given.
+        snapshot: SnapshotId,
+    },
+    /// It was not dropped, or is gone for good.
+    #[error("snapshot {snapshot} is not in the trash: `janus-server trash list` shows what is")]
+    NotInTrash {
+        /// As given.
+        snapshot: SnapshotId,
+    },
+    /// The caller has gone, or the server stops.
+    #[error("stopped before it was done: what is missing can be done by the same command")]
+    Cancelled,
+    /// The file system refused.
+    #[error("cannot {action}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Retention.
+    #[error(transparent)]
+    Retention(#[from] RetentionError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// A command at work: who asked may have gone, and wants to know how far it is.
+pub struct Task<'a> {
+    cancel: &'a CancellationToken,
+    progress: &'a dyn Fn(String),
+}
+
+impl<'a> Task<'a> {
+    /// A task that ends early when `cancel` says so; lines for people go to `progress`.
+    pub fn new(cancel: &'a CancellationToken, progress: &'a dyn Fn(String)) -> Self {
+        Self { cancel, progress }
+    }
+
+    /// Tells the caller how far it is. Lines may be left out when they come faster than they are read.
+    pub fn tell(&self, line: impl Into<String>) {
+        (self.progress)(line.into());
+    }
+
+    /// True when nobody waits for the result any more.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
+    }
+
+    /// For work that can be stopped from elsewhere.
+    pub fn token(&self) -> &CancellationToken {
+        self.cancel
+    }
+
+    /// Ends a loop.
+    ///
+    /// # Errors
+    /// `Cancelled`.
+    pub fn check(&self) -> Result<(), AdminError> {
+        if self.is_cancelled() { Err(AdminError::Cancelled) } else { Ok(()) }
+    }
+}
+
+/// The handler of all commands.
+pub struct Admin {
+    runs: Arc<Runs>,
+    settings: Settings,
+    retention: Arc<Retention>,
+}
+
+impl Admin {
+    /// A handler over an opened store.
+    pub fn new(runs: Arc<Runs>, settings: Settings) -> Self {
+        let retention = Arc::new(Retention::new(runs.clone(), settings.clone()));
+        Self { runs, settings, retention }
+    }
+
+    /// Its runs.
+    pub fn runs(&self) -> &Arc<Runs> {
+        &self.runs
+    }
+
+    /// The settings of its server.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The retention of its store.
+    pub fn retention(&self) -> &Arc<Retention> {
+        &self.retention
+    }
+
+    /// One machine, or all.
+    fn machines(&self, only: Option<&MachineKey>) -> Result<Vec<Arc<Machine>>, AdminError> {
+        let Some(key) = only else { return Ok(self.runs.machines()) };
+        let machine = self.runs.machine(key);
+        Ok(vec![machine.ok_or_else(|| AdminError::UnknownMachine { machine: key.clone() })?])
+    }
+
+    /// Does what a command says. Blocks.
+    ///
+    /// # Errors
+    /// As [`AdminError`] says.
+    pub fn run(&self, command: Command, task: &Task<'_>) -> Result<Answer, AdminError> {
+        match command {
+            Command::Usage(arguments) => usage::run(self, &arguments, task),
+            Command::Retention(action) => retention::run(self, &action, task),
+            Command::Pin { snapshot } => trash::pin(self, snapshot),
+            Command::Unpin { snapshot } => trash::unpin(self, snapshot),
+            Command::Delete { target } => trash::delete(self, &target),
+            Command::Trash(action) => trash::trash(self, &action, task),
+            Command::Verify(arguments) => verify::run(self, &arguments, task),
+        }
+    }
+}

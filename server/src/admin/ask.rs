@@ -1,0 +1,146 @@
+//! The other end: brings a command to whoever holds the store, or opens it and does the command here.
+
+use std::{
+    fs,
+    io::{self, BufRead, BufReader, Read, Write},
+    os::unix::{fs::MetadataExt, net::UnixStream},
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Admin, AdminError, Answer, Command, Task, socket,
+    wire::{self, MAX_TOLD_BYTES, Told},
+};
+use crate::{
+    chain::store::{Store, StoreError},
+    config::Settings,
+    runs::Runs,
+};
+
+/// A server that starts holds the lock before it has a socket; so does another command while no server runs.
+const PATIENCE: Duration = Duration::from_secs(15);
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// No store.
+    #[error("{} holds no store: check image_path in --config, or whether this user may read it", path.display())]
+    NoStore {
+        /// The image path.
+        path: PathBuf,
+    },
+    /// Files of a store must stay readable for its server.
+    #[error("{} belongs to user id {owner}, this command runs as {own}: run it as that user while the server doesn't run", path.display())]
+    OtherUser {
+        /// The image path.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+        /// Who we are.
+        own: u32,
+    },
+    /// The socket can't be used.
+    #[error("cannot ask the server at {}: {source}", path.display())]
+    Socket {
+        /// The image path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The answer broke off.
+    #[error("the server ended before it answered; what it did is whole: run the command again")]
+    Lost,
+    /// The server says why.
+    #[error("{0}")]
+    Failed(String),
+    /// Without a server.
+    #[error(transparent)]
+    Here(#[from] AdminError),
+    /// Without a server.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Has a command done. Blocks; lines of progress go to `progress`.
+///
+/// # Errors
+/// As [`AskError`] says.
+pub fn ask(
+    settings: &Settings,
+    command: Command,
+    progress: &dyn Fn(String),
+) -> Result<Answer, AskError> {
+    let began = Instant::now();
+    loop {
+        if let Some(stream) = connect(&settings.image_path)? {
+            return over_socket(stream, command, progress);
+        }
+        match open(settings) {
+            Err(AskError::Store(StoreError::Locked { .. })) if began.elapsed() < PATIENCE => {
+                thread::sleep(PAUSE);
+            }
+            Err(error) => return Err(error),
+            Ok(admin) => {
+                let cancel = CancellationToken::new();
+                return Ok(admin.run(command, &Task::new(&cancel, progress))?);
+            }
+        }
+    }
+}
+
+/// The server's socket; `None`: no server runs.
+fn connect(image_path: &Path) -> Result<Option<UnixStream>, AskError> {
+    let absent = |error: &io::Error| {
+        matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+    };
+    let connected =
+        socket::address(image_path).and_then(|(address, _folder)| UnixStream::connect(address));
+    match connected {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error) if absent(&error) => Ok(None),
+        Err(source) => Err(AskError::Socket { path: image_path.to_owned(), source }),
+    }
+}
+
+fn over_socket(
+    mut stream: UnixStream,
+    command: Command,
+    progress: &dyn Fn(String),
+) -> Result<Answer, AskError> {
+    let line = wire::ask_line(command).map_err(|_| AskError::Lost)?;
+    stream.write_all(&line).map_err(|_| AskError::Lost)?;
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = Vec::new();
+        let read = (&mut reader).take(MAX_TOLD_BYTES).read_until(b'\n', &mut line);
+        if read.is_err() || line.last() != Some(&b'\n') {
+            return Err(AskError::Lost);
+        }
+        match serde_json::from_slice(&line).map_err(|_| AskError::Lost)? {
+            Told::Progress(line) => progress(line),
+            Told::Done(answer) => return Ok(answer),
+            Told::Failed(reason) => return Err(AskError::Failed(reason)),
+        }
+    }
+}
+
+/// Opens the store as a server would, and takes its lock.
+fn open(settings: &Settings) -> Result<Admin, AskError> {
+    let path = &settings.image_path;
+    let Ok(store_file) = fs::metadata(path.join(".store.json")) else {
+        return Err(AskError::NoStore { path: path.clone() });
+    };
+    let (owner, own) = (store_file.uid(), rustix::process::geteuid().as_raw());
+    if owner != own {
+        return Err(AskError::OtherUser { path: path.clone(), owner, own });
+    }
+    let (store, machines) = Store::open(path, settings.separate_folders_by_user)?;
+    let lease = Duration::from_secs(settings.lease_seconds);
+    Ok(Admin::new(Arc::new(Runs::new(store, machines, lease)), settings.clone()))
+}

@@ -1,0 +1,240 @@
+//! `janus-server delete`, `pin`, `unpin` and `trash list|restore|purge`: what an administrator decides about single runs.
+//!
+//! All of it is about whole runs: a snapshot stands for its run with all disks.
+
+use std::str::FromStr;
+
+use clap::Subcommand;
+use janus_proto::{
+    error::WireError,
+    ids::{BackupId, MachineKey, SnapshotId},
+    show::date,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{Admin, AdminError, Answer, Task, table::table};
+use crate::{
+    chain::{Held, TrashedRun},
+    runs::now_ms,
+};
+
+/// A snapshot or a whole machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Target {
+    /// The run of a snapshot.
+    Snapshot(SnapshotId),
+    /// All runs of a machine.
+    Machine(MachineKey),
+}
+
+impl FromStr for Target {
+    type Err = WireError;
+
+    fn from_str(text: &str) -> Result<Self, WireError> {
+        match text.contains('/') {
+            true => text.parse().map(Self::Machine),
+            false => text.parse().map(Self::Snapshot),
+        }
+    }
+}
+
+/// What to do with the trash.
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrashAction {
+    /// Show what can be brought back, and until when
+    List,
+    /// Bring the run of a snapshot back, and pin it
+    Restore {
+        /// One of its snapshots
+        #[arg(value_name = "SNAPSHOT")]
+        snapshot: SnapshotId,
+    },
+    /// Free the space of what is in the trash: it can't be brought back then
+    Purge {
+        /// Only this machine
+        #[arg(value_name = "USER/MACHINE")]
+        machine: Option<MachineKey>,
+    },
+}
+
+pub(super) fn delete(admin: &Admin, target: &Target) -> Result<Answer, AdminError> {
+    let (machine, backups) = match target {
+        Target::Snapshot(snapshot) => {
+            let held = held(admin, *snapshot)?;
+            (held.run.machine.clone(), vec![held.run.backup])
+        }
+        Target::Machine(key) => {
+            let machines = admin.machines(Some(key))?;
+            let snapshots = machines.iter().flat_map(|machine| machine.snapshots());
+            let mut backups: Vec<BackupId> = snapshots.map(|held| held.run.backup).collect();
+            backups.dedup();
+            (key.clone(), backups)
+        }
+    };
+    let snapshots: Vec<String> = admin
+        .machines(Some(&machine))?
+        .iter()
+        .flat_map(|machine| machine.snapshots())
+        .filter(|held| backups.contains(&held.run.backup))
+        .map(|held| held.snapshot().id.to_string())
+        .collect();
+    admin.retention().delete(&machine, &backups)?;
+    let text = format!(
+        "{machine}: {} runs with {} snapshots are in the trash; `janus-server trash restore SNAPSHOT` brings a run \
+         back for {} days, `janus-server trash purge` frees the space now\n",
+        backups.len(),
+        snapshots.len(),
+        admin.settings().retention.trash_days,
+    );
+    Ok(Answer::new(
+        text,
+        json!({ "machine": machine, "runs": backups.len(), "snapshots": snapshots }),
+    ))
+}
+
+pub(super) fn pin(admin: &Admin, snapshot: SnapshotId) -> Result<Answer, AdminError> {
+    let held = held(admin, snapshot)?;
+    admin.retention().pin(&held)?;
+    let text = format!(
+        "{}: the run of {} stays until `janus-server unpin {snapshot}`\n",
+        held.run.machine,
+        date(held.run.committed_ms)
+    );
+    Ok(Answer::new(text, pin_json(&held, true)))
+}
+
+pub(super) fn unpin(admin: &Admin, snapshot: SnapshotId) -> Result<Answer, AdminError> {
+    let held = held(admin, snapshot)?;
+    admin.retention().unpin(&held)?;
+    let text = format!(
+        "{}: the run of {} has no pin, the rules decide\n",
+        held.run.machine,
+        date(held.run.committed_ms)
+    );
+    Ok(Answer::new(text, pin_json(&held, false)))
+}
+
+fn pin_json(held: &Held, is_pinned: bool) -> Value {
+    let (machine, backup) = (&held.run.machine, held.run.backup.to_string());
+    json!({ "machine": machine, "backup_id": backup, "pinned": is_pinned })
+}
+
+fn held(admin: &Admin, snapshot: SnapshotId) -> Result<Held, AdminError> {
+    admin.runs().snapshot(snapshot).ok_or(AdminError::UnknownSnapshot { snapshot })
+}
+
+pub(super) fn trash(
+    admin: &Admin,
+    action: &TrashAction,
+    task: &Task<'_>,
+) -> Result<Answer, AdminError> {
+    match action {
+        TrashAction::List => list(admin),
+        TrashAction::Restore { snapshot } => restore(admin, *snapshot),
+        TrashAction::Purge { machine } => purge(admin, machine.as_ref(), task),
+    }
+}
+
+fn list(admin: &Admin) -> Result<Answer, AdminError> {
+    let head = ["MACHINE", "COMMITTED", "DROPPED", "BY", "STAYS UNTIL", "SNAPSHOTS"];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    let mut all = Vec::new();
+    for machine in admin.machines(None)? {
+        for trashed in admin.runs().trashed(&machine.key) {
+            rows.push(row(&trashed));
+            all.push(trashed_json(&trashed));
+        }
+    }
+    let text = match all.is_empty() {
+        true => "the trash is empty\n".to_owned(),
+        false => table(&rows),
+    };
+    Ok(Answer::new(text, json!({ "trash": all })))
+}
+
+fn row(trashed: &TrashedRun) -> Vec<String> {
+    let (run, record) = (&trashed.run, &trashed.record);
+    let until = match record.purge_not_before_ms {
+        _ if record.purging => "being purged".to_owned(),
+        i64::MAX => "purged on demand".to_owned(),
+        at if at <= now_ms() => "the next purge".to_owned(),
+        at => date(at),
+    };
+    let snapshots: Vec<String> =
+        run.snapshots.iter().map(|s| format!("{} {}", s.disk, s.id)).collect();
+    vec![
+        run.machine.to_string(),
+        date(run.committed_ms),
+        date(record.trashed_ms),
+        record.reason.clone(),
+        until,
+        snapshots.join(", "),
+    ]
+}
+
+fn trashed_json(trashed: &TrashedRun) -> Value {
+    let (run, record) = (&trashed.run, &trashed.record);
+    let snapshots: Vec<Value> = run
+        .snapshots
+        .iter()
+        .map(|s| json!({ "snapshot": s.id.to_string(), "disk": s.disk }))
+        .collect();
+    json!({
+        "machine": run.machine,
+        "backup_id": run.backup.to_string(),
+        "committed_ms": run.committed_ms,
+        "dropped_ms": record.trashed_ms,
+        "reason": record.reason,
+        "purge_not_before_ms": record.purge_not_before_ms,
+        "purging": record.purging,
+        "snapshots": snapshots,
+    })
+}
+
+fn restore(admin: &Admin, snapshot: SnapshotId) -> Result<Answer, AdminError> {
+    let found = admin.machines(None)?.into_iter().find_map(|machine| {
+        let trashed = admin.runs().trashed(&machine.key);
+        let holds = |trashed: &&TrashedRun| trashed.run.snapshots.iter().any(|s| s.id == snapshot);
+        let run = trashed.iter().find(holds).map(|trashed| trashed.run.clone())?;
+        Some((machine.key.clone(), run))
+    });
+    let (machine, run) = found.ok_or(AdminError::NotInTrash { snapshot })?;
+    let pinned = admin.retention().restore(&machine, run.backup)?;
+    let text = format!(
+        "{machine}: the run of {} is back, and pinned: `janus-server unpin {pinned}` leaves it to the rules\n",
+        date(run.committed_ms)
+    );
+    let backup = run.backup.to_string();
+    Ok(Answer::new(text, json!({ "machine": machine, "backup_id": backup, "pinned": true })))
+}
+
+fn purge(admin: &Admin, only: Option<&MachineKey>, task: &Task<'_>) -> Result<Answer, AdminError> {
+    let (mut text, mut all) = (String::new(), Vec::new());
+    for machine in admin.machines(only)? {
+        task.check()?;
+        let report = admin.retention().purge(&machine.key, true, task.token());
+        if report.purged.is_empty() && report.waiting.is_empty() {
+            continue;
+        }
+        text.push_str(&format!("{}: {} runs purged\n", machine.key, report.purged.len()));
+        for (snapshot, why) in &report.waiting {
+            text.push_str(&format!("  snapshot {snapshot} waits: {why}\n"));
+        }
+        let waiting = report
+            .waiting
+            .iter()
+            .map(|(id, why)| json!({ "id": id.to_string(), "why": why.to_string() }));
+        all.push(json!({
+            "machine": machine.key,
+            "purged": report.purged.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "waiting": waiting.collect::<Vec<_>>(),
+        }));
+    }
+    if text.is_empty() {
+        text.push_str("the trash is empty\n");
+    }
+    Ok(Answer::new(text, json!({ "machines": all })))
+}

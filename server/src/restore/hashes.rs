@@ -1,0 +1,99 @@
+//! Makes the stream of hashes, on a thread that may block. A receiver that has gone ends it.
+
+use std::ops::Range;
+
+use janus_proto::{
+    ids::{BlockHash, SEGMENT_BLOCKS},
+    model::MAX_HASHES,
+    pb,
+};
+use tokio::sync::mpsc::Sender;
+use tonic::Status;
+
+use super::{Content, too_short};
+
+/// The receiver has gone: nobody wants the rest.
+pub(super) struct Gone;
+
+pub(super) type Answers<T> = Sender<Result<T, Status>>;
+
+pub(super) fn send<T>(answers: &Answers<T>, answer: T) -> Result<(), Gone> {
+    answers.blocking_send(Ok(answer)).map_err(|_| Gone)
+}
+
+/// Sends the hashes of the ranges at one level.
+pub(super) fn send_hashes(
+    content: &Content,
+    level: pb::HashLevel,
+    ranges: &[Range<u64>],
+    answers: &Answers<pb::ReadHashesResponse>,
+) {
+    let sent = match level {
+        pb::HashLevel::Segment => send_segment_digests(content, ranges, answers),
+        _ => send_block_hashes(content, ranges, answers),
+    };
+    if let Err(Some(error)) = sent {
+        let _ = answers.blocking_send(Err(error));
+    }
+}
+
+fn send_segment_digests(
+    content: &Content,
+    ranges: &[Range<u64>],
+    answers: &Answers<pb::ReadHashesResponse>,
+) -> Result<(), Option<Status>> {
+    let digests = content.segment_digests().map_err(|e| Some(e.into()))?;
+    for range in ranges {
+        let wanted = digests
+            .get(range.start as usize..range.end as usize)
+            .ok_or_else(|| Some(too_short()))?;
+        for (index, piece) in wanted.chunks(MAX_HASHES).enumerate() {
+            let first = range.start + (index * MAX_HASHES) as u64;
+            send(answers, hashes(first, piece)).map_err(|Gone| None)?;
+        }
+    }
+    Ok(())
+}
+
+fn send_block_hashes(
+    content: &Content,
+    ranges: &[Range<u64>],
+    answers: &Answers<pb::ReadHashesResponse>,
+) -> Result<(), Option<Status>> {
+    for range in ranges {
+        let mut waiting: Vec<BlockHash> = Vec::new();
+        let mut first = range.start;
+        for part in by_segment(range.clone()) {
+            let segment = part.start / SEGMENT_BLOCKS;
+            let all = content.segment(segment).map_err(|e| Some(e.into()))?;
+            let inside = (part.start % SEGMENT_BLOCKS) as usize..;
+            let wanted =
+                all.get(inside).and_then(|all| all.get(..(part.end - part.start) as usize));
+            waiting.extend_from_slice(wanted.ok_or_else(|| Some(too_short()))?);
+            if waiting.len() + SEGMENT_BLOCKS as usize > MAX_HASHES {
+                send(answers, hashes(first, &waiting)).map_err(|Gone| None)?;
+                first = part.end;
+                waiting.clear();
+            }
+        }
+        if !waiting.is_empty() {
+            send(answers, hashes(first, &waiting)).map_err(|Gone| None)?;
+        }
+    }
+    Ok(())
+}
+
+fn hashes(first: u64, piece: &[BlockHash]) -> pb::ReadHashesResponse {
+    let hashes: Vec<u8> = piece.iter().flat_map(|hash| hash.0).collect();
+    pb::ReadHashesResponse { batch: Some(pb::HashBatch { first, hashes: hashes.into() }) }
+}
+
+/// A range of blocks in parts that each lie within one segment.
+pub(super) fn by_segment(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let mut next = range.start;
+    std::iter::from_fn(move || {
+        let start = next;
+        next = range.end.min((start / SEGMENT_BLOCKS + 1) * SEGMENT_BLOCKS);
+        (start < next).then_some(start..next)
+    })
+}

@@ -1,0 +1,298 @@
+//! What is known of the images of all machines: opened with it, told to every janus, kept on disk.
+
+use std::{collections::BTreeMap, path::Path};
+
+use janus_proto::{
+    ids::{MachineKey, SnapshotId},
+    pb,
+};
+
+use super::{ActiveRun, Change, Machine, RunError, Runs, lock, now_ms};
+use crate::chain::{
+    Held,
+    health::{Damage, ImageHealth, OpenCheck},
+    opened::{OpenError, OpenedSnapshot, Salvage},
+    ranges::BlockRanges,
+};
+
+/// Snapshots told of in one change, so that it fits a message.
+const MOST_TOLD: usize = 500;
+
+/// Lost blocks whose image is looked for.
+const MOST_BLAMED: usize = 1 << 16;
+
+/// When what is known gets into its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// At once.
+    Now,
+    /// With the next change, or by [`Runs::save_health`].
+    Later,
+}
+
+impl Runs {
+    /// A snapshot as the catalog shows it.
+    pub fn to_wire(&self, held: &Held, server_id: &str) -> pb::Snapshot {
+        let machine = self.machine(&held.run.machine);
+        let (damaged_blocks, verified_ms) =
+            machine.map_or((0, 0), |machine| machine.health_of(held.snapshot().id));
+        let folder = self.store.relative_folder(&held.run.machine);
+        pb::Snapshot { damaged_blocks, verified_ms, ..held.to_wire(server_id, &folder) }
+    }
+
+    /// Opens a snapshot to build on it.
+    ///
+    /// # Errors
+    /// When a file of its chain is missing or damaged, or was found to be.
+    pub fn open_snapshot(&self, held: &Held) -> Result<OpenedSnapshot, OpenError> {
+        self.open_chain(held, |machine, folder, chain| {
+            let (health, storage) = (machine.health(), self.store.storage());
+            let snapshot = held.snapshot().id;
+            if let Some(reason) = health.unusable(chain) {
+                return Err(OpenError::Unusable { snapshot, reason: reason.to_owned() });
+            }
+            let mut opened = OpenedSnapshot::open(storage, folder, chain)?;
+            opened.damaged = health.of_chain(storage, folder, chain);
+            Ok(opened)
+        })
+    }
+
+    /// Opens a snapshot to read what is left of it.
+    ///
+    /// # Errors
+    /// When a manifest or a table of its chain is missing or damaged.
+    pub fn open_for_reading(&self, held: &Held) -> Result<OpenedSnapshot, OpenError> {
+        self.open_chain(held, |_, folder, chain| {
+            let opened = OpenedSnapshot::open_rest(self.store.storage(), folder, chain)?;
+            opened.lost.iter().for_each(|(_, error)| self.note_unopened(chain, error));
+            Ok(opened)
+        })
+    }
+
+    /// Opens the files of a chain while nothing changes their names.
+    fn open_chain(
+        &self,
+        held: &Held,
+        open: impl FnOnce(&Machine, &Path, &[Held]) -> Result<OpenedSnapshot, OpenError>,
+    ) -> Result<OpenedSnapshot, OpenError> {
+        let broken = OpenError::BrokenChain { snapshot: held.snapshot().id };
+        let Some(machine) = self.machine(&held.run.machine) else { return Err(broken) };
+        if let Err(error) = self.finish_switches(&machine) {
+            tracing::error!(%error, machine = %machine.key, "a merge can't be finished: snapshots of its chain can't be read");
+        }
+        let _files = machine.keep_files();
+        let id = held.snapshot().id;
+        let chain = machine.snapshot(id).and_then(|_| machine.chain(id)).ok_or(broken)?;
+        let folder = self.store.machine_folder(&held.run.machine);
+        let opened = open(&machine, &folder, &chain)
+            .inspect_err(|error| self.note_unopened(&chain, error))?;
+        machine.note_opened(opened.links());
+        Ok(opened)
+    }
+
+    /// A link is about to be merged into this child: what is known of its blocks counts for the child's image then.
+    pub(super) fn note_merge(&self, machine: &Machine, link: &Held, child: &Held) {
+        let folder = self.store.machine_folder(&machine.key);
+        let storage = self.store.storage();
+        let merged = machine.health().of_merge(storage, &folder, link.snapshot(), child);
+        self.change(machine, child, Keep::Now, |known| {
+            let damage = std::mem::take(&mut known.damage);
+            *known = merged;
+            known.damage.extend(&damage);
+        });
+    }
+
+    /// A file of a chain can't be opened: nothing is built on its image until a check says otherwise.
+    fn note_unopened(&self, chain: &[Held], error: &OpenError) {
+        let Some(machine) = chain.first().and_then(|held| self.machine(&held.run.machine)) else {
+            return;
+        };
+        let folder = self.store.machine_folder(&machine.key);
+        let is_about = |held: &&Held| {
+            let snapshot = held.snapshot();
+            error.is_about(&folder.join(&snapshot.image))
+                || error.is_about(&folder.join(&snapshot.table))
+        };
+        if let Some(held) = chain.iter().find(is_about).filter(|_| error.is_damage()) {
+            let damage = Damage { unusable: Some(error.to_string()), ..Damage::default() };
+            self.note_damage(held, &damage);
+        }
+    }
+
+    /// A reader found damage of this snapshot's own image.
+    pub fn note_damage(&self, held: &Held, damage: &Damage) {
+        let Some(machine) = self.machine(&held.run.machine) else { return };
+        let image = held.snapshot().data_write;
+        let mut known = machine.health().images.remove(&image).unwrap_or_default();
+        let before = known.damage.clone();
+        known.damage.extend(damage);
+        if known.damage == before {
+            return;
+        }
+        tracing::error!(machine = %machine.key, image = held.snapshot().image, blocks = damage.blocks.blocks(), reason = damage.unusable, "an image is damaged");
+        self.change(&machine, held, Keep::Now, |known| {
+            known.damage.extend(damage);
+            // To be looked at as a whole soon.
+            known.proven_ms = 0;
+        });
+    }
+
+    /// Blocks of a snapshot are lost: notes them with the images that lost them. Of very many only the first; the image is
+    /// checked as a whole soon. Images that can't be opened were noted when that was tried.
+    pub fn note_lost(&self, opened: &OpenedSnapshot, lost: &BlockRanges) {
+        let mut salvage = Salvage::new(opened);
+        let mut by_image: BTreeMap<usize, Damage> = BTreeMap::new();
+        for block in lost.iter().flatten().take(MOST_BLAMED) {
+            if let Some(place) = salvage.to_blame(block) {
+                by_image.entry(place).or_default().blocks.insert(block..block + 1);
+            }
+        }
+        for (place, damage) in by_image {
+            if let Some(held) = opened.chain.get(place) {
+                self.note_damage(held, &damage);
+            }
+        }
+    }
+
+    /// What a commit found in the heads of its sessions.
+    pub(super) fn note_found(&self, machine: &Machine, run: &ActiveRun, error: &RunError) {
+        let RunError::ChainDamaged { disk, blocks, reason } = error else { return };
+        let sessions = run.sessions();
+        let session = sessions.iter().find(|session| session.disk.disk == *disk);
+        let Some(head) = session.and_then(|session| session.head()) else { return };
+        tracing::debug!(machine = %machine.key, %disk, "noting damage");
+        if blocks.is_empty() {
+            let unusable = Some(reason.clone());
+            self.note_damage(&head.held, &Damage { unusable, ..Damage::default() });
+        } else {
+            self.note_lost(head, blocks);
+        }
+    }
+
+    /// How far a check of an image is.
+    pub fn note_progress(&self, held: &Held, check: OpenCheck) {
+        if let Some(machine) = self.machine(&held.run.machine) {
+            self.change(&machine, held, Keep::Later, |known| known.check = Some(check));
+        }
+    }
+
+    /// All of an image was read and compared, beginning at this time.
+    pub fn note_checked(&self, held: &Held, began_ms: i64, damage: Damage) {
+        let Some(machine) = self.machine(&held.run.machine) else { return };
+        let keep = if damage.is_none() { Keep::Later } else { Keep::Now };
+        if !damage.is_none() {
+            tracing::error!(machine = %machine.key, image = held.snapshot().image, blocks = damage.blocks.blocks(), reason = damage.unusable, "a check found damage");
+        }
+        self.change(&machine, held, keep, |known| {
+            *known = ImageHealth { proven_ms: began_ms, damage, check: None };
+        });
+    }
+
+    fn change(
+        &self,
+        machine: &Machine,
+        held: &Held,
+        keep: Keep,
+        change: impl FnOnce(&mut ImageHealth),
+    ) {
+        let image = held.snapshot().data_write;
+        let _turn = machine.take_health_turn();
+        let before = machine.health();
+        let mut health = before.clone();
+        let known = health.images.entry(image).or_default();
+        let old = known.clone();
+        change(known);
+        let (is_new, mut is_damage) =
+            (known.proven_ms != old.proven_ms, known.damage != old.damage);
+        let history = machine.history(Clone::clone);
+        is_damage |= health.lacks_orphans(&history);
+        if is_damage {
+            health.tidy(&history);
+            health.count(self.store.storage(), &self.store.machine_folder(&machine.key), &history);
+        }
+        self.keep(machine, health, if is_damage { Keep::Now } else { keep });
+        if is_new || is_damage {
+            let changed = history.newest_first().map(|held| held.snapshot().id).filter(|id| {
+                before.snapshots.get(id) != machine.health_count(*id).as_ref()
+                    || before.proven_ms(&history, *id) != machine.health_of(*id).1
+            });
+            self.tell_health(&machine.key, changed.collect());
+        }
+    }
+
+    /// The machine has other snapshots than before: counts their damage again.
+    pub fn look_again(&self, machine: &Machine) {
+        let _turn = machine.take_health_turn();
+        let mut health = machine.health();
+        if health.images.values().all(|image| image.damage.is_none()) && health.snapshots.is_empty()
+        {
+            return;
+        }
+        let history = machine.history(Clone::clone);
+        let before = health.snapshots.clone();
+        health.tidy(&history);
+        health.count(self.store.storage(), &self.store.machine_folder(&machine.key), &history);
+        let ids = health.snapshots.keys().chain(before.keys());
+        let changed =
+            ids.filter(|id| before.get(id) != health.snapshots.get(id)).copied().collect();
+        self.keep(machine, health, Keep::Now);
+        self.tell_health(&machine.key, changed);
+    }
+
+    /// Writes what is known and not written yet.
+    pub fn save_health(&self) {
+        for machine in self.machines().iter().filter(|machine| machine.is_health_unsaved()) {
+            let _turn = machine.take_health_turn();
+            self.keep(machine, machine.health(), Keep::Now);
+        }
+    }
+
+    fn keep(&self, machine: &Machine, health: crate::chain::health::Health, keep: Keep) {
+        let folder = self.store.machine_folder(&machine.key);
+        let saved = keep == Keep::Now && {
+            let saved = health.save(self.store.storage(), &folder, &machine.key);
+            saved
+                .inspect_err(
+                    |error| tracing::warn!(%error, "what is known of the images can't be kept"),
+                )
+                .is_ok()
+        };
+        machine.set_health(health, saved);
+    }
+
+    fn tell_health(&self, machine: &MachineKey, mut snapshots: Vec<SnapshotId>) {
+        snapshots.sort_unstable();
+        snapshots.dedup();
+        for some in snapshots.chunks(MOST_TOLD) {
+            let _ = self.changes.send(Change::Health(machine.clone(), some.to_vec()));
+        }
+    }
+
+    /// The image to check next: one whose check was begun, else the one that was checked longest ago, unless that was
+    /// after `before_ms`.
+    pub fn next_to_check(&self, before_ms: i64, skip: &dyn Fn(&Held) -> bool) -> Option<Held> {
+        let now = now_ms();
+        let mut next: Option<((bool, i64, i64), Held)> = None;
+        for machine in self.machines() {
+            let health = machine.health();
+            for held in machine.links().into_iter().filter(|held| !skip(held)) {
+                let known = health.image(held.snapshot());
+                let proven_ms = known.map_or(0, |known| known.proven_ms);
+                // A clock that was set back must not keep an image from being checked.
+                let proven_ms = if proven_ms > now { 0 } else { proven_ms };
+                let is_open = known.is_some_and(|known| known.check.is_some());
+                let rank = (!is_open, proven_ms, held.run.committed_ms);
+                let is_due = is_open || proven_ms < before_ms;
+                if is_due && next.as_ref().is_none_or(|(best, _)| rank < *best) {
+                    next = Some((rank, held));
+                }
+            }
+        }
+        next.map(|(_, held)| held)
+    }
+
+    /// True while a client writes.
+    pub fn is_busy(&self) -> bool {
+        lock(&self.sessions).values().any(|run| run.lease_left().is_some())
+    }
+}

@@ -1,0 +1,106 @@
+//! What a new run is refused for: free space below the reserve, and its user's quota.
+//!
+//! Open runs go on below the reserve: what they hold already is lost otherwise. A quota also ends those, resumably; it may be
+//! exceeded by what streams send between two looks. A quota counts images as they lie on the disk, those in the trash too,
+//! and the blocks of open runs.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+use janus_proto::ids::MachineKey;
+
+use super::{RunError, Runs, lock};
+use crate::{
+    config::{Settings, Size},
+    space::{self, Space},
+};
+
+/// A stream looks at its user's quota again after so many bytes.
+const LOOK_BYTES: u64 = 16 << 20;
+
+/// What new runs must leave alone.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    reserve: Size,
+    quotas: BTreeMap<String, u64>,
+}
+
+impl Limits {
+    /// No limits.
+    pub const NONE: Self = Self { reserve: Size::Bytes(0), quotas: BTreeMap::new() };
+
+    /// Those of checked settings.
+    pub fn of(settings: &Settings) -> Self {
+        let quotas = settings.quotas().unwrap_or_default();
+        Self { reserve: space::reserve(settings), quotas }
+    }
+}
+
+impl Runs {
+    /// The same runs, with limits for new ones.
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// Refuses a new run of a machine where there is no room for it.
+    pub(super) fn check_room(&self, machine: &MachineKey) -> Result<(), RunError> {
+        match Space::ask(&self.store, self.limits.reserve) {
+            Some(space) if space.is_low(false) => Err(RunError::Full(space.advice())),
+            _ => self.check_quota(machine.user()),
+        }
+    }
+
+    /// Bytes that the backups of a user take here.
+    pub fn used_by(&self, user: &str) -> u64 {
+        let machines = self.machines();
+        let own = machines.iter().filter(|machine| machine.key.user() == user);
+        let of_machine = |machine: &super::Machine| {
+            let snapshots = machine.snapshots();
+            let kept = snapshots.iter().map(|held| held.snapshot().image_allocated_bytes);
+            let trashed = machine.trashed();
+            let dropped = trashed.iter().flat_map(|trashed| &trashed.run.snapshots);
+            let dropped = dropped.map(|snapshot| snapshot.image_allocated_bytes);
+            let sessions = machine.active().into_iter().flat_map(|run| run.sessions());
+            let open = sessions.map(|session| session.stored_bytes());
+            kept.chain(dropped).chain(open).fold(0, u64::saturating_add)
+        };
+        own.map(|machine| of_machine(machine)).fold(0, u64::saturating_add)
+    }
+
+    fn check_quota(&self, user: &str) -> Result<(), RunError> {
+        let Some(quota) = self.limits.quotas.get(user).copied() else { return Ok(()) };
+        let used = self.used_by(user);
+        match used < quota {
+            true => Ok(()),
+            false => Err(RunError::Quota { user: user.to_owned(), used, quota }),
+        }
+    }
+}
+
+/// What one stream has sent since its user's quota was looked at.
+pub(super) struct Metered {
+    runs: Arc<Runs>,
+    /// `None` before the first message: a resumed run may be over its quota already.
+    sent_bytes: Mutex<Option<u64>>,
+}
+
+impl Metered {
+    pub(super) fn new(runs: Arc<Runs>) -> Self {
+        Self { runs, sent_bytes: Mutex::new(None) }
+    }
+
+    /// Counts `bytes` that are about to be stored.
+    pub(super) fn count(&self, user: &str, bytes: u64) -> Result<(), RunError> {
+        let is_due = {
+            let mut sent_bytes = lock(&self.sent_bytes);
+            let sent = sent_bytes.map_or(LOOK_BYTES, |sent| sent.saturating_add(bytes));
+            *sent_bytes = Some(if sent >= LOOK_BYTES { 0 } else { sent });
+            sent >= LOOK_BYTES
+        };
+        if is_due { self.runs.check_quota(user) } else { Ok(()) }
+    }
+}
