@@ -26,7 +26,7 @@ mod stretches;
 pub mod vhd;
 pub mod vhdx;
 
-pub use any::{Format, Image, Layout};
+pub use any::{Absorber, Format, Image, Layout, set_identity};
 pub use layers::Layers;
 pub use payload::{PAYLOAD_BYTES, Payload, UNIT_BYTES};
 

@@ -338,8 +338,12 @@ fn a_chain_with_a_wrong_parent_is_refused() {
 
 #[test]
 fn merged_chains_read_right() {
+    Format::ALL.into_iter().for_each(merged_chains_of_a_format_read_right);
+}
+
+fn merged_chains_of_a_format_read_right(format: Format) {
     let folder = tempfile::tempdir().unwrap();
-    let mut model = chains::Model::new(folder.path());
+    let mut model = chains::Model::of(format, folder.path());
     // Three payload blocks: links hold parts of them, all of one, and what no link below has.
     let mut content = chains::changed(&vec![0; 6 << 20], &[(0, 300, 1), (1100, 100, 1)]);
     let mut runs = vec![model.backup(&[("sda", content.clone())])];

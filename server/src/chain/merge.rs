@@ -27,10 +27,7 @@ use super::{
     table::{self, Table, TableError},
 };
 use crate::{
-    image::{
-        ImageError,
-        vhdx::{Absorber, VhdxImage, set_identity},
-    },
+    image::{Absorber, Image, ImageError, set_identity},
     storage::{Access, Cloning, Disk, File},
 };
 
@@ -207,7 +204,7 @@ impl Pair<'_> {
         };
         let switch = Switch {
             merged,
-            parent: image.image().parent().map(|parent| parent.data_write),
+            parent: image.parent().map(|parent| parent.data_write),
             image_from: self.relative(image_from),
             table_from: self.relative(&table_from),
             table_header: table_header.map(hex::encode),
@@ -223,7 +220,7 @@ impl Pair<'_> {
     ) -> Result<(Absorber, Moved), MergeError> {
         let child_path = self.folder.join(&self.child.image);
         let file = self.storage.open_data(&child_path, Access::Read);
-        let child = VhdxImage::open(file.map_err(MergeError::io("open", &child_path))?)
+        let child = Image::open(file.map_err(MergeError::io("open", &child_path))?)
             .map_err(MergeError::image(&child_path))?;
         let link_path = self.folder.join(&self.link.image);
         let path = match way {
@@ -236,7 +233,7 @@ impl Pair<'_> {
         let damaged = MergeError::image(&path);
         let least_bytes = self.link.image_length_bytes;
         let mut target = Absorber::open(file, least_bytes).map_err(&damaged)?;
-        if target.image().geometry() != child.geometry() {
+        if (target.geometry(), target.format()) != (child.geometry(), child.format()) {
             let reason = "parent and child are of different disks".to_owned();
             return Err(damaged(ImageError::Impossible { reason }));
         }

@@ -192,6 +192,11 @@ impl Image {
         either!(Self, self, image => image.kind())
     }
 
+    /// The file.
+    pub fn file(&self) -> &File {
+        either!(Self, self, image => image.file())
+    }
+
     /// The id that a child of this image names.
     pub fn data_write(&self) -> Uuid {
         either!(Self, self, image => image.data_write())
@@ -248,6 +253,97 @@ impl Image {
     /// As [`Self::extents`], and when blocks overlap.
     pub fn check_blocks(&self) -> Result<(), ImageError> {
         either!(Self, self, image => image.check_blocks())
+    }
+}
+
+/// An image that takes blocks of its child in: see [`vhdx::Absorber`].
+#[derive(Debug)]
+pub enum Absorber {
+    /// A VHDX.
+    Vhdx(vhdx::Absorber),
+    /// A VHD.
+    Vhd(vhd::Absorber),
+}
+
+impl Absorber {
+    /// Opens the file of the parent, or a copy of it, for reading and writing. It is never made shorter than `least_bytes`, its
+    /// length at its commit.
+    ///
+    /// # Errors
+    /// When it is no valid image or can't be read or cut.
+    pub fn open(file: File, least_bytes: u64) -> Result<Self, ImageError> {
+        match format_of(&file)? {
+            Format::Vhdx => vhdx::Absorber::open(file, least_bytes).map(Self::Vhdx),
+            Format::Vhd => vhd::Absorber::open(file, least_bytes).map(Self::Vhd),
+        }
+    }
+
+    /// The format.
+    pub fn format(&self) -> Format {
+        match self {
+            Self::Vhdx(_) => Format::Vhdx,
+            Self::Vhd(_) => Format::Vhd,
+        }
+    }
+
+    /// Virtual size and sectors.
+    pub fn geometry(&self) -> Geometry {
+        either!(Self, self, absorber => absorber.image().geometry())
+    }
+
+    /// What the image says about its own parent.
+    pub fn parent(&self) -> Option<&Parent> {
+        either!(Self, self, absorber => absorber.image().parent())
+    }
+
+    /// The file, to put data into.
+    pub fn file(&self) -> &File {
+        either!(Self, self, absorber => absorber.image().file())
+    }
+
+    /// Payload blocks touched since the last flush; each needs some memory.
+    pub fn touched(&self) -> usize {
+        either!(Self, self, absorber => absorber.touched())
+    }
+
+    /// Bytes of the disk up to the end of the payload block that holds byte `at`.
+    pub fn until_block_end(&self, at: u64) -> u64 {
+        either!(Self, self, absorber => absorber.until_block_end(at))
+    }
+
+    /// Where in the file the bytes `range` of the disk belong: whole units, in one payload block, behind those asked for before.
+    ///
+    /// # Errors
+    /// When the table is damaged, or the range is none of the disk.
+    pub fn place(&mut self, range: Range<u64>) -> Result<u64, ImageError> {
+        either!(Self, self, absorber => absorber.place(range))
+    }
+
+    /// As [`Self::place`] for zeros; `None` when they are there already, since nothing is.
+    ///
+    /// # Errors
+    /// As [`Self::place`].
+    pub fn place_zeros(&mut self, range: Range<u64>) -> Result<Option<u64>, ImageError> {
+        either!(Self, self, absorber => absorber.place_zeros(range))
+    }
+
+    /// Makes the structures name what was put in. With `sync` the data are durable before a structure names them.
+    ///
+    /// # Errors
+    /// When the file can't be written.
+    pub fn flush(&mut self, sync: bool) -> Result<(), ImageError> {
+        either!(Self, self, absorber => absorber.flush(sync))
+    }
+}
+
+/// Gives a file the id that the child's own children name. Durable when it returns; a crash leaves the old or the new one.
+///
+/// # Errors
+/// When the file is no valid image or can't be written.
+pub fn set_identity(file: &File, data_write: Uuid) -> Result<(), ImageError> {
+    match format_of(file)? {
+        Format::Vhdx => vhdx::set_identity(file, data_write),
+        Format::Vhd => vhd::set_identity(file, data_write),
     }
 }
 

@@ -17,6 +17,7 @@
 //!
 //! The format holds up to 2040 GiB and knows only 512-byte sectors.
 
+mod absorb;
 mod footer;
 mod header;
 mod layout;
@@ -27,6 +28,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use absorb::{Absorber, set_identity};
 pub use layout::{Layout, MAX_BYTES};
 pub use read::VhdImage;
 pub use write::write_structures;

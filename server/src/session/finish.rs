@@ -179,7 +179,8 @@ impl Session {
     ) -> Result<Identity, SessionError> {
         let head = self.start.head().filter(|_| self.layout.kind() == Kind::Differencing);
         let identity = Identity {
-            data_write: Uuid::new_v4(),
+            // Its time is the time stamp of a VHD.
+            data_write: Uuid::now_v7(),
             virtual_disk: head.map_or_else(Uuid::new_v4, |head| head.held.snapshot().virtual_disk),
         };
         let parent = head.and_then(OpenedSnapshot::as_parent);

@@ -26,6 +26,7 @@ use janus_server::{
         opened::OpenedSnapshot,
         store::{Store, StoreError},
     },
+    image::Format,
     runs::{ActiveRun, CommitDisk, PurgeOptions, PurgeReport, Runs, WantedDisk, Writer},
     storage::Disk,
 };
@@ -37,6 +38,7 @@ pub type Content = Arc<Vec<u8>>;
 /// A store of one machine and what it must hold.
 pub struct Model {
     pub folder: PathBuf,
+    pub format: Format,
     pub key: MachineKey,
     pub runs: Arc<Runs>,
     /// Of every snapshot that was ever committed.
@@ -48,10 +50,15 @@ pub struct Model {
 impl Model {
     /// A store in `folder`, which holds nothing yet.
     pub fn new(folder: &Path) -> Self {
+        Self::of(format(), folder)
+    }
+
+    /// The same, with chains of this format.
+    pub fn of(format: Format, folder: &Path) -> Self {
         let key = MachineKey::new("user", "machine").unwrap();
         let (contents, live) = (HashMap::new(), BTreeSet::new());
-        let runs = open(Disk::default(), folder);
-        Self { folder: folder.into(), key, runs, contents, live }
+        let runs = open(Disk::default(), folder, format);
+        Self { folder: folder.into(), format, key, runs, contents, live }
     }
 
     /// Closes the store and opens it again.
@@ -63,8 +70,8 @@ impl Model {
     pub fn reopen_on(&mut self, storage: Disk) {
         // The lock goes with the old one.
         let folder = tempfile::tempdir().unwrap();
-        self.runs = open(Disk::default(), folder.path());
-        self.runs = open(storage, &self.folder);
+        self.runs = open(Disk::default(), folder.path(), self.format);
+        self.runs = open(storage, &self.folder, self.format);
     }
 
     /// A copy of the store in another folder, which is on `storage`.
@@ -75,7 +82,8 @@ impl Model {
         Self {
             folder: folder.into(),
             key: self.key.clone(),
-            runs: open(storage, folder),
+            format: self.format,
+            runs: open(storage, folder, self.format),
             contents: self.contents.clone(),
             live: self.live.clone(),
         }
@@ -128,6 +136,7 @@ impl Model {
         let epoch = run.record().epoch;
         let run = self.runs.commit(&self.key, run.backup, epoch, commits, b"").unwrap();
         for (snapshot, (_, content)) in run.snapshots.iter().zip(disks) {
+            assert_eq!(Format::of_name(&snapshot.image), Some(self.format));
             self.contents.insert(snapshot.id, content.clone());
             self.live.insert(snapshot.id);
         }
@@ -236,18 +245,24 @@ impl Model {
     }
 }
 
-fn open(storage: Disk, folder: &Path) -> Arc<Runs> {
+fn open(storage: Disk, folder: &Path, format: Format) -> Arc<Runs> {
     // A program that another test starts has our lock, too, until it has begun.
     for _ in 0..100 {
         match Store::open_on(storage.clone(), folder, true) {
             Err(StoreError::Locked { .. }) => std::thread::sleep(Duration::from_millis(50)),
             opened => {
                 let (store, machines) = opened.unwrap();
-                return Arc::new(Runs::new(store, machines, Duration::from_secs(60)));
+                let runs = Runs::new(store, machines, Duration::from_secs(60));
+                return Arc::new(runs.with_new_chains(format));
             }
         }
     }
     panic!("{} stays locked", folder.display());
+}
+
+/// Format of the store's chains: test programs called `vhd_…` are the same tests with the other one.
+fn format() -> Format {
+    if env!("CARGO_CRATE_NAME").starts_with("vhd_") { Format::Vhd } else { Format::Vhdx }
 }
 
 pub fn disk(name: &str) -> DiskId {

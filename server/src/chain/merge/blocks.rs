@@ -14,10 +14,7 @@ use janus_proto::{
 use super::{MergeError, Moved, Way};
 use crate::{
     chain::table::{Page, SegmentBitmap, Table},
-    image::{
-        self, ImageError,
-        vhdx::{Absorber, VhdxImage},
-    },
+    image::{self, Absorber, Image, ImageError},
     storage::{Cloning, File},
 };
 
@@ -31,7 +28,7 @@ const FLUSH_BLOCKS: usize = 4096;
 pub(super) struct Source<'a> {
     pub(super) snapshot: SnapshotId,
     pub(super) disk_bytes: u64,
-    pub(super) image: &'a VhdxImage,
+    pub(super) image: &'a Image,
     pub(super) table: &'a Table,
     pub(super) path: &'a Path,
     pub(super) stop: &'a dyn Fn() -> bool,

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{MergeError, set_identity};
 use crate::{
     chain::{FORMAT, History, Run, Snapshot, table::Table},
-    image::{ImageError, vhdx::VhdxImage},
+    image::{Image, ImageError},
     storage::{Access, Disk, File},
 };
 
@@ -133,7 +133,7 @@ impl Switch {
     /// Nothing may be removed before the merged image is where the manifest says.
     fn check(&self, storage: &Disk, path: &Path) -> Result<(), MergeError> {
         let file = storage.open(path, Access::Read).map_err(MergeError::io("open", path))?;
-        let image = VhdxImage::open(file).map_err(MergeError::image(path))?;
+        let image = Image::open(file).map_err(MergeError::image(path))?;
         let parent = image.parent().map(|parent| parent.data_write);
         if (image.data_write(), parent) == (self.merged.data_write, self.parent) {
             return Ok(());

@@ -111,6 +111,13 @@ pub(super) fn time_stamp(time: SystemTime) -> u32 {
     u32::try_from(unix.saturating_sub(EPOCH_UNIX_SECONDS)).unwrap_or(u32::MAX)
 }
 
+/// The time that an id carries, in seconds since 2000: our ids do (UUID version 7), so that a merged file which takes a child's
+/// id has its time stamp too.
+pub(super) fn time_stamp_of(id: Uuid) -> Option<u32> {
+    let (unix, _) = id.get_timestamp().filter(|_| id.get_version_num() == 7)?.to_unix();
+    u32::try_from(unix.checked_sub(EPOCH_UNIX_SECONDS)?).ok()
+}
+
 /// The time that a time stamp stands for.
 pub(super) fn time_of(time_stamp: u32) -> SystemTime {
     let unix = EPOCH_UNIX_SECONDS + u64::from(time_stamp);
@@ -192,6 +199,9 @@ mod tests {
 
     #[test]
     fn time_stamps_count_from_2000() {
+        let now = time_stamp(SystemTime::now());
+        assert!(time_stamp_of(Uuid::now_v7()).is_some_and(|stamp| stamp - now < 3));
+        assert_eq!(time_stamp_of(Uuid::new_v4()), None);
         assert_eq!(time_stamp(time_of(812_345_678)), 812_345_678);
         assert_eq!(time_stamp(SystemTime::UNIX_EPOCH), 0);
     }

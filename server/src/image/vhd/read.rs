@@ -1,6 +1,9 @@
 //! Opens a VHD of any origin and says where its data lies.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use uuid::Uuid;
 
@@ -22,17 +25,18 @@ const WINDOW: u64 = 1024;
 /// More blocks than the largest disk has with blocks of 512 KiB: bounds what [`VhdImage::check_blocks`] needs.
 const MAX_BLOCKS: u64 = 1 << 22;
 
-/// An open image. Nothing of its allocation table is kept in memory.
+/// An open image. Nothing of its allocation table is kept in memory, so that blocks which a merge adds meanwhile are found.
 #[derive(Debug)]
 pub struct VhdImage {
     file: File,
-    file_bytes: u64,
+    /// Length of the file when it was last asked.
+    file_bytes: AtomicU64,
     footer: Footer,
     /// None in a fixed image, whose data are the file's beginning.
     table: Option<Header>,
     parent: Option<Parent>,
     parent_names: Vec<String>,
-    /// Structures, sorted: no block may lie there.
+    /// Structures but the last footer, sorted: no block may lie there.
     taken: Vec<Range<u64>>,
 }
 
@@ -47,7 +51,7 @@ impl VhdImage {
         let (footer, footer_at) = footer::read(&file, file_bytes)?;
         let mut image = Self {
             file,
-            file_bytes,
+            file_bytes: file_bytes.into(),
             footer,
             table: None,
             parent: None,
@@ -60,21 +64,21 @@ impl VhdImage {
                 return Err(ImageError::damaged(reason + " in a shorter file"));
             }
             DiskType::Fixed => {}
-            DiskType::Dynamic | DiskType::Differencing => image.open_dynamic(footer_at)?,
+            DiskType::Dynamic | DiskType::Differencing => image.open_dynamic(file_bytes)?,
         }
         Ok(image)
     }
 
-    fn open_dynamic(&mut self, footer_at: u64) -> Result<(), ImageError> {
+    fn open_dynamic(&mut self, file_bytes: u64) -> Result<(), ImageError> {
         let is_child = self.footer.disk_type == DiskType::Differencing;
         let (header, parent) =
-            header::read(&self.file, self.file_bytes, self.footer.header_offset, is_child)?;
+            header::read(&self.file, file_bytes, self.footer.header_offset, is_child)?;
         let count = self.footer.disk_bytes.div_ceil(header.block_bytes);
         if count > MAX_BLOCKS {
             return Err(ImageError::unsupported(format!("{count} blocks in a VHD")));
         }
         let table_end = header.table_offset.checked_add(header.entries * 4);
-        if count > header.entries || table_end.is_none_or(|end| end > self.file_bytes) {
+        if count > header.entries || table_end.is_none_or(|end| end > file_bytes) {
             return Err(ImageError::damaged(format!(
                 "an allocation table of {} entries at {} for {count} blocks",
                 header.entries, header.table_offset
@@ -86,14 +90,16 @@ impl VhdImage {
             header_at..header_at.saturating_add(header::BYTES as u64),
             header.table_offset..header.table_offset + header.entries * 4,
         ];
-        if footer_at > 0 {
-            self.taken.push(footer_at..self.file_bytes);
-        }
         self.taken.retain(|range| !range.is_empty());
         check_disjoint(&mut self.taken, "structures")?;
         self.table = Some(header);
         (self.parent, self.parent_names) = parent.map_or((None, Vec::new()), |(p, n)| (Some(p), n));
         Ok(())
+    }
+
+    /// The file.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Virtual size and sectors.
@@ -179,6 +185,55 @@ impl VhdImage {
         }
     }
 
+    /// Bytes of a block; of a fixed image, all.
+    pub(super) fn block_bytes(&self) -> u64 {
+        self.table.as_ref().map_or(self.footer.disk_bytes, |header| header.block_bytes)
+    }
+
+    /// Bytes of the bitmap before each block.
+    pub(super) fn bitmap_bytes(&self) -> u64 {
+        self.table.as_ref().map_or(0, bitmap_bytes)
+    }
+
+    pub(super) fn footer(&self) -> &Footer {
+        &self.footer
+    }
+
+    /// First byte behind all structures and blocks but the last footer.
+    pub(super) fn used_end(&self) -> Result<u64, ImageError> {
+        let header = self.header()?;
+        let mut end = self.taken.iter().map(|range| range.end).max().unwrap_or_default();
+        let mut window = Window::default();
+        for block in 0..self.footer.disk_bytes.div_ceil(header.block_bytes) {
+            let entry = self.entry(header, &mut window, block)?;
+            if entry != UNUSED {
+                let bytes = bitmap_bytes(header) + header.block_bytes;
+                end = end.max(self.place(header, entry)? + bytes);
+            }
+        }
+        Ok(end)
+    }
+
+    /// The table entry of a block.
+    pub(super) fn lookup(&self, block: u64) -> Result<u32, ImageError> {
+        self.entry(self.header()?, &mut Window::default(), block)
+    }
+
+    /// Where the bitmap of a block with this entry is.
+    pub(super) fn place_of(&self, entry: u32) -> Result<u64, ImageError> {
+        self.place(self.header()?, entry)
+    }
+
+    /// Makes the table name a block.
+    pub(super) fn set_entry(&self, block: u64, entry: u32) -> Result<(), ImageError> {
+        let at = self.header()?.table_offset + block * 4;
+        self.file.write_all_at(&entry.to_be_bytes(), at).map_err(ImageError::io("write"))
+    }
+
+    fn header(&self) -> Result<&Header, ImageError> {
+        self.table.as_ref().ok_or_else(|| ImageError::unsupported("changes of a fixed VHD"))
+    }
+
     fn block_extents(
         &self,
         header: &Header,
@@ -209,7 +264,7 @@ impl VhdImage {
         if let Some(entry) = window.get(block) {
             return Ok(entry);
         }
-        let entries = (header.entries - block).min(WINDOW);
+        let entries = header.entries.saturating_sub(block).clamp(1, WINDOW);
         window.first = block;
         window.bytes.resize(entries as usize * 4, 0);
         self.file
@@ -250,10 +305,15 @@ impl VhdImage {
     fn place(&self, header: &Header, entry: u32) -> Result<u64, ImageError> {
         let start = u64::from(entry) * SECTOR;
         let end = start + bitmap_bytes(header) + header.block_bytes;
-        if end > self.file_bytes {
+        let mut file_bytes = self.file_bytes.load(Ordering::Relaxed);
+        if end > file_bytes {
+            // A merge may have added blocks since.
+            file_bytes = self.file.metadata().map_err(ImageError::io("length"))?.length_bytes;
+            self.file_bytes.store(file_bytes, Ordering::Relaxed);
+        }
+        if end > file_bytes {
             return Err(ImageError::damaged(format!(
-                "a block at {start} of a file of {} bytes",
-                self.file_bytes
+                "a block at {start} of a file of {file_bytes} bytes"
             )));
         }
         let next = self.taken.partition_point(|range| range.end <= start);

@@ -47,7 +47,8 @@ where
     let blocks = blocks.into_iter().map(|block| block.map_err(|e| ImageError::Blocks(e.into())));
     write_table(file, layout, blocks.map(|block| block.and_then(|block| order.check(block))))?;
     header::write(file, layout, parent)?;
-    let time_stamp = footer::time_stamp(SystemTime::now());
+    let time_stamp = footer::time_stamp_of(identity.data_write)
+        .unwrap_or_else(|| footer::time_stamp(SystemTime::now()));
     let disk_type = match layout.kind() {
         Kind::Dynamic => DiskType::Dynamic,
         Kind::Differencing => DiskType::Differencing,
