@@ -7,7 +7,8 @@ use anyhow::Context;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, Subcommand};
 use janus::serve::Janus;
 use janus_proto::{
-    log, memory, program,
+    log::{self, LogPlan},
+    memory, program,
     settings::{Loader, SettingsError},
 };
 use janus_server::{
@@ -70,9 +71,12 @@ fn admin_command(matches: &ArgMatches, of_command: &ArgMatches) -> ExitCode {
         Ok(settings) => settings,
         Err(error) => return failed(error, USAGE),
     };
-    if let Err(error) = program::start_log("warn") {
-        return failed(error.to_string(), 1);
-    }
+    // The answer is what counts here: of the log only what is wrong, and no spans.
+    let plan = LogPlan { filter: "warn", otlp_endpoint: "", ..settings.server.log_plan() };
+    let _log = match log::start(plan) {
+        Ok(log) => log,
+        Err(error) => return failed(error.to_string(), USAGE),
+    };
     let command = match admin::Command::from_arg_matches(matches) {
         Ok(command) => command,
         Err(error) => error.exit(),
