@@ -47,7 +47,12 @@ pub fn check_image(
     pace: &dyn Pace,
 ) -> Result<Damage, CheckError> {
     let mut check = begun(runs, held, way);
-    let found = match open(runs, held)? {
+    // A file that can't be opened gets a second chance, as damaged blocks do.
+    let opened = match open(runs, held)? {
+        Err(_) => open(runs, held)?,
+        image => image,
+    };
+    let found = match opened {
         Ok(image) => {
             run(runs, held, &image, way, &mut check, pace)?;
             confirmed(runs, held, check.found, pace)?

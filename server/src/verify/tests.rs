@@ -1,6 +1,7 @@
 //! A store is damaged in many places, one after another: what is lost is found, nothing wrong is restored, and the next
 //! backup heals the newest snapshot.
 
+mod faults;
 mod places;
 mod scene;
 

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     chain::{
         Held,
+        health::Damage,
         opened::{OpenError, open_image, open_table},
         ranges::BlockRanges,
         store::Store,
@@ -74,7 +75,16 @@ impl Scene {
     pub const MACHINE: &str = "alice/laptop";
 
     fn open(root: TempDir, disk: Vec<u8>, contents: BTreeMap<SnapshotId, Vec<u8>>) -> Self {
-        let (store, machines) = Store::open(root.path(), true).unwrap();
+        Self::open_on(Disk::default(), root, disk, contents)
+    }
+
+    fn open_on(
+        storage: Disk,
+        root: TempDir,
+        disk: Vec<u8>,
+        contents: BTreeMap<SnapshotId, Vec<u8>>,
+    ) -> Self {
+        let (store, machines) = Store::open_on(storage, root.path(), true).unwrap();
         let runs = Runs::new(store, machines, Duration::from_secs(60));
         Self { root, runs, disk, contents }
     }
@@ -114,10 +124,14 @@ impl Scene {
     }
 
     pub fn restarted(self) -> Self {
+        self.restarted_on(Disk::default())
+    }
+
+    pub fn restarted_on(self, storage: Disk) -> Self {
         self.runs.save_health();
         let Self { root, runs, disk, contents } = self;
         drop(runs);
-        Self::open(root, disk, contents)
+        Self::open_on(storage, root, disk, contents)
     }
 
     pub fn folder(&self) -> PathBuf {
@@ -227,6 +241,12 @@ impl Scene {
             check_image(&self.runs, &held, Way::Anew(2), &limit).unwrap();
         }
         limit.read_bytes()
+    }
+
+    /// Checks one image, one operation after another.
+    pub fn check(&self, held: &Held) -> Result<Damage, CheckError> {
+        let limit = Limit::new(0, CancellationToken::new(), &|| false);
+        check_image(&self.runs, held, Way::Anew(1), &limit)
     }
 
     pub fn scrub_next(&self) -> Option<Held> {
