@@ -156,9 +156,10 @@ impl File {
         from_offset: u64,
         len: u64,
     ) -> io::Result<Cloning> {
-        let from_handle = &from.handle;
-        self.ask(|file| Op::CloneRange { file, offset, from: from_handle, from_offset, len })?;
-        or_unsupported(clone::range(self.inner.file(), offset, from.inner.file(), from_offset, len))
+        let op = |file| Op::CloneRange { file, offset, from: &from.handle, from_offset, len };
+        or_unsupported(self.ask(op).and_then(|()| {
+            clone::range(self.inner.file(), offset, from.inner.file(), from_offset, len)
+        }))
     }
 
     /// Shares all of another file: content and length become its.
@@ -166,9 +167,11 @@ impl File {
     /// # Errors
     /// As the file system says.
     pub fn clone_all(&self, from: &Self) -> io::Result<Cloning> {
-        self.ask(|file| Op::CloneAll { file, from: &from.handle })?;
-        let cloned = rustix::fs::ioctl_ficlone(self.inner.file(), from.inner.file());
-        or_unsupported(cloned.map_err(io::Error::from))
+        or_unsupported(
+            self.ask(|file| Op::CloneAll { file, from: &from.handle }).and_then(|()| {
+                Ok(rustix::fs::ioctl_ficlone(self.inner.file(), from.inner.file())?)
+            }),
+        )
     }
 
     /// Copies a range of another file by reading and writing; the way where nothing can be shared.

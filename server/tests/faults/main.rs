@@ -118,9 +118,11 @@ fn a_restarted_server_survives_every_failure() {
 /// A folder in memory where there is one: nothing here needs a real disk.
 fn folder() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
+    let mut named = tempfile::Builder::new();
+    named.prefix("janus-faults-");
     match memory.is_dir() {
-        true => tempfile::tempdir_in(memory),
-        false => tempfile::tempdir(),
+        true => named.tempdir_in(memory),
+        false => named.tempdir(),
     }
     .unwrap()
 }

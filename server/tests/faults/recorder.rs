@@ -179,6 +179,9 @@ impl Watcher for Recorder {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
         let verdict = self.lock().verdict(op);
+        if !self.lock().records {
+            return verdict;
+        }
         let act = match &verdict {
             Ok(Verdict::Go) => self.act(op, false),
             Ok(Verdict::Short { written, .. }) => match self.act(op, false) {
@@ -190,10 +193,7 @@ impl Watcher for Recorder {
             Err(_) if matches!(op, Op::SyncData { .. } | Op::SyncAll { .. }) => self.act(op, true),
             Err(_) => None,
         };
-        let mut state = self.lock();
-        if state.records {
-            state.log.extend(act.map(Entry::Act));
-        }
+        self.lock().log.extend(act.map(Entry::Act));
         verdict
     }
 }
