@@ -121,6 +121,12 @@ impl Restore {
         Self { runs, server, handles: Mutex::default() }
     }
 
+    /// Closes handles that nobody has used for their lease: what they have open can't be purged.
+    pub fn expire(&self) {
+        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        handles.retain(|_, handle| handle.used.elapsed() < HANDLE_LEASE);
+    }
+
     fn keep(&self, opened: Arc<OpenedSnapshot>) -> Result<HandleId, RestoreError> {
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         handles.retain(|_, handle| handle.used.elapsed() < HANDLE_LEASE);

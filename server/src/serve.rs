@@ -36,7 +36,7 @@ use crate::{
     config::{Settings, Size},
     info::Info,
     report::Reporter,
-    restore::Restore,
+    restore::{HANDLE_LEASE, Restore},
     retention,
     runs::{self, Runs},
     space::{self, Space},
@@ -216,6 +216,7 @@ impl Server {
         let name = self.id.to_string();
         let urls = self.settings.urls.clone();
         let here = pb::ServerAddresses { server_id: name.clone(), urls };
+        let restore = Arc::new(Restore::new(self.runs.clone(), name.clone()));
         let plain = Routes::new(health_service.clone());
         let routes = Routes::new(health_service)
             .add_service(
@@ -224,7 +225,7 @@ impl Server {
                     .max_encoding_message_size(MAX_MESSAGE_BYTES),
             )
             .add_service(
-                RestoreServiceServer::new(Restore::new(self.runs.clone(), name.clone()))
+                RestoreServiceServer::from_arc(restore.clone())
                     .max_decoding_message_size(MAX_MESSAGE_BYTES)
                     .max_encoding_message_size(MAX_MESSAGE_BYTES),
             )
@@ -244,6 +245,7 @@ impl Server {
         }
         let reserve = space::reserve(&self.settings);
         tasks.spawn(space::watch(self.runs.clone(), reserve, is_low, shutdown.clone()));
+        tasks.spawn(expire_handles(restore, shutdown.clone()));
         // Answered until the last call is over.
         let stop = CancellationToken::new();
         let _stop_on_drop = stop.clone().drop_guard();
@@ -289,6 +291,13 @@ impl Server {
             }
         });
         tasks
+    }
+}
+
+/// Closes handles of restores that nobody goes on with.
+async fn expire_handles(restore: Arc<Restore>, shutdown: CancellationToken) {
+    while shutdown.run_until_cancelled(tokio::time::sleep(HANDLE_LEASE)).await.is_some() {
+        restore.expire();
     }
 }
 

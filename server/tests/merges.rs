@@ -14,6 +14,7 @@ use janus_server::{
 };
 use proptest::prelude::*;
 use tokio_util::sync::CancellationToken;
+use xtask::loopback::{Kind, SmallFileSystem};
 
 mod chains;
 
@@ -43,11 +44,33 @@ fn chain_of(folder: &Path, links: u64) -> (Model, Vec<Arc<Run>>) {
 
 #[test]
 fn any_link_can_go() {
+    let shared = each_link_goes(&std::env::temp_dir(), true);
+    assert_eq!(shared, 0);
+}
+
+#[test]
+fn as_root_any_link_can_go_by_sharing_its_childs_blocks() {
+    let small = SmallFileSystem::mount_as(Kind::Xfs, 400 << 20).unwrap();
+    let shared = each_link_goes(small.folder(), false);
+    assert!(shared > 2 << 20, "{shared}");
+}
+
+#[test]
+fn as_root_any_link_can_go_on_ext4() {
+    let small = SmallFileSystem::mount_as(Kind::Ext4, 200 << 20).unwrap();
+    let shared = each_link_goes(small.folder(), false);
+    assert_eq!(shared, 0);
+}
+
+/// Takes each link of a chain out, in a new store for each; returns the bytes that were shared.
+fn each_link_goes(place: &Path, copy: bool) -> u64 {
+    let mut shared = 0;
     for gone in 0..6 {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = tempfile::tempdir_in(place).unwrap();
         let (mut model, runs) = chain_of(folder.path(), 6);
         model.trash(&runs[gone]);
-        let report = model.purge_all(true);
+        let report = model.purge_all(copy);
+        shared += report.moved.shared_bytes;
         assert_eq!((report.purged, report.merged), (vec![runs[gone].backup], (gone < 5) as usize));
         model.check();
         model.assert_clean();
@@ -55,6 +78,7 @@ fn any_link_can_go() {
         model.check();
         model.assert_clean();
     }
+    shared
 }
 
 #[test]
@@ -160,6 +184,27 @@ fn a_link_with_two_children_waits_for_one_to_go() {
     model.trash(&branch);
     model.purge_all(true);
     model.check();
+    model.assert_clean();
+}
+
+#[test]
+fn as_root_a_link_with_two_children_goes_into_both_where_blocks_are_shared() {
+    let small = SmallFileSystem::mount_as(Kind::Xfs, 400 << 20).unwrap();
+    let (mut model, runs) = chain_of(small.folder(), 3);
+    model.trash(&runs[2]);
+    let content = changed(&model.contents[&runs[1].snapshots[0].id], &[(9, 9, 99)]);
+    model.backup(&[("sda", content)]);
+    model.restore(&runs[2]);
+    let opened = model.open(runs[1].snapshots[0].id);
+    model.trash(&runs[1]);
+    // Nobody has to wait for the reader either: its files stay as they are.
+    let report = model.purge_all(false);
+    assert_eq!(report.merged, 2);
+    model.check_opened(&opened);
+    model.check();
+    model.reopen();
+    model.check();
+    drop(opened);
     model.assert_clean();
 }
 
@@ -387,4 +432,17 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         play(folder.path(), &ops, true);
     }
+}
+
+#[test]
+fn as_root_whatever_is_dropped_and_purged_the_rest_reads_as_the_model_on_xfs() {
+    let small = SmallFileSystem::mount_as(Kind::Xfs, 1 << 30).unwrap();
+    let config = ProptestConfig { cases: 16, failure_persistence: None, ..Default::default() };
+    let mut runner = proptest::test_runner::TestRunner::new(config);
+    let played = runner.run(&ops(), |ops| {
+        let folder = tempfile::tempdir_in(small.folder()).unwrap();
+        play(folder.path(), &ops, false);
+        Ok(())
+    });
+    played.unwrap();
 }

@@ -33,6 +33,9 @@ pub struct Args {
     /// Janus as a proxy only, beside a byte copier, nginx and HAProxy
     #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib"])]
     proxies: bool,
+    /// The store alone: merges with and without shared blocks, reads through long chains
+    #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies"])]
+    store: bool,
     /// How clients pack blocks: none, lz4 or zstd
     #[arg(long, default_value = "none")]
     encoding: String,
@@ -92,6 +95,9 @@ impl Images {
 /// When a program fails, or restores something else than was backed up.
 pub fn run(args: &Args) -> Result<()> {
     packages::require(packages::DISK_TOOLS)?;
+    if args.store {
+        return store(args);
+    }
     let programs = Programs::build(Profile::Release)?;
     let folder = target().join("bench");
     if args.proxies {
@@ -122,6 +128,19 @@ pub fn run(args: &Args) -> Result<()> {
     let report = serde_json::json!({"disk_bytes": images.bytes, "cores": cores, "encoding": args.encoding, "rows": rows});
     fs::write(&json, serde_json::to_vec_pretty(&report)?)
         .with_context(|| format!("write {}", json.display()))?;
+    println!("\nfigures: {}", json.display());
+    Ok(())
+}
+
+/// Runs `server/examples/bench_store.rs`: it needs no other process.
+fn store(args: &Args) -> Result<()> {
+    let place = target().join("bench");
+    fs::create_dir_all(&place)?;
+    let json = args.json.clone().unwrap_or_else(|| place.join("store.json"));
+    let mut command = std::process::Command::new(env!("CARGO"));
+    command.args(["run", "--release", "--quiet", "-p", "janus-server", "--example", "bench_store"]);
+    command.arg("--").arg("--place").arg(&place).arg("--json").arg(&json);
+    ensure!(command.status()?.success(), "the measurement failed");
     println!("\nfigures: {}", json.display());
     Ok(())
 }

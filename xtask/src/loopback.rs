@@ -39,7 +39,16 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A mounted ext4 of a given size; unmounted and removed when dropped.
+/// What a small file system is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// ext4: shares no blocks between files.
+    Ext4,
+    /// XFS, which shares them. At least 300 MiB.
+    Xfs,
+}
+
+/// A mounted file system of a given size; unmounted and removed when dropped.
 #[derive(Debug)]
 pub struct SmallFileSystem {
     // In the order in which they must go: first the mount, then the device under it, then the files.
@@ -52,20 +61,38 @@ pub struct SmallFileSystem {
 struct Mount(PathBuf);
 
 impl SmallFileSystem {
-    /// Makes it in a temporary folder and mounts it there.
+    /// Makes an ext4 in a temporary folder and mounts it there.
     ///
     /// # Errors
     /// When we aren't root or a tool fails.
     pub fn mount(size_bytes: u64) -> Result<Self> {
+        Self::mount_as(Kind::Ext4, size_bytes)
+    }
+
+    /// Makes a file system in a temporary folder and mounts it there.
+    ///
+    /// # Errors
+    /// When we aren't root or a tool fails.
+    pub fn mount_as(kind: Kind, size_bytes: u64) -> Result<Self> {
+        Self::mount_in(&std::env::temp_dir(), kind, size_bytes)
+    }
+
+    /// Makes a file system in a new folder in `place` and mounts it there.
+    ///
+    /// # Errors
+    /// When we aren't root or a tool fails.
+    pub fn mount_in(place: &Path, kind: Kind, size_bytes: u64) -> Result<Self> {
         require_root()?;
-        packages::require(packages::DISK_TOOLS)?;
-        let folder = tempfile::Builder::new().prefix("janus-small-").tempdir()?;
+        let folder = tempfile::Builder::new().prefix("janus-small-").tempdir_in(place)?;
         let (image, mount) = (folder.path().join("image"), folder.path().join("mount"));
         fs::create_dir(&mount)?;
         disk::blank(&image, size_bytes)?;
-        packages::output(
-            packages::command("mke2fs").args(["-q", "-t", "ext4", "-m", "0", "-F"]).arg(&image),
-        )?;
+        let (tools, program, arguments) = match kind {
+            Kind::Ext4 => (packages::DISK_TOOLS, "mke2fs", "-q -t ext4 -m 0 -F"),
+            Kind::Xfs => (packages::XFS_TOOLS, "mkfs.xfs", "-q -m reflink=1"),
+        };
+        packages::require(tools)?;
+        packages::output(packages::command(program).args(arguments.split(' ')).arg(&image))?;
         let device = LoopDevice::attach(&image)?;
         packages::output(Command::new("mount").arg(device.path()).arg(&mount))?;
         Ok(Self { mount: Mount(mount), device, _folder: folder })

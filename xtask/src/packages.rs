@@ -19,6 +19,9 @@ pub const DISK_TOOLS: &[Tool] = &[
     Tool { program: "mke2fs", package: "e2fsprogs" },
 ];
 
+/// What a file system that shares blocks between files needs.
+pub const XFS_TOOLS: &[Tool] = &[Tool { program: "mkfs.xfs", package: "xfsprogs" }];
+
 /// What network namespaces need.
 pub const NETWORK_TOOLS: &[Tool] = &[
     Tool { program: "ip", package: "iproute2" },
@@ -30,6 +33,7 @@ pub const NETWORK_TOOLS: &[Tool] = &[
 pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "sgdisk", package: "gdisk" },
     Tool { program: "mke2fs", package: "e2fsprogs" },
+    Tool { program: "mkfs.xfs", package: "xfsprogs" },
     Tool { program: "7z", package: "p7zip-full" },
     Tool { program: "qemu-img", package: "qemu-utils" },
     Tool { program: "python3", package: "python3-venv" },

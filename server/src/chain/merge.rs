@@ -230,10 +230,12 @@ impl Pair<'_> {
             Way::InPlace => link_path,
             Way::Clone => self.cloned(&link_path, &self.child.image)?,
         };
-        let file = self.storage.open_data(&path, Access::Write);
+        // Through the cache: of many short writes, each to a place of its own, the system sends as many at once as the disk takes.
+        let file = self.storage.open(&path, Access::Write);
         let file = file.map_err(MergeError::io("open", &path))?;
         let damaged = MergeError::image(&path);
-        let mut target = Absorber::open(file).map_err(&damaged)?;
+        let least_bytes = self.link.image_length_bytes;
+        let mut target = Absorber::open(file, least_bytes).map_err(&damaged)?;
         if target.image().geometry() != child.geometry() {
             let reason = "parent and child are of different disks".to_owned();
             return Err(damaged(ImageError::Impossible { reason }));

@@ -163,7 +163,10 @@ struct Purge<'a> {
 
 impl Purge<'_> {
     fn go(&mut self) {
-        let hindrance = match self.finish() {
+        if self.due_links().is_empty() && self.machine.unfinished().is_none() {
+            return;
+        }
+        let hindrance = match self.tidy() {
             Err(wait) => Some(wait),
             Ok(()) => self.machine.is_incomplete().then_some(Wait::Incomplete),
         };
@@ -181,6 +184,10 @@ impl Purge<'_> {
             if let Err(wait) = self.take_out(&link, &children) {
                 tracing::info!(machine = %self.machine.key, image = snapshot.image, %wait, "a dropped image stays for now");
                 self.report.waiting.push((snapshot.id, wait));
+                // What is decided comes first: the links above it are not what they will be.
+                if self.machine.unfinished().is_some() {
+                    return;
+                }
             }
         }
     }
@@ -280,5 +287,12 @@ impl Purge<'_> {
     fn finish(&self) -> Result<(), Wait> {
         self.runs.finish_switches(self.machine)?;
         Ok(self.runs.clear_away(self.machine)?)
+    }
+
+    /// Finishes what an earlier purge has begun, and removes what it had not.
+    fn tidy(&self) -> Result<(), Wait> {
+        self.finish()?;
+        let removed = self.runs.store.remove_partials(&self.machine.key);
+        removed.map_err(|error| Wait::Failed(error.to_string()))
     }
 }

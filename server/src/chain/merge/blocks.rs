@@ -95,11 +95,11 @@ impl Source<'_> {
         hashes: &[Option<BlockHash>],
         start: u64,
     ) -> Result<(), MergeError> {
-        let long = part.end - part.start >= LEAST_SHARED;
-        if let (Some(from), true) = (from, mover.share && long) {
-            if mover.share_range(self.image.file(), from, part.clone())? {
-                return Ok(());
-            }
+        let is_long = part.end - part.start >= LEAST_SHARED;
+        if let Some(from) = from.filter(|_| mover.share && is_long)
+            && mover.share_range(self.image.file(), from, part.clone())?
+        {
+            return Ok(());
         }
         let mut at = part.start;
         while at < part.end {

@@ -32,7 +32,7 @@ pub enum Ending {
     /// A child takes its place. The link goes, unless it has more children.
     Switch {
         /// How.
-        switch: Switch,
+        switch: Box<Switch>,
         /// It has more children.
         link_stays: bool,
     },
@@ -61,7 +61,11 @@ impl Intent {
 
     /// A child takes the link's place.
     pub fn switch(link: Snapshot, switch: Switch, link_stays: bool) -> Self {
-        Self { format: FORMAT, link, ending: Ending::Switch { switch, link_stays } }
+        Self {
+            format: FORMAT,
+            link,
+            ending: Ending::Switch { switch: Box::new(switch), link_stays },
+        }
     }
 
     /// The child that takes the link's place.

@@ -101,6 +101,14 @@ impl Store {
         self.remove_intent(machine, intent)
     }
 
+    /// Removes what merges have left that were not decided.
+    ///
+    /// # Errors
+    /// As the file system says.
+    pub fn remove_partials(&self, machine: &MachineKey) -> Result<(), StoreError> {
+        remove_partials(&self.storage, &self.machine_folder(machine))
+    }
+
     fn intent_path(&self, machine: &MachineKey, intent: &Intent) -> PathBuf {
         self.machine_folder(machine).join(MERGES).join(format!("{}.json", intent.link.id))
     }

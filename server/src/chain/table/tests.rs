@@ -200,3 +200,41 @@ fn impossible_segments_are_refused() {
     writer.push(0, &first, &[hash], hash).unwrap_err();
     Table::open(writer.finish().unwrap()).unwrap();
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn merged_tables_read_as_the_two_did((disk_bytes, links) in disks()) {
+        let mut model = zero_disk(disk_bytes);
+        let Some((first, later)) = links.split_first() else { return Ok(()) };
+        let parent = write_table(disk_bytes, first, &mut model);
+        for changes in later {
+            let before = model.clone();
+            let child = Table::open(write_table(disk_bytes, changes, &mut model)).unwrap();
+            let old = Table::open(same(&parent)).unwrap();
+            // Twice, the second time over what the first has left.
+            append(&parent, &old, &child).unwrap();
+            let appended = append(&parent, &old, &child).unwrap();
+            let unchanged = Arc::new(Table::open(same(&parent)).unwrap());
+            assert_reads_as(&TableStack::new(vec![unchanged], disk_bytes).unwrap(), &before);
+            let rewritten = rewrite(temporary(), &old, &child).unwrap();
+            Table::write_header(&parent, &appended.header).unwrap();
+            for file in [same(&parent), rewritten] {
+                let merged = Table::open(file).unwrap();
+                prop_assert_eq!(merged.header(), child.header());
+                let merged = TableStack::new(vec![Arc::new(merged)], disk_bytes).unwrap();
+                assert_reads_as(&merged, &model);
+            }
+        }
+    }
+}
+
+/// A copy of a table's file.
+fn same(file: &File) -> File {
+    let mut bytes = vec![0; file.metadata().unwrap().length_bytes as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    let copy = temporary();
+    copy.write_all_at(&bytes, 0).unwrap();
+    copy
+}

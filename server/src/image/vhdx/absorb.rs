@@ -41,15 +41,16 @@ struct Touched {
 }
 
 impl Absorber {
-    /// Opens the file of the parent, or a copy of it, for reading and writing.
+    /// Takes the file of the parent, or a copy of it, open for reading and writing. `least_bytes`: what it was committed with,
+    /// below which it is never cut.
     ///
     /// Reads the whole allocation table: 4 MiB for each TiB of disk.
     ///
     /// # Errors
     /// When it is no valid image or can't be read or cut.
-    pub fn open(file: File) -> Result<Self, ImageError> {
+    pub fn open(file: File, least_bytes: u64) -> Result<Self, ImageError> {
         let image = VhdxImage::open(file)?;
-        let end = used_end(&image)?;
+        let end = used_end(&image)?.max(least_bytes);
         // What lies behind is of an attempt that did not get to the table; new blocks must be holes first.
         image.file.set_len(end).map_err(ImageError::io("write"))?;
         Ok(Self { image, end, touched: BTreeMap::new(), marks: Vec::new() })

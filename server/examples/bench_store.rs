@@ -1,0 +1,221 @@
+//! Figures of the store alone, on the file systems of this machine: `cargo xtask bench --store` runs it.
+//!
+//! Merges a delta into the sparse base of a large disk, by sharing blocks (a small XFS, which needs root) and by copying, each
+//! beside a plain copy of as many bytes; and reads a disk through many links and through one.
+
+#![allow(clippy::unwrap_used)] // A measurement that can't be made has no result to go on with.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use janus_proto::{
+    hash::{hash_blocks, table_digest},
+    ids::{BLOCK_BYTES, BackupId, MachineKey, block_count, segment_count},
+    model::{Batch, Extent},
+};
+use janus_server::{
+    chain::{Run, opened::OpenedSnapshot, store::Store},
+    runs::{CommitDisk, PurgeOptions, Runs, WantedDisk, Writer},
+};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use xtask::loopback::{Kind, SmallFileSystem};
+
+const MIB: u64 = 1 << 20;
+
+/// Arguments.
+#[derive(clap::Parser)]
+struct Args {
+    /// Size of the delta, and of the base's data
+    #[arg(long, default_value_t = 1024)]
+    delta_mib: u64,
+    /// Size of the disk that is merged
+    #[arg(long, default_value_t = 100)]
+    disk_gib: u64,
+    /// Links of the chain that is read
+    #[arg(long, default_value_t = 100)]
+    links: u64,
+    /// Size of the disk that is read
+    #[arg(long, default_value_t = 1024)]
+    read_mib: u64,
+    /// Lengths of what the delta changes, in KiB
+    #[arg(long, value_delimiter = ',', default_values_t = [1024, 64])]
+    run_kib: Vec<u64>,
+    /// Folder with room for six times the delta
+    #[arg(long)]
+    place: PathBuf,
+    /// Where to write the figures
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+fn main() {
+    let args: Args = clap::Parser::parse();
+    let mut rows = Vec::new();
+    for &run_kib in &args.run_kib {
+        let folder = tempfile::tempdir_in(&args.place).unwrap();
+        rows.push(merge(&args, folder.path(), "in place", run_kib));
+        if rustix::process::geteuid().is_root() {
+            // XFS takes more space ahead for each short stretch.
+            let bytes = (args.delta_mib * 24 + 4096) * MIB;
+            let small = SmallFileSystem::mount_in(&args.place, Kind::Xfs, bytes).unwrap();
+            rows.push(merge(&args, small.folder(), "sharing (XFS)", run_kib));
+        } else {
+            println!("NOT RUN, it needs root for a loop device: merges by sharing blocks");
+        }
+    }
+    let folder = tempfile::tempdir_in(&args.place).unwrap();
+    rows.extend(read(&args, folder.path()));
+    if let Some(path) = &args.json {
+        fs::write(path, serde_json::to_vec_pretty(&rows).unwrap()).unwrap();
+    }
+}
+
+/// Merges a delta that changes runs of `run_kib` all over the disk; the base holds every second of them.
+fn merge(args: &Args, folder: &Path, way: &str, run_kib: u64) -> Value {
+    let runs = open(folder);
+    let (disk, run_blocks) = (args.disk_gib << 30, run_kib * 1024 / BLOCK_BYTES);
+    let count = args.delta_mib * 1024 / run_kib;
+    let step = block_count(disk) / count;
+    let places: Vec<_> = (0..count).map(|at| at * step).collect();
+    let half: Vec<_> = places.iter().map(|at| at + at / step % 2 * (step / 2)).collect();
+    let base = backup(&runs, disk, &half, run_blocks, 1);
+    backup(&runs, disk, &places, run_blocks, 2);
+    let copy = copy_and_sync(folder, args.delta_mib * MIB);
+    let key = key();
+    runs.trash(&key, &[base.backup], "bench", 0).unwrap();
+    let (written, started) = (written_bytes(), Instant::now());
+    let options = PurgeOptions { now_ms: i64::MAX, reserve_bytes: 0, copy: false };
+    let report = runs.purge_due(&key, &options, &CancellationToken::new());
+    let seconds = started.elapsed().as_secs_f64();
+    let written_mib = (written_bytes() - written) as f64 / MIB as f64;
+    assert_eq!((report.merged, report.waiting.len()), (1, 0), "{report:?}");
+    let ratio = copy / seconds;
+    println!(
+        "merge {} MiB in runs of {run_kib} KiB into a base of {} GiB, {way}: {seconds:.2} s, {written_mib:.1} MiB written, \
+         copy + sync of as much {copy:.2} s: {ratio:.2} of its speed",
+        args.delta_mib, args.disk_gib
+    );
+    json!({
+        "what": "merge", "way": way, "run_kib": run_kib, "delta_mib": args.delta_mib, "disk_gib": args.disk_gib,
+        "seconds": seconds, "written_mib": written_mib, "copied_bytes": report.moved.copied_bytes,
+        "shared_bytes": report.moved.shared_bytes, "copy_and_sync_seconds": copy, "of_copy_speed": ratio,
+    })
+}
+
+/// Reads a disk that changed by a hundredth with each link, from the whole chain and from its base.
+fn read(args: &Args, folder: &Path) -> Vec<Value> {
+    let runs = open(folder);
+    let disk = args.read_mib * MIB;
+    let blocks = block_count(disk);
+    let all: Vec<_> = (0..blocks / 256).map(|at| at * 256).collect();
+    let base = backup(&runs, disk, &all, 256, 1);
+    let mut newest = base.clone();
+    for link in 1..args.links {
+        let step = blocks / (blocks / 100 / 16).max(1);
+        let within = link * 37 % (step - 16);
+        let places: Vec<_> = (0..blocks / step).map(|at| at * step + within).collect();
+        newest = backup(&runs, disk, &places, 16, link + 1);
+    }
+    let mut rows = Vec::new();
+    for (what, run) in [("base", &base), ("chain", &newest), ("base", &base), ("chain", &newest)] {
+        let opened = runs.open_snapshot(&runs.snapshot(run.snapshots[0].id).unwrap()).unwrap();
+        let seconds = read_all(&opened, disk);
+        let links = opened.links().len();
+        println!("read {} MiB from {links} links: {seconds:.2} s", args.read_mib);
+        rows.push(json!({"what": "read", "from": what, "links": links, "seconds": seconds}));
+    }
+    rows
+}
+
+fn read_all(opened: &OpenedSnapshot, disk: u64) -> f64 {
+    let (started, mut buffer) = (Instant::now(), janus_proto::buffers::Buffer::take());
+    for segment in 0..segment_count(disk) {
+        opened.tables.segment(segment).unwrap();
+    }
+    let piece = buffer.len() as u64;
+    for at in (0..disk).step_by(piece as usize) {
+        let len = (disk - at).min(piece) as usize;
+        opened.layers.read_at(at, &mut buffer[..len]).unwrap();
+    }
+    started.elapsed().as_secs_f64()
+}
+
+/// Backs up a disk of which the runs of blocks at `places` have changed.
+fn backup(runs: &Runs, disk: u64, places: &[u64], run_blocks: u64, seed: u64) -> Arc<Run> {
+    let key = key();
+    let name = "disk".parse().unwrap();
+    let wanted = WantedDisk { disk: name, size_bytes: disk, logical_sector_bytes: 512 };
+    let open = runs.start(&key, BackupId::new(), std::slice::from_ref(&wanted), 0).unwrap();
+    let (session, epoch) = (open.sessions()[0].clone(), open.record().epoch);
+    let writer = Writer::new(open.clone(), session.disk.session, epoch).unwrap();
+    for some in places.chunks((256 / run_blocks).max(1) as usize) {
+        let extents: Vec<_> = some
+            .iter()
+            .map(|first| Extent { first: *first, count: run_blocks, zero: false })
+            .collect();
+        let mut data = vec![0; some.len() * (run_blocks * BLOCK_BYTES) as usize];
+        let mut random =
+            blake3::Hasher::new().update(&(seed << 40 | some[0]).to_le_bytes()).finalize_xof();
+        random.fill(&mut data);
+        let mut hashes = Vec::new();
+        hash_blocks(&data, &mut hashes);
+        let hashes: Vec<u8> = hashes.iter().flat_map(|hash| hash.0).collect();
+        let batch = Batch::new(disk, extents, Bytes::from(hashes), Bytes::from(data)).unwrap();
+        writer.apply(Some(&batch), some[0]).unwrap();
+    }
+    let commit = CommitDisk {
+        disk: wanted.disk,
+        expected_head: session.disk.head,
+        table_digest: table_digest(disk, &session.segment_digests().unwrap()),
+        consistency: 0,
+    };
+    runs.commit(&key, open.backup, epoch, &[commit], b"").unwrap()
+}
+
+fn open(folder: &Path) -> Runs {
+    let (store, machines) = Store::open(folder, true).unwrap();
+    Runs::new(store, machines, Duration::from_secs(60))
+}
+
+fn key() -> MachineKey {
+    MachineKey::new("user", "machine").unwrap()
+}
+
+/// Seconds that copying a file of so many bytes takes, with its sync.
+fn copy_and_sync(folder: &Path, bytes: u64) -> f64 {
+    let (from, to) = (folder.join("copy.from"), folder.join("copy.to"));
+    let mut file = File::create(&from).unwrap();
+    let mut random = blake3::Hasher::new().finalize_xof();
+    let mut piece = vec![0; MIB as usize];
+    for _ in 0..bytes / MIB {
+        random.fill(&mut piece);
+        file.write_all(&piece).unwrap();
+    }
+    file.sync_all().unwrap();
+    let started = Instant::now();
+    let mut source = File::open(&from).unwrap();
+    let mut target = File::create(&to).unwrap();
+    // Not fs::copy: it shares the blocks where it can.
+    while let Ok(read @ 1..) = std::io::Read::read(&mut source, &mut piece) {
+        target.write_all(&piece[..read]).unwrap();
+    }
+    target.sync_all().unwrap();
+    let seconds = started.elapsed().as_secs_f64();
+    fs::remove_file(from).unwrap();
+    fs::remove_file(to).unwrap();
+    seconds
+}
+
+/// Bytes that this process has caused to be written to disks.
+fn written_bytes() -> u64 {
+    let io = fs::read_to_string("/proc/self/io").unwrap();
+    let line = io.lines().find_map(|line| line.strip_prefix("write_bytes: "));
+    line.unwrap().parse().unwrap()
+}
