@@ -185,7 +185,10 @@ impl Model {
             expected.extend([snapshot.image.clone(), snapshot.table.clone()]);
             expected.insert(format!(".runs/{:08}.json", held.run.sequence));
         }
-        assert_eq!(self.files(), expected);
+        let mut files = self.files();
+        // What is known of the images belongs to none of them, and its next write ends one that was cut off.
+        files.retain(|name| !name.starts_with(".health.json"));
+        assert_eq!(files, expected);
     }
 
     /// The run of a snapshot.
