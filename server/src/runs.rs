@@ -317,6 +317,11 @@ impl Runs {
         let _turn = machine.take_turn();
         machine.refuse_ended(backup)?;
         if let Some(run) = machine.find(backup) {
+            if run.is_closed() {
+                self.give_up(&machine, &run)?;
+                machine.refuse_ended(backup)?;
+            }
+            self.end_doubt(&run)?;
             run.take_over(self, wanted)?;
             return Ok(run);
         }
@@ -386,7 +391,8 @@ impl Runs {
         if let Some(run) = machine.committed(backup) {
             return Ok(RunState::Committed(run));
         }
-        if let Some(run) = machine.find(backup) {
+        let found = machine.find(backup);
+        if let Some(run) = found.clone().filter(|run| !run.is_closed()) {
             run.renew();
             return Ok(if run.is_committing() {
                 RunState::Committing
@@ -394,7 +400,8 @@ impl Runs {
                 RunState::Open(run)
             });
         }
-        if machine.was_aborted(backup) { Ok(RunState::Aborted) } else { Err(unknown()) }
+        let is_aborted = found.is_some() || machine.was_aborted(backup);
+        if is_aborted { Ok(RunState::Aborted) } else { Err(unknown()) }
     }
 
     /// Commits a run: all its disks or none. A committed run answers its result again.
@@ -419,28 +426,15 @@ impl Runs {
             machine.find(backup).ok_or_else(|| RunError::Unknown { id: backup.to_string() })?;
         active.check_epoch(epoch)?;
         let _committing = active.begin_commit();
-        let snapshots = match active.finish(disks) {
-            Err(error @ RunError::ChainDamaged { head, .. }) => {
-                tracing::error!(%error, machine = %key, backup_id = %backup, "a commit found damage");
-                machine.note_damaged(head);
-                self.give_up(&machine, &active)?;
-                return Err(error);
-            }
-            finished => finished?,
-        };
-        let (sequence, committed_ms) = machine.next_place();
-        let run = Run {
-            format: crate::chain::FORMAT,
-            backup,
-            machine: key.clone(),
-            committed_ms,
-            sequence,
-            client_seal: seal.to_vec(),
-            snapshots,
+        let run = match active.in_doubt() {
+            Some(run) => run,
+            None => Arc::new(self.finish(&machine, &active, disks, seal)?),
         };
         let open = active.record();
-        self.store.publish(&run, &open)?;
-        let run = Arc::new(run);
+        let published = self.store.publish(&run, &open);
+        let is_in_doubt = matches!(published, Err(StoreError::InDoubt { .. }));
+        active.set_in_doubt(is_in_doubt.then(|| run.clone()));
+        published?;
         machine.committed_now(run.clone());
         self.forget_sessions(&active);
         if let Err(error) = self.store.remove_open(&open) {
@@ -449,6 +443,35 @@ impl Runs {
         }
         let _ = self.changes.send(Change::Committed(run.clone()));
         Ok(run)
+    }
+
+    /// Turns the sessions of a run into images, and says what its manifest will.
+    fn finish(
+        &self,
+        machine: &Machine,
+        active: &Arc<ActiveRun>,
+        disks: &[CommitDisk],
+        seal: &[u8],
+    ) -> Result<Run, RunError> {
+        let snapshots = match active.finish(disks) {
+            Err(error @ RunError::ChainDamaged { head, .. }) => {
+                tracing::error!(%error, machine = %machine.key, backup_id = %active.backup, "a commit found damage");
+                machine.note_damaged(head);
+                self.give_up(machine, active)?;
+                return Err(error);
+            }
+            finished => finished?,
+        };
+        let (sequence, committed_ms) = machine.next_place();
+        Ok(Run {
+            format: crate::chain::FORMAT,
+            backup: active.backup,
+            machine: machine.key.clone(),
+            committed_ms,
+            sequence,
+            client_seal: seal.to_vec(),
+            snapshots,
+        })
     }
 
     /// Gives a run up. An unknown run is none to give up, which is what the caller wants.
@@ -481,10 +504,21 @@ impl Runs {
     }
 
     fn give_up(&self, machine: &Machine, run: &Arc<ActiveRun>) -> Result<(), RunError> {
+        self.end_doubt(run)?;
         run.close();
         self.forget_sessions(run);
+        self.store.remove_open(&run.record())?;
         machine.aborted_now(run.backup);
-        Ok(self.store.remove_open(&run.record())?)
+        Ok(())
+    }
+
+    /// Undoes a commit that may or may not be on the disk, so that the run can go on or end.
+    fn end_doubt(&self, run: &ActiveRun) -> Result<(), RunError> {
+        if let Some(manifest) = run.in_doubt() {
+            self.store.unpublish(&manifest, &run.record())?;
+            run.set_in_doubt(None);
+        }
+        Ok(())
     }
 
     fn forget_sessions(&self, run: &ActiveRun) {
@@ -523,7 +557,7 @@ impl Writer {
     pub fn apply(&self, batch: Option<&Batch>, settled: u64) -> Result<Marks, RunError> {
         self.run.check_epoch(self.epoch)?;
         self.run.renew();
-        if self.run.is_committing() {
+        if self.run.is_committing() || self.run.in_doubt().is_some() {
             return Err(RunError::State { backup: self.run.backup, state: "being committed" });
         }
         Ok(self.session.apply(batch, settled)?)

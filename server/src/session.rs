@@ -6,9 +6,11 @@
 //!
 //! After a crash the tail of the journal may name blocks whose data did not get to the file, and the file may hold data that
 //! the journal lost: [`Session::open`] hashes the doubtful blocks again and notes what is truly there. The client compares with
-//! these hashes, so no guess is ever committed.
+//! these hashes, so no guess is ever committed. Blocks that were not synced are written again then: the system tells only once,
+//! maybe an earlier process, that it could not write something, and shows it from its cache as if it had.
 
 mod content;
+mod files;
 mod finish;
 mod journal;
 
@@ -20,20 +22,20 @@ use std::{
 };
 
 use janus_proto::{
-    hash::{hash_blocks, segment_digest, zero_hash},
+    hash::{hash_blocks, is_zero, segment_digest, zero_hash},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_count, block_len},
     model::{Batch, Extent},
 };
 
 pub use self::finish::Finished;
-use self::{content::StartContent, journal::Journal};
+use self::{content::StartContent, files::Files, journal::Journal};
 use crate::{
     chain::{opened::OpenedSnapshot, store::OpenDisk, table::TableError},
     image::{
         Geometry, ImageError, Kind,
         vhdx::{Layout, PAYLOAD_BYTES},
     },
-    storage::{self, Access, Disk, File},
+    storage::{self, Disk, File},
 };
 
 const PAYLOAD_BLOCKS: u64 = PAYLOAD_BYTES / BLOCK_BYTES;
@@ -186,39 +188,10 @@ impl Session {
         };
         let kind = if is_delta(&start, &disk) { Kind::Differencing } else { Kind::Dynamic };
         let layout = Layout::new(geometry, kind)?;
-        let image_path = folder.join(disk.partial("vhdx"));
-        let journal_path = folder.join(disk.journal());
-        let journal_file = storage.open(&journal_path, Access::Create);
-        let journal_file = journal_file.map_err(SessionError::io("open", &journal_path))?;
-        let journal_size =
-            journal_file.metadata().map_err(SessionError::io("read", &journal_path))?;
-        let is_fresh = journal_size.length_bytes == 0;
-        // A journal without its image would promise blocks that are not there.
-        let access = if is_fresh { Access::Create } else { Access::Write };
-        let image = storage.open_data(&image_path, access);
-        let image = image.map_err(SessionError::io("open", &image_path))?;
-        let mut index = Index::default();
-        let mut last = Vec::new();
-        let has_head = start.head().is_some();
-        let journal = if is_fresh {
-            Journal::create(journal_file, disk.session, disk.size_bytes)
-        } else {
-            Journal::open(
-                journal_file,
-                disk.session,
-                disk.size_bytes,
-                trust == Trust::Synced,
-                |record| {
-                    index.note(&record.extents, record.hashes_at, record.settled, has_head);
-                    if record.synced {
-                        index.marks.durable = record.settled;
-                    } else {
-                        last = record.extents;
-                    }
-                },
-            )
-        }
-        .map_err(SessionError::io("open", &journal_path))?;
+        let files = Files::open(storage, folder, &disk)?;
+        let image = files.image.clone();
+        let (journal, index, unsynced) =
+            files.read_journal(&disk, trust, start.head().is_some())?;
         let inner =
             Inner { journal, index, unsynced: 0, syncing: None, finished: false, failed: false };
         let session = Self {
@@ -227,10 +200,10 @@ impl Session {
             folder: folder.to_owned(),
             layout,
             start,
-            image: Arc::new(image),
+            image,
             inner: Mutex::new(inner),
         };
-        session.repair(trust, &last)?;
+        session.repair(trust, &unsynced)?;
         Ok(session)
     }
 
@@ -362,11 +335,11 @@ impl Session {
     }
 
     /// Makes journal and image agree after a crash, see the module's text.
-    fn repair(&self, trust: Trust, last: &[Extent]) -> Result<(), SessionError> {
+    fn repair(&self, trust: Trust, unsynced: &[Extent]) -> Result<(), SessionError> {
         let mut inner = self.lock();
         self.cut(&inner.index)?;
         let doubtful: Vec<Extent> = match trust {
-            Trust::SameBoot => last.iter().flat_map(|extent| split(*extent)).collect(),
+            Trust::SameBoot => unsynced.iter().flat_map(|extent| split(*extent)).collect(),
             Trust::Synced => {
                 let mut payloads: Vec<u64> = inner.index.slots.keys().copied().collect();
                 payloads.sort_unstable();
@@ -381,7 +354,11 @@ impl Session {
             }
         };
         for extent in doubtful {
-            self.hash_again(&mut inner, extent)?;
+            let bytes = self.hash_again(&mut inner, extent)?;
+            // An earlier process may have been told that these could not be written, and they still look right in the cache.
+            if trust == Trust::SameBoot && !is_zero(&bytes) {
+                self.write_again(&inner.index, extent, &bytes)?;
+            }
         }
         Ok(())
     }
@@ -397,10 +374,17 @@ impl Session {
         self.image.set_len(end).map_err(SessionError::io("cut", &self.image_path()))
     }
 
-    /// Notes the true hashes of blocks inside one payload block.
-    fn hash_again(&self, inner: &mut Inner, extent: Extent) -> Result<(), SessionError> {
+    /// Writes what is there already, so that the next sync is about it too.
+    fn write_again(&self, index: &Index, extent: Extent, bytes: &[u8]) -> Result<(), SessionError> {
+        let Some(slot) = index.slots.get(&(extent.first / PAYLOAD_BLOCKS)) else { return Ok(()) };
+        let written = self.image.write_all_at(bytes, self.place(*slot, extent.first));
+        written.map_err(SessionError::io("write", &self.image_path()))
+    }
+
+    /// Notes the true hashes of blocks inside one payload block, and returns their bytes.
+    fn hash_again(&self, inner: &mut Inner, extent: Extent) -> Result<Vec<u8>, SessionError> {
         let payload = extent.first / PAYLOAD_BLOCKS;
-        let Some(slot) = inner.index.slots.get(&payload).copied() else { return Ok(()) };
+        let Some(slot) = inner.index.slots.get(&payload).copied() else { return Ok(Vec::new()) };
         let count =
             extent.count.min(block_count(self.disk.size_bytes).saturating_sub(extent.first));
         let len =
@@ -429,7 +413,7 @@ impl Session {
                 inner.index.note(&[one], hashes_at, settled, self.start.head().is_some());
             }
         }
-        Ok(())
+        Ok(bytes)
     }
 
     /// Notes a background sync that has ended.
@@ -437,15 +421,17 @@ impl Session {
         let Some((done, mark)) = inner.syncing.take_if(|(done, _)| done.get().is_some()) else {
             return Ok(());
         };
+        // The system tells of a lost write once: a later sync would say all is well. Opened again, the session writes anew
+        // what was not synced.
+        inner.failed = true;
         if done.get() != Some(&true) {
-            // The system tells of a lost write once: a later sync would say all is well.
-            inner.failed = true;
             return Err(SessionError::Failed);
         }
         inner
             .journal
             .append_synced(mark)
             .map_err(SessionError::io("write", &self.journal_path()))?;
+        inner.failed = false;
         inner.index.marks.durable = mark;
         Ok(())
     }

@@ -15,6 +15,7 @@
 //! moved to `<disk>/set-aside/` at start, never deleted.
 
 mod merges;
+mod publish;
 mod trash;
 
 use std::{
@@ -27,7 +28,8 @@ use std::{
 use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId, StoreGeneration};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{FORMAT, History, Run, merge::Intent};
+use self::publish::take_back;
+use super::{FORMAT, Held, History, Run, merge::Intent};
 use crate::storage::{Access, Disk, File};
 
 const RUNS: &str = ".runs";
@@ -58,6 +60,14 @@ pub enum StoreError {
         path: PathBuf,
         /// What is wrong.
         reason: String,
+    },
+    /// A run's manifest is there, but the disk has failed to make it durable, and to remove it.
+    #[error("whether {} is on the disk is unknown, the disk has failed: {source}", path.display())]
+    InDoubt {
+        /// The manifest.
+        path: PathBuf,
+        /// What failed.
+        source: io::Error,
     },
     /// The file system refused.
     #[error("cannot {action} {}: {source}", path.display())]
@@ -311,7 +321,7 @@ impl Store {
         write(&self.storage, &self.open_path(run), run)
     }
 
-    /// Forgets an open run and, unless it was committed, its partial files.
+    /// Forgets an open run, durably, and, unless it was committed, its partial files. May be repeated.
     ///
     /// # Errors
     /// As the file system says.
@@ -322,21 +332,31 @@ impl Store {
             self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
         }
         let path = self.open_path(run);
-        self.storage.remove(&path).map_err(StoreError::io("remove", &path))
+        self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
+        // Its file names may be given to other runs from now on: it must not come back after a power cut.
+        let open = folder.join(OPEN);
+        self.storage.sync_folder(&open).map_err(StoreError::io("sync", &open))
     }
 
-    /// Publishes a run: gives its synced partial files their names, then writes the manifest, the commit point.
+    /// True when a file or an open run has this name: a path without its extension, relative to the machine's folder.
     ///
     /// # Errors
-    /// As the file system says. The run is not committed then, its files have their partial names again, and publishing
-    /// may be tried again.
-    pub fn publish(&self, run: &Run, open: &OpenRun) -> Result<(), StoreError> {
-        let folder = self.machine_folder(&run.machine);
-        let published = name_and_publish(&self.storage, &folder, run, open);
-        if published.is_err() {
-            take_back(&self.storage, &folder, open)?;
+    /// As the file system says.
+    pub fn is_taken(&self, machine: &MachineKey, stem: &str) -> Result<bool, StoreError> {
+        let folder = self.machine_folder(machine);
+        for kind in ["vhdx", "vhdx.partial", "journal"] {
+            if exists(&self.storage, &folder.join(format!("{stem}.{kind}")))? {
+                return Ok(true);
+            }
         }
-        published
+        // A run whose files are gone, but whose end the disk has refused, is still one after a restart.
+        for path in files_in(&self.storage, &folder.join(OPEN), "json")? {
+            let open = read::<OpenRun>(&self.storage, &path)?;
+            if open.is_some_and(|run| run.disks.iter().any(|disk| disk.stem == stem)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn open_path(&self, run: &OpenRun) -> PathBuf {
@@ -415,14 +435,23 @@ impl Store {
         for path in files_in(&self.storage, &folder.join(OPEN), "json")? {
             match read::<OpenRun>(&self.storage, &path) {
                 Ok(Some(run)) if state.history.run(run.backup).is_some() => {
+                    // It is told as committed from now on, but its commit may have been killed before the last sync.
+                    let runs = folder.join(RUNS);
+                    self.storage.sync_folder(&runs).map_err(StoreError::io("sync", &runs))?;
                     self.remove_open(&run)?
                 }
+                // Its manifest may be the one that can't be read.
+                Ok(Some(_)) if unread => {}
                 Ok(Some(run)) => {
-                    take_back(&self.storage, folder, &run)?;
+                    take_back(&self.storage, folder, &run, &published_files(folder, &state))?;
                     state.open.push(run);
                 }
                 Ok(None) => {}
                 Err(error @ StoreError::Newer { .. }) => return Err(error),
+                Err(error @ StoreError::Io { .. }) => {
+                    tracing::error!(%error, "an open run can't be read and is left alone");
+                    unread = true;
+                }
                 Err(error) => {
                     tracing::error!(%error, "an open run can't be read and is given up");
                     self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
@@ -453,43 +482,13 @@ fn last_sequence(storage: &Disk, folder: &Path) -> Result<u64, StoreError> {
     Ok(runs.iter().chain(&trash).filter_map(number).max().unwrap_or(0))
 }
 
-fn name_and_publish(
-    storage: &Disk,
-    folder: &Path,
-    run: &Run,
-    open: &OpenRun,
-) -> Result<(), StoreError> {
-    for disk in &open.disks {
-        for kind in ["vhdx", "table"] {
-            let path = folder.join(disk.published(kind));
-            storage
-                .rename(&folder.join(disk.partial(kind)), &path)
-                .map_err(StoreError::io("publish", &path))?;
-        }
-        let disk_folder = folder.join(disk.disk.as_str());
-        storage.sync_folder(&disk_folder).map_err(StoreError::io("sync", &disk_folder))?;
-    }
-    let path = trash::manifest_path(&folder.join(RUNS), run);
-    if storage.exists(&path).map_err(StoreError::io("look for", &path))? {
-        let source = io::Error::from(io::ErrorKind::AlreadyExists);
-        return Err(StoreError::Io { action: "write over", path, source });
-    }
-    write(storage, &path, run)
-}
-
-/// Undoes the renames of a publication that did not reach its manifest.
-fn take_back(storage: &Disk, folder: &Path, run: &OpenRun) -> Result<(), StoreError> {
-    for disk in &run.disks {
-        for kind in ["vhdx", "table"] {
-            let path = folder.join(disk.published(kind));
-            if storage.exists(&path).map_err(StoreError::io("look for", &path))? {
-                storage
-                    .rename(&path, &folder.join(disk.partial(kind)))
-                    .map_err(StoreError::io("take back", &path))?;
-            }
-        }
-    }
-    Ok(())
+/// Images and tables that manifests name, those in the trash too.
+fn published_files(folder: &Path, state: &MachineState) -> HashSet<PathBuf> {
+    let files = |held: &Held| {
+        let snapshot = held.snapshot();
+        [folder.join(&snapshot.image), folder.join(&snapshot.table)]
+    };
+    state.history.links().flat_map(files).collect()
 }
 
 /// Moves files that nothing names to `set-aside`, so that they are neither used nor lost.
@@ -498,11 +497,7 @@ fn set_aside_unknown(
     folder: &Path,
     state: &MachineState,
 ) -> Result<(), StoreError> {
-    let mut known: HashSet<PathBuf> = HashSet::new();
-    for held in state.history.links() {
-        known.insert(folder.join(&held.snapshot().image));
-        known.insert(folder.join(&held.snapshot().table));
-    }
+    let mut known = published_files(folder, state);
     for name in state.open.iter().flat_map(|run| &run.disks).flat_map(OpenDisk::open_files) {
         known.insert(folder.join(name));
     }
@@ -524,6 +519,10 @@ fn set_aside_unknown(
 
 fn list(storage: &Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
     storage.list(folder).map_err(StoreError::io("list", folder))
+}
+
+fn exists(storage: &Disk, path: &Path) -> Result<bool, StoreError> {
+    storage.exists(path).map_err(StoreError::io("look for", path))
 }
 
 fn is_folder(storage: &Disk, path: &Path) -> Result<bool, StoreError> {

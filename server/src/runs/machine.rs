@@ -2,7 +2,6 @@
 
 use std::{
     collections::{HashSet, VecDeque},
-    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
     time::Duration,
 };
@@ -17,7 +16,7 @@ use crate::{
         FORMAT, Held, History, Run, Snapshot, TrashRecord, TrashedRun,
         merge::Intent,
         opened::OpenedSnapshot,
-        store::{Counters, MachineState, OpenDisk, OpenRun, Store, StoreError},
+        store::{Counters, MachineState, OpenDisk, OpenRun, Store},
     },
     session::{Session, Trust},
 };
@@ -295,6 +294,8 @@ struct ActiveState {
     touched: Instant,
     leased: bool,
     committing: bool,
+    /// Its manifest, when the disk has failed to say whether it has it.
+    in_doubt: Option<Arc<Run>>,
 }
 
 /// Ends the committing state when dropped.
@@ -316,6 +317,7 @@ impl ActiveRun {
             touched: Instant::now(),
             leased: false,
             committing: false,
+            in_doubt: None,
         };
         Self { backup, machine, lease, state: Mutex::new(state) }
     }
@@ -389,9 +391,9 @@ impl ActiveRun {
         let kept = lock(&self.state).sessions.clone();
         let mut sessions = Vec::with_capacity(record.disks.len());
         for (index, disk) in record.disks.iter().enumerate() {
-            match kept.get(index).filter(|session| !session.is_failed()) {
-                Some(session) => sessions.push(session.clone()),
-                None => sessions.push(Arc::new(self.reopen(runs, disk, trust)?)),
+            match kept.get(index) {
+                Some(session) if !session.is_failed() => sessions.push(session.clone()),
+                _ => sessions.push(Arc::new(self.reopen(runs, disk, trust)?)),
             }
         }
         // Only now: a crash before this repeats the repair of the sessions with the same trust.
@@ -458,7 +460,7 @@ impl ActiveRun {
         if state.committing {
             return Some(self.lease);
         }
-        left(state.touched + self.lease).filter(|_| state.leased)
+        left(state.touched + self.lease).filter(|_| state.leased && state.record.epoch != u64::MAX)
     }
 
     pub(super) fn idle(&self) -> Duration {
@@ -481,9 +483,23 @@ impl ActiveRun {
         state.sessions.clear();
     }
 
+    /// True when the run was given up, but the disk has refused to forget it.
+    pub(super) fn is_closed(&self) -> bool {
+        lock(&self.state).record.epoch == u64::MAX
+    }
+
     /// True while a commit is at work.
     pub fn is_committing(&self) -> bool {
         lock(&self.state).committing
+    }
+
+    /// The manifest of a commit that may or may not be on the disk: only that commit may be tried again.
+    pub(super) fn in_doubt(&self) -> Option<Arc<Run>> {
+        lock(&self.state).in_doubt.clone()
+    }
+
+    pub(super) fn set_in_doubt(&self, manifest: Option<Arc<Run>>) {
+        lock(&self.state).in_doubt = manifest;
     }
 
     pub(super) fn begin_commit(&self) -> Committing<'_> {
@@ -551,27 +567,16 @@ fn readable_head(runs: &Runs, machine: &Machine, disk: &DiskId) -> Option<Opened
 
 /// A file name that is free: `<disk>/<number>-<time>`.
 fn free_stem(store: &Store, machine: &Machine, disk: &DiskId) -> Result<String, RunError> {
-    let folder = store.machine_folder(&machine.key);
     let time = OffsetDateTime::now_utc()
         .format(format_description!("[year][month][day]T[hour][minute][second]Z"));
     let time = time.unwrap_or_else(|_| "undated".to_owned());
-    let mut number =
-        1 + machine.snapshots().iter().filter(|held| held.snapshot().disk == *disk).count();
+    // The run's number: with the time no image gets the name of a purged one, which a merge may still speak of.
+    let mut number = machine.next_place().0;
     loop {
         let stem = format!("{disk}/{number:05}-{time}");
-        if !is_taken(store, &folder, &stem)? {
+        if !store.is_taken(&machine.key, &stem)? {
             return Ok(stem);
         }
         number += 1;
     }
-}
-
-fn is_taken(store: &Store, folder: &Path, stem: &str) -> Result<bool, RunError> {
-    for kind in ["vhdx", "vhdx.partial", "journal"] {
-        let path = folder.join(format!("{stem}.{kind}"));
-        if store.storage().exists(&path).map_err(StoreError::io("look for", &path))? {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }

@@ -63,9 +63,11 @@ impl Session {
         self.write_table(&inner, &digests, is_delta)?;
         let identity = self.write_image(&inner, &slots)?;
         let path = self.image_path();
-        let failed = SessionError::io("sync", &path);
-        let synced = self.image.sync_all().and_then(|()| self.image.metadata());
-        let metadata = synced.map_err(failed)?;
+        if let Err(error) = self.image.sync_all() {
+            inner.failed = true;
+            return Err(SessionError::io("sync", &path)(error));
+        }
+        let metadata = self.image.metadata().map_err(SessionError::io("read", &path))?;
         Ok(Finished {
             identity,
             table_digest: stored,

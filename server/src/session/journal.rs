@@ -66,6 +66,18 @@ impl Journal {
         Ok(Self { file, len: HEADER_BYTES })
     }
 
+    /// True when `file` is the journal of this session. After a power cut it may hold nothing yet, or still that of a
+    /// session which had the file before.
+    ///
+    /// # Errors
+    /// As the file system says.
+    pub fn is_of(file: &File, session: SessionId) -> io::Result<bool> {
+        let mut header = [0; HEADER_BYTES as usize];
+        Ok(read_full(file, &mut header, 0)?
+            && &header[..8] == MAGIC
+            && &header[16..32] == session.as_bytes())
+    }
+
     /// Opens a journal and hands its records over in order; what follows the last good one is cut off. With
     /// `synced_only` the last synced record is the end.
     ///
@@ -92,13 +104,22 @@ impl Journal {
             ));
         }
         let end = if synced_only { last_synced(&file)? } else { u64::MAX };
-        let mut len = HEADER_BYTES;
+        let (mut len, mut synced, mut synced_before) = (HEADER_BYTES, None, 0);
         while len < end {
             let Some((record, next)) = read_record(&file, len)? else { break };
+            if record.synced {
+                synced_before = synced.replace(next).unwrap_or(0);
+            }
             take(record);
             len = next;
         }
         file.set_len(len)?;
+        if synced.is_some() {
+            // An earlier process may have been killed before it had synced the last of these records, or was told that it
+            // can't be, which is told once. It will be acknowledged, so it is written anew.
+            file.copy_range(synced_before, &file, synced_before, len - synced_before)?;
+            file.sync_data()?;
+        }
         Ok(Self { file, len })
     }
 
@@ -269,9 +290,12 @@ mod tests {
     }
 
     #[test]
-    fn another_sessions_journal_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        Journal::create(file(&folder), SessionId::new(), 1 << 20).unwrap();
+    fn another_sessions_journal_is_told_and_refused() {
+        let (folder, session) = (tempfile::tempdir().unwrap(), SessionId::new());
+        assert!(!Journal::is_of(&file(&folder), session).unwrap());
+        Journal::create(file(&folder), session, 1 << 20).unwrap();
+        assert!(Journal::is_of(&file(&folder), session).unwrap());
+        assert!(!Journal::is_of(&file(&folder), SessionId::new()).unwrap());
         assert!(Journal::open(file(&folder), SessionId::new(), 1 << 20, false, |_| ()).is_err());
     }
 }

@@ -1,11 +1,12 @@
 //! What lies below the store: opens files, changes folders.
 
 use std::{
+    collections::HashSet,
     fs, io,
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -23,11 +24,13 @@ pub struct Disk {
     watcher: Option<Arc<dyn Watcher>>,
     boot: Option<Arc<str>>,
     sync_bytes: u64,
+    /// Folders whose names are durable, as far as this process has seen to it.
+    known: Arc<Mutex<HashSet<PathBuf>>>,
 }
 
 impl Default for Disk {
     fn default() -> Self {
-        Self { watcher: None, boot: None, sync_bytes: SYNC_BYTES }
+        Self { watcher: None, boot: None, sync_bytes: SYNC_BYTES, known: Arc::default() }
     }
 }
 
@@ -131,6 +134,7 @@ impl Disk {
     /// As the file system says.
     pub fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.ask(Op::Rename { from, to })?;
+        self.known().retain(|folder| !folder.starts_with(from));
         fs::rename(from, to)
     }
 
@@ -149,6 +153,7 @@ impl Disk {
     /// As the file system says.
     pub fn remove_folder(&self, path: &Path) -> io::Result<()> {
         self.ask(Op::RemoveFolder { path })?;
+        self.known().remove(path);
         or_absent(fs::remove_dir(path))
     }
 
@@ -163,20 +168,30 @@ impl Disk {
 
     /// Makes a folder and those above it, durably, readable by the owner alone.
     ///
+    /// One that is there may have been made just before a kill, so its name is synced too, once in a process.
+    ///
     /// # Errors
     /// As the file system says.
     pub fn make_folder(&self, path: &Path) -> io::Result<()> {
-        if self.metadata(path)?.is_some_and(|there| there.is_folder) {
+        let is_there = self.is_folder(path)?;
+        if is_there && self.known().contains(path) {
             return Ok(());
         }
         let parent = folder_of(path)?;
-        self.make_folder(parent)?;
-        self.ask(Op::MakeFolder { path })?;
-        match fs::DirBuilder::new().mode(0o700).create(path) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        // Above the first folder that was asked for, what others have made is theirs.
+        if self.is_below_known(path) || !self.is_folder(parent)? {
+            self.make_folder(parent)?;
+        }
+        if !is_there {
+            self.ask(Op::MakeFolder { path })?;
+            fs::DirBuilder::new().mode(0o700).create(path)?;
+        }
+        match self.sync_folder(parent) {
+            Err(error) if is_there && error.kind() == io::ErrorKind::PermissionDenied => {}
             other => other?,
         }
-        self.sync_folder(parent)
+        self.known().insert(path.to_owned());
+        Ok(())
     }
 
     /// What lies at a path, links followed; `None` when nothing does.
@@ -238,6 +253,16 @@ impl Disk {
             Some(_) => work(),
             None => drop(std::thread::spawn(work)),
         }
+    }
+
+    fn is_below_known(&self, path: &Path) -> bool {
+        let known = self.known();
+        path.ancestors().skip(1).any(|above| known.contains(above))
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashSet<PathBuf>> {
+        // A set is whole whatever panicked beside it.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn handle(&self, path: &Path) -> Handle {

@@ -1,0 +1,155 @@
+//! The store on a disk that fails: every operation of a scenario is where it is killed, where the power goes, or what fails.
+//!
+//! A scenario is a function over a [`World`], whose methods are the words it is made of: a disk, a backup, a restart. Around it:
+//!
+//! - `recorder` writes down every operation that goes through `storage`, or makes one of them fail;
+//! - `shadow` is a file system in memory that knows what each crash leaves of the operations before it;
+//! - `promises` is the model: what the client was told, and the bytes that a snapshot must have;
+//! - `crashes` tries each kind of crash at every operation, `live` lets each operation fail while the server goes on.
+//!
+//! After each the store is opened, all acknowledged snapshots are compared bit by bit, and further backups are made. What is
+//! tried is printed. `JANUS_SOAK=1` draws more of the mixtures that a power cut can leave.
+//!
+//! To add an operation of the store (a merge, a retention run, a move): give `World` a method that does it through
+//! `until_done`, tell `promise` what it acknowledges (and `Promise::MayGo` before something may vanish), and write a
+//! scenario with it below. Nothing else needs to know of it, as long as the operation uses `Store::storage` for its files.
+
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
+mod content;
+mod crashes;
+mod live;
+mod promises;
+mod recorder;
+mod shadow;
+mod sparse;
+mod world;
+
+use std::path::Path;
+
+use world::World;
+
+/// What a machine does.
+type Scenario = fn(&mut World) -> Result<(), String>;
+
+/// A base and a delta.
+fn delta(world: &mut World) -> Result<(), String> {
+    world.disk("root", (3 << 20) + 512);
+    world.backup()?;
+    world.change(1);
+    world.backup()
+}
+
+/// Two disks in one run.
+fn two_disks(world: &mut World) -> Result<(), String> {
+    world.disk("root", 1 << 20);
+    world.disk("data", (2 << 20) + 1024);
+    world.backup()?;
+    world.change(2);
+    world.backup()
+}
+
+/// A disk that grows, then shrinks: new bases are made from the old heads.
+fn resized(world: &mut World) -> Result<(), String> {
+    world.disk("root", (2 << 20) + 512);
+    world.backup()?;
+    world.disk("root", (4 << 20) + 1536);
+    world.backup()?;
+    world.disk("root", (1 << 20) + 2048);
+    world.change(3);
+    world.backup()
+}
+
+/// A server that is restarted in mid-session, twice, and a run that is given up.
+fn restarted(world: &mut World) -> Result<(), String> {
+    world.disk("root", 4 << 20);
+    world.send_some(4)?;
+    world.restart()?;
+    world.send_some(2)?;
+    world.restart()?;
+    world.backup()?;
+    world.change(4);
+    world.send_some(1)?;
+    world.give_up()?;
+    world.backup()
+}
+
+/// A base and a delta go out of a chain of four, and backups go on.
+fn thinned(world: &mut World) -> Result<(), String> {
+    world.disk("root", (1 << 20) + 512);
+    world.backup()?;
+    for seed in 5..8 {
+        world.change(seed);
+        world.backup()?;
+    }
+    world.drop_oldest(2)?;
+    world.purge()?;
+    world.change(8);
+    world.backup()
+}
+
+#[test]
+fn a_thinned_chain_survives_every_crash() {
+    crashes::every("thinned", thinned);
+}
+
+#[test]
+fn a_thinned_chain_survives_every_failure() {
+    live::every("thinned", thinned);
+}
+
+#[test]
+fn a_delta_survives_every_crash() {
+    crashes::every("delta", delta);
+}
+
+#[test]
+fn a_delta_survives_every_failure() {
+    live::every("delta", delta);
+}
+
+#[test]
+fn two_disks_survive_every_crash() {
+    crashes::every("two disks", two_disks);
+}
+
+#[test]
+fn two_disks_survive_every_failure() {
+    live::every("two disks", two_disks);
+}
+
+#[test]
+fn resized_disks_survive_every_crash() {
+    crashes::every("resized", resized);
+}
+
+#[test]
+fn resized_disks_survive_every_failure() {
+    live::every("resized", resized);
+}
+
+#[test]
+fn a_restarted_server_survives_every_crash() {
+    crashes::every("restarted", restarted);
+}
+
+#[test]
+fn a_restarted_server_survives_every_failure() {
+    live::every("restarted", restarted);
+}
+
+/// A folder in memory where there is one: nothing here needs a real disk.
+fn folder() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    match memory.is_dir() {
+        true => tempfile::tempdir_in(memory),
+        false => tempfile::tempdir(),
+    }
+    .unwrap()
+}
+
+/// How often something drawn is drawn.
+fn rounds(usually: u64, in_soak: u64) -> u64 {
+    if std::env::var_os("JANUS_SOAK").is_some() { in_soak } else { usually }
+}
