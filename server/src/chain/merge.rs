@@ -202,12 +202,17 @@ impl Pair<'_> {
             image_allocated_bytes: metadata.allocated_bytes,
             ..self.child.clone()
         };
+        // The names of new files must be there after a crash, or the intent would be taken for done.
+        for path in [image_from, &table_from] {
+            let folder = path.parent().unwrap_or(self.folder);
+            self.storage.sync_folder(folder).map_err(MergeError::io("sync", folder))?;
+        }
         let switch = Switch {
             merged,
             parent: image.parent().map(|parent| parent.data_write),
             image_from: self.relative(image_from),
             table_from: self.relative(&table_from),
-            table_header: table_header.map(hex::encode),
+            table_header: hex::encode(table_header),
         };
         Ok((switch, moved))
     }
@@ -259,7 +264,7 @@ impl Pair<'_> {
         parent: &Table,
         child: &Table,
         moved: &mut Moved,
-    ) -> Result<(PathBuf, Option<Vec<u8>>), MergeError> {
+    ) -> Result<(PathBuf, Vec<u8>), MergeError> {
         let (link_path, partial) =
             (self.folder.join(&self.link.table), self.partial(&self.child.table));
         let synced = |file: &File, path| file.sync_all().map_err(MergeError::io("sync", path));
@@ -269,7 +274,8 @@ impl Pair<'_> {
             synced(&file, &partial)?;
             let metadata = file.metadata().map_err(MergeError::io("read", &partial))?;
             moved.table_bytes += metadata.length_bytes;
-            return Ok((partial, None));
+            let header = Table::read_header(&file).map_err(MergeError::table(&partial))?;
+            return Ok((partial, header.to_vec()));
         }
         let path = match way {
             Way::InPlace => link_path,
@@ -281,12 +287,7 @@ impl Pair<'_> {
         let appended = table::append(&file, parent, child).map_err(&damaged)?;
         moved.table_bytes += appended.written;
         synced(&file, &path)?;
-        if way == Way::InPlace {
-            return Ok((path, Some(appended.header.to_vec())));
-        }
-        Table::write_header(&file, &appended.header).map_err(&damaged)?;
-        synced(&file, &path)?;
-        Ok((path, None))
+        Ok((path, appended.header.to_vec()))
     }
 
     fn open_table(&self, snapshot: &Snapshot) -> Result<Table, MergeError> {

@@ -90,6 +90,17 @@ impl OpenError {
         }
     }
 
+    /// True when the disk failed: that may be over in a moment, and only a check of the whole image says whether it is.
+    pub fn is_disk_failure(&self) -> bool {
+        let (Self::Io { source, .. }
+        | Self::Image { source: ImageError::Io { source, .. }, .. }
+        | Self::Table { source: TableError::Io { source, .. }, .. }) = self
+        else {
+            return false;
+        };
+        source.kind() != io::ErrorKind::NotFound
+    }
+
     /// True when this file was looked at.
     pub fn is_about(&self, file: &Path) -> bool {
         match self {

@@ -509,7 +509,7 @@ fn last_sequence(storage: &Disk, folder: &Path) -> Result<u64, StoreError> {
     Ok(runs.iter().chain(&trash).filter_map(number).max().unwrap_or(0))
 }
 
-/// Images and tables that manifests name.
+/// Images and tables that manifests name, those in the trash too.
 fn published_files(folder: &Path, state: &MachineState) -> HashSet<PathBuf> {
     let files = |held: &Held| {
         let snapshot = held.snapshot();

@@ -37,7 +37,8 @@ const MAGIC: &[u8; 8] = b"JANUSTBL";
 const WRITTEN: u32 = 1;
 /// Version of a table that grew by merges: the newest known.
 const VERSION: u32 = 2;
-const HEADER_BYTES: usize = 160;
+/// Bytes of a header.
+pub const HEADER_BYTES: usize = 160;
 /// Header bytes before the header's own sum.
 const HEADER_FIELDS: usize = 128;
 const BITMAP_BYTES: usize = SEGMENT_BLOCKS as usize / 8;

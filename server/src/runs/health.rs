@@ -113,7 +113,8 @@ impl Runs {
             error.is_about(&folder.join(&snapshot.image))
                 || error.is_about(&folder.join(&snapshot.table))
         };
-        if let Some(held) = chain.iter().find(is_about).filter(|_| error.is_damage()) {
+        let is_sure = error.is_damage() && !error.is_disk_failure();
+        if let Some(held) = chain.iter().find(is_about).filter(|_| is_sure) {
             let damage = Damage { unusable: Some(error.to_string()), ..Damage::default() };
             self.note_damage(held, &damage);
         }

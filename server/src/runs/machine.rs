@@ -686,8 +686,8 @@ fn free_stem(store: &Store, machine: &Machine, disk: &DiskId) -> Result<String, 
     let time = OffsetDateTime::now_utc()
         .format(format_description!("[year][month][day]T[hour][minute][second]Z"));
     let time = time.unwrap_or_else(|_| "undated".to_owned());
-    let mut number =
-        1 + machine.snapshots().iter().filter(|held| held.snapshot().disk == *disk).count();
+    // The run's number: with the time no image gets the name of a purged one, which a merge may still speak of.
+    let mut number = machine.next_place().0;
     loop {
         let stem = format!("{disk}/{number:05}-{time}");
         if !store.is_taken(&machine.key, &stem)? {

@@ -75,6 +75,30 @@ fn restarted(world: &mut World) -> Result<(), String> {
     world.backup()
 }
 
+/// A base and a delta go out of a chain of four, and backups go on.
+fn thinned(world: &mut World) -> Result<(), String> {
+    world.disk("root", (1 << 20) + 512);
+    world.backup()?;
+    for seed in 5..8 {
+        world.change(seed);
+        world.backup()?;
+    }
+    world.drop_oldest(2)?;
+    world.purge()?;
+    world.change(8);
+    world.backup()
+}
+
+#[test]
+fn a_thinned_chain_survives_every_crash() {
+    crashes::every("thinned", thinned);
+}
+
+#[test]
+fn a_thinned_chain_survives_every_failure() {
+    live::every("thinned", thinned);
+}
+
 #[test]
 fn a_delta_survives_every_crash() {
     crashes::every("delta", delta);

@@ -27,7 +27,6 @@ pub enum Promise {
     /// It gives the run up: nothing of it needs to stay.
     GivenUp,
     /// It does no longer need this snapshot: from now on it may go.
-    #[allow(dead_code)] // For retention.
     MayGo(SnapshotId),
 }
 

@@ -8,10 +8,12 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use janus_proto::ids::{BackupId, DiskId, MachineKey, SEGMENT_BLOCKS};
 use janus_server::{
     chain::{Run, store::Store},
-    runs::{ActiveRun, CommitDisk, RunError, RunState, Runs, WantedDisk, Writer},
+    runs::{ActiveRun, CommitDisk, PurgeOptions, RunError, RunState, Runs, WantedDisk, Writer},
     session::{Marks, Session},
     storage::Disk,
 };
+
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     content::Content,
@@ -115,6 +117,39 @@ impl World {
         self.until_done("give up", |world| {
             let machine = world.machine.clone();
             world.runs()?.abort(&machine, backup).map_err(told)
+        })
+    }
+
+    /// Drops the oldest runs.
+    pub fn drop_oldest(&mut self, count: usize) -> Result<(), String> {
+        let machine = self.machine.clone();
+        let known = self.runs()?.machine(&machine).map(|known| known.snapshots());
+        let mut runs: Vec<_> = known.unwrap_or_default().into_iter().map(|held| held.run).collect();
+        runs.reverse();
+        runs.dedup_by_key(|run| run.backup);
+        for run in runs.into_iter().take(count) {
+            for snapshot in &run.snapshots {
+                self.promise(Promise::MayGo(snapshot.id));
+            }
+            self.until_done("drop", |world| {
+                let dropped = world.runs()?.trash(&machine, &[run.backup], "scenario", 0);
+                dropped.map_err(told)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Purges what was dropped.
+    pub fn purge(&mut self) -> Result<(), String> {
+        let machine = self.machine.clone();
+        let options = PurgeOptions { now_ms: i64::MAX, reserve_bytes: 0, copy: true };
+        self.until_done("purge", |world| {
+            let report = world.runs()?.purge_due(&machine, &options, &CancellationToken::new());
+            world.check()?;
+            match report.waiting.first() {
+                Some((_, wait)) => Err(wait.to_string()),
+                None => Ok(()),
+            }
         })
     }
 

@@ -7,7 +7,10 @@ use uuid::Uuid;
 
 use super::{MergeError, set_identity};
 use crate::{
-    chain::{FORMAT, History, Run, Snapshot, table::Table},
+    chain::{
+        FORMAT, History, Run, Snapshot,
+        table::{HEADER_BYTES, Table, TableError},
+    },
     image::{Image, ImageError},
     storage::{Access, Disk, File},
 };
@@ -49,8 +52,8 @@ pub struct Switch {
     pub image_from: String,
     /// The merged table, relative to the machine's folder.
     pub table_from: String,
-    /// Header that the table still needs, in hex.
-    pub table_header: Option<String>,
+    /// Header of the merged table, which may still need it; in hex.
+    pub table_header: String,
 }
 
 impl Intent {
@@ -108,10 +111,9 @@ impl Switch {
     pub fn rename(&self, storage: &Disk, folder: &Path) -> Result<(), MergeError> {
         let (image_from, table_from) =
             (folder.join(&self.image_from), folder.join(&self.table_from));
-        if let (Some(header), Some(file)) = (&self.table_header, open(storage, &table_from)?) {
+        if let Some(file) = open(storage, &table_from)? {
             let damaged = MergeError::table(&table_from);
-            let bytes = hex::decode(header).unwrap_or_default();
-            let (header, _) = Table::parse_header(&bytes).map_err(&damaged)?;
+            let header = self.header().map_err(&damaged)?;
             Table::write_header(&file, &header).map_err(&damaged)?;
             file.sync_data().map_err(MergeError::io("sync", &table_from))?;
         }
@@ -127,11 +129,21 @@ impl Switch {
                 storage.sync_folder(folder).map_err(MergeError::io("sync", folder))?;
             }
         }
-        self.check(storage, &folder.join(&self.merged.image))
+        self.check(storage, &folder.join(&self.merged.image), &folder.join(&self.merged.table))
     }
 
-    /// Nothing may be removed before the merged image is where the manifest says.
-    fn check(&self, storage: &Disk, path: &Path) -> Result<(), MergeError> {
+    fn header(&self) -> Result<[u8; HEADER_BYTES], TableError> {
+        Table::parse_header(&hex::decode(&self.table_header).unwrap_or_default())
+    }
+
+    /// Nothing may be removed before the merged files are where the manifest says.
+    fn check(&self, storage: &Disk, path: &Path, table: &Path) -> Result<(), MergeError> {
+        let damaged = MergeError::table(table);
+        let file = storage.open(table, Access::Read).map_err(MergeError::io("open", table))?;
+        if Table::read_header(&file).map_err(&damaged)? != self.header().map_err(&damaged)? {
+            let reason = "the merged table is not in its place".to_owned();
+            return Err(damaged(TableError::Impossible { reason }));
+        }
         let file = storage.open(path, Access::Read).map_err(MergeError::io("open", path))?;
         let image = Image::open(file).map_err(MergeError::image(path))?;
         let parent = image.parent().map(|parent| parent.data_write);

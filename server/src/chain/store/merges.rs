@@ -39,13 +39,16 @@ impl Store {
         write(&self.storage, &self.intent_path(machine, intent), intent)
     }
 
-    /// Forgets an intent, whether it was made durable or not.
+    /// Forgets an intent, durably.
     ///
     /// # Errors
     /// As the file system says.
     pub fn remove_intent(&self, machine: &MachineKey, intent: &Intent) -> Result<(), StoreError> {
         let path = self.intent_path(machine, intent);
-        self.storage.remove(&path).map_err(StoreError::io("remove", &path))
+        self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
+        // An intent that came back after a crash would be followed again.
+        let folder = self.machine_folder(machine).join(MERGES);
+        self.storage.sync_folder(&folder).map_err(StoreError::io("sync", &folder))
     }
 
     /// Steps 1 and 2. `child` is the child's run as it will be, and whether it is in the trash.
@@ -97,6 +100,10 @@ impl Store {
                 let path = folder.join(name);
                 self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
             }
+        }
+        // All of it before the intent goes: what comes back after a crash would have nobody who removes it.
+        for path in [folder.join(trash::TRASH), folder.join(intent.link.disk.as_str())] {
+            self.storage.sync_folder(&path).map_err(StoreError::io("sync", &path))?;
         }
         self.remove_intent(machine, intent)
     }

@@ -24,7 +24,8 @@ impl Store {
     /// Drops a run.
     ///
     /// # Errors
-    /// As the file system says; the run is kept then, or dropped when only a folder could not be synced.
+    /// As the file system says. The run is kept then until the store is opened again, which may find it dropped; repeating this is
+    /// safe.
     pub fn drop_run(&self, run: &Run, record: &TrashRecord) -> Result<(), StoreError> {
         let trash = self.machine_folder(&run.machine).join(TRASH);
         self.storage.make_folder(&trash).map_err(StoreError::io("make", &trash))?;
@@ -141,8 +142,12 @@ fn remove_lone_records(storage: &Disk, trash: &Path) -> Result<(), StoreError> {
     Ok(())
 }
 
+/// Moves a manifest, durably. When that fails it may be moved all the same, which repeating this makes durable.
 fn move_manifest(storage: &Disk, from: &Path, to: &Path) -> Result<(), StoreError> {
-    storage.rename(from, to).map_err(StoreError::io("move", from))?;
+    let there = |path: &Path| storage.exists(path).map_err(StoreError::io("look for", path));
+    if there(from)? || !there(to)? {
+        storage.rename(from, to).map_err(StoreError::io("move", from))?;
+    }
     for folder in [to, from].into_iter().filter_map(Path::parent) {
         storage.sync_folder(folder).map_err(StoreError::io("sync", folder))?;
     }

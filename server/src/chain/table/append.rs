@@ -11,7 +11,7 @@ use janus_proto::{
 
 use super::{
     BITMAP_BYTES, ENTRY_BYTES, Entry, Fields, HEADER_BYTES, Page, SegmentBitmap, Table, TableError,
-    TableHeader, TableWriter, VERSION,
+    TableWriter, VERSION,
 };
 use crate::storage::File;
 
@@ -93,14 +93,24 @@ impl Table {
         file.write_all_at(header, 0).map_err(TableError::io("write"))
     }
 
-    /// Reads what [`append`] made out of bytes kept elsewhere; what it belongs to.
+    /// Reads the header's bytes, unchecked.
     ///
     /// # Errors
-    /// When they are no header.
-    pub fn parse_header(bytes: &[u8]) -> Result<([u8; HEADER_BYTES], TableHeader), TableError> {
+    /// When the file can't be read.
+    pub fn read_header(file: &File) -> Result<[u8; HEADER_BYTES], TableError> {
+        let mut header = [0; HEADER_BYTES];
+        file.read_exact_at(&mut header, 0).map_err(TableError::io("header"))?;
+        Ok(header)
+    }
+
+    /// Takes a header that was kept elsewhere.
+    ///
+    /// # Errors
+    /// When the bytes are none.
+    pub fn parse_header(bytes: &[u8]) -> Result<[u8; HEADER_BYTES], TableError> {
         let header =
             bytes.try_into().map_err(|_| TableError::damaged("a header of another length"))?;
-        Ok((header, Fields::from_bytes(&header)?.header))
+        Fields::from_bytes(&header).map(|_| header)
     }
 }
 
