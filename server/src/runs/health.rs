@@ -63,9 +63,7 @@ impl Runs {
     /// When a manifest or a table of its chain is missing or damaged.
     pub fn open_for_reading(&self, held: &Held) -> Result<OpenedSnapshot, OpenError> {
         self.open_chain(held, |_, folder, chain| {
-            let opened = OpenedSnapshot::open_rest(self.store.storage(), folder, chain)?;
-            opened.lost.iter().for_each(|(_, error)| self.note_unopened(chain, error));
-            Ok(opened)
+            OpenedSnapshot::open_rest(self.store.storage(), folder, chain)
         })
     }
 
@@ -77,15 +75,21 @@ impl Runs {
     ) -> Result<OpenedSnapshot, OpenError> {
         let broken = OpenError::BrokenChain { snapshot: held.snapshot().id };
         let Some(machine) = self.machine(&held.run.machine) else { return Err(broken) };
-        if let Err(error) = self.finish_switches(&machine) {
+        let switched = self.finish_switches(&machine).inspect_err(|error| {
             tracing::error!(%error, machine = %machine.key, "a merge can't be finished: snapshots of its chain can't be read");
-        }
+        });
+        // Between the steps of a merge images don't fit each other, and none of them is to blame.
+        let note = |chain: &[Held], error: &OpenError| {
+            if switched.is_ok() {
+                self.note_unopened(chain, error);
+            }
+        };
         let _files = machine.keep_files();
         let id = held.snapshot().id;
         let chain = machine.snapshot(id).and_then(|_| machine.chain(id)).ok_or(broken)?;
         let folder = self.store.machine_folder(&held.run.machine);
-        let opened = open(&machine, &folder, &chain)
-            .inspect_err(|error| self.note_unopened(&chain, error))?;
+        let opened = open(&machine, &folder, &chain).inspect_err(|error| note(&chain, error))?;
+        opened.lost.iter().for_each(|(_, error)| note(&chain, error));
         machine.note_opened(opened.links());
         Ok(opened)
     }

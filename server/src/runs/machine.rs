@@ -176,7 +176,7 @@ impl Machine {
 
     /// True while a link is as it was, and no merge may be changing its image.
     pub fn still_has(&self, held: &Held) -> bool {
-        let link = self.link(held.snapshot().id);
+        let link = self.link(held.snapshot().id).filter(|_| self.unswitched().is_none());
         let purging = self.trashed_run(held.run.backup).is_some_and(|run| run.record.purging);
         !purging && link.is_some_and(|link| link.snapshot() == held.snapshot())
     }
