@@ -4,6 +4,7 @@
 //! the epoch, so that a client that was believed dead can't write any more. All functions block: they are called on
 //! threads meant for it. No lock is held while blocks are received.
 
+mod active;
 mod health;
 mod limits;
 mod machine;
@@ -25,11 +26,12 @@ use janus_proto::{
 use tokio::{sync::broadcast, time::Instant};
 
 pub use self::{
+    active::ActiveRun,
     limits::Limits,
-    machine::{ActiveRun, Machine},
+    machine::Machine,
     purge::{PurgeOptions, PurgeReport, Wait},
 };
-use self::{limits::Metered, machine::PlannedDisk};
+use self::{active::PlannedDisk, limits::Metered};
 use crate::{
     chain::{
         Held, Run,

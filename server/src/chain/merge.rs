@@ -4,7 +4,7 @@
 //! name, so nothing above needs a change: the child's manifest alone names another parent. Cost: what the child holds, not
 //! what the link or the disk does.
 //!
-//! 1. [`prepare`] makes the merged files. Where the file system shares blocks between files, they are clones with names of
+//! 1. [`Pair::prepare`] makes the merged files. Where the file system shares blocks between files, they are clones with names of
 //!    their own, and link and child stay as they are. Else the link's own files take the blocks in: what the child covers
 //!    changes there, what shows through the child never does, so the chain reads the same at every moment.
 //! 2. An [`Intent`] says what is still to be done; once it is durable, the merge will happen.
