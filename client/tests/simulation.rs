@@ -100,6 +100,7 @@ fn every_seed_keeps_the_rules() {
         counts.partitions,
         counts.crashes,
         counts.lists,
+        counts.snags,
     ];
     assert!(
         seeds < 20 || each.iter().all(|count| *count > seeds / 20),

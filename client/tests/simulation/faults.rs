@@ -13,7 +13,7 @@ use tokio::{
 };
 
 use super::{
-    network::Node,
+    network::{Node, Snag, Snagged},
     site::{JANUS, MACHINES, SERVERS},
     world::{End, World},
 };
@@ -46,7 +46,7 @@ async fn fault(world: Arc<World>, mut rng: SmallRng, busy: Busy) {
         1 => End::Crash { silently: false },
         _ => End::Crash { silently: true },
     };
-    let kind = rng.random_range(0..12);
+    let kind = rng.random_range(0..14);
     if kind < 7 || kind == 11 {
         world.rules.count(|counts| counts.partitions += 1);
     }
@@ -106,6 +106,13 @@ async fn fault(world: Arc<World>, mut rng: SmallRng, busy: Busy) {
                 give_back(&busy, j);
             }
         }
+        12 => torn_report(&world, &mut rng, janus, server).await,
+        13 => {
+            if take(&busy, s) {
+                late_report(&world, &mut rng, janus, server).await;
+                give_back(&busy, s);
+            }
+        }
         10 => {
             let machine = rng.random_range(0..MACHINES);
             world.list(janus, machine).await;
@@ -147,6 +154,56 @@ async fn parted_sites(world: &World, rng: &mut SmallRng, long: Duration) {
     pairs.iter().for_each(|(a, b)| world.network.change(*a, *b, |link| link.hold()));
     sleep(long).await;
     pairs.iter().for_each(|(a, b)| world.network.change(*a, *b, |link| link.release()));
+}
+
+/// A report stream breaks in the middle of its full state, once or twice.
+async fn torn_report(world: &World, rng: &mut SmallRng, janus: usize, server: usize) {
+    let (s, j) = (Node::Server(server), Node::Janus(janus));
+    for _ in 0..rng.random_range(1..3) {
+        let after = bytes(rng);
+        world.rules.count(|counts| counts.snags += 1);
+        world.rules.note(format!("the next report of {s} to {j} breaks after {after} bytes"));
+        world.network.snag(s, j, Snag { after, how: Snagged::Breaks });
+        report_anew(world, s, j).await;
+        world.look_closely(Duration::from_secs(2)).await;
+    }
+}
+
+/// A report stream stalls, its server dies and comes back, and its new stream stalls too. Then the rest of the old one
+/// arrives in the middle of the new one, which nobody may be confused by.
+async fn late_report(world: &World, rng: &mut SmallRng, janus: usize, server: usize) {
+    let (s, j) = (Node::Server(server), Node::Janus(janus));
+    let [a, b] = std::array::from_fn(|_| bytes(rng));
+    // Mostly the new one stalls earlier: then nobody has told of what lies between.
+    let (old, new) = if rng.random_bool(0.7) { (a.max(b), a.min(b)) } else { (a, b) };
+    world.rules.count(|counts| counts.snags += 1);
+    world.rules.count(|counts| counts.crashes += 1);
+    world.rules.note(format!("reports of {s} to {j} stall after {old} bytes, then after {new}"));
+    let stalls = |after| Snag { after, how: Snagged::Stalls };
+    world.network.snag(s, j, stalls(old));
+    report_anew(world, s, j).await;
+    // Meanwhile runs begin and end, as this report doesn't know.
+    sleep(Duration::from_millis(rng.random_range(1_000..9_000))).await;
+    world.end_server(server, End::Crash { silently: true }).await;
+    sleep(Duration::from_millis(rng.random_range(100..2_000))).await;
+    world.network.snag(s, j, stalls(new));
+    world.start_server(server);
+    world.look_closely(Duration::from_millis(rng.random_range(500..5_000))).await;
+    while world.network.free_oldest(s, j) {
+        world.look_closely(Duration::from_secs(1)).await;
+    }
+}
+
+/// So many bytes are less than most reports have. The first 900 end with the hello.
+fn bytes(rng: &mut SmallRng) -> usize {
+    if rng.random_bool(0.2) { rng.random_range(1..900) } else { rng.random_range(900..5_000) }
+}
+
+/// Breaks the connections between a server and a janus for a moment, so that a new report begins.
+async fn report_anew(world: &World, s: Node, j: Node) {
+    world.network.change(j, s, |link| link.cut());
+    sleep(Duration::from_millis(50)).await;
+    world.network.change(j, s, |link| link.mend());
 }
 
 fn take(busy: &Busy, node: Node) -> bool {

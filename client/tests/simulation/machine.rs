@@ -30,11 +30,10 @@ const BLOCKS: u64 = 4;
 const DISK_BYTES: u64 = BLOCKS * BLOCK_BYTES;
 /// Longest wait for the answer to anything.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// A start that some server can take is answered within this, and …
+/// A start is answered within this when all servers can take it, …
 const START_LIMIT: Duration = Duration::from_millis(100);
-/// … a probe's deadline for each server that is not well: a second, or four round trips, which are measured too long
-/// where packets were held.
-const PROBE: Duration = Duration::from_millis(1_250);
+/// … and within this when some can, however many can't.
+const START_LIMIT_BESIDE_BAD: Duration = Duration::from_secs(2);
 /// A server that was well for so long is known to be.
 pub const KNOWN: Duration = Duration::from_secs(12);
 
@@ -238,7 +237,11 @@ impl Machine {
             return;
         }
         let (rules, slow) = (&self.world.rules, self.world.slowness());
-        let limit = START_LIMIT + 4 * slow + (PROBE + 8 * slow) * (SERVERS - well) as u32;
+        // Where lines are slow a probe's deadline is four round trips.
+        let limit = match SERVERS - well {
+            0 => START_LIMIT + 4 * slow,
+            bad => START_LIMIT_BESIDE_BAD + (4 + 8 * bad as u32) * slow,
+        };
         if took > limit {
             rules.fail(format!(
                 "{}: janus-{janus} took {took:?} for a start, {well} servers are well",

@@ -31,6 +31,8 @@ use tokio::{
 
 /// What a server's report is cut into.
 const REPORT_PIECE: usize = 700;
+/// A connection to a process that died is known to be broken so long after its last byte.
+const NEWS: Duration = Duration::from_millis(100);
 /// Bytes on their way in one direction of a connection.
 const PIPE_BYTES: usize = 1 << 20;
 
@@ -92,6 +94,23 @@ struct Inner {
     /// When `.0` last got bytes of `.1` on a connection of its own.
     heard: BTreeMap<(Node, Node), Instant>,
     wires: Vec<Weak<Wire>>,
+    /// For the next connection between two nodes.
+    snags: BTreeMap<(Node, Node), Snag>,
+}
+
+/// What happens to the bytes that a connection's maker sends, after so many of them.
+#[derive(Debug, Clone, Copy)]
+pub struct Snag {
+    pub after: usize,
+    pub how: Snagged,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Snagged {
+    /// The rest waits on its way, longer than what is sent later on another connection: see [`Network::free_oldest`].
+    Stalls,
+    /// The connection breaks.
+    Breaks,
 }
 
 /// Sees what one node sends to another on a connection that the first has made, and how long the first has heard
@@ -177,6 +196,23 @@ impl Network {
         inner.changed.insert(node, Instant::now());
         drop(inner);
         self.wake();
+    }
+
+    /// The next connection that `from` makes to `to` has a snag.
+    pub fn snag(&self, from: Node, to: Node, snag: Snag) {
+        self.lock().snags.insert((from, to), snag);
+    }
+
+    /// Lets the oldest connection from `from` to `to` that has stalled go on; false when none has.
+    pub fn free_oldest(&self, from: Node, to: Node) -> bool {
+        let mut inner = self.lock();
+        inner.snags.remove(&(from, to));
+        let wires = inner.live();
+        drop(inner);
+        let mut stalled = wires
+            .iter()
+            .filter(|wire| wire.nodes == (from, to) && wire.pipe(0).snag.take().is_some());
+        stalled.next().inspect(|wire| wire.wake()).is_some()
     }
 
     /// Whether nothing is wrong between two nodes, and since when.
@@ -276,10 +312,12 @@ impl Network {
             }
             inner.doors.get(&to).cloned().ok_or_else(refused)?
         };
+        let snag = self.lock().snags.remove(&(node, to));
+        let there = Pipe { snag, ..Pipe::new(rng) };
         let wire = Arc::new(Wire {
             network: self.clone(),
             nodes: (node, to),
-            pipes: [Mutex::new(Pipe::new(rng)), Mutex::new(Pipe::new(rng))],
+            pipes: [Mutex::new(there), Mutex::new(Pipe::new(rng))],
         });
         self.lock().wires.push(Arc::downgrade(&wire));
         let far = Box::new(End::new(wire.clone(), false)) as Stream;
@@ -388,7 +426,9 @@ struct Pipe {
     is_dead: bool,
     /// The writing end's process is dead, and nobody is told.
     is_silenced: bool,
+    snag: Option<Snag>,
     last_at: Instant,
+    read_at: Instant,
     reader: Option<Waker>,
     writer: Option<Waker>,
 }
@@ -404,14 +444,35 @@ impl Pipe {
             is_reset: false,
             is_dead: false,
             is_silenced: false,
+            snag: None,
             last_at: Instant::now(),
+            read_at: Instant::now(),
             reader: None,
             writer: None,
         }
     }
 
     fn is_broken(&self, is_held: bool) -> bool {
-        self.is_dead || self.is_reset && !is_held
+        let is_reset = match self.news_at() {
+            Some(at) => self.chunks.is_empty() && at <= Instant::now(),
+            None => self.is_reset,
+        };
+        self.is_dead || is_reset && !is_held
+    }
+
+    /// What a dead process has sent arrives before the news of its death, and is read before it, too.
+    fn news_at(&self) -> Option<Instant> {
+        (self.is_reset && self.is_silenced).then(|| self.read_at + NEWS)
+    }
+
+    /// The next bytes wait behind a snag.
+    fn is_stalled(&self) -> bool {
+        self.snag.is_some_and(|snag| snag.after == 0 && snag.how == Snagged::Stalls)
+    }
+
+    /// Bytes that may be read before a snag, at most `count`.
+    fn before_snag(&self, count: usize) -> usize {
+        self.snag.map_or(count, |snag| count.min(snag.after))
     }
 
     fn wake(&mut self) {
@@ -491,7 +552,8 @@ impl End {
         if pipe.is_broken(is_held) {
             return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
-        let next = pipe.chunks.front().map(|(at, _)| *at).or(pipe.closed_at);
+        let next = pipe.chunks.front().map(|(at, _)| *at).or(pipe.closed_at).or(pipe.news_at());
+        let is_held = is_held || pipe.is_stalled();
         let Some(at) = next.filter(|_| !is_held) else { return Poll::Pending };
         if at > Instant::now() {
             let sleep = self.sleep.get_or_insert_with(|| Box::pin(sleep_until(at)));
@@ -501,6 +563,9 @@ impl End {
             if sleep.as_mut().poll(cx).is_pending() {
                 return Poll::Pending;
             }
+        }
+        if pipe.chunks.is_empty() && pipe.closed_at.is_none() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
         }
         Poll::Ready(Ok(!pipe.chunks.is_empty()))
     }
@@ -517,17 +582,28 @@ impl AsyncRead for End {
         }
         let wire = self.wire.clone();
         let mut pipe = wire.pipe(self.incoming());
+        let most = pipe.before_snag(buf.remaining());
+        let mut is_torn = false;
         if let Some((_, chunk)) = pipe.chunks.front_mut() {
-            let count = chunk.len().min(buf.remaining());
+            let count = chunk.len().min(most);
             buf.put_slice(&chunk[..count]);
             chunk.advance(count);
             if chunk.is_empty() {
                 pipe.chunks.pop_front();
             }
             pipe.bytes -= count;
+            pipe.read_at = Instant::now();
+            if let Some(snag) = &mut pipe.snag {
+                snag.after -= count;
+                is_torn = snag.after == 0 && snag.how == Snagged::Breaks;
+            }
         }
         if let Some(writer) = pipe.writer.take() {
             writer.wake();
+        }
+        drop(pipe);
+        if is_torn {
+            wire.reset();
         }
         if self.is_near {
             let (near, far) = wire.nodes;
@@ -556,14 +632,16 @@ impl AsyncWrite for End {
         let is_held = self.wire.network.is_held(to, from);
         let is_broken = self.wire.pipe(1 - index).is_broken(is_held);
         let mut pipe = self.wire.pipe(index);
-        if is_broken || pipe.is_unread && !is_held {
+        // A host that is gone says nothing of it; writing there goes on for a while.
+        if is_broken || pipe.is_unread && !pipe.is_dead && !is_held {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         if pipe.bytes >= PIPE_BYTES {
             pipe.writer = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        let chunk: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+        let mut chunk = Vec::with_capacity(slices.iter().map(|slice| slice.len()).sum());
+        slices.iter().for_each(|slice| chunk.extend_from_slice(slice));
         if chunk.is_empty() {
             return Poll::Ready(Ok(0));
         }

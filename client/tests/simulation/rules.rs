@@ -9,16 +9,20 @@ use std::{
     time::Duration,
 };
 
-use janus_proto::{ids::SnapshotId, pb};
+use janus_proto::{
+    ids::{MachineKey, SnapshotId},
+    pb,
+};
+use memchr::{memchr_iter, memmem};
 use tokio::time::Instant;
 
 use super::network::{Network, Node};
 
-/// A start goes to no server that this janus has heard nothing of for longer: knowledge of 5 s needs no probe, and while
-/// the start waits for the probe of a server before it in the order, or tries it in vain, its knowledge gets older.
-const STALE: Duration = Duration::from_millis(9_500);
+/// A start goes to no server that this janus has heard nothing of for longer: knowledge of 200 ms needs no probe, and
+/// that of a probe is as old as its deadline at most.
+const STALE: Duration = Duration::from_millis(1_250);
 /// The same where lines are slow, and probes have a longer deadline.
-const STALE_SLOW: Duration = Duration::from_secs(14);
+const STALE_SLOW: Duration = Duration::from_millis(4_500);
 const LEASE: Duration = Duration::from_secs(60);
 /// Begins the feature by which starts are known on the wire, followed by who may get it.
 pub const MARK: &str = "simulated-start:";
@@ -31,6 +35,7 @@ pub struct Counts {
     pub partitions: u64,
     pub crashes: u64,
     pub lists: u64,
+    pub snags: u64,
 }
 
 impl Counts {
@@ -41,6 +46,7 @@ impl Counts {
         self.partitions += other.partitions;
         self.crashes += other.crashes;
         self.lists += other.lists;
+        self.snags += other.snags;
     }
 }
 
@@ -69,6 +75,8 @@ struct Inner {
     counters: BTreeMap<(Node, Node), u64>,
     /// What each process of a janus has shown.
     seen: BTreeMap<(Node, u64), BTreeSet<SnapshotId>>,
+    /// Highest counter of each machine on each server that a process of a janus has known.
+    known_uses: HashMap<(Node, u64, usize), HashMap<MachineKey, u64>>,
     /// Snapshots whose commit was answered.
     kept: BTreeMap<Node, BTreeSet<String>>,
     /// Servers of each machine's starts since all is well.
@@ -91,6 +99,7 @@ impl Rules {
             sessions: HashMap::new(),
             counters: BTreeMap::new(),
             seen: BTreeMap::new(),
+            known_uses: HashMap::new(),
             kept: BTreeMap::new(),
             turns: None,
         })))
@@ -128,7 +137,7 @@ impl Rules {
     pub fn saw(&self, from: Node, to: Node, bytes: &[u8], silence: Duration) {
         let Node::Server(_) = to else { return };
         let mut rest = bytes;
-        while let Some(at) = find(rest, MARK.as_bytes()) {
+        while let Some(at) = memmem::find(rest, MARK.as_bytes()) {
             rest = &rest[at + MARK.len()..];
             self.lock().saw_start(from, to, rest, silence);
         }
@@ -183,6 +192,25 @@ impl Rules {
         *seen = snapshots;
         if !gone.is_empty() {
             inner.fail(format!("{janus} has forgotten snapshots: {}", gone.join(", ")));
+        }
+    }
+
+    /// The counters that `janus` knows of a server now: they never fall.
+    pub fn uses(&self, janus: Node, life: u64, server: usize, uses: Vec<(MachineKey, u64)>) {
+        let mut inner = self.lock();
+        let known = inner.known_uses.entry((janus, life, server)).or_default();
+        let mut fallen = None;
+        for (machine, counter) in uses {
+            let highest = known.entry(machine.clone()).or_default();
+            if counter < *highest {
+                fallen = Some(format!(
+                    "{janus}: the counter of {machine} at server-{server} falls from {highest} to {counter}"
+                ));
+            }
+            *highest = counter.max(*highest);
+        }
+        if let Some(fallen) = fallen {
+            inner.fail(fallen);
         }
     }
 
@@ -294,14 +322,9 @@ pub fn is_well(network: &Network, from: Node, to: Node, long: Duration) -> bool 
     network.well_since(from, to).is_some_and(|since| since.elapsed() >= long)
 }
 
-fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
-    bytes.windows(wanted.len()).position(|window| window == wanted)
-}
-
 /// UUIDs in protobuf string fields: a length of 36, then the text.
 fn ids(bytes: &[u8]) -> impl Iterator<Item = &str> {
-    let fields = bytes.iter().enumerate().filter(|(_, byte)| **byte == 36);
-    fields.filter_map(|(at, _)| {
+    memchr_iter(36, bytes).filter_map(|at| {
         let text = std::str::from_utf8(bytes.get(at + 1..at + 37)?).ok()?;
         let is_id = [8, 13, 18, 23].iter().all(|dash| text.as_bytes()[*dash] == b'-');
         is_id.then_some(text)

@@ -99,11 +99,14 @@ pub struct JanusHost {
     pub registry: Registry,
     /// Processes so far.
     pub life: u64,
+    /// State of the registry that the rules have seen.
+    pub looked_at: Option<u64>,
 }
 
 impl JanusHost {
     pub fn new(number: usize) -> Self {
-        Self { node: Node::Janus(number), process: None, registry: Registry::new(), life: 0 }
+        let (node, registry) = (Node::Janus(number), Registry::new());
+        Self { node, process: None, registry, life: 0, looked_at: None }
     }
 
     pub fn is_up(&self) -> bool {
@@ -125,6 +128,7 @@ impl JanusHost {
         let dialer = Arc::new(network.dialer(self.node, principal(self.node)));
         let janus = Janus::between(settings, identity(self.node).clone(), door, dialer).unwrap();
         self.registry = janus.fleet().registry().clone();
+        self.looked_at = None;
         self.life += 1;
         let stop = CancellationToken::new();
         let running = janus.run(stop.clone());

@@ -36,6 +36,8 @@ use super::{
 
 /// How often it is looked at what each janus knows.
 const LOOK: Duration = Duration::from_millis(250);
+/// The same where something has just happened to a report.
+const CLOSELY: Duration = Duration::from_millis(10);
 /// After the last fault, until everything is known to everybody and every lease has ended.
 const SETTLE: Duration = Duration::from_secs(62);
 /// How long all must stay well then.
@@ -221,14 +223,31 @@ impl World {
     }
 
     /// What each janus knows only grows.
-    fn look(&self) {
+    pub fn look(&self) {
         for number in 0..JANUS {
-            let host = locked(&self.janus[number]);
-            if host.is_up() {
-                let known = self.ids.iter().flat_map(|server| host.registry.snapshot_ids(server));
-                let known: BTreeSet<_> = known.collect();
-                self.rules.knows(Node::Janus(number), host.life, known);
+            let mut host = locked(&self.janus[number]);
+            let revision = Some(host.registry.revision());
+            // Most looks find nothing new.
+            if !host.is_up() || host.looked_at == revision {
+                continue;
             }
+            host.looked_at = revision;
+            let (janus, life) = (Node::Janus(number), host.life);
+            let known = self.ids.iter().flat_map(|server| host.registry.snapshot_ids(server));
+            let known: BTreeSet<_> = known.collect();
+            self.rules.knows(janus, life, known);
+            for (server, id) in self.ids.iter().enumerate() {
+                self.rules.uses(janus, life, server, host.registry.uses(id));
+            }
+        }
+    }
+
+    /// Looks often for a while: something may be wrong for milliseconds only.
+    pub async fn look_closely(&self, long: Duration) {
+        let until = Instant::now() + long;
+        while Instant::now() < until && !self.rules.is_broken() {
+            sleep(CLOSELY).await;
+            self.look();
         }
     }
 

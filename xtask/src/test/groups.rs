@@ -131,8 +131,11 @@ fn whole_system(runner: &mut Runner, name: &str) {
     // One at a time: each test runs several programs, and memory and times are looked at. Those with networks of their
     // own mostly wait for silence to be long enough.
     let threads = if name == "links" { "16" } else { "1" };
-    let mut arguments =
-        vec!["test", "-p", "janus-client", "--test", name, "--", "--test-threads", threads];
+    let mut arguments = vec!["test", "-p", "janus-client", "--test", name];
+    if runner.soak && name == "simulation" {
+        arguments.extend(["--profile", "soak"]);
+    }
+    arguments.extend(["--", "--test-threads", threads]);
     if !rustix::process::geteuid().is_root() {
         println!(
             "NOT RUN, they need root for loop devices or networks: tests of {name} called as_root_*"

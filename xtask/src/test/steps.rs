@@ -20,7 +20,8 @@ pub(super) struct Counts {
 pub(super) struct Runner {
     pub quick: bool,
     pub failures: Vec<String>,
-    soak: bool,
+    /// With more rounds and larger disks.
+    pub soak: bool,
     counts: Counts,
 }
 
