@@ -227,8 +227,14 @@ async fn an_upload_is_whole_at_one_server_or_fails() {
     let mut client = client(&keys, &janus.url).await;
     assert_eq!(client.start_backup(start_request()).await.unwrap().into_inner().server_id, "a");
     let piece = Bytes::from(vec![7; 1 << 20]);
+    // The line is cut at moments up to twice what an upload takes on this machine now.
+    let begun = Instant::now();
+    let messages =
+        stream::iter([hello("s")]).chain(stream::repeat(piece.clone()).take(16).map(data));
+    client.write_blocks(messages).await.unwrap().into_inner().message().await.unwrap();
+    let twelfth = begun.elapsed() / 12;
     let (mut whole, mut failed) = (0, 0);
-    for round in 0..24_u64 {
+    for round in 0..24_u32 {
         for server in [&a, &b] {
             server.seen.bytes.store(0, Ordering::SeqCst);
         }
@@ -237,7 +243,7 @@ async fn an_upload_is_whole_at_one_server_or_fails() {
             stream::iter([hello("s")]).chain(stream::repeat(piece.clone()).take(16).map(data));
         let upload = async { client.write_blocks(messages).await?.into_inner().message().await };
         let cut = async {
-            sleep(Duration::from_millis(round / 2)).await;
+            sleep(twelfth * round).await;
             a.line.cut();
         };
         let (answer, ()) = tokio::join!(upload, cut);
