@@ -27,16 +27,16 @@ pub(super) const GROUPS: &[Group] = &[
 
 /// Modules of the client that belong to group `sources`.
 const SOURCE_MODULES: &[&str] = &["source::", "scan::", "delta::", "journal::"];
-/// Whole-system tests that belong to another group than `main-job`.
+/// Whole-system tests that belong to another group than `main-job`. Some stand where minutes are left, not where their subject is.
 const PLACED: &[(&str, &str)] = &[
     ("admin", "store"),
-    ("damage", "store"),
-    ("vhd", "store"),
+    ("damage", "restore"),
+    ("vhd", "restore"),
     ("links", "client"),
-    ("reasons", "janus"),
+    ("reasons", "security"),
     ("resilience", "client"),
     ("retention", "store"),
-    ("simulation", "janus"),
+    ("simulation", "sources"),
     ("spans", "client"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
@@ -95,6 +95,7 @@ fn sources(runner: &mut Runner) {
     let mut arguments = vec!["test", "-p", "janus-client", "--lib", "--"];
     arguments.extend(SOURCE_MODULES);
     runner.cargo("client sources", &arguments);
+    placed(runner, "sources");
 }
 
 fn client(runner: &mut Runner) {
