@@ -41,7 +41,8 @@ struct Row {
 /// Runs the groups and prints their table; the last line is `N passed, N failed`.
 ///
 /// # Errors
-/// When something failed, or with `CI` set in the environment when a group took longer than its budget.
+/// When something failed, or with `CI` set in the environment when all groups together took longer than their budgets. A group
+/// that alone did is named: another one's minutes served it.
 pub fn run(args: &Args) -> Result<()> {
     if let Some(unknown) =
         args.group.iter().find(|name| !GROUPS.iter().any(|group| group.name == **name))
@@ -96,10 +97,13 @@ fn report(rows: &[Row], failures: &[String]) -> Result<()> {
     }
     println!("{} passed, {} failed", total.passed, total.failed);
     ensure!(total.failed == 0 && failures.is_empty(), "tests failed");
+    let (took, budget): (Duration, Duration) =
+        (rows.iter().map(|row| row.took).sum(), rows.iter().map(|row| row.budget).sum());
     ensure!(
-        late.is_empty() || std::env::var_os("CI").is_none(),
-        "over budget: {}",
-        late.join(", ")
+        took <= budget || std::env::var_os("CI").is_none(),
+        "the tests took {} minutes, more than the {} of their budgets",
+        took.as_secs() / 60,
+        budget.as_secs() / 60
     );
     Ok(())
 }
