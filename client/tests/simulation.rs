@@ -22,6 +22,8 @@ mod faults;
 mod machine;
 #[path = "simulation/network.rs"]
 mod network;
+#[path = "simulation/node.rs"]
+mod node;
 #[path = "simulation/rules.rs"]
 mod rules;
 #[path = "simulation/site.rs"]

@@ -6,7 +6,6 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    fmt,
     io::{self, IoSlice},
     net::SocketAddr,
     pin::Pin,
@@ -29,45 +28,14 @@ use tokio::{
     time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
 
+pub use crate::node::Node;
+
 /// What a server's report is cut into.
 const REPORT_PIECE: usize = 700;
 /// A connection to a process that died is known to be broken so long after its last byte.
 const NEWS: Duration = Duration::from_millis(100);
 /// Bytes on their way in one direction of a connection.
 const PIPE_BYTES: usize = 1 << 20;
-
-/// A place in the network. The order is that of the links' table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Node {
-    Server(usize),
-    Janus(usize),
-    Machine(usize),
-    /// Who administers.
-    Operator,
-}
-
-impl fmt::Display for Node {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Server(n) => write!(f, "server-{n}"),
-            Self::Janus(n) => write!(f, "janus-{n}"),
-            Self::Machine(n) => write!(f, "machine-{n}"),
-            Self::Operator => f.write_str("operator"),
-        }
-    }
-}
-
-impl Node {
-    fn of(host: &str) -> Option<Self> {
-        let (kind, number) = host.rsplit_once('-')?;
-        let number = number.parse().ok()?;
-        match kind {
-            "server" => Some(Self::Server(number)),
-            "janus" => Some(Self::Janus(number)),
-            _ => None,
-        }
-    }
-}
 
 /// One direction between two nodes.
 #[derive(Debug, Clone, Copy, Default)]
