@@ -209,6 +209,9 @@ impl Registry {
             let (known, epoch) = (known.epoch, hello.start_epoch);
             return Err(ReportRefused::OldEpoch { server: server.clone(), known, epoch });
         }
+        if known.is_of_later_stream(hello) {
+            return Err(ReportRefused::Superseded { server: server.clone() });
+        }
         let is_other = state.version.generation != hello.store_generation;
         match state.last_message {
             Some(_) if is_other => {
@@ -220,6 +223,7 @@ impl Registry {
         state.version = Version {
             generation: hello.store_generation.clone(),
             epoch: hello.start_epoch,
+            stream: hello.stream,
             sequence: 0,
         };
         state.slot = slot;

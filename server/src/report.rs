@@ -82,9 +82,10 @@ impl Reporter {
     async fn run(self, url: String, dialer: Dialer, shutdown: CancellationToken) {
         let mut pause = FIRST_PAUSE;
         let mut said = String::new();
-        loop {
+        for number in 1.. {
             let began = Instant::now();
-            let Some(ended) = shutdown.run_until_cancelled(self.stream(&url, &dialer)).await else {
+            let stream = self.stream(&url, &dialer, number);
+            let Some(ended) = shutdown.run_until_cancelled(stream).await else {
                 return;
             };
             if began.elapsed() > LONGEST_PAUSE {
@@ -102,8 +103,8 @@ impl Reporter {
         }
     }
 
-    /// One stream, until it breaks; says why it did.
-    async fn stream(&self, url: &str, dialer: &Dialer) -> String {
+    /// One stream, the `number`th to this janus, until it breaks; says why it did.
+    async fn stream(&self, url: &str, dialer: &Dialer, number: u64) -> String {
         let options = ConnectOptions::expecting(Expect::Janus);
         let channel = match channel::connect_through(url, dialer.clone(), options).await {
             Ok(connection) => connection.channel,
@@ -112,7 +113,7 @@ impl Reporter {
         let changes = self.runs.subscribe();
         let (send, events) = mpsc::channel(QUEUE);
         let mut client = ReportServiceClient::new(channel);
-        let feed = self.feed(send, changes);
+        let feed = self.feed(number, send, changes);
         let read = async {
             let mut answers = match client.report(ReceiverStream::new(events)).await {
                 Ok(answers) => answers.into_inner(),
@@ -137,13 +138,14 @@ impl Reporter {
     /// Feeds the stream; says why it stopped.
     async fn feed(
         &self,
+        number: u64,
         send: mpsc::Sender<pb::ReportRequest>,
         mut changes: broadcast::Receiver<Change>,
     ) -> String {
         let mut sequence = 0;
         let mut told = self.vitals().await;
         let mut due = Instant::now() + self.refresh;
-        let mut opening = vec![Event::Hello(self.hello(told))];
+        let mut opening = vec![Event::Hello(self.hello(number, told))];
         opening.extend(self.full_state().into_iter().map(Event::Full));
         opening.push(Event::FullEnd(pb::FullEnd {}));
         for event in opening {
@@ -201,7 +203,7 @@ impl Reporter {
         pb::Vitals { free_bytes, total_bytes, certificate_expires_ms }
     }
 
-    fn hello(&self, vitals: pb::Vitals) -> pb::ReportHello {
+    fn hello(&self, stream: u64, vitals: pb::Vitals) -> pb::ReportHello {
         pb::ReportHello {
             store_generation: self.runs.store().generation.to_string(),
             start_epoch: self.runs.store().start_epoch,
@@ -210,6 +212,7 @@ impl Reporter {
             settings: Some(self.settings.clone()),
             refresh_seconds: self.refresh.as_secs() as u32,
             vitals: Some(vitals),
+            stream,
         }
     }
 

@@ -35,12 +35,23 @@ pub(super) struct Use {
     pub chain: Chain,
 }
 
-/// Version of a server's state. Sequences count within a stream, so streams are told apart by their slot.
+/// Version of a server's state. Sequences count within a stream.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Version {
     pub generation: String,
     pub epoch: u64,
+    /// Which of its process' streams; 0: an older server doesn't say.
+    pub stream: u64,
     pub sequence: u64,
+}
+
+impl Version {
+    /// True when the process that says hello has opened a later stream before: its older one was only late.
+    pub fn is_of_later_stream(&self, hello: &pb::ReportHello) -> bool {
+        self.generation == hello.store_generation
+            && self.epoch == hello.start_epoch
+            && (1..self.stream).contains(&hello.stream)
+    }
 }
 
 /// The parts of a server's state that a full report replaces.

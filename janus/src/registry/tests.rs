@@ -102,6 +102,24 @@ async fn a_broken_full_state_leaves_the_old_one() {
 }
 
 #[tokio::test]
+async fn an_older_stream_of_the_same_process_that_comes_late_is_refused() {
+    let registry = Registry::new();
+    let stream = |epoch, stream| pb::ReportHello { stream, ..hello("g", epoch) };
+    let second = registry.open_report(&id("a"), &stream(1, 2)).unwrap();
+    let late = registry.open_report(&id("a"), &stream(1, 1));
+    assert!(matches!(late, Err(ReportRefused::Superseded { .. })));
+    second.take(1, Some(Event::Change(machine("u/m", 1, true)))).unwrap();
+    drop(second);
+    let late = registry.open_report(&id("a"), &stream(1, 1));
+    assert!(matches!(late, Err(ReportRefused::Superseded { .. })), "also when the newer has ended");
+    let third = registry.open_report(&id("a"), &stream(1, 3)).unwrap();
+    let of_an_older_program = registry.open_report(&id("a"), &stream(1, 0)).unwrap();
+    assert!(matches!(third.take(1, None), Err(ReportRefused::Superseded { .. })));
+    drop(of_an_older_program);
+    registry.open_report(&id("a"), &stream(2, 1)).expect("a new process counts from 1");
+}
+
+#[tokio::test]
 async fn removed_snapshots_go_and_seals_are_not_kept() {
     let registry = Registry::new();
     let id_ = SnapshotId::new();

@@ -2511,6 +2511,10 @@ pub struct ReportHello {
     /// Absent from an older server.
     #[prost(message, optional, tag = "7")]
     pub vitals: ::core::option::Option<Vitals>,
+    /// Counts the streams that this process has opened to this janus, from 1: an older one that arrives late is refused with
+    /// EPOCH_SUPERSEDED. 0: an older server, whose streams can't be told apart.
+    #[prost(uint64, tag = "8")]
+    pub stream: u64,
 }
 /// State of some machines; in a full state all of them, over several messages.
 #[derive(Clone, PartialEq, ::prost::Message)]
