@@ -5,13 +5,14 @@
 
 use std::{
     io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use janus_proto::{
     hash::hash_block,
-    ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, SnapshotId},
+    ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, SEGMENT_BYTES, SnapshotId},
 };
 
 use super::{
@@ -202,6 +203,11 @@ impl OpenedSnapshot {
         Some(image.as_parent(name.rsplit('/').next().unwrap_or(name)))
     }
 
+    /// A reader's look ahead.
+    pub fn ahead(&self) -> Ahead<'_> {
+        Ahead { opened: self, known: 0..0 }
+    }
+
     /// Fills `buffer` from byte `offset` of the disk on, through the images.
     ///
     /// # Errors
@@ -209,6 +215,32 @@ impl OpenedSnapshot {
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ImageError> {
         let lost = ImageError::BrokenChain { reason: "an image is missing" };
         self.layers.as_ref().ok_or(lost)?.read_at(offset, buffer)
+    }
+}
+
+/// Lets the disk begin with what is read next: a chain lies in many places, and one after another each costs the disk's
+/// latency.
+pub struct Ahead<'a> {
+    opened: &'a OpenedSnapshot,
+    /// Bytes of the disk whose places are being read.
+    known: Range<u64>,
+}
+
+impl Ahead<'_> {
+    /// Bytes of the disk whose structures are asked for at once: 32 KiB of each image.
+    const STRUCTURES: u64 = 128 << 20;
+
+    /// A segment is read soon.
+    pub fn segment(&mut self, segment: u64) {
+        let Some(layers) = &self.opened.layers else { return };
+        let disk_bytes = self.opened.tables.disk_bytes();
+        let bytes = segment * SEGMENT_BYTES..((segment + 1) * SEGMENT_BYTES).min(disk_bytes);
+        if !self.known.contains(&bytes.start) {
+            let end = (bytes.start / Self::STRUCTURES + 1) * Self::STRUCTURES;
+            self.known = bytes.start..end.min(disk_bytes);
+            layers.will_need_structures(&self.known);
+        }
+        layers.will_need(bytes);
     }
 }
 

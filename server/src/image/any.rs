@@ -247,6 +247,19 @@ impl Image {
         either!(Self, self, image => image.read_file_at(buffer, offset))
     }
 
+    /// What [`Self::extents`] reads of the file for `range` is read soon.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn will_need_structures(&self, range: Range<u64>) -> Result<(), ImageError> {
+        either!(Self, self, image => image.will_need_structures(range))
+    }
+
+    /// The place that [`Self::extents`] named is read soon.
+    pub fn will_need(&self, offset: u64, len: u64) {
+        self.file().will_need(offset, len);
+    }
+
     /// Checks every entry of the allocation table: all blocks inside the file, none on top of another.
     ///
     /// # Errors

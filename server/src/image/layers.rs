@@ -62,31 +62,78 @@ impl Layers {
         Ok(())
     }
 
-    /// Goes down layer by layer with the stretches that no layer above had.
-    fn read_piece(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ImageError> {
-        let mut open: Vec<Range<u64>> =
-            std::iter::once(offset..offset + buffer.len() as u64).collect();
+    /// Lets the disk begin with what says where a range is. What can't be read is left to its reader.
+    pub fn will_need_structures(&self, range: &Range<u64>) {
         for image in &self.images {
-            let mut below: Vec<Range<u64>> = Vec::new();
+            let _ = image.will_need_structures(range.clone());
+        }
+    }
+
+    /// Lets the disk begin with a range that is read soon, where it lies in many places. What can't be looked up is left to
+    /// its reader.
+    pub fn will_need(&self, range: Range<u64>) {
+        if range.is_empty() {
+            return;
+        }
+        if let Ok(stretches) = self.stretches(range) {
+            self.tell(&stretches);
+        }
+    }
+
+    fn read_piece(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ImageError> {
+        let stretches = self.stretches(offset..offset + buffer.len() as u64)?;
+        self.tell(&stretches);
+        for Stretch { range, from } in stretches {
+            let part = &mut buffer[(range.start - offset) as usize..(range.end - offset) as usize];
+            match from {
+                Some((image, at)) => self.images[image].read_file_at(part, at)?,
+                None => part.fill(0),
+            }
+        }
+        Ok(())
+    }
+
+    /// Short stretches one after another cost the disk's latency each; told of all, it reads them side by side.
+    fn tell(&self, stretches: &[Stretch]) {
+        let stored = stretches.iter().filter_map(|stretch| Some((stretch, stretch.from?)));
+        if stored.clone().nth(1).is_none() {
+            return;
+        }
+        for (stretch, (image, at)) in stored {
+            self.images[image].will_need(at, stretch.range.end - stretch.range.start);
+        }
+    }
+
+    /// Where a range is: goes down layer by layer with the stretches that no layer above had.
+    fn stretches(&self, range: Range<u64>) -> Result<Vec<Stretch>, ImageError> {
+        let (mut found, mut open) = (Vec::new(), vec![range]);
+        for (number, image) in self.images.iter().enumerate() {
+            let mut below = Vec::new();
             for range in open {
-                for (stretch, source) in image.extents(range)? {
-                    let part = &mut buffer
-                        [(stretch.start - offset) as usize..(stretch.end - offset) as usize];
+                for (range, source) in image.extents(range)? {
                     match source {
-                        Source::File(at) => image.read_file_at(part, at)?,
-                        Source::Zero => part.fill(0),
-                        Source::Parent => below.push(stretch),
+                        Source::File(at) => {
+                            found.push(Stretch { range, from: Some((number, at)) });
+                        }
+                        Source::Zero => found.push(Stretch { range, from: None }),
+                        Source::Parent => below.push(range),
                     }
                 }
             }
             if below.is_empty() {
-                return Ok(());
+                return Ok(found);
             }
             open = below;
         }
         // A base never answers `Parent`, and `new` saw to it that the last image is one.
         Err(ImageError::BrokenChain { reason: "its oldest image refers to a parent" })
     }
+}
+
+/// A piece of the disk, and where it is: in which image and where in its file, or nowhere, for zeros.
+struct Stretch {
+    range: Range<u64>,
+    from: Option<(usize, u64)>,
 }
 
 pub(super) fn check_link(child: &Image, parent: &Image) -> Result<(), ImageError> {

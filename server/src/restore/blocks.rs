@@ -70,20 +70,26 @@ struct Message<'a> {
 impl Message<'_> {
     fn send_ranges(&mut self, ranges: &[Range<u64>]) -> Result<(), Option<Status>> {
         let digests = self.opened.tables.segment_digests().map_err(|e| failed(e.into()))?;
-        for range in ranges {
-            for part in by_segment(range.clone()) {
-                let segment = part.start / SEGMENT_BLOCKS;
-                let digest = digests.get(segment as usize).ok_or_else(|| Some(too_short()))?;
-                if *digest == zero_segment_of(self.size_bytes(), segment) {
-                    self.add(part.start, part.end - part.start, true);
-                    continue;
-                }
-                match self.opened.tables.segment(segment) {
-                    Ok(all) => self.add_blocks(part, &all)?,
-                    Err(error) => {
-                        tracing::error!(%error, segment, "the hashes of a segment can't be read");
-                        self.add_rest(part)?;
-                    }
+        let (opened, size) = (self.opened, self.size_bytes());
+        let is_zero =
+            |segment| digests.get(segment as usize) == Some(&zero_segment_of(size, segment));
+        let mut ahead = opened.ahead();
+        let mut parts = ranges.iter().cloned().flat_map(by_segment).peekable();
+        while let Some(part) = parts.next() {
+            let segment = part.start / SEGMENT_BLOCKS;
+            let next = parts.peek().map(|part| part.start / SEGMENT_BLOCKS);
+            if let Some(next) = next.filter(|next| *next != segment && !is_zero(*next)) {
+                ahead.segment(next);
+            }
+            if is_zero(segment) {
+                self.add(part.start, part.end - part.start, true);
+                continue;
+            }
+            match opened.tables.segment(segment) {
+                Ok(all) => self.add_blocks(part, &all)?,
+                Err(error) => {
+                    tracing::error!(%error, segment, "the hashes of a segment can't be read");
+                    self.add_rest(part)?;
                 }
             }
         }

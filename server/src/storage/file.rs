@@ -1,9 +1,9 @@
 //! An open file of the store.
 
-use std::{fs, io, os::unix::fs::MetadataExt, path::Path, sync::Arc};
+use std::{fs, io, num::NonZeroU64, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
 use janus_proto::{buffers::Buffer, direct::DirectFile};
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, flock};
 
 use super::{Handle, Op, Verdict, Watcher, clone, disk};
 
@@ -67,6 +67,13 @@ impl File {
     pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.ask(|file| Op::Read { file, offset, len: buffer.len() })?;
         self.inner.read_exact_at(buffer, offset)
+    }
+
+    /// The range is read soon: the disk may begin now. Only ever a hint, so no watcher is asked.
+    pub fn will_need(&self, offset: u64, len: u64) {
+        if let Some(len) = NonZeroU64::new(len) {
+            let _ = fadvise(self.inner.file(), offset, Some(len), Advice::WillNeed);
+        }
     }
 
     /// Writes all of `data` at byte `offset`.

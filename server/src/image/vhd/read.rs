@@ -157,6 +157,23 @@ impl VhdImage {
         self.file.read_exact_at(buffer, offset).map_err(ImageError::io("block"))
     }
 
+    /// What [`Self::extents`] reads of the file for `range` is read soon: the bitmap before each block.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn will_need_structures(&self, range: Range<u64>) -> Result<(), ImageError> {
+        let Some(header) = &self.table else { return Ok(()) };
+        let end = range.end.min(self.footer.disk_bytes).div_ceil(header.block_bytes);
+        let mut window = Window::default();
+        for block in range.start / header.block_bytes..end {
+            match self.entry(header, &mut window, block)? {
+                UNUSED => {}
+                entry => self.file.will_need(self.place(header, entry)?, bitmap_bytes(header)),
+            }
+        }
+        Ok(())
+    }
+
     /// Checks every entry of the allocation table: all blocks inside the file, none on top of another.
     ///
     /// Reads the whole table (2 MiB for each TiB of a disk with 2 MiB blocks) and needs as much memory.

@@ -156,6 +156,34 @@ impl VhdxImage {
         self.file.read_exact_at(buffer, offset).map_err(ImageError::io("block"))
     }
 
+    /// What [`Self::extents`] reads of the file for `range` is read soon: the table's entries, and the sector bitmaps.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn will_need_structures(&self, range: Range<u64>) -> Result<(), ImageError> {
+        let (size, block_bytes) = (self.geometry().disk_bytes, self.metadata.block_bytes);
+        let blocks = range.start / block_bytes..range.end.min(size).div_ceil(block_bytes);
+        let Some(last) = blocks.clone().last() else { return Ok(()) };
+        let entries = bat_index(blocks.start, self.ratio)..=bat_index(last, self.ratio);
+        let bytes = (entries.end() + 1 - entries.start()) * 8;
+        self.file().will_need(self.bat_offset + entries.start() * 8, bytes);
+        if self.kind() == Kind::Dynamic {
+            return Ok(());
+        }
+        // Bits of a payload block in the bitmap of its chunk, in bytes.
+        let stride = MIB / self.ratio;
+        for chunk in blocks.start / self.ratio..=last / self.ratio {
+            let first = (chunk * self.ratio).max(blocks.start);
+            let end = ((chunk + 1) * self.ratio).min(blocks.end);
+            let entry = self.bitmap_entry(first)?;
+            if bat::state(entry) == bat::BITMAP_PRESENT {
+                let bitmap = self.place(entry, MIB)?;
+                self.file().will_need(bitmap + first % self.ratio * stride, (end - first) * stride);
+            }
+        }
+        Ok(())
+    }
+
     /// Checks every entry of the allocation table: all blocks inside the file, none on top of another.
     ///
     /// Reads the whole table (4 MiB for each TiB of a disk with 2 MiB blocks) and needs a bit of memory for each MiB of the
