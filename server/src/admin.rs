@@ -10,6 +10,7 @@
 //! Handlers block; what takes long looks at [`Task::is_cancelled`] and tells its progress.
 
 pub mod ask;
+mod missing;
 mod retention;
 pub mod socket;
 mod table;

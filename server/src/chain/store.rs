@@ -485,8 +485,9 @@ impl Store {
                 }
             }
         }
-        // What a damaged manifest names may be whole: it stays, for whoever brings the manifest back.
-        if !state.incomplete && state.unfinished.is_empty() {
+        // What a damaged or lost manifest names may be whole: it stays, for whoever brings the manifest back.
+        let is_complete = !state.incomplete && !state.history.lacks_links();
+        if is_complete && state.unfinished.is_empty() {
             set_aside_unknown(&self.storage, folder, &state)?;
         }
         Ok(Some((file.machine, state)))
