@@ -11,6 +11,8 @@
 
 pub mod ask;
 mod missing;
+pub mod offline;
+mod rebuild;
 mod retention;
 pub mod socket;
 mod table;
