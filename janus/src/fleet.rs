@@ -2,6 +2,8 @@
 //!
 //! `server_urls` may change while janus runs: [`Fleet::follow`] keeps the connections as the list says.
 
+mod twins;
+
 use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
@@ -158,7 +160,7 @@ impl Fleet {
 
     /// Whether any server can be used.
     pub fn any_ready(&self, need: Need) -> bool {
-        self.servers().iter().any(|server| server.stand(need).is_ok())
+        self.servers().iter().any(|server| self.stand(server, need).is_ok())
     }
 
     /// Looks for `server` now: it has just shown that it lives.
@@ -290,8 +292,11 @@ impl Directory for Fleet {
         target: &Upstream,
         wait: Wait,
     ) -> BoxFuture<'static, Result<(), String>> {
-        let (need, target) = (call.need, target.clone());
-        Box::pin(async move { target.gate(need, wait).await.map(drop).map_err(|down| down.reason) })
+        let (need, target, fleet) = (call.need, target.clone(), self.clone());
+        Box::pin(async move {
+            target.gate(need, wait).await.map_err(|down| down.reason)?;
+            fleet.stand(&target, need).map(drop).map_err(|down| down.reason)
+        })
     }
 
     fn name(&self, target: &Upstream) -> String {

@@ -68,7 +68,7 @@ impl Info {
             version: env!("CARGO_PKG_VERSION").into(),
             servers,
             machines: self.machines(own),
-            warnings: self.fleet.registry().warnings(),
+            warnings: self.fleet.warnings(),
             certificate_expires_ms: self.identity.expires().saturating_mul(1000),
         }
     }
@@ -80,7 +80,7 @@ impl Info {
 
     fn line(&self, upstream: &Upstream, own: Option<&MachineKey>) -> ServerStatus {
         let server = upstream.server();
-        let down = upstream.stand(Need::Starts).err();
+        let down = self.fleet.stand(upstream, Need::Starts).err();
         let counters = upstream.counters();
         let vitals = server.as_ref().and_then(|id| self.fleet.registry().vitals_of(id));
         let vitals = vitals.unwrap_or_default();

@@ -77,6 +77,9 @@ impl Collector for Figures {
         let differing = differences(&fleet.registry().settings()).len() as f64;
         let help = "Settings that should be equal on all servers and are not";
         single(encoder, "settings_differences", help, differing)?;
+        let twins = fleet.twins().len() as f64;
+        let help = "Pairs of servers that report the same store: neither gets backups";
+        single(encoder, "store_conflicts", help, twins)?;
         let help = "Unix time at which this janus' own certificate expires";
         let expires = seconds(status.certificate_expires_ms);
         single(encoder, "certificate_expiry_timestamp_seconds", help, expires)
@@ -108,7 +111,9 @@ impl Figures {
                 figure(status.servers.iter().find(|line| line.url == url)?)
             })
         };
-        let ready = gauge(&|upstream| Some(f64::from(upstream.stand(Need::Starts).is_ok())));
+        let ready = gauge(&|upstream| {
+            Some(f64::from(self.info.fleet().stand(upstream, Need::Starts).is_ok()))
+        });
         by_server(encoder, "server_ready", "1 when the server takes backups", &ready)?;
         let round_trip = gauge(&|upstream| upstream.round_trip().map(|time| time.as_secs_f64()));
         let help = "Smoothed time of a round trip to the server, as probes find it";

@@ -284,6 +284,17 @@ impl Registry {
         warnings
     }
 
+    /// Other servers whose newest report was of the same store as that of `server`.
+    pub fn same_store(&self, server: &ServerId) -> Vec<ServerId> {
+        let inner = self.lock();
+        let Some(state) = inner.servers.get(server) else { return Vec::new() };
+        let own = &state.version.generation;
+        let is_same = |(other, state): &(&ServerId, &ServerState)| {
+            !own.is_empty() && *other != server && state.version.generation == *own
+        };
+        inner.servers.iter().filter(is_same).map(|(other, _)| other.clone()).collect()
+    }
+
     /// Settings that a server has reported.
     pub fn settings_of(&self, server: &ServerId) -> Option<pb::SharedSettings> {
         self.lock().servers.get(server)?.settings.clone()

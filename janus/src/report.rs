@@ -65,7 +65,7 @@ impl Reports {
 impl Reports {
     /// Logs what an administrator should look at, when that has changed.
     fn log_warnings(&self) {
-        let found = self.fleet.registry().warnings();
+        let found = self.fleet.warnings();
         let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
         if *warned == found {
             return;

@@ -10,6 +10,9 @@
 //! Handlers block; what takes long looks at [`Task::is_cancelled`] and tells its progress.
 
 pub mod ask;
+mod missing;
+pub mod offline;
+mod rebuild;
 mod retention;
 pub mod socket;
 mod table;

@@ -3,6 +3,7 @@
 //! A run manifest is the commit point of a run: the snapshots it names exist when it does. Everything here is plain
 //! data; [`store`] keeps it on disk.
 
+pub mod gaps;
 pub mod health;
 mod history;
 pub mod merge;

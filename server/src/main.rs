@@ -51,6 +51,7 @@ fn with_admin_commands(command: Command) -> Command {
         .help("Print one JSON object on stdout");
     let settings = loader().add_flags(Command::new("settings"));
     let admin = admin::Command::augment_subcommands(Command::new("admin"));
+    let admin = admin::offline::Command::augment_subcommands(admin);
     admin.get_subcommands().fold(command, |command, one| {
         let hidden = |arg: &Arg| arg.clone().global(true).hide(arg.get_id() != "config");
         command.subcommand(one.clone().arg(&json).args(settings.get_arguments().map(hidden)))
@@ -77,11 +78,16 @@ fn admin_command(matches: &ArgMatches, of_command: &ArgMatches) -> ExitCode {
         Ok(log) => log,
         Err(error) => return failed(error.to_string(), USAGE),
     };
-    let command = match admin::Command::from_arg_matches(matches) {
-        Ok(command) => command,
-        Err(error) => error.exit(),
+    let progress = |line| eprintln!("{line}");
+    let is_offline = matches.subcommand_name().is_some_and(admin::offline::Command::has_subcommand);
+    let answer = if is_offline {
+        let command = admin::offline::Command::from_arg_matches(matches);
+        command.map(|command| admin::offline::run(&settings.server, &command, &progress))
+    } else {
+        let command = admin::Command::from_arg_matches(matches);
+        command.map(|command| admin::ask::ask(&settings.server, command, &progress))
     };
-    match admin::ask::ask(&settings.server, command, &|line| eprintln!("{line}")) {
+    match answer.unwrap_or_else(|error| error.exit()) {
         Ok(answer) => {
             print(&answer, is_json);
             ExitCode::from(u8::from(answer.is_bad))

@@ -184,6 +184,7 @@ impl Server {
             .with_new_chains(settings.new_chains())
             .with_limits(runs::Limits::of(&settings));
         let runs = Arc::new(runs);
+        runs.look_for_missing();
         let janus_urls = watch::Sender::new(settings.janus_urls.clone());
         let (plain_health, admin) = (None, None);
         Ok(Self { settings, identity, id, runs, door, dialer, plain_health, admin, janus_urls })

@@ -138,6 +138,12 @@ impl Router {
         };
         let (upstream, link) =
             fleet.pinned(&server).await.map_err(|down| unreachable(&down.reason))?;
+        if route == Route::Start
+            && let Some(reason) = fleet.barred(&server)
+        {
+            let message = format!("server {server} can't take this backup: {reason}");
+            return Err(status(ErrorReason::NoServerReady, message));
+        }
         let machine = caller.machine.as_ref().filter(|_| route == Route::Start);
         let claim =
             machine.map(|machine| fleet.registry().claim(machine, &server, caller.asked_use));
@@ -207,7 +213,7 @@ impl Router {
         let mut response = response.ok_or_else(|| none_ready(is_start, &skipped))?;
         if is_start {
             headers::add_skipped(response.headers_mut(), &skipped);
-            headers::add_warnings(response.headers_mut(), self.0.fleet.registry().warnings());
+            headers::add_warnings(response.headers_mut(), self.0.fleet.warnings());
             note_skipped(&response, &skipped);
         }
         Ok(response)

@@ -2,6 +2,7 @@
 
 use janus::config::Settings;
 use janus_proto::{
+    error::{ErrorReason, reason},
     metadata,
     pb::{
         self, GetRouterStatusRequest, SharedSettings,
@@ -110,5 +111,59 @@ async fn two_servers_of_one_name_are_noticed_until_one_is_gone() {
     let gone = || async { status(&keys, &janus).await.servers[0].report_age_ms == -1 };
     until("the other is gone", gone).await;
     let _real = report_all(&keys, &janus, "a", of("real"), full()).await;
+    assert!(status(&keys, &janus).await.warnings.is_empty());
+}
+
+/// A report of a server with this store.
+async fn report_store(
+    keys: &Keys,
+    janus: &Running,
+    server: &str,
+    store: &str,
+) -> impl Sized + use<> {
+    let hello = pb::ReportHello { store_generation: store.into(), ..Default::default() };
+    report_all(keys, janus, server, hello, pb::StateChange::default()).await
+}
+
+#[tokio::test]
+async fn of_two_servers_with_one_store_neither_gets_starts_until_one_has_another() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let janus = janus_with(&keys, &[a.address(), b.address()], |_| {}).await;
+    let mut client = client(&keys, &janus.url).await;
+    let _a = report_store(&keys, &janus, "a", "store-1").await;
+    client.start_backup(start_request()).await.unwrap();
+    let copy = report_store(&keys, &janus, "b", "store-1").await;
+    let starts = (a.starts(), b.starts());
+
+    let refused = client.start_backup(start_request()).await.unwrap_err();
+    assert_eq!(reason(&refused), Some(ErrorReason::NoServerReady), "{refused}");
+    for part in [
+        "a: it reports the same store as server b",
+        "b: it reports the same store as server a",
+        "adopt --new-id",
+    ] {
+        assert!(refused.message().contains(part), "{refused}");
+    }
+    let mut pinned = start_request();
+    pinned.metadata_mut().insert(metadata::SERVER, "a".parse().unwrap());
+    let refused = client.start_backup(pinned).await.unwrap_err();
+    assert_eq!(reason(&refused), Some(ErrorReason::NoServerReady), "{refused}");
+    assert_eq!((a.starts(), b.starts()), starts, "none of them was asked");
+
+    let shown = status(&keys, &janus).await;
+    assert_eq!(shown.warnings.len(), 1, "{:?}", shown.warnings);
+    assert!(shown.warnings[0].starts_with("servers a and b report the same store"));
+    assert!(shown.servers.iter().all(|server| !server.ready && server.reason.contains("adopt")));
+    // Reads go on.
+    let channel = channel(&janus.url, &keys.identity("client/alice/web")).await;
+    let mut catalog = pb::catalog_service_client::CatalogServiceClient::new(channel);
+    catalog.list_snapshots(pb::ListSnapshotsRequest::default()).await.unwrap();
+
+    // A copy whose stream is torn is still one: its server can be reached.
+    drop(copy);
+    client.start_backup(start_request()).await.unwrap_err();
+    let _b = report_store(&keys, &janus, "b", "store-2").await;
+    client.start_backup(start_request()).await.unwrap();
     assert!(status(&keys, &janus).await.warnings.is_empty());
 }

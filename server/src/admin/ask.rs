@@ -130,16 +130,22 @@ fn over_socket(
     }
 }
 
+/// Looks whether files that this command makes will be the server's too. `witness` is something of the store below `path`.
+pub(super) fn check_owner(path: &Path, witness: &str) -> Result<(), AskError> {
+    let Ok(file) = fs::metadata(path.join(witness)) else {
+        return Err(AskError::NoStore { path: path.to_owned() });
+    };
+    let (owner, own) = (file.uid(), rustix::process::geteuid().as_raw());
+    if owner != own {
+        return Err(AskError::OtherUser { path: path.to_owned(), owner, own });
+    }
+    Ok(())
+}
+
 /// Opens the store as a server would, and takes its lock.
 fn open(settings: &Settings) -> Result<Admin, AskError> {
     let path = &settings.image_path;
-    let Ok(store_file) = fs::metadata(path.join(".store.json")) else {
-        return Err(AskError::NoStore { path: path.clone() });
-    };
-    let (owner, own) = (store_file.uid(), rustix::process::geteuid().as_raw());
-    if owner != own {
-        return Err(AskError::OtherUser { path: path.clone(), owner, own });
-    }
+    check_owner(path, ".store.json")?;
     let (store, machines) = Store::open(path, settings.separate_folders_by_user)?;
     let lease = Duration::from_secs(settings.lease_seconds);
     Ok(Admin::new(Arc::new(Runs::new(store, machines, lease)), settings.clone()))

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Admin, AdminError, Answer, Task,
+    missing::Missing,
     table::{right, table},
 };
 use crate::{
@@ -52,6 +53,8 @@ struct Usage {
     machines: Vec<MachineUsage>,
     free_bytes: u64,
     total_bytes: u64,
+    /// Snapshots that can't be read as a whole since files are missing.
+    gaps: serde_json::Value,
 }
 
 #[derive(Debug, Serialize)]
@@ -112,11 +115,12 @@ pub(super) fn run(
         .store()
         .space()
         .map_err(|source| AdminError::Io { action: "ask for the free space", source })?;
-    let mut usage = Usage { machines: Vec::new(), free_bytes, total_bytes };
+    let missing = Missing::of_machines(admin, &machines);
+    let mut usage = Usage { machines: Vec::new(), free_bytes, total_bytes, gaps: missing.json() };
     for machine in machines {
         usage.machines.push(of_machine(admin, &machine, arguments.snapshots, task)?);
     }
-    Ok(Answer::new(text(&usage), &usage))
+    Ok(Answer::new(text(&usage) + &missing.text(), &usage))
 }
 
 fn of_machine(

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{Admin, AdminError, Answer, Task, table::table};
+use super::{Admin, AdminError, Answer, Task, missing::Missing, table::table};
 use crate::{
     chain::{Held, health::Damage},
     verify::{CheckError, Way, check_image, pace::Limit},
@@ -199,6 +199,8 @@ fn answer(admin: &Admin, snapshots: &[Held], checked: &[Checked], took: Duration
     let speed = read_bytes as f64 / took.as_secs_f64().max(0.001);
     let mut text = table(&rows);
     checked.iter().for_each(|one| text.push_str(&one.text()));
+    let gaps = Missing::of(admin, snapshots);
+    text.push_str(&gaps.text());
     text.push_str(&format!(
         "{} snapshots, {} images: {} read in {:.1} s, {}/s; {damaged} snapshots damaged\n",
         snapshots.len(),
@@ -213,8 +215,9 @@ fn answer(admin: &Admin, snapshots: &[Held], checked: &[Checked], took: Duration
         "read_bytes": read_bytes,
         "seconds": took.as_secs_f64(),
         "damaged_snapshots": damaged,
+        "gaps": gaps.json(),
     });
-    let is_bad = damaged > 0 || !failed.is_empty();
+    let is_bad = damaged > 0 || !failed.is_empty() || !gaps.is_empty();
     Answer { is_bad, ..Answer::new(text, json) }
 }
 

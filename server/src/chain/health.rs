@@ -14,7 +14,7 @@ use super::{
     FORMAT, Held, History, Snapshot,
     opened::open_table,
     ranges::{BlockRanges, segment_blocks},
-    store::{StoreError, read_or_put_aside, write},
+    store::{StoreError, read, read_or_put_aside, write},
 };
 use crate::storage::Disk;
 
@@ -116,6 +116,24 @@ impl Health {
                 tracing::error!(%error, "what was known of the images is lost: they are checked again");
                 Ok(Self::default())
             }
+        }
+    }
+
+    /// What was known, as far as it can be read now. Changes nothing.
+    ///
+    /// # Errors
+    /// As [`Self::load`], and as the file system says.
+    pub(super) fn read(
+        storage: &Disk,
+        folder: &Path,
+        machine: &MachineKey,
+    ) -> Result<Self, StoreError> {
+        match read::<HealthFile>(storage, &folder.join(FILE)) {
+            Ok(Some(file)) if file.machine == *machine => {
+                Ok(Self { images: file.images, snapshots: file.snapshots })
+            }
+            Ok(_) | Err(StoreError::Damaged { .. }) => Ok(Self::default()),
+            Err(error) => Err(error),
         }
     }
 

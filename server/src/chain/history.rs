@@ -125,6 +125,12 @@ impl History {
         self.links.values()
     }
 
+    /// True when a manifest is missing that others build on.
+    pub fn lacks_links(&self) -> bool {
+        let mut parents = self.links.values().filter_map(|held| held.snapshot().parent);
+        parents.any(|parent| !self.links.contains_key(&parent))
+    }
+
     /// All links, also those in the trash, in the order of their runs: a parent before its children.
     pub fn links_oldest_first(&self) -> Vec<&Held> {
         let mut links: Vec<&Held> = self.links.values().collect();

@@ -20,6 +20,7 @@
 mod merges;
 mod pins;
 mod publish;
+pub mod rebuild;
 mod trash;
 
 use std::{
@@ -39,6 +40,7 @@ use crate::{
     storage::{Access, Disk, File},
 };
 
+const STORE: &str = ".store.json";
 const RUNS: &str = ".runs";
 const OPEN: &str = ".open";
 const MACHINE: &str = ".machine.json";
@@ -231,7 +233,24 @@ pub struct Store {
     pub generation: StoreGeneration,
     /// Number of this start of the server.
     pub start_epoch: u64,
-    _lock: File,
+    _lock: StoreLock,
+}
+
+/// Keeps other processes away from a store.
+#[derive(Debug)]
+struct StoreLock {
+    _file: File,
+}
+
+impl StoreLock {
+    fn take(storage: &Disk, root: &Path) -> Result<Self, StoreError> {
+        let file = storage.open(&root.join(".store.lock"), Access::Create);
+        let file = file.map_err(StoreError::io("write to the image path", root))?;
+        if !file.try_lock().map_err(StoreError::io("lock", root))? {
+            return Err(StoreError::Locked { path: root.to_owned() });
+        }
+        Ok(Self { _file: file })
+    }
 }
 
 impl Store {
@@ -257,12 +276,18 @@ impl Store {
         separate_folders_by_user: bool,
     ) -> Result<(Self, HashMap<MachineKey, MachineState>), StoreError> {
         storage.make_folder(root).map_err(StoreError::io("make the image path", root))?;
-        let lock = storage.open(&root.join(".store.lock"), Access::Create);
-        let lock = lock.map_err(StoreError::io("write to the image path", root))?;
-        if !lock.try_lock().map_err(StoreError::io("lock", root))? {
-            return Err(StoreError::Locked { path: root.to_owned() });
-        }
-        let file_path = root.join(".store.json");
+        let lock = StoreLock::take(&storage, root)?;
+        Self::open_locked(storage, root, separate_folders_by_user, lock)
+    }
+
+    /// The same with a lock that was taken before.
+    fn open_locked(
+        storage: Disk,
+        root: &Path,
+        separate_folders_by_user: bool,
+        lock: StoreLock,
+    ) -> Result<(Self, HashMap<MachineKey, MachineState>), StoreError> {
+        let file_path = root.join(STORE);
         let mut file = match read_or_put_aside::<StoreFile>(&storage, &file_path)? {
             Some(file) => file,
             None => StoreFile { format: FORMAT, generation: StoreGeneration::new(), starts: 0 },
@@ -286,6 +311,15 @@ impl Store {
         Ok((store, machines))
     }
 
+    /// Makes a copied store one of its own: a new generation, while nothing has the store.
+    ///
+    /// # Errors
+    /// When a server has it, a newer version wrote it, or the file system refuses.
+    pub fn renew(storage: &Disk, root: &Path) -> Result<StoreGeneration, StoreError> {
+        let _lock = StoreLock::take(storage, root)?;
+        rebuild::renew_generation(storage, root)
+    }
+
     /// What the store lies on.
     pub fn storage(&self) -> &Disk {
         &self.storage
@@ -306,9 +340,7 @@ impl Store {
 
     /// A machine's folder below the image path.
     pub fn relative_folder(&self, machine: &MachineKey) -> String {
-        // Names can't hold an '@', so two machines never share a folder.
-        let between = if self.separate_folders_by_user { '/' } else { '@' };
-        format!("{}{between}{}", machine.user(), machine.machine())
+        relative_folder(self.separate_folders_by_user, machine)
     }
 
     /// A machine's folder.
@@ -485,12 +517,19 @@ impl Store {
                 }
             }
         }
-        // What a damaged manifest names may be whole: it stays, for whoever brings the manifest back.
-        if !state.incomplete && state.unfinished.is_empty() {
+        // What a damaged or lost manifest names may be whole: it stays, for whoever brings the manifest back.
+        let is_complete = !state.incomplete && !state.history.lacks_links();
+        if is_complete && state.unfinished.is_empty() {
             set_aside_unknown(&self.storage, folder, &state)?;
         }
         Ok(Some((file.machine, state)))
     }
+}
+
+fn relative_folder(separate_folders_by_user: bool, machine: &MachineKey) -> String {
+    // Names can't hold an '@', so two machines never share a folder.
+    let between = if separate_folders_by_user { '/' } else { '@' };
+    format!("{}{between}{}", machine.user(), machine.machine())
 }
 
 /// True when a machine's folder has manifests of runs, kept or dropped.
@@ -623,7 +662,10 @@ fn put_aside(storage: &Disk, path: &Path) -> Result<(), StoreError> {
     storage.rename(path, &aside).map_err(StoreError::io("put aside", path))
 }
 
-fn read<T: DeserializeOwned>(storage: &Disk, path: &Path) -> Result<Option<T>, StoreError> {
+pub(super) fn read<T: DeserializeOwned>(
+    storage: &Disk,
+    path: &Path,
+) -> Result<Option<T>, StoreError> {
     let damaged = |reason: String| StoreError::Damaged { path: path.to_owned(), reason };
     let bytes = match storage.read(path, MAX_FILE_BYTES) {
         Ok(Some(bytes)) => bytes,

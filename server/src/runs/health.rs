@@ -225,15 +225,30 @@ impl Runs {
         }
     }
 
+    /// Files of these images are missing. To be followed by [`Self::look_again`].
+    pub(super) fn note_missing(&self, machine: &Machine, found: Vec<(Held, Damage)>) {
+        if found.is_empty() {
+            return;
+        }
+        let _turn = machine.take_health_turn();
+        let mut health = machine.health();
+        for (held, damage) in found {
+            let known = health.images.entry(held.snapshot().data_write).or_default();
+            known.damage.extend(&damage);
+            known.proven_ms = 0;
+        }
+        self.keep(machine, health, Keep::Later);
+    }
+
     /// The machine has other snapshots than before: counts their damage again.
     pub fn look_again(&self, machine: &Machine) {
         let _turn = machine.take_health_turn();
         let mut health = machine.health();
-        if health.images.values().all(|image| image.damage.is_none()) && health.snapshots.is_empty()
-        {
+        let history = machine.history(Clone::clone);
+        let is_whole = health.images.values().all(|image| image.damage.is_none());
+        if is_whole && health.snapshots.is_empty() && !health.lacks_orphans(&history) {
             return;
         }
-        let history = machine.history(Clone::clone);
         let before = health.snapshots.clone();
         health.tidy(&history);
         health.count(self.store.storage(), &self.store.machine_folder(&machine.key), &history);

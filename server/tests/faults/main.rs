@@ -89,6 +89,30 @@ fn thinned(world: &mut World) -> Result<(), String> {
     world.backup()
 }
 
+/// A store that is rebuilt while a run was open, and backups that go on.
+fn rebuilt(world: &mut World) -> Result<(), String> {
+    world.disk("root", (1 << 20) + 512);
+    world.backup()?;
+    world.change(9);
+    world.backup()?;
+    world.change(10);
+    world.send_some(2)?;
+    world.walk_away();
+    world.rebuild()?;
+    world.change(11);
+    world.backup()
+}
+
+#[test]
+fn a_rebuilt_store_survives_every_crash() {
+    crashes::every("rebuilt", rebuilt);
+}
+
+#[test]
+fn a_rebuilt_store_survives_every_failure() {
+    live::every("rebuilt", rebuilt);
+}
+
 #[test]
 fn a_thinned_chain_survives_every_crash() {
     crashes::every("thinned", thinned);

@@ -7,7 +7,10 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use janus_proto::ids::{BackupId, DiskId, MachineKey, SEGMENT_BLOCKS};
 use janus_server::{
-    chain::{Run, store::Store},
+    chain::{
+        Run,
+        store::{Store, rebuild},
+    },
     runs::{ActiveRun, CommitDisk, PurgeOptions, RunError, RunState, Runs, WantedDisk, Writer},
     session::{Marks, Session},
     storage::Disk,
@@ -157,6 +160,26 @@ impl World {
     pub fn restart(&mut self) -> Result<(), String> {
         self.runs = None;
         self.until_done("start the server", |world| world.runs().map(drop))
+    }
+
+    /// The client is gone for good: nothing of its open run needs to stay.
+    pub fn walk_away(&mut self) {
+        self.promise(Promise::GivenUp);
+    }
+
+    /// Ends the server and makes the catalog from the folders.
+    pub fn rebuild(&mut self) -> Result<(), String> {
+        self.runs = None;
+        self.until_done("rebuild", |world| {
+            let rebuilt = rebuild::rebuild(&world.storage, &world.folder, true);
+            let rebuilt = rebuilt.map_err(|error| error.to_string())?;
+            if let Some((path, reason)) = rebuilt.plan.unread.first() {
+                return Err(format!("{}: {reason}", path.display()));
+            }
+            let lease = Duration::from_secs(60);
+            world.runs = Some(Runs::new(rebuilt.store, rebuilt.machines, lease));
+            Ok(())
+        })
     }
 
     /// Compares all that the store has with all that it promised.

@@ -26,7 +26,7 @@ use crate::{
     storage::Disk,
 };
 
-const MERGES: &str = ".merge";
+pub(super) const MERGES: &str = ".merge";
 
 impl Store {
     /// Makes an intent durable: from here on it will happen.

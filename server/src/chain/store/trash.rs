@@ -18,7 +18,7 @@ use crate::{
 };
 
 pub(super) const TRASH: &str = ".trash";
-const WHY: &str = ".why.json";
+pub(super) const WHY: &str = ".why.json";
 
 impl Store {
     /// Drops a run.

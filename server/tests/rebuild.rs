@@ -1,0 +1,200 @@
+//! A catalog from the folders alone: after copies by hand, losses, and other layouts.
+
+#![allow(clippy::unwrap_used)] // Clippy lets tests unwrap, but doesn't know that the functions here belong to them.
+
+use std::{fs, path::Path, sync::Arc, time::Duration};
+
+use chains::{Content, Model, changed};
+use janus_server::{
+    chain::{
+        Run,
+        store::{
+            StoreError,
+            rebuild::{self, Rebuilt, Step},
+        },
+    },
+    storage::Disk,
+};
+
+mod chains;
+
+/// A store with three runs of one disk.
+fn chain(folder: &Path) -> (Model, Vec<Arc<Run>>) {
+    let mut model = Model::new(folder);
+    let mut content: Content = changed(&vec![0; (5 << 20) + 512], &[(0, 700, 1)]);
+    let mut runs = vec![model.backup(&[("sda", content.clone())])];
+    for link in 1..3 {
+        content = changed(&content, &[(link * 31, 40, link + 1), (link * 100, 3, 0)]);
+        runs.push(model.backup(&[("sda", content.clone())]));
+    }
+    (model, runs)
+}
+
+/// Closes the store that the model has open.
+fn close(model: &mut Model) {
+    let elsewhere = tempfile::tempdir().unwrap();
+    model.runs = Model::new(elsewhere.path()).runs;
+}
+
+/// A program that another test starts has our lock, too, until it has begun.
+fn unlocked<T>(work: impl Fn() -> Result<T, StoreError>) -> T {
+    for _ in 0..100 {
+        match work() {
+            Err(StoreError::Locked { .. }) => std::thread::sleep(Duration::from_millis(50)),
+            done => return done.unwrap(),
+        }
+    }
+    panic!("it stays locked");
+}
+
+/// Rebuilds the model's store, says what was done, and opens it again.
+fn rebuilt(model: &mut Model) -> rebuild::Plan {
+    close(model);
+    let Rebuilt { plan, .. } = unlocked(|| rebuild::rebuild(&Disk::default(), &model.folder, true));
+    for step in &plan.steps {
+        println!("  {}", step.describe(&model.folder));
+    }
+    model.reopen();
+    plan
+}
+
+fn machine(model: &Model) -> std::path::PathBuf {
+    model.folder.join("user/machine")
+}
+
+#[test]
+fn a_whole_store_only_gets_a_new_generation() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, _) = chain(folder.path());
+    let (files, generation) = (model.files(), model.runs.store().generation);
+    let plan = rebuilt(&mut model);
+    assert_eq!(plan.steps, [Step::Renew(folder.path().into())]);
+    assert_ne!(model.runs.store().generation, generation);
+    assert_eq!(
+        model.runs.store().start_epoch,
+        2,
+        "starts are counted anew: the rebuild's, and this one"
+    );
+    assert_eq!(model.files(), files);
+    model.check();
+}
+
+#[test]
+fn folders_that_were_copied_without_the_stores_own_files_are_a_store_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, runs) = chain(folder.path());
+    let counter = model.runs.machine(&model.key).unwrap().use_counter();
+    close(&mut model);
+    fs::remove_file(folder.path().join(".store.json")).unwrap();
+    fs::remove_file(machine(&model).join(".machine.json")).unwrap();
+    // The other layout.
+    fs::rename(machine(&model), folder.path().join("user@machine")).unwrap();
+    let plan = rebuilt(&mut model);
+    assert_eq!(plan.steps.len(), 3, "{:?}", plan.steps);
+    model.check();
+    // The client knows its counter better.
+    assert_eq!((counter, model.runs.machine(&model.key).unwrap().use_counter()), (3, 0));
+    let content = model.contents[&runs[2].snapshots[0].id].clone();
+    let next = model.backup(&[("sda", changed(&content, &[(5, 5, 55)]))]);
+    assert_eq!((next.snapshots[0].parent, next.sequence), (Some(runs[2].snapshots[0].id), 4));
+    model.check();
+}
+
+#[test]
+fn files_that_were_set_aside_come_back_when_a_manifest_names_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, runs) = chain(folder.path());
+    let manifest = machine(&model).join(".runs/00000003.json");
+    let away = folder.path().join("away");
+    fs::rename(&manifest, &away).unwrap();
+    model.reopen();
+    let head = &runs[2].snapshots[0];
+    assert!(!machine(&model).join(&head.image).exists(), "nothing named it");
+    fs::rename(&away, &manifest).unwrap();
+    rebuilt(&mut model);
+    model.check();
+    // A file of the same name that is another one stays where it is.
+    let (image, aside) = (machine(&model).join(&head.image), machine(&model).join("sda/set-aside"));
+    fs::remove_file(&image).unwrap();
+    let other = aside.join(image.file_name().unwrap());
+    fs::copy(machine(&model).join(&runs[0].snapshots[0].image), &other).unwrap();
+    let plan = rebuilt(&mut model);
+    assert_eq!(plan.unread.len(), 1, "{:?}", plan.unread);
+    assert!(other.exists() && !image.exists());
+}
+
+#[test]
+fn a_manifest_that_can_be_read_again_counts_again_and_one_that_cannot_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, _) = chain(folder.path());
+    let manifest = machine(&model).join(".runs/00000002.json");
+    let bytes = fs::read(&manifest).unwrap();
+    fs::write(&manifest, b"{").unwrap();
+    model.reopen();
+    let damaged = fs::read_dir(manifest.parent().unwrap()).unwrap().map(|one| one.unwrap().path());
+    let damaged = damaged.into_iter().find(|path| path.extension().unwrap() == "damaged").unwrap();
+    let plan = rebuilt(&mut model);
+    assert_eq!(plan.unread.len(), 1, "{:?}", plan.unread);
+    assert_eq!(plan.unread[0].0, damaged);
+    fs::write(&damaged, bytes).unwrap();
+    let plan = rebuilt(&mut model);
+    assert_eq!(plan.unread, []);
+    assert!(manifest.exists() && !damaged.exists());
+    model.check();
+}
+
+#[test]
+fn an_open_run_ends_and_its_files_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, runs) = chain(folder.path());
+    let content = model.contents[&runs[2].snapshots[0].id].clone();
+    drop(model.send(&[("sda", changed(&content, &[(5, 5, 55)]))]));
+    rebuilt(&mut model);
+    model.check();
+    let files = model.files();
+    let partial = |name: &&String| name.starts_with("sda/set-aside/") && name.contains(".partial");
+    assert!(files.iter().any(|name| partial(&name)), "{files:?}");
+    assert!(files.iter().any(|name| name.ends_with(".ended")), "{files:?}");
+    model.backup(&[("sda", content)]);
+    model.check();
+}
+
+#[test]
+fn two_folders_of_one_machine_are_not_mixed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, _) = chain(folder.path());
+    let mut copy = std::process::Command::new("cp");
+    copy.arg("-a").args([machine(&model), folder.path().join("user/copy")]);
+    assert!(copy.status().unwrap().success());
+    rebuilt(&mut model);
+    model.check();
+    assert!(folder.path().join(".set-aside").is_dir());
+    assert!(!folder.path().join("user/copy").exists());
+}
+
+#[test]
+fn a_dry_run_changes_nothing_and_says_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, runs) = chain(folder.path());
+    let content = model.contents[&runs[2].snapshots[0].id].clone();
+    drop(model.send(&[("sda", content)]));
+    close(&mut model);
+    fs::remove_file(machine(&model).join(".machine.json")).unwrap();
+    let before = model.files();
+    let store = fs::read(folder.path().join(".store.json")).unwrap();
+    let planned = unlocked(|| rebuild::plan(&Disk::default(), folder.path(), true));
+    assert_eq!(model.files(), before);
+    assert_eq!(fs::read(folder.path().join(".store.json")).unwrap(), store);
+    assert!(planned.steps.len() > 2, "{:?}", planned.steps);
+    let done = unlocked(|| rebuild::rebuild(&Disk::default(), folder.path(), true)).plan;
+    assert_eq!(done.steps, planned.steps);
+}
+
+#[test]
+fn a_store_in_use_is_not_rebuilt() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, _) = chain(folder.path());
+    let refused = rebuild::rebuild(&Disk::default(), folder.path(), true).err().unwrap();
+    assert!(matches!(refused, StoreError::Locked { .. }), "{refused}");
+    model.check();
+}
