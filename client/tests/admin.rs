@@ -58,6 +58,36 @@ fn usage_tells_logical_allocated_and_unique_bytes() {
 }
 
 #[test]
+fn clients_compare_with_a_store_made_anew_and_go_on_with_deltas() {
+    let plan = Plan { servers: vec![SERVER.into()], ..Plan::default() };
+    let mut site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();
+    let path = site.folder().join("disk.raw");
+    disk::blank(&path, 32 * MIB).unwrap();
+    disk::write_noise(&path, 0..32 * MIB, 1).unwrap();
+    let client = site.client("machine", &[format!("disk={}", path.display())]).unwrap();
+    site.await_ready(&client).unwrap();
+    client.backup().unwrap();
+
+    for (seed, command) in [&["rebuild"][..], &["adopt", "--new-id"]].into_iter().enumerate() {
+        let refused = site.admin(SERVER, command).unwrap();
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(refused.status.code() == Some(1) && said.contains("in use"), "{refused:?}");
+        site.stop_server(SERVER).unwrap();
+        println!("{}", text(&site.admin(SERVER, command).unwrap()));
+        site.start_server(SERVER).unwrap();
+        site.await_ready(&client).unwrap();
+        let at = (4 + seed as u64) * MIB;
+        disk::write_noise(&path, at..at + MIB, 2).unwrap();
+        let backup = client.backup().unwrap();
+        let disk = &backup.disks[0];
+        assert_eq!((disk.kind.as_str(), disk.sent_bytes), ("delta", MIB), "{backup:?}");
+    }
+    let to = site.folder().join("restored.raw");
+    client.restore("disk", &to).unwrap();
+    assert!(fs::read(to).unwrap() == fs::read(path).unwrap());
+}
+
+#[test]
 fn commands_fail_with_one_line_and_a_code() {
     let plan = Plan { servers: vec![SERVER.into()], ..Plan::default() };
     let site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();
