@@ -8,6 +8,7 @@ mod active;
 mod health;
 mod limits;
 mod machine;
+mod manifests;
 mod names;
 mod purge;
 mod trash;

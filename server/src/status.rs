@@ -80,7 +80,7 @@ impl From<RestoreError> for Status {
                 tracing::error!(error = text, "a snapshot can't be read");
                 status(ErrorReason::StoreDamaged, text)
             }
-            RestoreError::Session(error) => error.into(),
+            RestoreError::Run(error) => error.into(),
         }
     }
 }
