@@ -40,7 +40,9 @@ impl From<SessionError> for Status {
     fn from(error: SessionError) -> Self {
         let text = error.to_string();
         match error {
-            SessionError::Full { .. } => status(ErrorReason::StoreFull, text),
+            SessionError::Full { .. } => {
+                status(ErrorReason::StoreFull, format!("the store is full: {text}"))
+            }
             SessionError::DigestMismatch { .. } => status(ErrorReason::DigestMismatch, text),
             SessionError::Failed => status(ErrorReason::SessionExpired, text),
             SessionError::Io { .. }
