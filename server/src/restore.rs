@@ -28,8 +28,8 @@ use crate::{
         opened::{OpenError, OpenedSnapshot},
         table::TableError,
     },
-    runs::Runs,
-    session::{Session, SessionError},
+    runs::{RunError, Runs},
+    session::Session,
 };
 
 /// How long a handle lives without being used.
@@ -72,9 +72,9 @@ pub enum RestoreError {
         /// The first of them.
         block: u64,
     },
-    /// A session can't be read.
+    /// A session can't be read, or its head is damaged.
     #[error(transparent)]
-    Session(#[from] SessionError),
+    Run(#[from] RunError),
 }
 
 struct Handle {
@@ -85,28 +85,32 @@ struct Handle {
 /// Where hashes are read from.
 enum Content {
     Snapshot(Arc<OpenedSnapshot>),
-    Session(Arc<Session>),
+    Session(Arc<Session>, Arc<Runs>),
 }
 
 impl Content {
     fn size_bytes(&self) -> u64 {
         match self {
             Self::Snapshot(opened) => opened.held.snapshot().size_bytes,
-            Self::Session(session) => session.disk.size_bytes,
+            Self::Session(session, _) => session.disk.size_bytes,
         }
     }
 
     fn segment(&self, segment: u64) -> Result<Vec<BlockHash>, RestoreError> {
         Ok(match self {
             Self::Snapshot(opened) => opened.tables.segment(segment)?,
-            Self::Session(session) => session.segment(segment)?,
+            Self::Session(session, runs) => {
+                session.segment(segment).map_err(|error| runs.cannot_compare(session, error))?
+            }
         })
     }
 
     fn segment_digests(&self) -> Result<Vec<BlockHash>, RestoreError> {
         Ok(match self {
             Self::Snapshot(opened) => opened.tables.segment_digests()?,
-            Self::Session(session) => session.segment_digests()?,
+            Self::Session(session, runs) => {
+                session.segment_digests().map_err(|error| runs.cannot_compare(session, error))?
+            }
         })
     }
 }
@@ -162,7 +166,8 @@ impl Restore {
             Some(Of::Handle(id)) => Ok(Content::Snapshot(self.opened(&id, caller)?)),
             Some(Of::SessionId(id)) => {
                 let id: SessionId = id.parse()?;
-                Ok(Content::Session(self.runs.run_of(id, &machine?)?.session(id)?))
+                let session = self.runs.run_of(id, &machine?)?.session(id)?;
+                Ok(Content::Session(session, self.runs.clone()))
             }
             None => Err(WireError::Missing { field: "handle or session_id" }.into()),
         }

@@ -8,6 +8,7 @@ mod active;
 mod health;
 mod limits;
 mod machine;
+mod manifests;
 mod missing;
 mod names;
 mod purge;
@@ -20,7 +21,7 @@ use std::{
 };
 
 use janus_proto::{
-    ids::{BackupId, BlockHash, DiskId, MachineKey, SessionId, SnapshotId},
+    ids::{BLOCK_BYTES, BackupId, BlockHash, DiskId, MachineKey, SessionId, SnapshotId},
     model::Batch,
     show::amount,
 };
@@ -619,7 +620,22 @@ impl Writer {
         if let (Some(metered), Some(batch)) = (&self.metered, batch) {
             metered.count(self.run.machine.user(), batch.data_len() as u64)?;
         }
-        Ok(self.session.apply(batch, settled)?)
+        self.session.apply(batch, settled).map_err(|error| match error {
+            full @ SessionError::Full { .. } => RunError::Full(self.lacking(&full)),
+            error => error.into(),
+        })
+    }
+
+    /// What to tell whose data found no room: how much is missing, and what helps.
+    fn lacking(&self, full: &SessionError) -> String {
+        let (disk, marks) = (&self.session.disk, self.session.marks());
+        let left = disk.size_bytes.saturating_sub(marks.received.saturating_mul(BLOCK_BYTES));
+        format!(
+            "{full}; the rest of disk {} needs up to {}; `janus-server usage` shows what takes the space, \
+             `janus-server delete` and `trash purge` free it",
+            disk.disk,
+            amount(left)
+        )
     }
 }
 

@@ -40,7 +40,9 @@ impl From<SessionError> for Status {
     fn from(error: SessionError) -> Self {
         let text = error.to_string();
         match error {
-            SessionError::Full { .. } => status(ErrorReason::StoreFull, text),
+            SessionError::Full { .. } => {
+                status(ErrorReason::StoreFull, format!("the store is full: {text}"))
+            }
             SessionError::DigestMismatch { .. } => status(ErrorReason::DigestMismatch, text),
             SessionError::Failed => status(ErrorReason::SessionExpired, text),
             SessionError::Io { .. }
@@ -80,7 +82,7 @@ impl From<RestoreError> for Status {
                 tracing::error!(error = text, "a snapshot can't be read");
                 status(ErrorReason::StoreDamaged, text)
             }
-            RestoreError::Session(error) => error.into(),
+            RestoreError::Run(error) => error.into(),
         }
     }
 }

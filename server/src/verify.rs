@@ -2,7 +2,7 @@
 //!
 //! [`image`] checks one image; [`scrub`] does so in the background, the one that was checked longest ago first; what is found
 //! is kept by [`crate::chain::health`], told to every janus, and asked for again when the machine's next backup starts.
-//! A check changes nothing but what is known. A crash costs at most a minute of it.
+//! A check changes nothing but what is known, and a manifest that went bad while the server runs, which is written again. A crash costs at most a minute of it.
 
 pub mod image;
 pub mod pace;
@@ -46,6 +46,7 @@ pub fn check_image(
     way: Way,
     pace: &dyn Pace,
 ) -> Result<Damage, CheckError> {
+    runs.mend_manifest(held);
     let mut check = begun(runs, held, way);
     // A file that can't be opened gets a second chance, as damaged blocks do.
     let opened = match open(runs, held)? {

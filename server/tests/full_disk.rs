@@ -105,7 +105,14 @@ fn a_run_on_a_full_disk_goes_on_where_it_was_once_there_is_space() {
             let mut runs = open(&full, folder.path());
             let fill = |block| full.0.store(block >= stop_at, Ordering::Relaxed);
             let (got, ended) = send(&runs, backup, fill);
-            assert_eq!(reason(&ended.unwrap_err()), Some(ErrorReason::StoreFull), "at {stop_at}");
+            let ended = ended.unwrap_err();
+            assert_eq!(reason(&ended), Some(ErrorReason::StoreFull), "at {stop_at}");
+            if stop_at > 0 {
+                let left = janus_proto::show::amount((BLOCKS - stop_at) * BLOCK as u64);
+                let needed = format!("the rest of disk disk needs up to {left}");
+                assert!(ended.message().contains(&needed), "{ended}");
+                assert!(ended.message().contains("janus-server retention run --now"), "{ended}");
+            }
             assert_eq!(got, stop_at);
             if is_restarted {
                 full.0.store(false, Ordering::Relaxed);

@@ -10,9 +10,8 @@ use std::{
     fs::{self, File},
     io::Read,
     os::unix::fs::FileExt,
-    path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
-    sync::OnceLock,
+    path::Path,
+    process::{Command, Stdio},
 };
 
 use janus_server::{
@@ -21,33 +20,12 @@ use janus_server::{
 };
 
 mod chains;
+mod readers;
 #[path = "../src/image/sample.rs"]
 mod sample;
 
+use readers::{INSTALL_7Z, assert_same, libvhdi, run, seven_zip};
 use sample::Sample;
-
-const LIBVHDI: &str = "libvhdi-python==20260901";
-/// Prints the disk that the last of the given files (oldest first) shows: ranges `start length`, or all of it.
-const LIBVHDI_READER: &str = r#"
-import sys, pyvhdi
-names, ranges = sys.argv[2:], [tuple(map(int, r.split('+'))) for r in sys.argv[1].split(',') if r]
-files, parent = [], None
-for name in names:
-    f = pyvhdi.file()
-    f.open(name)
-    if parent is not None:
-        f.set_parent(parent)
-    files.append(f)
-    parent = f
-for start, length in ranges or [(0, parent.get_media_size())]:
-    parent.seek(start)
-    while length:
-        data = parent.read(min(length, 1 << 20))
-        if not data:
-            sys.exit('short read')
-        sys.stdout.buffer.write(data)
-        length -= len(data)
-"#;
 
 /// A chain of `links` images with all that a chain can hold: single units, runs over block borders, whole blocks, zeros over
 /// data, the short last block.
@@ -85,71 +63,6 @@ fn raw(sample: &Sample) -> Vec<u8> {
     let path = sample.folder.join("expected.raw");
     sample.write_raw(&path);
     fs::read(path).unwrap()
-}
-
-fn assert_same(actual: &[u8], expected: &[u8], what: &str) {
-    let difference = actual.iter().zip(expected).position(|(a, b)| a != b);
-    assert_eq!(difference, None, "{what}: first byte that differs");
-    assert_eq!(actual.len(), expected.len(), "{what}: size");
-}
-
-fn run(command: &mut Command, install: &str) -> Output {
-    let output = command
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}; to install it: {install}"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success(),
-        "{command:?}: {}: {said}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout)
-    );
-    output
-}
-
-fn seven_zip(leaf: &Path) -> Command {
-    let mut command = Command::new("7z");
-    // Without the type 7-Zip opens the file system inside.
-    let format = Format::of_name(&leaf.to_string_lossy()).unwrap();
-    command.args(["x", "-y", "-so"]).arg(format!("-t{}", format.extension().to_uppercase()));
-    command.arg("--").arg(leaf);
-    command
-}
-
-const INSTALL_7Z: &str = "apt-get install p7zip-full (7-Zip 22 or newer)";
-
-fn libvhdi(files: &[PathBuf], ranges: &str) -> Vec<u8> {
-    let mut command = Command::new(python());
-    command.args(["-c", LIBVHDI_READER, ranges]).args(files);
-    run(&mut command, "").stdout
-}
-
-/// The Python of a virtual environment with libvhdi, made when it isn't there.
-fn python() -> PathBuf {
-    static PYTHON: OnceLock<PathBuf> = OnceLock::new();
-    PYTHON
-        .get_or_init(|| {
-            let tools = Path::new(env!("CARGO_TARGET_TMPDIR"));
-            let ready = tools.join(LIBVHDI);
-            if !ready.exists() {
-                make_environment(tools, &ready);
-            }
-            ready.join("bin/python")
-        })
-        .clone()
-}
-
-/// Makes it under another name first, so that an interrupted installation is never taken for a whole one.
-fn make_environment(tools: &Path, ready: &Path) {
-    fs::create_dir_all(tools).unwrap();
-    let partial = tempfile::tempdir_in(tools).unwrap();
-    let venv = partial.path().join("venv");
-    run(Command::new("python3").args(["-m", "venv"]).arg(&venv), "apt-get install python3-venv");
-    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", LIBVHDI];
-    run(Command::new(venv.join("bin/python")).args(pip), "");
-    if let Err(error) = fs::rename(&venv, ready) {
-        assert!(ready.exists(), "rename to {}: {error}", ready.display());
-    }
 }
 
 #[test]

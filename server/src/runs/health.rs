@@ -14,6 +14,7 @@ use crate::chain::{
     opened::{OpenError, OpenedSnapshot, Salvage},
     ranges::BlockRanges,
 };
+use crate::session::{Session, SessionError};
 
 /// Snapshots told of in one change, so that it fits a message.
 const MOST_TOLD: usize = 500;
@@ -174,6 +175,25 @@ impl Runs {
         }
     }
 
+    /// Hashes of a session can't be read. When its head is damaged the run is given up, as by a commit that finds it: the
+    /// client begins another one, which builds on something else.
+    pub fn cannot_compare(&self, session: &Session, error: SessionError) -> RunError {
+        let run = lock(&self.sessions).get(&session.disk.session).cloned();
+        let machine = run.as_ref().and_then(|run| self.machine(&run.machine));
+        let (Some(run), Some(machine), true) = (run, machine, error.is_head_damage()) else {
+            return error.into();
+        };
+        let (disk, reason) = (session.disk.disk.clone(), error.to_string());
+        let damaged = RunError::ChainDamaged { disk, blocks: BlockRanges::default(), reason };
+        tracing::error!(error = %damaged, machine = %machine.key, backup_id = %run.backup, "a comparison found damage");
+        let _turn = machine.take_turn();
+        self.note_found(&machine, &run, &damaged);
+        match machine.find(run.backup) {
+            Some(_) => self.give_up(&machine, &run).err().unwrap_or(damaged),
+            None => damaged,
+        }
+    }
+
     /// How far a check of an image is.
     pub fn note_progress(&self, held: &Held, check: OpenCheck) {
         if let Some(machine) = self.machine(&held.run.machine) {
@@ -295,7 +315,9 @@ impl Runs {
         let mut next: Option<((bool, i64, i64), Held)> = None;
         for machine in self.machines() {
             let health = machine.health();
-            for held in machine.links().into_iter().filter(|held| !skip(held)) {
+            // What is known of a link that is being merged isn't kept: it would be the next one for ever.
+            let may_check = |held: &Held| machine.still_has(held) && !skip(held);
+            for held in machine.links().into_iter().filter(may_check) {
                 let known = health.image(held.snapshot());
                 let proven_ms = known.map_or(0, |known| known.proven_ms);
                 // A clock that was set back must not keep an image from being checked.

@@ -27,7 +27,7 @@ use janus_server::{
         store::{Store, StoreError},
     },
     image::Format,
-    runs::{ActiveRun, CommitDisk, PurgeOptions, PurgeReport, Runs, WantedDisk, Writer},
+    runs::{ActiveRun, CommitDisk, PurgeOptions, PurgeReport, RunError, Runs, WantedDisk, Writer},
     storage::Disk,
 };
 use tokio_util::sync::CancellationToken;
@@ -91,6 +91,14 @@ impl Model {
 
     /// Opens a run with these disks and sends what differs from its start.
     pub fn send(&self, disks: &[(&str, Content)]) -> (Arc<ActiveRun>, Vec<CommitDisk>) {
+        self.try_send(disks).unwrap()
+    }
+
+    /// The same, and what the head has lost.
+    pub fn try_send(
+        &self,
+        disks: &[(&str, Content)],
+    ) -> Result<(Arc<ActiveRun>, Vec<CommitDisk>), RunError> {
         let wanted: Vec<WantedDisk> = disks
             .iter()
             .map(|(name, content)| WantedDisk {
@@ -99,23 +107,30 @@ impl Model {
                 logical_sector_bytes: 512,
             })
             .collect();
-        let run = self.runs.start(&self.key, BackupId::new(), &wanted, 0).unwrap();
+        let run = self.runs.start(&self.key, BackupId::new(), &wanted, 0)?;
         let epoch = run.record().epoch;
         let mut commits = Vec::new();
         for (session, (name, content)) in run.sessions().iter().zip(disks) {
             let writer = Writer::new(run.clone(), session.disk.session, epoch).unwrap();
             let mut digests = Vec::new();
+            let lost = session.resend();
+            let is_lost = |block: u64| {
+                lost.iter().any(|r| (r.first_block..r.first_block + r.block_count).contains(&block))
+            };
             for (segment, bytes) in (0..).zip(content.chunks(SEGMENT_BYTES as usize)) {
                 let mut hashes = Vec::new();
                 hash_blocks(bytes, &mut hashes);
                 digests.push(segment_digest(&hashes));
-                let known = session.segment(segment).unwrap();
-                for (index, hash) in hashes.iter().enumerate().filter(|(i, h)| known[*i] != **h) {
+                let known = session.segment(segment);
+                let known = known.map_err(|error| self.runs.cannot_compare(session, error))?;
+                for (index, hash) in hashes.iter().enumerate() {
                     let first = segment * 1024 + index as u64;
-                    writer.apply(Some(&one_block(content, first, hash)), 0).unwrap();
+                    if known[index] != *hash || is_lost(first) {
+                        writer.apply(Some(&one_block(content, first, hash)), 0)?;
+                    }
                 }
             }
-            writer.apply(None, block_count(content.len() as u64)).unwrap();
+            writer.apply(None, block_count(content.len() as u64))?;
             commits.push(CommitDisk {
                 disk: disk(name),
                 expected_head: session.disk.head,
@@ -123,7 +138,7 @@ impl Model {
                 consistency: 0,
             });
         }
-        (run, commits)
+        Ok((run, commits))
     }
 
     /// Commits a run that was sent.
@@ -133,14 +148,36 @@ impl Model {
         commits: &[CommitDisk],
         disks: &[(&str, Content)],
     ) -> Arc<Run> {
+        self.try_commit(run, commits, disks).unwrap()
+    }
+
+    fn try_commit(
+        &mut self,
+        run: &ActiveRun,
+        commits: &[CommitDisk],
+        disks: &[(&str, Content)],
+    ) -> Result<Arc<Run>, RunError> {
         let epoch = run.record().epoch;
-        let run = self.runs.commit(&self.key, run.backup, epoch, commits, b"").unwrap();
+        let run = self.runs.commit(&self.key, run.backup, epoch, commits, b"")?;
         for (snapshot, (_, content)) in run.snapshots.iter().zip(disks) {
             assert_eq!(Format::of_name(&snapshot.image), Some(self.format));
             self.contents.insert(snapshot.id, content.clone());
             self.live.insert(snapshot.id);
         }
-        run
+        Ok(run)
+    }
+
+    /// One whole backup on a store that may be damaged: a run that finds damage is begun again, as clients do.
+    pub fn backup_on_damage(&mut self, disks: &[(&str, Content)]) -> Arc<Run> {
+        for _ in 0..4 {
+            let sent = self.try_send(disks);
+            match sent.and_then(|(run, commits)| self.try_commit(&run, &commits, disks)) {
+                Ok(run) => return run,
+                Err(RunError::ChainDamaged { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        panic!("four runs were given up");
     }
 
     /// One whole backup.

@@ -177,6 +177,9 @@ impl Point<'_> {
         if self.promised.contents().is_empty() {
             world.disk("root", 1 << 20);
         }
+        if self.promised.hides_damage() {
+            world.verify()?;
+        }
         world.backup()?;
         drop(world);
         let log = recorder.take_log();
@@ -203,11 +206,16 @@ pub fn recover(
 ) -> Result<(), String> {
     let storage = Disk::default().in_boot(boot).sync_after(SYNC_BYTES);
     let (has_no_disks, is_open) = (promised.contents().is_empty(), promised.trying.is_some());
+    let hides_damage = promised.hides_damage();
     let mut world = World::after_crash(base.join("store"), storage, promised, survives);
     let told = |when: &'static str| move |error: String| format!("{when}: {error}");
     world.check().map_err(told("at once"))?;
     if has_no_disks {
         world.disk("root", 1 << 20);
+    }
+    // What was found is still known; what was not can be.
+    if hides_damage {
+        world.verify().map_err(told("a check"))?;
     }
     if is_open {
         world.backup().map_err(told("the open run"))?;

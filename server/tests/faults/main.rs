@@ -113,6 +113,83 @@ fn a_rebuilt_store_survives_every_failure() {
     live::every("rebuilt", rebuilt);
 }
 
+/// A plan is carried out around a pin, and again without it.
+fn planned(world: &mut World) -> Result<(), String> {
+    world.disk("root", (256 << 10) + 512);
+    world.backup()?;
+    for seed in 5..8 {
+        world.change(seed);
+        world.backup()?;
+    }
+    world.pin_oldest()?;
+    world.thin()?;
+    world.unpin_oldest()?;
+    world.thin()?;
+    world.change(8);
+    world.backup()
+}
+
+/// A run is deleted and brought back; then the whole machine goes, and backups begin anew.
+fn deleted(world: &mut World) -> Result<(), String> {
+    world.disk("root", (256 << 10) + 512);
+    world.backup()?;
+    world.change(5);
+    world.backup()?;
+    world.delete_oldest()?;
+    world.bring_back()?;
+    world.unpin_oldest()?;
+    world.delete_all()?;
+    world.purge_kept(true)?;
+    world.change(6);
+    world.backup()
+}
+
+/// A block of the base is damaged, a check finds it, and the next run brings it.
+fn healed(world: &mut World) -> Result<(), String> {
+    world.disk("root", (256 << 10) + 512);
+    world.backup()?;
+    world.change(5);
+    world.backup()?;
+    world.damage("root", 10)?;
+    world.verify()?;
+    if world.promised().hides_damage() {
+        return Err("the check has found nothing".into());
+    }
+    world.change(6);
+    world.backup()?;
+    world.verify()
+}
+
+#[test]
+fn a_plan_survives_every_crash() {
+    crashes::every("planned", planned);
+}
+
+#[test]
+fn a_plan_survives_every_failure() {
+    live::every("planned", planned);
+}
+
+#[test]
+fn deletions_survive_every_crash() {
+    crashes::every("deleted", deleted);
+}
+
+#[test]
+fn deletions_survive_every_failure() {
+    live::every("deleted", deleted);
+}
+
+#[test]
+fn damage_is_healed_after_every_crash() {
+    crashes::every("healed", healed);
+}
+
+#[test]
+fn damage_is_healed_after_every_failure() {
+    live::every("healed", healed);
+}
+
 #[test]
 fn a_thinned_chain_survives_every_crash() {
     crashes::every("thinned", thinned);

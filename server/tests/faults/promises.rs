@@ -1,7 +1,7 @@
 //! What the store has acknowledged, and whether it keeps it: every promise against a model in memory.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -28,6 +28,20 @@ pub enum Promise {
     GivenUp,
     /// It does no longer need this snapshot: from now on it may go.
     MayGo(SnapshotId),
+    /// It went: it is not listed any more.
+    Gone(SnapshotId),
+    /// What went is asked for again.
+    MayReturn(SnapshotId),
+    /// It is there as before it went.
+    IsBack(SnapshotId),
+    /// The snapshot has a pin.
+    Pinned(SnapshotId),
+    /// Its pin may be there or not.
+    MayBeUnpinned(SnapshotId),
+    /// One block of all runs so far may be damaged, and of those that begin before it is found.
+    Damaged { disk: DiskId, block: u64 },
+    /// The damage was found: runs that begin from now on are whole.
+    Found,
 }
 
 /// All promises up to a point.
@@ -38,6 +52,21 @@ pub struct Promised {
     pub counter: u64,
     pub settled: BTreeMap<DiskId, Marks>,
     pub snapshots: BTreeMap<SnapshotId, (DiskId, Arc<Content>)>,
+    /// What went, or may have.
+    dropped: BTreeMap<SnapshotId, (DiskId, Arc<Content>)>,
+    gone: BTreeSet<SnapshotId>,
+    pinned: BTreeSet<SnapshotId>,
+    damage: Option<Damaged>,
+}
+
+/// A damaged block.
+#[derive(Clone)]
+struct Damaged {
+    disk: DiskId,
+    block: u64,
+    /// Runs that may have it.
+    harmed: HashSet<BackupId>,
+    is_found: bool,
 }
 
 impl Promised {
@@ -47,7 +76,13 @@ impl Promised {
                 if self.tried.get(&backup) != Some(&contents) {
                     self.settled.clear();
                 }
-                self.tried.insert(backup, contents);
+                let is_new = self.tried.insert(backup, contents).is_none();
+                if let Some(damage) = &mut self.damage
+                    && is_new
+                    && !damage.is_found
+                {
+                    damage.harmed.insert(backup);
+                }
                 self.trying = Some(backup);
             }
             Promise::Counter(counter) => self.counter = counter,
@@ -63,9 +98,40 @@ impl Promised {
             }
             Promise::GivenUp => self.end(),
             Promise::MayGo(snapshot) => {
-                self.snapshots.remove(&snapshot);
+                let known = self.snapshots.remove_entry(&snapshot);
+                self.dropped.extend(known);
+            }
+            Promise::Gone(snapshot) => {
+                self.gone.insert(snapshot);
+            }
+            Promise::MayReturn(snapshot) => {
+                self.gone.remove(&snapshot);
+            }
+            Promise::IsBack(snapshot) => {
+                let known = self.dropped.remove_entry(&snapshot);
+                self.snapshots.extend(known);
+            }
+            Promise::Pinned(snapshot) => {
+                self.pinned.insert(snapshot);
+            }
+            Promise::MayBeUnpinned(snapshot) => {
+                self.pinned.remove(&snapshot);
+            }
+            Promise::Damaged { disk, block } => {
+                let harmed = self.tried.keys().copied().collect();
+                self.damage = Some(Damaged { disk, block, harmed, is_found: false });
+            }
+            Promise::Found => {
+                if let Some(damage) = &mut self.damage {
+                    damage.is_found = true;
+                }
             }
         }
+    }
+
+    /// True while nobody has found the damage that was done.
+    pub fn hides_damage(&self) -> bool {
+        self.damage.as_ref().is_some_and(|damage| !damage.is_found)
     }
 
     fn end(&mut self) {
@@ -93,6 +159,13 @@ impl Promised {
                 return Err(format!("snapshot {id} is gone"));
             }
         }
+        if let Some(held) = there.iter().find(|held| self.gone.contains(&held.snapshot().id)) {
+            return Err(format!("snapshot {} is here again", held.snapshot().id));
+        }
+        let pins = runs.store().pins(machine).map_err(|error| error.to_string())?;
+        if let Some(id) = self.pinned.iter().find(|id| !pins.contains(id)) {
+            return Err(format!("snapshot {id} has lost its pin"));
+        }
         for held in &there {
             self.check_snapshot(runs, held)
                 .map_err(|error| format!("snapshot {}: {error}", held.snapshot().id))?;
@@ -105,7 +178,7 @@ impl Promised {
         if let Some((disk, content)) = self.snapshots.get(&snapshot.id) {
             let right = snapshot.disk == *disk;
             return if right {
-                compare(runs, held, content)
+                compare(runs, held, content, self.damaged_block(held))
             } else {
                 Err("of another disk".into())
             };
@@ -115,12 +188,26 @@ impl Promised {
         if held.run.snapshots.len() != tried.len() {
             return Err(format!("its run has {} disks", held.run.snapshots.len()));
         }
-        compare(runs, held, tried.get(&snapshot.disk).ok_or("of another disk")?)
+        let content = tried.get(&snapshot.disk).ok_or("of another disk")?;
+        compare(runs, held, content, self.damaged_block(held))
+    }
+
+    /// The block that a snapshot may have lost.
+    fn damaged_block(&self, held: &Held) -> Option<usize> {
+        let damage = self.damage.as_ref()?;
+        let is_harmed =
+            damage.disk == held.snapshot().disk && damage.harmed.contains(&held.run.backup);
+        is_harmed.then_some(damage.block as usize)
     }
 }
 
-/// A snapshot's bytes and hashes against those of the model.
-fn compare(runs: &Runs, held: &Held, content: &Content) -> Result<(), String> {
+/// A snapshot's bytes and hashes against those of the model, but for the bytes of a block that is damaged.
+fn compare(
+    runs: &Runs,
+    held: &Held,
+    content: &Content,
+    damaged: Option<usize>,
+) -> Result<(), String> {
     let opened = runs.open_snapshot(held).map_err(|e| e.to_string())?;
     if held.snapshot().size_bytes != content.bytes.len() as u64 {
         return Err(format!(
@@ -131,9 +218,10 @@ fn compare(runs: &Runs, held: &Held, content: &Content) -> Result<(), String> {
     }
     let mut found = vec![0; content.bytes.len()];
     opened.read_at(0, &mut found).map_err(|e| e.to_string())?;
-    if found != content.bytes {
-        let at = found.iter().zip(&content.bytes).position(|(a, b)| a != b);
-        return Err(format!("differs in block {}", at.unwrap_or_default() / 4096));
+    let blocks = found.chunks(4096).zip(content.bytes.chunks(4096)).enumerate();
+    let mut differing = blocks.filter(|(_, (a, b))| a != b).map(|(number, _)| number);
+    if let Some(block) = differing.find(|number| Some(*number) != damaged) {
+        return Err(format!("differs in block {block}"));
     }
     let stored = opened.tables.table_digest().map_err(|e| e.to_string())?;
     if stored != held.snapshot().table_digest {

@@ -3,7 +3,10 @@
 //! It does what the real client does: keeps the id of a run until it knows what became of it, compares what a session holds
 //! before it sends, and tries again when something fails. All that it is told goes into [`Promised`].
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+mod damage;
+mod keeping;
+
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use janus_proto::ids::{BackupId, DiskId, MachineKey, SEGMENT_BLOCKS};
 use janus_server::{
@@ -43,7 +46,7 @@ pub struct World {
     folder: PathBuf,
     storage: Disk,
     recorder: Option<Arc<Recorder>>,
-    runs: Option<Runs>,
+    runs: Option<Arc<Runs>>,
     machine: MachineKey,
     contents: Contents,
     promised: Promised,
@@ -177,7 +180,7 @@ impl World {
                 return Err(format!("{}: {reason}", path.display()));
             }
             let lease = Duration::from_secs(60);
-            world.runs = Some(Runs::new(rebuilt.store, rebuilt.machines, lease));
+            world.runs = Some(Arc::new(Runs::new(rebuilt.store, rebuilt.machines, lease)));
             Ok(())
         })
     }
@@ -193,7 +196,7 @@ impl World {
         if self.runs.is_none() {
             let opened = Store::open_on(self.storage.clone(), &self.folder, true);
             let (store, machines) = opened.map_err(|e| format!("open the store: {e}"))?;
-            self.runs = Some(Runs::new(store, machines, Duration::from_secs(60)));
+            self.runs = Some(Arc::new(Runs::new(store, machines, Duration::from_secs(60))));
         }
         Ok(self.runs.as_ref().unwrap())
     }
@@ -293,7 +296,12 @@ impl World {
         for session in run.sessions() {
             let disk = session.disk.disk.clone();
             let content = self.contents[&disk].clone();
-            let blocks = differing(&session, &content)?;
+            let lost = session.resend();
+            let lost = lost.iter().flat_map(|r| r.first_block..r.first_block + r.block_count);
+            // In order, as all blocks travel.
+            let mut blocks: BTreeSet<u64> = differing(&session, &content)?.into_iter().collect();
+            blocks.extend(lost);
+            let blocks: Vec<u64> = blocks.into_iter().collect();
             let total = content.hashes.len() as u64;
             let writer = Writer::new(run.clone(), session.disk.session, epoch).map_err(told)?;
             let mut pieces = blocks.chunks(MESSAGE_BLOCKS).peekable();

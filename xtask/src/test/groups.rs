@@ -37,12 +37,14 @@ const PLACED: &[(&str, &str)] = &[
     ("resilience", "client"),
     ("retention", "store"),
     ("simulation", "sources"),
+    ("thinning_kills", "restore"),
     ("spans", "client"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
 ];
 /// Whole-system tests that `--quick` leaves out.
-const SLOW: &[&str] = &["kills", "links", "foreign_clients", "page", "simulation"];
+const SLOW: &[&str] =
+    &["kills", "links", "foreign_clients", "page", "simulation", "thinning_kills"];
 
 fn build(runner: &mut Runner) {
     runner.cargo("format", &["fmt", "--all", "--check"]);

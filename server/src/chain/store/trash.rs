@@ -62,6 +62,27 @@ impl Store {
         Ok(())
     }
 
+    /// True when the manifest of a run says what the run is; false when it is missing, damaged or says something else.
+    ///
+    /// # Errors
+    /// When it can't be read now.
+    pub fn has_manifest(&self, run: &Run, in_trash: bool) -> Result<bool, StoreError> {
+        let path = self.run_path(run, if in_trash { TRASH } else { RUNS });
+        match read::<Run>(&self.storage, &path) {
+            Ok(there) => Ok(there.as_ref() == Some(run)),
+            Err(StoreError::Damaged { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes the manifest of a run again, durably.
+    ///
+    /// # Errors
+    /// As the file system says; what was there stays then.
+    pub fn write_manifest(&self, run: &Run, in_trash: bool) -> Result<(), StoreError> {
+        write(&self.storage, &self.run_path(run, if in_trash { TRASH } else { RUNS }), run)
+    }
+
     fn run_path(&self, run: &Run, folder: &str) -> PathBuf {
         manifest_path(&self.machine_folder(&run.machine).join(folder), run)
     }
