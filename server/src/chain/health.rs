@@ -4,7 +4,10 @@
 //! checked again. Images are named by their data write id, which names their content, so what is known of an image never
 //! counts for another one that took its file name.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use janus_proto::ids::{MachineKey, SnapshotId, block_count};
 use serde::{Deserialize, Serialize};
@@ -197,22 +200,31 @@ impl Health {
     /// Counts the damaged blocks of all snapshots anew. Reads tables, but only of chains with damage.
     pub fn count(&mut self, storage: &Disk, folder: &Path, history: &History) {
         let mut damaged: BTreeMap<SnapshotId, BlockRanges> = BTreeMap::new();
+        // A chain of which a table or manifest is lost can't be opened, whatever newer links hold.
+        let mut closed: BTreeSet<SnapshotId> = BTreeSet::new();
         for held in history.links_oldest_first() {
             let snapshot = held.snapshot();
-            let below = match snapshot.parent {
-                Some(parent) if history.link(parent).is_none() => {
-                    BlockRanges::all(block_count(snapshot.size_bytes))
-                }
-                Some(parent) => damaged.get(&parent).cloned().unwrap_or_default(),
-                None => BlockRanges::default(),
+            let is_closed_below = snapshot
+                .parent
+                .is_some_and(|parent| history.link(parent).is_none() || closed.contains(&parent));
+            let blocks = if is_closed_below || self.has_lost_its_table(storage, folder, snapshot) {
+                closed.insert(snapshot.id);
+                BlockRanges::all(block_count(snapshot.size_bytes))
+            } else {
+                let below = snapshot.parent.and_then(|parent| damaged.get(&parent).cloned());
+                self.seen_through(storage, folder, held, below.unwrap_or_default())
             };
-            let blocks = self.seen_through(storage, folder, held, below);
             if !blocks.is_empty() {
                 damaged.insert(snapshot.id, blocks);
             }
         }
         damaged.retain(|id, _| history.snapshot(*id).is_some());
         self.snapshots = damaged.into_iter().map(|(id, blocks)| (id, blocks.blocks())).collect();
+    }
+
+    fn has_lost_its_table(&self, storage: &Disk, folder: &Path, snapshot: &Snapshot) -> bool {
+        let is_unusable = self.damage(snapshot).is_some_and(|damage| damage.unusable.is_some());
+        is_unusable && open_table(storage, folder, snapshot).is_err()
     }
 
     /// What will be known of a child's image once the image it builds on is merged into it.
