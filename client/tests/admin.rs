@@ -88,6 +88,41 @@ fn clients_compare_with_a_store_made_anew_and_go_on_with_deltas() {
 }
 
 #[test]
+fn a_moved_store_goes_on_at_its_new_place_alone() {
+    let plan = Plan { servers: vec![SERVER.into()], ..Plan::default() };
+    let mut site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();
+    let path = site.folder().join("disk.raw");
+    disk::blank(&path, 64 * MIB).unwrap();
+    disk::write_noise(&path, 0..32 * MIB, 1).unwrap();
+    let client = site.client("machine", &[format!("disk={}", path.display())]).unwrap();
+    site.await_ready(&client).unwrap();
+    client.backup().unwrap();
+
+    let to = site.folder().join("elsewhere");
+    let to = to.to_str().unwrap();
+    let refused = site.admin(SERVER, &["move", "--to", to]).unwrap();
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("in use"), "{refused:?}");
+    site.stop_server(SERVER).unwrap();
+    let said = text(&site.admin(SERVER, &["move", "--to", to]).unwrap());
+    println!("{said}");
+    assert!(said.contains(&format!("set image_path = {to:?}")), "{said}");
+    let Err(error) = site.start_server(SERVER) else { panic!("the old place is opened") };
+    println!("{error:#}");
+    assert!(site.log(SERVER).contains(&format!("was moved to {to}")), "{error:#}");
+
+    site.server(SERVER).unwrap().settings.set("image_path", to);
+    site.start_server(SERVER).unwrap();
+    site.await_ready(&client).unwrap();
+    disk::write_noise(&path, 3 * MIB..4 * MIB, 2).unwrap();
+    let backup = client.backup().unwrap();
+    let disk = &backup.disks[0];
+    assert_eq!((disk.kind.as_str(), disk.sent_bytes), ("delta", MIB), "{backup:?}");
+    let restored = site.folder().join("restored.raw");
+    client.restore("disk", &restored).unwrap();
+    assert!(fs::read(restored).unwrap() == fs::read(path).unwrap());
+}
+
+#[test]
 fn commands_fail_with_one_line_and_a_code() {
     let plan = Plan { servers: vec![SERVER.into()], ..Plan::default() };
     let site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();

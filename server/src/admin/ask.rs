@@ -17,7 +17,7 @@ use super::{
     wire::{self, MAX_TOLD_BYTES, Told},
 };
 use crate::{
-    chain::store::{Store, StoreError},
+    chain::store::{Store, StoreError, relocate::MoveError},
     config::Settings,
     runs::Runs,
 };
@@ -65,6 +65,9 @@ pub enum AskError {
     /// Without a server.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Without a server.
+    #[error(transparent)]
+    Move(#[from] MoveError),
 }
 
 /// Has a command done. Blocks; lines of progress go to `progress`.

@@ -1,13 +1,27 @@
 //! Commands that change what a store is: only while no server runs, since a running one would have to forget all it knows.
 
+use std::{
+    cell::Cell,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
 use clap::Subcommand;
+use janus_proto::show::amount;
 
 use super::{
     Answer,
     ask::{AskError, check_owner},
     rebuild,
 };
-use crate::{chain::store::Store, config::Settings, storage::Disk};
+use crate::{
+    chain::store::{Store, relocate::relocate},
+    config::Settings,
+    storage::Disk,
+};
+
+/// Between two lines of progress.
+const TELL_EVERY: Duration = Duration::from_secs(5);
 
 /// What an administrator asks for while the server is stopped.
 #[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
@@ -17,6 +31,12 @@ pub enum Command {
         /// Only say what would be done
         #[arg(long)]
         dry_run: bool,
+    },
+    /// Copy the store to another path, compare the copy, and make it the store; the server must be stopped
+    Move {
+        /// An empty folder, or one that is not there yet
+        #[arg(long, value_name = "PATH")]
+        to: PathBuf,
     },
     /// Make a copied store one of its own; the server must be stopped
     Adopt {
@@ -42,6 +62,10 @@ pub fn run(
             check_owner(root, ".")?;
             rebuild::run(&Disk::default(), root, separate, *dry_run, progress)
         }
+        Command::Move { to } => {
+            check_owner(root, ".store.json")?;
+            relocate_store(root, to, progress)
+        }
         Command::Adopt { .. } => {
             check_owner(root, ".store.json")?;
             let generation = Store::renew(&Disk::default(), root)?;
@@ -49,4 +73,30 @@ pub fn run(
             Ok(Answer::new(text, serde_json::json!({ "store_generation": generation })))
         }
     }
+}
+
+fn relocate_store(root: &Path, to: &Path, progress: &dyn Fn(String)) -> Result<Answer, AskError> {
+    let told = Cell::new(Instant::now());
+    let tell = |number: usize, all: usize, path: &Path| {
+        if told.get().elapsed() >= TELL_EVERY {
+            told.set(Instant::now());
+            progress(format!("file {} of {all}: {}", number + 1, path.display()));
+        }
+    };
+    let moved = relocate(&Disk::default(), root, to, &tell)?;
+    let to = std::path::absolute(to).unwrap_or_else(|_| to.to_owned());
+    let text = format!(
+        "{} files: {} copied and compared, {} shared, {} files were there already\n\
+         The store is at {new} now: set image_path = {new:?} in the server's settings and start it.\n\
+         Nothing uses {} any more: remove it when you like.\n",
+        moved.files,
+        amount(moved.copied_bytes),
+        amount(moved.shared_bytes),
+        moved.found_files,
+        root.display(),
+        new = to.display().to_string(),
+    );
+    let mut json = serde_json::to_value(moved).unwrap_or_default();
+    json["image_path"] = serde_json::json!(to);
+    Ok(Answer::new(text, json))
 }

@@ -1,6 +1,7 @@
 //! Chains on disk: where everything lies, what is read at start, and the commit point.
 //!
 //! ```text
+//! <image_path>/.moved.json, .moving.json               see [`relocate`]
 //! <image_path>/.store.json                             id of the store, count of starts; .store.lock is held while in use
 //! <image_path>/<user>/<machine>/.machine.json          use counter
 //! <image_path>/<user>/<machine>/.pins.json             pinned snapshots
@@ -21,6 +22,7 @@ mod merges;
 mod pins;
 mod publish;
 pub mod rebuild;
+pub mod relocate;
 mod trash;
 
 use std::{
@@ -69,6 +71,22 @@ pub enum StoreError {
         path: PathBuf,
         /// What is wrong.
         reason: String,
+    },
+    /// It was moved.
+    #[error("the store of {} was moved to {}: set image_path to that", path.display(), to.display())]
+    Moved {
+        /// The old place.
+        path: PathBuf,
+        /// The new one.
+        to: PathBuf,
+    },
+    /// Only a part of it is here.
+    #[error("the move of {} to {} is not finished: `janus-server move` goes on with it", from.display(), path.display())]
+    Moving {
+        /// The old place.
+        from: PathBuf,
+        /// The new one.
+        path: PathBuf,
     },
     /// A run's manifest is there, but the disk has failed to make it durable, and to remove it.
     #[error("whether {} is on the disk is unknown, the disk has failed: {source}", path.display())]
@@ -251,6 +269,13 @@ impl StoreLock {
         }
         Ok(Self { _file: file })
     }
+
+    /// The same of a store that is to be opened.
+    fn of_store(storage: &Disk, root: &Path) -> Result<Self, StoreError> {
+        let lock = Self::take(storage, root)?;
+        relocate::check_not_moved(storage, root)?;
+        Ok(lock)
+    }
 }
 
 impl Store {
@@ -276,7 +301,7 @@ impl Store {
         separate_folders_by_user: bool,
     ) -> Result<(Self, HashMap<MachineKey, MachineState>), StoreError> {
         storage.make_folder(root).map_err(StoreError::io("make the image path", root))?;
-        let lock = StoreLock::take(&storage, root)?;
+        let lock = StoreLock::of_store(&storage, root)?;
         Self::open_locked(storage, root, separate_folders_by_user, lock)
     }
 
@@ -316,7 +341,7 @@ impl Store {
     /// # Errors
     /// When a server has it, a newer version wrote it, or the file system refuses.
     pub fn renew(storage: &Disk, root: &Path) -> Result<StoreGeneration, StoreError> {
-        let _lock = StoreLock::take(storage, root)?;
+        let _lock = StoreLock::of_store(storage, root)?;
         rebuild::renew_generation(storage, root)
     }
 

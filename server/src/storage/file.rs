@@ -1,9 +1,15 @@
 //! An open file of the store.
 
-use std::{fs, io, num::NonZeroU64, os::unix::fs::MetadataExt, path::Path, sync::Arc};
+use std::{
+    fs, io, num::NonZeroU64, ops::Range, os::unix::fs::MetadataExt, path::Path, sync::Arc,
+    time::SystemTime,
+};
 
 use janus_proto::{buffers::Buffer, direct::DirectFile};
-use rustix::fs::{Advice, FallocateFlags, FlockOperation, fadvise, fallocate, flock};
+use rustix::{
+    fs::{Advice, FallocateFlags, FlockOperation, SeekFrom, fadvise, fallocate, flock, seek},
+    io::Errno,
+};
 
 use super::{Handle, Op, Verdict, Watcher, clone, disk};
 
@@ -24,6 +30,8 @@ pub struct Metadata {
     pub allocated_bytes: u64,
     /// It is a folder.
     pub is_folder: bool,
+    /// Time of the last change; the Unix epoch where the file system has none.
+    pub modified: SystemTime,
 }
 
 impl From<fs::Metadata> for Metadata {
@@ -32,6 +40,7 @@ impl From<fs::Metadata> for Metadata {
             length_bytes: metadata.len(),
             allocated_bytes: metadata.blocks() * 512,
             is_folder: metadata.is_dir(),
+            modified: metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH),
         }
     }
 }
@@ -115,11 +124,11 @@ impl File {
         }
     }
 
-    /// Sets the time of the last change, for programs that compare it. Nothing here reads it, so no watcher is asked.
+    /// Sets the time of the last change, for whoever compares it. Only ever a hint, so no watcher is asked.
     ///
     /// # Errors
     /// As the file system says.
-    pub fn set_modified(&self, time: std::time::SystemTime) -> io::Result<()> {
+    pub fn set_modified(&self, time: SystemTime) -> io::Result<()> {
         self.inner.file().set_modified(time)
     }
 
@@ -149,6 +158,27 @@ impl File {
     pub fn metadata(&self) -> io::Result<Metadata> {
         self.ask(|file| Op::Measure { file })?;
         self.inner.file().metadata().map(Metadata::from)
+    }
+
+    /// The next range at or behind `offset` that is no hole; `None` when only a hole is left. Where the file system knows of no
+    /// holes, all to the end.
+    ///
+    /// # Errors
+    /// As the file system says.
+    pub fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        self.ask(|file| Op::Measure { file })?;
+        let file = self.inner.file();
+        // Everything else names its offset, so moving the file's own disturbs nobody.
+        let start = match seek(file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                let end = file.metadata()?.len();
+                return Ok((offset < end).then_some(offset..end));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        Ok(Some(start..seek(file, SeekFrom::Hole(start))?))
     }
 
     /// Shares a range of another file, or with a `len` of 0 all to its end. Offsets are multiples of the file system's blocks,
@@ -234,7 +264,6 @@ impl File {
 }
 
 fn or_unsupported(cloned: io::Result<()>) -> io::Result<Cloning> {
-    use rustix::io::Errno;
     let refusals = [Errno::OPNOTSUPP, Errno::NOTTY, Errno::NOSYS, Errno::XDEV, Errno::INVAL];
     match cloned {
         Ok(()) => Ok(Cloning::Done),

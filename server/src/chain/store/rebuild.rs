@@ -56,7 +56,7 @@ pub struct Rebuilt {
 /// # Errors
 /// When a server has the store, a newer version wrote it, or the file system refuses.
 pub fn plan(storage: &Disk, root: &Path, separate: bool) -> Result<Plan, StoreError> {
-    let _lock = StoreLock::take(storage, root)?;
+    let _lock = StoreLock::of_store(storage, root)?;
     let folders = survey::folders(storage, root, separate)?;
     let mut plan = Plan::of(root, &folders);
     for (folder, key) in folders.machines {
@@ -70,7 +70,7 @@ pub fn plan(storage: &Disk, root: &Path, separate: bool) -> Result<Plan, StoreEr
 /// # Errors
 /// As [`plan`]. What was done until then stays, and doing it again goes on.
 pub fn rebuild(storage: &Disk, root: &Path, separate: bool) -> Result<Rebuilt, StoreError> {
-    let lock = StoreLock::take(storage, root)?;
+    let lock = StoreLock::of_store(storage, root)?;
     renew_generation(storage, root)?;
     let folders = survey::folders(storage, root, separate)?;
     steps::carry_out(storage, &folders.steps)?;
