@@ -1,0 +1,90 @@
+//! The store's small files: JSON, and a last line with the BLAKE3 sum of what stands before it. A crash leaves each old or new.
+
+use std::{io, path::Path};
+
+use serde::{Serialize, de::DeserializeOwned};
+
+use super::{FORMAT, StoreError};
+use crate::storage::Disk;
+
+/// Largest JSON file we read: a run of 64 disks is far below.
+const MAX_FILE_BYTES: u64 = 4 << 20;
+
+/// Replaces a file by a value.
+pub(in crate::chain) fn write<T: Serialize>(
+    storage: &Disk,
+    path: &Path,
+    value: &T,
+) -> Result<(), StoreError> {
+    let damaged =
+        |e: serde_json::Error| StoreError::Damaged { path: path.to_owned(), reason: e.to_string() };
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(damaged)?;
+    bytes.push(b'\n');
+    storage.replace(path, &with_sum(bytes)).map_err(StoreError::io("write", path))
+}
+
+/// A file's text with the line that holds its sum.
+pub(crate) fn with_sum(mut text: Vec<u8>) -> Vec<u8> {
+    let sum = blake3::hash(&text);
+    text.extend_from_slice(format!("{sum}\n").as_bytes());
+    text
+}
+
+/// Extension of files that could not be read. They are kept, and never written over.
+pub(super) const DAMAGED: &str = "damaged";
+
+/// A file that can be made again: a damaged one is kept beside and counts as missing.
+pub(in crate::chain) fn read_or_put_aside<T: DeserializeOwned>(
+    storage: &Disk,
+    path: &Path,
+) -> Result<Option<T>, StoreError> {
+    match read(storage, path) {
+        Err(error @ StoreError::Damaged { .. }) => {
+            tracing::error!(%error, "a file is put aside");
+            put_aside(storage, path)?;
+            Ok(None)
+        }
+        other => other,
+    }
+}
+
+/// Gives a damaged file a name that nothing else has.
+pub(super) fn put_aside(storage: &Disk, path: &Path) -> Result<(), StoreError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let aside = path.with_file_name(format!("{name}.{}.{DAMAGED}", uuid::Uuid::now_v7().simple()));
+    storage.rename(path, &aside).map_err(StoreError::io("put aside", path))
+}
+
+/// A file's value; `None` when it is absent.
+pub(in crate::chain) fn read<T: DeserializeOwned>(
+    storage: &Disk,
+    path: &Path,
+) -> Result<Option<T>, StoreError> {
+    let damaged = |reason: String| StoreError::Damaged { path: path.to_owned(), reason };
+    let bytes = match storage.read(path, MAX_FILE_BYTES) {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+            return Err(damaged("too long".into()));
+        }
+        Err(error) => return Err(StoreError::io("read", path)(error)),
+    };
+    parse(path, &bytes).map(Some)
+}
+
+/// The value in the bytes of the file at `path`, if they are what a writer left there.
+pub(crate) fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, StoreError> {
+    let damaged = |reason: String| StoreError::Damaged { path: path.to_owned(), reason };
+    let split = bytes.len().checked_sub(65).ok_or_else(|| damaged("too short".into()))?;
+    let (json, sum) = bytes.split_at(split);
+    if sum.strip_suffix(b"\n") != Some(blake3::hash(json).to_string().as_bytes()) {
+        return Err(damaged("its sum is wrong".into()));
+    }
+    let value: serde_json::Value =
+        serde_json::from_slice(json).map_err(|e| damaged(e.to_string()))?;
+    let format = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or_default();
+    if format > u64::from(FORMAT) {
+        return Err(StoreError::Newer { path: path.to_owned(), format });
+    }
+    serde_json::from_value(value).map_err(|e| damaged(e.to_string()))
+}
