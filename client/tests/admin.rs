@@ -3,12 +3,12 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
-use std::{fs, process::Output};
+use std::{fs, path::PathBuf, process::Output};
 
 use serde_json::Value;
 use xtask::{
     disk,
-    site::{Plan, Programs, Site},
+    site::{Client, Plan, Programs, Site},
 };
 
 const MIB: u64 = 1 << 20;
@@ -23,16 +23,22 @@ fn text(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-#[test]
-fn usage_tells_logical_allocated_and_unique_bytes() {
+/// One server, and a machine whose disk of so many MiB, the first of them with data, was backed up.
+fn backed_up(disk_mib: u64, data_mib: u64) -> (Site, PathBuf, Client) {
     let plan = Plan { servers: vec![SERVER.into()], ..Plan::default() };
-    let mut site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();
+    let site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();
     let path = site.folder().join("disk.raw");
-    disk::blank(&path, 32 * MIB).unwrap();
-    disk::write_noise(&path, 0..16 * MIB, 1).unwrap();
+    disk::blank(&path, disk_mib * MIB).unwrap();
+    disk::write_noise(&path, 0..data_mib * MIB, 1).unwrap();
     let client = site.client("machine", &[format!("disk={}", path.display())]).unwrap();
     site.await_ready(&client).unwrap();
     client.backup().unwrap();
+    (site, path, client)
+}
+
+#[test]
+fn usage_tells_logical_allocated_and_unique_bytes() {
+    let (mut site, path, client) = backed_up(32, 16);
     // 4 MiB of the base are written anew: what the base holds of them nobody needs but itself.
     disk::write_noise(&path, 2 * MIB..6 * MIB, 2).unwrap();
     client.backup().unwrap();
@@ -59,14 +65,7 @@ fn usage_tells_logical_allocated_and_unique_bytes() {
 
 #[test]
 fn clients_compare_with_a_store_made_anew_and_go_on_with_deltas() {
-    let plan = Plan { servers: vec![SERVER.into()], ..Plan::default() };
-    let mut site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();
-    let path = site.folder().join("disk.raw");
-    disk::blank(&path, 32 * MIB).unwrap();
-    disk::write_noise(&path, 0..32 * MIB, 1).unwrap();
-    let client = site.client("machine", &[format!("disk={}", path.display())]).unwrap();
-    site.await_ready(&client).unwrap();
-    client.backup().unwrap();
+    let (mut site, path, client) = backed_up(32, 32);
 
     for (seed, command) in [&["rebuild"][..], &["adopt", "--new-id"]].into_iter().enumerate() {
         let refused = site.admin(SERVER, command).unwrap();
@@ -89,14 +88,7 @@ fn clients_compare_with_a_store_made_anew_and_go_on_with_deltas() {
 
 #[test]
 fn a_moved_store_goes_on_at_its_new_place_alone() {
-    let plan = Plan { servers: vec![SERVER.into()], ..Plan::default() };
-    let mut site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();
-    let path = site.folder().join("disk.raw");
-    disk::blank(&path, 64 * MIB).unwrap();
-    disk::write_noise(&path, 0..32 * MIB, 1).unwrap();
-    let client = site.client("machine", &[format!("disk={}", path.display())]).unwrap();
-    site.await_ready(&client).unwrap();
-    client.backup().unwrap();
+    let (mut site, path, client) = backed_up(64, 32);
 
     let to = site.folder().join("elsewhere");
     let to = to.to_str().unwrap();

@@ -295,7 +295,7 @@ impl Directory for Fleet {
         let (need, target, fleet) = (call.need, target.clone(), self.clone());
         Box::pin(async move {
             target.gate(need, wait).await.map_err(|down| down.reason)?;
-            fleet.stand(&target, need).map(drop).map_err(|down| down.reason)
+            fleet.admit(&target, need).map_err(|down| down.reason)
         })
     }
 

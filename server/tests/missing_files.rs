@@ -2,30 +2,15 @@
 
 #![allow(clippy::unwrap_used)] // Clippy lets tests unwrap, but doesn't know that the functions here belong to them.
 
-use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fs};
 
-use chains::{Content, Model, changed};
+use chains::{Model, chain, changed};
 use janus_proto::ids::SnapshotId;
-use janus_server::{
-    chain::{Run, gaps::Gap},
-    storage::Disk,
-};
+use janus_server::{chain::gaps::Gap, storage::Disk};
 
 mod chains;
 
 const LINKS: u64 = 4;
-
-/// A store with `LINKS` runs of one disk, each with a change of its own.
-fn chain(folder: &Path) -> (Model, Vec<Arc<Run>>) {
-    let mut model = Model::new(folder);
-    let mut content: Content = changed(&vec![0; (5 << 20) + 512], &[(0, 700, 1)]);
-    let mut runs = vec![model.backup(&[("sda", content.clone())])];
-    for link in 1..LINKS {
-        content = changed(&content, &[(link * 31, 40, link + 1), (link * 100, 3, 0)]);
-        runs.push(model.backup(&[("sda", content.clone())]));
-    }
-    (model, runs)
-}
 
 /// What a start says of the store, by snapshot.
 fn started(model: &mut Model) -> BTreeMap<SnapshotId, Gap> {
@@ -56,7 +41,7 @@ fn check(model: &mut Model, gaps: &BTreeMap<SnapshotId, Gap>) {
 #[test]
 fn each_missing_file_of_a_chain_is_named_and_costs_no_other_snapshot() {
     let whole = tempfile::tempdir().unwrap();
-    let (model, runs) = chain(whole.path());
+    let (model, runs) = chain(whole.path(), LINKS);
     for (place, run) in runs.iter().enumerate() {
         let snapshot = &run.snapshots[0];
         let manifest = format!(".runs/{:08}.json", run.sequence);
@@ -98,7 +83,7 @@ fn goes_on(model: &mut Model, gaps: &BTreeMap<SnapshotId, Gap>, kind: &str) {
 #[test]
 fn a_file_that_is_back_is_proven_by_a_check() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut model, runs) = chain(folder.path());
+    let (mut model, runs) = chain(folder.path(), LINKS);
     let image = folder.path().join("user/machine").join(&runs[1].snapshots[0].image);
     let away = folder.path().join("away");
     fs::rename(&image, &away).unwrap();

@@ -2,54 +2,26 @@
 
 #![allow(clippy::unwrap_used)] // Clippy lets tests unwrap, but doesn't know that the functions here belong to them.
 
-use std::{fs, path::Path, sync::Arc, time::Duration};
+use std::fs;
 
-use chains::{Content, Model, changed};
+use chains::{Model, chain, changed};
 use janus_server::{
-    chain::{
-        Run,
-        store::{
-            StoreError,
-            rebuild::{self, Rebuilt, Step},
-        },
+    chain::store::{
+        StoreError,
+        rebuild::{self, Rebuilt, Step},
     },
     storage::Disk,
 };
 
 mod chains;
 
-/// A store with three runs of one disk.
-fn chain(folder: &Path) -> (Model, Vec<Arc<Run>>) {
-    let mut model = Model::new(folder);
-    let mut content: Content = changed(&vec![0; (5 << 20) + 512], &[(0, 700, 1)]);
-    let mut runs = vec![model.backup(&[("sda", content.clone())])];
-    for link in 1..3 {
-        content = changed(&content, &[(link * 31, 40, link + 1), (link * 100, 3, 0)]);
-        runs.push(model.backup(&[("sda", content.clone())]));
-    }
-    (model, runs)
-}
-
-/// Closes the store that the model has open.
-fn close(model: &mut Model) {
-    let elsewhere = tempfile::tempdir().unwrap();
-    model.runs = Model::new(elsewhere.path()).runs;
-}
-
-/// A program that another test starts has our lock, too, until it has begun.
 fn unlocked<T>(work: impl Fn() -> Result<T, StoreError>) -> T {
-    for _ in 0..100 {
-        match work() {
-            Err(StoreError::Locked { .. }) => std::thread::sleep(Duration::from_millis(50)),
-            done => return done.unwrap(),
-        }
-    }
-    panic!("it stays locked");
+    chains::unlocked(work, |error| matches!(error, StoreError::Locked { .. })).unwrap()
 }
 
 /// Rebuilds the model's store, says what was done, and opens it again.
 fn rebuilt(model: &mut Model) -> rebuild::Plan {
-    close(model);
+    model.close();
     let Rebuilt { plan, .. } = unlocked(|| rebuild::rebuild(&Disk::default(), &model.folder, true));
     for step in &plan.steps {
         println!("  {}", step.describe(&model.folder));
@@ -65,7 +37,7 @@ fn machine(model: &Model) -> std::path::PathBuf {
 #[test]
 fn a_whole_store_only_gets_a_new_generation() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut model, _) = chain(folder.path());
+    let (mut model, _) = chain(folder.path(), 3);
     let (files, generation) = (model.files(), model.runs.store().generation);
     let plan = rebuilt(&mut model);
     assert_eq!(plan.steps, [Step::Renew(folder.path().into())]);
@@ -82,9 +54,9 @@ fn a_whole_store_only_gets_a_new_generation() {
 #[test]
 fn folders_that_were_copied_without_the_stores_own_files_are_a_store_again() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut model, runs) = chain(folder.path());
+    let (mut model, runs) = chain(folder.path(), 3);
     let counter = model.runs.machine(&model.key).unwrap().use_counter();
-    close(&mut model);
+    model.close();
     fs::remove_file(folder.path().join(".store.json")).unwrap();
     fs::remove_file(machine(&model).join(".machine.json")).unwrap();
     // The other layout.
@@ -103,7 +75,7 @@ fn folders_that_were_copied_without_the_stores_own_files_are_a_store_again() {
 #[test]
 fn files_that_were_set_aside_come_back_when_a_manifest_names_them() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut model, runs) = chain(folder.path());
+    let (mut model, runs) = chain(folder.path(), 3);
     let manifest = machine(&model).join(".runs/00000003.json");
     let away = folder.path().join("away");
     fs::rename(&manifest, &away).unwrap();
@@ -126,7 +98,7 @@ fn files_that_were_set_aside_come_back_when_a_manifest_names_them() {
 #[test]
 fn a_manifest_that_can_be_read_again_counts_again_and_one_that_cannot_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut model, _) = chain(folder.path());
+    let (mut model, _) = chain(folder.path(), 3);
     let manifest = machine(&model).join(".runs/00000002.json");
     let bytes = fs::read(&manifest).unwrap();
     fs::write(&manifest, b"{").unwrap();
@@ -146,7 +118,7 @@ fn a_manifest_that_can_be_read_again_counts_again_and_one_that_cannot_is_named()
 #[test]
 fn an_open_run_ends_and_its_files_are_kept() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut model, runs) = chain(folder.path());
+    let (mut model, runs) = chain(folder.path(), 3);
     let content = model.contents[&runs[2].snapshots[0].id].clone();
     drop(model.send(&[("sda", changed(&content, &[(5, 5, 55)]))]));
     rebuilt(&mut model);
@@ -162,7 +134,7 @@ fn an_open_run_ends_and_its_files_are_kept() {
 #[test]
 fn two_folders_of_one_machine_are_not_mixed() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut model, _) = chain(folder.path());
+    let (mut model, _) = chain(folder.path(), 3);
     let mut copy = std::process::Command::new("cp");
     copy.arg("-a").args([machine(&model), folder.path().join("user/copy")]);
     assert!(copy.status().unwrap().success());
@@ -175,10 +147,10 @@ fn two_folders_of_one_machine_are_not_mixed() {
 #[test]
 fn a_dry_run_changes_nothing_and_says_the_same() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut model, runs) = chain(folder.path());
+    let (mut model, runs) = chain(folder.path(), 3);
     let content = model.contents[&runs[2].snapshots[0].id].clone();
     drop(model.send(&[("sda", content)]));
-    close(&mut model);
+    model.close();
     fs::remove_file(machine(&model).join(".machine.json")).unwrap();
     let before = model.files();
     let store = fs::read(folder.path().join(".store.json")).unwrap();
@@ -193,7 +165,7 @@ fn a_dry_run_changes_nothing_and_says_the_same() {
 #[test]
 fn a_store_in_use_is_not_rebuilt() {
     let folder = tempfile::tempdir().unwrap();
-    let (model, _) = chain(folder.path());
+    let (model, _) = chain(folder.path(), 3);
     let refused = rebuild::rebuild(&Disk::default(), folder.path(), true).err().unwrap();
     assert!(matches!(refused, StoreError::Locked { .. }), "{refused}");
     model.check();

@@ -6,12 +6,12 @@ use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use chains::{
     Model, changed,
     faults::{Fault, Spoiler},
+    unlocked,
 };
 use janus_server::{
     chain::store::{
@@ -37,27 +37,14 @@ fn scene_in(folder: tempfile::TempDir, links: u64) -> (tempfile::TempDir, PathBu
         content = changed(&content, &[(link * 700, 40, link + 3)]);
         model.backup(&[("sda", content.clone())]);
     }
-    close(&mut model);
+    model.close();
     (folder, from, to, model)
 }
 
-/// Closes the store that the model has open.
-fn close(model: &mut Model) {
-    let elsewhere = tempfile::tempdir().unwrap();
-    model.runs = Model::new(elsewhere.path()).runs;
-}
-
-/// A program that another test starts has our lock, too, until it has begun.
 fn moved(storage: &Disk, from: &Path, to: &Path) -> Result<Moved, MoveError> {
-    for _ in 0..100 {
-        match relocate(storage, from, to, &|_, _, _| ()) {
-            Err(MoveError::Store(StoreError::Locked { .. })) => {
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            done => return done,
-        }
-    }
-    panic!("it stays locked");
+    let is_locked =
+        |error: &MoveError| matches!(error, MoveError::Store(StoreError::Locked { .. }));
+    unlocked(|| relocate(storage, from, to, &|_, _, _| ()), is_locked)
 }
 
 /// Opens the store at its new place and compares all snapshots.
@@ -65,7 +52,7 @@ fn check(model: &mut Model, to: &Path) {
     model.folder = to.to_owned();
     model.reopen();
     model.check();
-    close(model);
+    model.close();
 }
 
 /// Changes that a move of such a store makes.
@@ -75,7 +62,7 @@ fn operations(model: &mut Model) -> u64 {
     let [from, to] = ["counted", "counted.to"].map(|name| folder.path().join(name));
     fs::create_dir(&from).unwrap();
     let mut copied = model.copy(&from, Disk::default());
-    close(&mut copied);
+    copied.close();
     count.arm(true);
     moved(&count.disk(), &from, &to).unwrap();
     check(&mut copied, &to);
@@ -121,7 +108,7 @@ fn what_is_no_place_for_it_is_refused() {
     assert!(matches!(refused(&to), MoveError::Occupied { .. }));
     assert_eq!(fs::read(to.join("mine")).unwrap(), b"mine");
     let nothing = moved(&Disk::default(), &to, &from.with_file_name("third"));
-    assert!(matches!(nothing, Err(MoveError::NoStore { .. })));
+    assert!(matches!(nothing, Err(MoveError::Store(StoreError::NoStore { .. }))));
     model.reopen();
     let locked = relocate(&Disk::default(), &from, &from.with_file_name("third"), &|_, _, _| ());
     assert!(matches!(locked, Err(MoveError::Store(StoreError::Locked { .. }))));
@@ -145,7 +132,7 @@ fn a_move_goes_on_where_it_was_killed_and_takes_in_what_changed_meanwhile() {
     let oldest = model.run_of(*model.live.first().unwrap());
     model.trash(&oldest);
     model.purge_all(true);
-    close(&mut model);
+    model.close();
     let done = moved(&Disk::default(), &from, &to).unwrap();
     assert!(done.found_files > 0, "{done:?}");
     check(&mut model, &to);
@@ -162,7 +149,7 @@ fn the_store_is_at_one_place_whatever_fails_on_the_way() {
         let place = folder.path().join(name);
         fs::create_dir_all(&place).unwrap();
         let mut copied = model.copy(&place, Disk::default());
-        close(&mut copied);
+        copied.close();
         copied
     };
     let faults = [Fault::Torn, Fault::Error(libc::ENOSPC)];

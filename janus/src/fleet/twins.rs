@@ -37,9 +37,17 @@ impl Fleet {
     /// Why not.
     pub(crate) fn stand(&self, upstream: &Upstream, need: Need) -> Result<Link, Down> {
         let link = upstream.stand(need)?;
+        self.admit(upstream, need).map(|()| link)
+    }
+
+    /// Whether a server that is ready may be used for `need`.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn admit(&self, upstream: &Upstream, need: Need) -> Result<(), Down> {
         match upstream.server().filter(|_| need == Need::Starts).and_then(|id| self.barred(&id)) {
             Some(reason) => Err(Down { reason, since_ms: 0 }),
-            None => Ok(link),
+            None => Ok(()),
         }
     }
 

@@ -29,12 +29,6 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
-    /// No store.
-    #[error("{} holds no store: check image_path in --config, or whether this user may read it", path.display())]
-    NoStore {
-        /// The image path.
-        path: PathBuf,
-    },
     /// Files of a store must stay readable for its server.
     #[error("{} belongs to user id {owner}, this command runs as {own}: run it as that user while the server doesn't run", path.display())]
     OtherUser {
@@ -136,7 +130,7 @@ fn over_socket(
 /// Looks whether files that this command makes will be the server's too. `witness` is something of the store below `path`.
 pub(super) fn check_owner(path: &Path, witness: &str) -> Result<(), AskError> {
     let Ok(file) = fs::metadata(path.join(witness)) else {
-        return Err(AskError::NoStore { path: path.to_owned() });
+        return Err(StoreError::NoStore { path: path.to_owned() }.into());
     };
     let (owner, own) = (file.uid(), rustix::process::geteuid().as_raw());
     if owner != own {

@@ -24,13 +24,11 @@ pub(super) fn run(
 ) -> Result<Answer, AskError> {
     if dry_run {
         let plan = rebuild::plan(storage, root, separate)?;
-        refuse_empty(root, &plan)?;
         let steps = plan_text(&plan, root);
         let text = format!("{steps}Nothing was changed: this is what a rebuild would do.\n");
         let is_bad = !plan.unread.is_empty();
         return Ok(Answer { is_bad, ..Answer::new(text, plan_json(&plan, root, true)) });
     }
-    refuse_empty(root, &rebuild::plan(storage, root, separate)?)?;
     let rebuilt = rebuild::rebuild(storage, root, separate)?;
     let mut keys: Vec<&MachineKey> = rebuilt.machines.keys().collect();
     keys.sort_unstable();
@@ -56,11 +54,6 @@ pub(super) fn run(
     );
     let is_bad = bad > 0 || !rebuilt.plan.unread.is_empty();
     Ok(Answer { is_bad, ..Answer::new(text, json) })
-}
-
-/// A mistyped path must not become a store.
-fn refuse_empty(root: &Path, plan: &Plan) -> Result<(), AskError> {
-    if plan.machines == 0 { Err(AskError::NoStore { path: root.to_owned() }) } else { Ok(()) }
 }
 
 /// A snapshot and how it can be read.

@@ -100,7 +100,7 @@ async fn what_a_killed_server_left_is_replaced() {
 async fn a_held_store_without_a_socket_and_no_store_are_told() {
     let (_folder, path) = folder_for(0);
     let error = asked(&path, usage()).await.unwrap_err();
-    assert!(matches!(error, AskError::NoStore { .. }), "{error}");
+    assert!(matches!(error, AskError::Store(StoreError::NoStore { .. })), "{error}");
     assert!(!path.exists(), "a command makes no store");
     let held = Store::open(&path, true).unwrap();
     let mut waiting = std::pin::pin!(asked(&path, usage()));

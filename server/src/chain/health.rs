@@ -110,10 +110,7 @@ impl Health {
     /// When a newer program wrote it. Anything else that is wrong costs what was known.
     pub fn load(storage: &Disk, folder: &Path, machine: &MachineKey) -> Result<Self, StoreError> {
         match read_or_put_aside::<HealthFile>(storage, &folder.join(FILE)) {
-            Ok(Some(file)) if file.machine == *machine => {
-                Ok(Self { images: file.images, snapshots: file.snapshots })
-            }
-            Ok(_) => Ok(Self::default()),
+            Ok(file) => Ok(Self::of(file, machine)),
             Err(error @ StoreError::Newer { .. }) => Err(error),
             Err(error) => {
                 tracing::error!(%error, "what was known of the images is lost: they are checked again");
@@ -132,12 +129,16 @@ impl Health {
         machine: &MachineKey,
     ) -> Result<Self, StoreError> {
         match read::<HealthFile>(storage, &folder.join(FILE)) {
-            Ok(Some(file)) if file.machine == *machine => {
-                Ok(Self { images: file.images, snapshots: file.snapshots })
-            }
-            Ok(_) | Err(StoreError::Damaged { .. }) => Ok(Self::default()),
+            Ok(file) => Ok(Self::of(file, machine)),
+            Err(StoreError::Damaged { .. }) => Ok(Self::default()),
             Err(error) => Err(error),
         }
+    }
+
+    /// What a file says, if it is of this machine.
+    fn of(file: Option<HealthFile>, machine: &MachineKey) -> Self {
+        let own = file.filter(|file| file.machine == *machine);
+        own.map(|file| Self { images: file.images, snapshots: file.snapshots }).unwrap_or_default()
     }
 
     /// Keeps it.

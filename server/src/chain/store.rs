@@ -56,6 +56,12 @@ const MACHINE: &str = ".machine.json";
 /// What can go wrong with the store's own files.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
+    /// No store.
+    #[error("{} holds no store: check image_path in --config, or whether this user may read it", path.display())]
+    NoStore {
+        /// Where there should be one.
+        path: PathBuf,
+    },
     /// Another process has the store.
     #[error("{} is in use by another janus-server: stop it or choose another image_path", path.display())]
     Locked {

@@ -264,11 +264,12 @@ impl Runs {
     pub fn look_again(&self, machine: &Machine) {
         let _turn = machine.take_health_turn();
         let mut health = machine.health();
-        let history = machine.history(Clone::clone);
         let is_whole = health.images.values().all(|image| image.damage.is_none());
-        if is_whole && health.snapshots.is_empty() && !health.lacks_orphans(&history) {
+        let lacks_orphans = || machine.history(|history| health.lacks_orphans(history));
+        if is_whole && health.snapshots.is_empty() && !lacks_orphans() {
             return;
         }
+        let history = machine.history(Clone::clone);
         let before = health.snapshots.clone();
         health.tidy(&history);
         health.count(self.store.storage(), &self.store.machine_folder(&machine.key), &history);

@@ -5,6 +5,8 @@
 
 use std::{collections::HashSet, io};
 
+use janus_proto::ids::DiskId;
+
 use super::{Machine, Runs};
 use crate::{
     chain::{
@@ -22,18 +24,17 @@ impl Runs {
     /// As the file system says.
     pub fn gaps(&self, machine: &Machine) -> io::Result<Gaps> {
         let _files = machine.keep_files();
-        let history = machine.history(Clone::clone);
-        let disks: HashSet<&str> =
-            history.links().map(|held| held.snapshot().disk.as_str()).collect();
+        let disks: HashSet<DiskId> = machine
+            .history(|history| history.links().map(|held| held.snapshot().disk.clone()).collect());
         let folder = self.store.machine_folder(&machine.key);
         let mut there = HashSet::new();
         for disk in disks {
-            for path in self.store.storage().list(&folder.join(disk))? {
+            for path in self.store.storage().list(&folder.join(disk.as_str()))? {
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
                 there.insert(format!("{disk}/{name}"));
             }
         }
-        Ok(gaps::find(&history, &there))
+        Ok(machine.history(|history| gaps::find(history, &there)))
     }
 
     /// Notes and logs what is missing of all chains. Meant for the start of a server.

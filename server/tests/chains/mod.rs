@@ -68,10 +68,14 @@ impl Model {
 
     /// Closes the store and opens it again, on another disk.
     pub fn reopen_on(&mut self, storage: Disk) {
-        // The lock goes with the old one.
-        let folder = tempfile::tempdir().unwrap();
-        self.runs = open(Disk::default(), folder.path(), self.format);
+        self.close();
         self.runs = open(storage, &self.folder, self.format);
+    }
+
+    /// Closes the store that is open; its lock goes with it.
+    pub fn close(&mut self) {
+        let elsewhere = tempfile::tempdir().unwrap();
+        self.runs = open(Disk::default(), elsewhere.path(), self.format);
     }
 
     /// A copy of the store in another folder, which is on `storage`.
@@ -286,18 +290,37 @@ impl Model {
 }
 
 fn open(storage: Disk, folder: &Path, format: Format) -> Arc<Runs> {
-    // A program that another test starts has our lock, too, until it has begun.
+    let is_locked = |error: &StoreError| matches!(error, StoreError::Locked { .. });
+    let opened = unlocked(|| Store::open_on(storage.clone(), folder, true), is_locked);
+    let (store, machines) = opened.unwrap();
+    let runs = Runs::new(store, machines, Duration::from_secs(60));
+    Arc::new(runs.with_new_chains(format))
+}
+
+/// Does what needs a store's lock. A program that another test starts has our lock, too, until it has begun.
+pub fn unlocked<T, E>(
+    work: impl Fn() -> Result<T, E>,
+    is_locked: impl Fn(&E) -> bool,
+) -> Result<T, E> {
     for _ in 0..100 {
-        match Store::open_on(storage.clone(), folder, true) {
-            Err(StoreError::Locked { .. }) => std::thread::sleep(Duration::from_millis(50)),
-            opened => {
-                let (store, machines) = opened.unwrap();
-                let runs = Runs::new(store, machines, Duration::from_secs(60));
-                return Arc::new(runs.with_new_chains(format));
-            }
+        match work() {
+            Err(error) if is_locked(&error) => std::thread::sleep(Duration::from_millis(50)),
+            done => return done,
         }
     }
-    panic!("{} stays locked", folder.display());
+    panic!("it stays locked");
+}
+
+/// A store with `links` runs of one disk, each with a change of its own.
+pub fn chain(folder: &Path, links: u64) -> (Model, Vec<Arc<Run>>) {
+    let mut model = Model::new(folder);
+    let mut content = changed(&vec![0; (5 << 20) + 512], &[(0, 700, 1)]);
+    let mut runs = vec![model.backup(&[("sda", content.clone())])];
+    for link in 1..links {
+        content = changed(&content, &[(link * 31, 40, link + 1), (link * 100, 3, 0)]);
+        runs.push(model.backup(&[("sda", content.clone())]));
+    }
+    (model, runs)
 }
 
 /// Format of the store's chains: test programs called `vhd_…` are the same tests with the other one.

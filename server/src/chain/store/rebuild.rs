@@ -18,6 +18,7 @@ use std::{
 use janus_proto::ids::{MachineKey, StoreGeneration};
 
 pub use self::steps::Step;
+use self::survey::Folders;
 use super::{FORMAT, MachineState, Store, StoreError, StoreFile, StoreLock, read, write};
 use crate::storage::Disk;
 
@@ -28,16 +29,14 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// Files that can't be used as they are, and why.
     pub unread: Vec<(PathBuf, String)>,
-    /// Machines that were found.
-    pub machines: usize,
 }
 
 impl Plan {
     /// What comes before the machines.
-    fn of(root: &Path, folders: &survey::Folders) -> Self {
+    fn of(root: &Path, folders: &Folders) -> Self {
         let renew = Step::Renew(root.to_owned());
         let steps = [renew].into_iter().chain(folders.steps.clone()).collect();
-        Self { steps, unread: Vec::new(), machines: folders.machines.len() }
+        Self { steps, unread: Vec::new() }
     }
 }
 
@@ -54,10 +53,10 @@ pub struct Rebuilt {
 /// Says what [`rebuild`] would do with the first look at the folders.
 ///
 /// # Errors
-/// When a server has the store, a newer version wrote it, or the file system refuses.
+/// When no machine is found, a server has the store, a newer version wrote it, or the file system refuses.
 pub fn plan(storage: &Disk, root: &Path, separate: bool) -> Result<Plan, StoreError> {
     let _lock = StoreLock::of_store(storage, root)?;
-    let folders = survey::folders(storage, root, separate)?;
+    let folders = some_folders(storage, root, separate)?;
     let mut plan = Plan::of(root, &folders);
     for (folder, key) in folders.machines {
         survey::machine(storage, &folder, &key, &mut plan)?;
@@ -71,8 +70,8 @@ pub fn plan(storage: &Disk, root: &Path, separate: bool) -> Result<Plan, StoreEr
 /// As [`plan`]. What was done until then stays, and doing it again goes on.
 pub fn rebuild(storage: &Disk, root: &Path, separate: bool) -> Result<Rebuilt, StoreError> {
     let lock = StoreLock::of_store(storage, root)?;
+    let folders = some_folders(storage, root, separate)?;
     renew_generation(storage, root)?;
-    let folders = survey::folders(storage, root, separate)?;
     steps::carry_out(storage, &folders.steps)?;
     let mut plan = Plan::of(root, &folders);
     // Where they are now.
@@ -92,6 +91,15 @@ pub fn rebuild(storage: &Disk, root: &Path, separate: bool) -> Result<Rebuilt, S
         }
     }
     Ok(Rebuilt { store, machines, plan })
+}
+
+/// What the survey finds; a mistyped path must not become a store.
+fn some_folders(storage: &Disk, root: &Path, separate: bool) -> Result<Folders, StoreError> {
+    let folders = survey::folders(storage, root, separate)?;
+    match folders.machines.is_empty() {
+        true => Err(StoreError::NoStore { path: root.to_owned() }),
+        false => Ok(folders),
+    }
 }
 
 /// Gives a store another generation and counts its starts anew. The caller has the store's lock.

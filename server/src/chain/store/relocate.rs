@@ -32,12 +32,6 @@ pub enum MoveError {
     /// Something of the store's own files.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// No store.
-    #[error("{} holds no store", path.display())]
-    NoStore {
-        /// The old place.
-        path: PathBuf,
-    },
     /// One place lies in the other.
     #[error("{} and {} lie in each other: choose a folder beside the store", from.display(), to.display())]
     Nested {
@@ -138,7 +132,7 @@ pub fn relocate(
     }
     let _from_lock = StoreLock::take(storage, &from)?;
     let store = read::<StoreFile>(storage, &from.join(STORE))?;
-    let generation = store.ok_or_else(|| MoveError::NoStore { path: from.clone() })?.generation;
+    let generation = store.ok_or_else(|| StoreError::NoStore { path: from.clone() })?.generation;
     storage.make_folder(&to).map_err(MoveError::io("make", &to))?;
     let _to_lock = StoreLock::take(storage, &to)?;
     if let Some(marker) = read::<Marker>(storage, &from.join(MOVED))? {

@@ -67,8 +67,7 @@ impl Store {
     /// # Errors
     /// When it can't be read now.
     pub fn has_manifest(&self, run: &Run, in_trash: bool) -> Result<bool, StoreError> {
-        let path = self.run_path(run, if in_trash { TRASH } else { RUNS });
-        match read::<Run>(&self.storage, &path) {
+        match read::<Run>(&self.storage, &self.path_of(run, in_trash)) {
             Ok(there) => Ok(there.as_ref() == Some(run)),
             Err(StoreError::Damaged { .. }) => Ok(false),
             Err(error) => Err(error),
@@ -80,7 +79,11 @@ impl Store {
     /// # Errors
     /// As the file system says; what was there stays then.
     pub fn write_manifest(&self, run: &Run, in_trash: bool) -> Result<(), StoreError> {
-        write(&self.storage, &self.run_path(run, if in_trash { TRASH } else { RUNS }), run)
+        write(&self.storage, &self.path_of(run, in_trash), run)
+    }
+
+    fn path_of(&self, run: &Run, in_trash: bool) -> PathBuf {
+        self.run_path(run, if in_trash { TRASH } else { RUNS })
     }
 
     fn run_path(&self, run: &Run, folder: &str) -> PathBuf {
