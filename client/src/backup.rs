@@ -17,6 +17,7 @@ use crate::{
     cache::{CacheError, DiskCache, Head},
     link::{LinkError, PATIENCE, Remedy},
     progress::Progress,
+    reading::{Planned, Reading},
     scan::{ScanError, Segments},
     source::Source,
     state::{MachineState, RunRecord, StateError},
@@ -54,6 +55,8 @@ pub struct Disk {
     pub source: Arc<Source>,
     /// What is known of it.
     pub cache: DiskCache,
+    /// What of it is read.
+    pub reading: Arc<Planned>,
 }
 
 /// A backup to make.
@@ -87,6 +90,8 @@ pub struct DiskReport {
     pub changed_blocks: u64,
     /// How they were found.
     pub compare: Compare,
+    /// What was read.
+    pub reading: Arc<Reading>,
 }
 
 /// A backup that was made.
@@ -320,8 +325,7 @@ impl Backup {
     async fn transfer(&mut self, run: &mut Run) -> Result<Vec<DiskReport>, BackupError> {
         let mut transfers = Vec::with_capacity(self.disks.len());
         for (disk, session) in self.disks.iter().zip(run.sessions.clone()) {
-            let (source, cache) = (disk.source.clone(), disk.cache.clone());
-            let transfer = DiskTransfer::new(source, cache, self.progress.clone(), run, &session);
+            let transfer = DiskTransfer::new(disk, self.progress.clone(), run, &session);
             transfers.push(self.send_disk(run, &session, transfer, Segments::From(0)).await?);
         }
         let (transfers, committed) = self.commit(run, transfers).await?;
@@ -360,6 +364,12 @@ impl Backup {
                 TransferError::Cache(error @ CacheError::Damaged { .. }) if resets < RESETS => {
                     resets += 1;
                     disk = reset(disk, error.to_string()).await?;
+                    segments = Segments::From(0);
+                }
+                TransferError::Scan(ScanError::Missed { offset })
+                    if disk.reading.has_promises() =>
+                {
+                    disk.miss(offset);
                     segments = Segments::From(0);
                 }
                 TransferError::Link(error) if error.busy().is_some() => {
@@ -505,9 +515,10 @@ async fn finish(
         head_of(&snapshot, &committed.store_generation).map_err(LinkError::answer(FINISHING))?;
     let server = run.server.clone();
     let (figures, changed_blocks, compare) = (disk.figures, disk.changed_blocks(), disk.compare);
+    let reading = disk.reading.clone();
     let remembered = tokio::task::spawn_blocking(move || {
         let stage = disk.take_stage().ok_or(CacheError::StaleStage)?;
-        disk.cache.commit(stage, &server, head, Vec::new())
+        disk.cache.commit(stage, &server, head, disk.cursor())
     });
     match remembered.await {
         Ok(Ok(())) => {}
@@ -518,7 +529,7 @@ async fn finish(
             tracing::warn!(disk = %disk_id, %error, "the hash cache failed; the next backup compares with the server")
         }
     }
-    Ok(DiskReport { snapshot, figures, changed_blocks, compare })
+    Ok(DiskReport { snapshot, figures, changed_blocks, compare, reading })
 }
 
 fn head_of(snapshot: &pb::Snapshot, store_generation: &str) -> Result<Head, WireError> {

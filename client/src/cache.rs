@@ -9,7 +9,8 @@
 //!
 //! ```text
 //! <cache_path>/<disk_id>/lock          held while open: one process at a time
-//!                        CURRENT       sum + manifest (JSON): layers, heads, changed sets, cursor
+//!                        CURRENT       sum + manifest (JSON): layers, heads, changed sets, the cursors' digest
+//!                        cursor-…      where the change journals stood; may be lost
 //!                        db-<n>/       sled; compaction builds n+1 and switches by CURRENT
 //!                        quarantine-…/ the last damaged database, for whoever wants to know why
 //! ```
@@ -34,6 +35,7 @@ use serde::{Deserialize, Serialize};
 
 mod block_set;
 mod compact;
+mod cursor;
 mod engine;
 mod layer;
 mod manifest;
@@ -174,7 +176,12 @@ impl DiskCache {
 
     /// Where the change journal stood when T was the disk's content; empty: unknown, everything must be read.
     pub fn cursor(&self) -> Vec<u8> {
-        self.shared.read().state.cursor.clone()
+        self.shared.read().state.cursor.bytes().to_vec()
+    }
+
+    /// Tells cursors apart: as long as it is the same, T is the content that [`DiskCache::cursor`] speaks of.
+    pub fn cursor_digest(&self) -> Option<BlockHash> {
+        self.shared.read().state.cursor.digest()
     }
 
     /// True when T is all zeros in `segment` without a look at the database: nothing was ever stored there.
@@ -344,7 +351,7 @@ impl Shared {
         next.apply(stage.finish(), server, head, cursor);
         next.persist(&self.place, &live.engine)?;
         let old = std::mem::replace(&mut live.state, next);
-        live.sweep(&old);
+        live.sweep(&old, &self.place);
         live.compact_if_due(&self.place);
         Ok(())
     }
@@ -387,7 +394,7 @@ impl Live {
     ) -> Result<Self, CacheError> {
         place.remove_databases_but(stored.database)?;
         let engine = Engine::open(place.database(stored.database), stored.database)?;
-        let mut state = State::load(&engine, stored)?;
+        let mut state = State::load(place, &engine, stored)?;
         state.sweep_orphans(&engine)?;
         state.resize(size_bytes);
         Ok(Self { engine, state, fresh: None })
@@ -408,8 +415,10 @@ impl Live {
     }
 
     /// Removes values that only the state before named; a failure is repeated by the sweep of the next open.
-    fn sweep(&self, old: &State) {
-        if let Err(error) = self.state.remove_superseded(old, &self.engine) {
+    fn sweep(&self, old: &State, place: &Place) {
+        let removed = self.state.remove_superseded(old, &self.engine);
+        let removed = removed.and_then(|()| place.remove_cursors_but(&self.state.cursor.name()));
+        if let Err(error) = removed {
             tracing::warn!(%error, "old values stay in the hash cache until it is opened again");
         }
     }

@@ -33,6 +33,12 @@ pub fn loader() -> Loader<Settings> {
         ("disks", "Disks to back up: /dev/sdX or NAME=/path/to/image"),
         ("allow_live", "Read disks that are mounted writable"),
         ("hash_threads", "Threads that read and hash; 0: one for each core"),
+        ("full_compare_runs", "Everything is compared after so many backups; 0: not for that"),
+        ("full_compare_days", "Everything is compared after so many days; 0: not for that"),
+        (
+            "audit_percent",
+            "Share of what a change journal calls unchanged that is read all the same",
+        ),
         ("encoding", "Packing of blocks on their way: none, lz4 or zstd"),
         (
             "failover_after_seconds",

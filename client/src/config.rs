@@ -10,7 +10,7 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::link::Direct;
+use crate::{link::Direct, reading::Policy};
 
 /// Settings as they stand in the file; see `client.example.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,6 +32,12 @@ pub struct Settings {
     pub allow_live: bool,
     /// Threads that read and hash; 0: one for each core.
     pub hash_threads: usize,
+    /// Everything is compared after so many backups, whatever a change journal says; 0: never for that reason.
+    pub full_compare_runs: u32,
+    /// Everything is compared after so many days, whatever a change journal says; 0: never for that reason.
+    pub full_compare_days: u32,
+    /// Share of what a change journal says is unchanged that each backup reads all the same, in percent.
+    pub audit_percent: u32,
     /// How data is packed on its way: `none`, `lz4` or `zstd`.
     pub encoding: String,
     /// How long a lost server is waited for before the backup starts again elsewhere.
@@ -57,6 +63,9 @@ impl Default for Settings {
             disks: Vec::new(),
             allow_live: false,
             hash_threads: 0,
+            full_compare_runs: Policy::default().full_compare_runs,
+            full_compare_days: Policy::default().full_compare_days,
+            audit_percent: Policy::default().audit_percent,
             encoding: "none".into(),
             failover_after_seconds: 60,
             direct: Direct::Never,
@@ -87,6 +96,9 @@ pub enum ConfigError {
         /// What is wrong.
         reason: String,
     },
+    /// More than all.
+    #[error("audit_percent: {0} is not a share of 0 to 100")]
+    AuditPercent(u32),
     /// Not an encoding.
     #[error("encoding: {0:?} is not none, lz4 or zstd")]
     Encoding(String),
@@ -155,6 +167,18 @@ impl Settings {
             "lz4" => Ok(pb::Encoding::Lz4),
             "zstd" => Ok(pb::Encoding::Zstd),
             _ => Err(ConfigError::Encoding(self.encoding.clone())),
+        }
+    }
+
+    /// How far change journals are trusted.
+    ///
+    /// # Errors
+    /// When a share is more than all.
+    pub fn policy(&self) -> Result<Policy, ConfigError> {
+        let Self { full_compare_runs, full_compare_days, audit_percent, .. } = *self;
+        match audit_percent {
+            0..=100 => Ok(Policy { full_compare_runs, full_compare_days, audit_percent }),
+            _ => Err(ConfigError::AuditPercent(audit_percent)),
         }
     }
 

@@ -30,6 +30,22 @@ impl<'a> Known<'a> {
         Self::Hashes(&hashes[first..end])
     }
 
+    /// Bits of the blocks, of so many, whose hash is known.
+    pub fn known(self, blocks: usize) -> u64 {
+        match self {
+            Self::Zeros => mask(blocks),
+            Self::Hashes(hashes) => mask(hashes.len().min(blocks)),
+        }
+    }
+
+    /// Bits of the blocks, of so many, that are known to be zeros.
+    pub fn zeros(self, blocks: usize, zero_of: impl Fn(usize) -> BlockHash) -> u64 {
+        match self {
+            Self::Zeros => mask(blocks),
+            Self::Hashes(hashes) => zero_bits(&hashes[..hashes.len().min(blocks)], zero_of),
+        }
+    }
+
     /// Bits of the blocks whose new hash is another one; `zero` has the bits of new zero blocks.
     pub fn differing(self, new: &[BlockHash], zero: u64) -> u64 {
         match self {

@@ -20,6 +20,7 @@ use janus_proto::{
 
 use crate::{
     delta::SegmentBits,
+    reading::Reading,
     source::{Source, SourceError},
 };
 
@@ -39,6 +40,12 @@ pub enum ScanError {
     /// The hash table can't be read: reconcile with the server and scan again.
     #[error("the hash cache can't be read: {0}")]
     Table(String),
+    /// A block had changed that a change journal had promised to be unchanged: scan again without promises.
+    #[error("byte {offset} has changed, and the change journal says nothing of it")]
+    Missed {
+        /// First byte of the block.
+        offset: u64,
+    },
     /// The consumer wanted no more.
     #[error("the scan was stopped")]
     Stopped,
@@ -82,6 +89,8 @@ pub struct ScanJob<'a> {
     pub table: &'a dyn HashTable,
     /// What the session holds.
     pub content: SessionContent,
+    /// What is read, and what the rest is taken to be.
+    pub reading: &'a Reading,
     /// Blocks of a segment to send whether they differ or not.
     pub must: &'a (dyn Fn(u64) -> SegmentBits + Sync),
     /// Which segments.

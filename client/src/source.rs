@@ -5,7 +5,6 @@ use std::{
     io,
     os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
 };
 
 use janus_proto::{
@@ -18,8 +17,13 @@ use rustix::fs::SeekFrom;
 use crate::config::DiskSpec;
 
 pub mod gpt;
+pub mod medium;
 pub mod mounts;
 pub mod sysfs;
+pub mod view;
+
+pub use self::medium::Stretch;
+use self::medium::{FileMedium, Medium};
 
 /// Why a disk can't be backed up.
 #[derive(Debug, thiserror::Error)]
@@ -86,22 +90,9 @@ pub enum SourceError {
 #[derive(Debug)]
 pub struct Source {
     path: PathBuf,
-    file: DirectFile,
+    medium: Box<dyn Medium>,
     disk_id: DiskId,
-    size_bytes: u64,
-    sector_bytes: u32,
     consistency: Consistency,
-    /// Cleared when the file system can't tell holes.
-    tells_holes: AtomicBool,
-}
-
-/// A stretch of a source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Stretch {
-    /// First byte after it.
-    pub end: u64,
-    /// All zeros, known without reading.
-    pub hole: bool,
 }
 
 impl Source {
@@ -142,8 +133,8 @@ impl Source {
             .or_else(found)
             .ok_or_else(|| SourceError::Nameless { path: path.clone() })?;
         let file = DirectFile::for_reading(file, &path);
-        let tells_holes = AtomicBool::new(!device);
-        Ok(Self { path, file, disk_id, size_bytes, sector_bytes, consistency, tells_holes })
+        let medium = FileMedium::new(file, size_bytes, sector_bytes, device);
+        Ok(Self { path, medium: Box::new(medium), disk_id, consistency })
     }
 
     /// Opens all disks of a run.
@@ -171,11 +162,11 @@ impl Source {
     /// # Errors
     /// Names the first block that can't be read.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
-        let Err(first) = self.file.read_exact_at(buffer, offset) else { return Ok(()) };
+        let Err(first) = self.medium.read_exact_at(buffer, offset) else { return Ok(()) };
         // A read of many blocks says only that one of them is bad: look for it.
         for (index, block) in buffer.chunks_mut(BLOCK_BYTES as usize).enumerate() {
             let offset = offset + index as u64 * BLOCK_BYTES;
-            self.file.read_exact_at(block, offset).map_err(|source| SourceError::Read {
+            self.medium.read_exact_at(block, offset).map_err(|source| SourceError::Read {
                 path: self.path.clone(),
                 offset,
                 source,
@@ -187,29 +178,7 @@ impl Source {
 
     /// The stretch that starts at `offset`: a hole or data, up to the end of the disk at most.
     pub fn stretch(&self, offset: u64) -> Stretch {
-        let all = Stretch { end: self.size_bytes, hole: false };
-        if !self.tells_holes.load(Ordering::Relaxed) {
-            return all;
-        }
-        match rustix::fs::seek(self.file.file(), SeekFrom::Data(offset)) {
-            Ok(data) if data > offset => Stretch { end: data.min(self.size_bytes), hole: true },
-            Ok(_) => match rustix::fs::seek(self.file.file(), SeekFrom::Hole(offset)) {
-                Ok(hole) if hole > offset => {
-                    Stretch { end: hole.min(self.size_bytes), hole: false }
-                }
-                _ => all,
-            },
-            // Also the answer past the end of a file that has shrunk: that must be a failed read, not zeros.
-            Err(rustix::io::Errno::NXIO) => {
-                let whole =
-                    self.file.file().metadata().is_ok_and(|meta| meta.len() >= self.size_bytes);
-                Stretch { end: self.size_bytes, hole: whole }
-            }
-            Err(_) => {
-                self.tells_holes.store(false, Ordering::Relaxed);
-                all
-            }
-        }
+        self.medium.stretch(offset)
     }
 
     /// Its id: configured name, else GPT disk GUID, else serial number.
@@ -224,12 +193,12 @@ impl Source {
 
     /// Its size.
     pub fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.medium.size_bytes()
     }
 
     /// Logical sector size: 512 or 4096.
     pub fn sector_bytes(&self) -> u32 {
-        self.sector_bytes
+        self.medium.sector_bytes()
     }
 
     /// How still it is held.

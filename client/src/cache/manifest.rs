@@ -25,7 +25,7 @@ pub(super) struct Manifest {
     pub(super) layers: Vec<StoredLayer>,
     /// Servers whose head is known.
     pub(super) servers: BTreeMap<ServerId, StoredServer>,
-    /// The change journal's cursor, in hex.
+    /// Digest of the change journals' cursors, in hex: names their file. Empty: none.
     pub(super) cursor: String,
 }
 

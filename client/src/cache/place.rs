@@ -13,6 +13,9 @@ const CURRENT: &str = "CURRENT";
 const CURRENT_NEW: &str = "CURRENT.new";
 const LOCK: &str = "lock";
 const DATABASE: &str = "db-";
+const CURSOR: &str = "cursor-";
+/// A larger file isn't read.
+const MAX_CURSOR_BYTES: u64 = 1 << 30;
 const QUARANTINE: &str = "quarantine-";
 
 /// A folder that this process has to itself.
@@ -67,6 +70,40 @@ impl Place {
             File::open(&self.path)?.sync_all()
         };
         write().map_err(at(&current))
+    }
+
+    /// The change journals' cursors of this name.
+    pub(super) fn read_cursor(&self, name: &str) -> Result<Option<Vec<u8>>, CacheError> {
+        let path = self.path.join(format!("{CURSOR}{name}"));
+        let read = || {
+            let length = fs::metadata(&path)?.len();
+            if length > MAX_CURSOR_BYTES { Ok(None) } else { fs::read(&path).map(Some) }
+        };
+        match read() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            other => other.map_err(at(&path)),
+        }
+    }
+
+    /// Keeps the change journals' cursors under this name. Durable when it returns.
+    pub(super) fn write_cursor(&self, name: &str, bytes: &[u8]) -> Result<(), CacheError> {
+        let path = self.path.join(format!("{CURSOR}{name}"));
+        let write = || {
+            let mut file = File::create(&path)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            File::open(&self.path)?.sync_all()
+        };
+        write().map_err(at(&path))
+    }
+
+    /// Deletes the cursors that `CURRENT` doesn't name.
+    pub(super) fn remove_cursors_but(&self, name: &str) -> Result<(), CacheError> {
+        let keep = self.path.join(format!("{CURSOR}{name}"));
+        for path in self.entries(CURSOR)?.into_iter().filter(|path| *path != keep) {
+            fs::remove_file(&path).map_err(at(&path))?;
+        }
+        Ok(())
     }
 
     /// Deletes databases that nothing names: of an aborted first run or compaction.

@@ -12,6 +12,7 @@ use super::{
     CacheError, Head, Servers,
     block_set::BlockSet,
     blocks_in,
+    cursor::Cursor,
     engine::{BLOCKS, Engine, HASHES, Key, SEGMENTS},
     first_resized_block,
     layer::{Layer, limit_in},
@@ -36,7 +37,7 @@ pub(super) struct State {
     pub(super) generation: u64,
     pub(super) layers: Vec<PlacedLayer>,
     pub(super) servers: Servers,
-    pub(super) cursor: Vec<u8>,
+    pub(super) cursor: Cursor,
 }
 
 /// A layer and from which block on it no longer counts.
@@ -71,16 +72,19 @@ impl State {
             generation: 0,
             layers: Vec::new(),
             servers: Servers::new(),
-            cursor: Vec::new(),
+            cursor: Cursor::default(),
         }
     }
 
     /// Reads everything but the hashes.
-    pub(super) fn load(engine: &Engine, stored: Manifest) -> Result<Self, CacheError> {
+    pub(super) fn load(
+        place: &Place,
+        engine: &Engine,
+        stored: Manifest,
+    ) -> Result<Self, CacheError> {
         let mut state = Self::empty(stored.size_bytes);
         state.generation = stored.generation;
-        state.cursor =
-            hex::decode(&stored.cursor).map_err(|_| engine.damaged("CURRENT has an odd cursor"))?;
+        state.cursor = Cursor::load(place, &stored.cursor)?;
         for layer in stored.layers {
             state.layers.push(load_layer(engine, &layer)?);
         }
@@ -109,7 +113,7 @@ impl State {
             known.stored = None;
         }
         self.size_bytes = size_bytes;
-        self.cursor.clear();
+        self.cursor = Cursor::default();
     }
 
     pub(super) fn holds(&self, segment: u64) -> bool {
@@ -148,10 +152,10 @@ impl State {
                 known.stored = None;
             }
             // Without a new cursor T was taken from a server: the disk may never have looked like that.
-            self.cursor.clear();
+            self.cursor = Cursor::default();
         }
         if let Some(cursor) = cursor {
-            self.cursor = cursor;
+            self.cursor = Cursor::new(cursor);
         }
         let place =
             |layer| PlacedLayer { layer: Arc::new(layer), limit_blocks: u64::MAX, chunks: None };
@@ -174,6 +178,7 @@ impl State {
             known.stored = Some(store_set(engine, &known.changed)?);
         }
         engine.sync()?;
+        self.cursor.store(place)?;
         let bytes = write(&self.manifest(engine.number())).map_err(|source| CacheError::Io {
             path: place.path().to_path_buf(),
             source: source.into(),
@@ -192,7 +197,7 @@ impl State {
             size_bytes: self.size_bytes,
             layers: self.layers.iter().map(PlacedLayer::stored).collect(),
             servers: self.servers.iter().filter_map(server).collect(),
-            cursor: hex::encode(&self.cursor),
+            cursor: self.cursor.name(),
         }
     }
 

@@ -10,7 +10,10 @@ use super::{Context, Failure, Outcome, address};
 use crate::{
     backup::{Backup, BackupReport, Disk, DiskReport},
     cache::DiskCache,
+    journal::memory::Memory,
     progress::{self, Progress},
+    ranges::Ranges,
+    reading::{Heard, Known, Planned, Policy, Reading},
     source::Source,
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
@@ -29,7 +32,8 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let encoding = settings.encoding()?;
     let specs = settings.disk_specs()?;
     let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
-    let opening = tokio::task::spawn_blocking(move || open(&specs, allow_live, &folder));
+    let policy = settings.policy()?;
+    let opening = tokio::task::spawn_blocking(move || open(&specs, allow_live, policy, &folder));
     // A disk that hangs must not keep a user who wants to go.
     let opened =
         context.stop.run_until_cancelled(opening).await.ok_or_else(Failure::interrupted)?;
@@ -53,6 +57,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
 fn open(
     specs: &[crate::config::DiskSpec],
     allow_live: bool,
+    policy: Policy,
     folder: &std::path::Path,
 ) -> Result<(MachineState, Vec<Disk>), Failure> {
     let state = MachineState::lock(folder)?;
@@ -63,9 +68,21 @@ fn open(
         if let Some(reason) = cache.fresh_reason() {
             tracing::debug!(disk = %source.disk_id(), ?reason, "the hash cache starts empty");
         }
-        disks.push(Disk { source: Arc::new(source), cache });
+        let reading = plan(&source, &cache, policy);
+        disks.push(Disk { source: Arc::new(source), cache, reading: Arc::new(reading) });
     }
     Ok((state, disks))
+}
+
+/// What of a disk is read.
+fn plan(source: &Source, cache: &DiskCache, policy: Policy) -> Planned {
+    let known = Known {
+        disk: source.disk_id().as_str(),
+        memory: Memory::parse(&cache.cursor()),
+        zeros: Ranges::new(),
+        now: time::OffsetDateTime::now_utc().unix_timestamp(),
+    };
+    Planned::new(Reading::plan(known, &[], policy), cache.cursor_digest())
 }
 
 fn kind(disk: &DiskReport) -> &'static str {
@@ -90,6 +107,7 @@ fn report_json(report: &BackupReport) -> Value {
             "sent_bytes": disk.figures.sent_bytes,
             "wire_bytes": disk.figures.wire_bytes,
             "compare": disk.compare.as_str(),
+            "reading": reading_json(&disk.reading),
             "image": snapshot.image,
             "image_allocated_bytes": snapshot.image_allocated_bytes,
             "image_length_bytes": snapshot.image_length_bytes,
@@ -106,6 +124,36 @@ fn report_json(report: &BackupReport) -> Value {
         "seconds": report.seconds,
         "disks": report.disks.iter().map(disk).collect::<Vec<_>>(),
     })
+}
+
+fn reading_json(reading: &Reading) -> Value {
+    let journal = |heard: &Heard| {
+        json!({
+            "name": heard.name,
+            "kind": heard.kind,
+            "unread_bytes": heard.unread.as_ref().ok(),
+            "full_compare": heard.unread.as_ref().err().map(ToString::to_string),
+        })
+    };
+    json!({
+        "full_compare": reading.distrust.as_ref().map(ToString::to_string),
+        "zero_bytes": reading.zero_bytes(),
+        "journals": reading.heard.iter().map(journal).collect::<Vec<_>>(),
+    })
+}
+
+fn reading_text(text: &mut String, reading: &Reading) {
+    if reading.zero_bytes() > 0 {
+        let _ = writeln!(text, "    {} skipped: they count as zeros", amount(reading.zero_bytes()));
+    }
+    for Heard { name, kind, unread } in &reading.heard {
+        let _ = match unread {
+            Ok(bytes) => {
+                writeln!(text, "    {name}: {} unchanged or free by the {kind}", amount(*bytes))
+            }
+            Err(reason) => writeln!(text, "    {name}: {kind}: full compare: {reason}"),
+        };
+    }
 }
 
 fn report_text(report: &BackupReport) -> String {
@@ -132,6 +180,7 @@ fn report_text(report: &BackupReport) -> String {
             snapshot.image,
             amount(snapshot.image_allocated_bytes),
         );
+        reading_text(&mut text, &disk.reading);
     }
     text
 }

@@ -46,11 +46,15 @@ fn none(_: u64) -> SegmentBits {
     SegmentBits::default()
 }
 
+/// Reads everything.
+static ALL: std::sync::LazyLock<Reading> = std::sync::LazyLock::new(Reading::everything);
+
 fn job<'a>(source: &'a Source, table: &'a Table, content: SessionContent) -> ScanJob<'a> {
     ScanJob {
         source,
         table,
         content,
+        reading: &ALL,
         must: &none,
         segments: Segments::From(0),
         encoding: pb::Encoding::None,
@@ -235,5 +239,156 @@ fn scan_speed() {
         let rate =
             source.size_bytes() as f64 / started.elapsed().as_secs_f64() / f64::from(1 << 20);
         println!("{content:?}: {rate:.0} MiB/s, {} MiB would be sent", sent >> 20);
+    }
+}
+
+/// Plans that the journal of a volume which is the whole disk would make.
+mod readings {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        journal::{Answer, Changes, Journal, JournalKind, memory::Memory},
+        ranges::Ranges,
+        reading::{Journalled, Known, Policy, Reading},
+    };
+
+    const SIZE: u64 = SEGMENT_BYTES + 40 * BLOCK_BYTES + 512;
+    const BLOCKS: usize = 1065;
+
+    struct Says(Changes);
+
+    impl Journal for Says {
+        fn kind(&self) -> JournalKind {
+            JournalKind::NtfsUsn
+        }
+
+        fn changes(&self, _: Option<&[u8]>) -> Answer {
+            Answer { changes: Ok(self.0.clone()), next: None }
+        }
+    }
+
+    /// What is true of a block and what is said of it.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Kind {
+        Promised,
+        Changed,
+        Free,
+        Zeros,
+    }
+
+    fn bytes_of(kinds: &[Kind], kind: Kind) -> Ranges {
+        let blocks = kinds.iter().enumerate().filter(|(_, other)| **other == kind);
+        blocks
+            .map(|(at, _)| at as u64 * BLOCK_BYTES..((at as u64 + 1) * BLOCK_BYTES).min(SIZE))
+            .collect()
+    }
+
+    fn reading(kinds: &[Kind], skipped: bool) -> Reading {
+        let changes =
+            Changes { changed: bytes_of(kinds, Kind::Changed), free: bytes_of(kinds, Kind::Free) };
+        let journal =
+            Journalled { start: 0, len: SIZE, name: "d".into(), journal: Box::new(Says(changes)) };
+        let memory = Some(Memory { skipped, ..Memory::default() });
+        let known = Known { disk: "d", memory, zeros: bytes_of(kinds, Kind::Zeros), now: 0 };
+        Reading::plan(known, &[journal], Policy { audit_percent: 10, ..Policy::default() })
+    }
+
+    fn content(bytes: &[u8]) -> Vec<u8> {
+        let block = |byte: &u8| std::iter::repeat_n(*byte, BLOCK_BYTES as usize);
+        bytes.iter().flat_map(block).take(SIZE as usize).collect()
+    }
+
+    /// Few values, so that blocks are often zeros and often equal; in runs, as disks have them.
+    fn blocks() -> impl Strategy<Value = Vec<u8>> {
+        prop::collection::vec((0..3u8, 1..200usize), 12).prop_map(|runs| {
+            let all = runs.into_iter().flat_map(|(byte, count)| std::iter::repeat_n(byte, count));
+            all.chain(std::iter::repeat(1)).take(BLOCKS).collect()
+        })
+    }
+
+    fn kinds() -> impl Strategy<Value = Vec<Kind>> {
+        let kind = prop_oneof![
+            Just(Kind::Promised),
+            Just(Kind::Changed),
+            Just(Kind::Free),
+            Just(Kind::Zeros)
+        ];
+        prop::collection::vec((kind, 1..150usize), 20).prop_map(|runs| {
+            let all = runs.into_iter().flat_map(|(kind, count)| std::iter::repeat_n(kind, count));
+            all.chain(std::iter::repeat(Kind::Promised)).take(BLOCKS).collect()
+        })
+    }
+
+    fn expect(kind: Kind, old: u8, now: u8, after: u8) -> bool {
+        match kind {
+            Kind::Zeros => after == 0,
+            // Read for another reason or left as it was: both are right.
+            Kind::Free => after == old || after == now,
+            Kind::Promised | Kind::Changed => after == now,
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn the_session_gets_what_the_plan_says(
+            old in blocks(), new in blocks(), kinds in kinds(), must_word in any::<u64>(), from_zeros: bool, skipped: bool,
+        ) {
+            // A promised block has not changed; a zero one may have, when it was skipped before.
+            let now: Vec<u8> = (0..BLOCKS).map(|at| match kinds[at] {
+                Kind::Promised if !(skipped && old[at] == 0) => old[at],
+                _ => new[at],
+            }).collect();
+            let (_old_dir, was) = disk(SIZE, &[(0, content(&old))]);
+            let table = table_of(&was);
+            let (_dir, source) = disk(SIZE, &[(0, content(&now))]);
+            let reading = reading(&kinds, skipped);
+            let must = move |segment: u64| { let mut bits = none(segment); bits[0] = must_word; bits };
+            let from = if from_zeros { SessionContent::Zeros } else { SessionContent::Table };
+            let scanned = run(&ScanJob { reading: &reading, must: &must, ..job(&source, &table, from) });
+            // What must be sent, the session may hold anything of.
+            let mut session = if from_zeros { vec![0; SIZE as usize] } else { content(&old) };
+            for segment in 0..2 {
+                for bit in (0..64).filter(|bit| must_word >> bit & 1 == 1) {
+                    let at = ((segment * 1024 + bit) * BLOCK_BYTES as usize).min(SIZE as usize);
+                    let end = (at + BLOCK_BYTES as usize).min(SIZE as usize);
+                    session[at..end].fill(9);
+                }
+            }
+            let digests: Vec<_> = scanned.iter().map(|s| s.digest).collect();
+            apply(SIZE, scanned, &mut session);
+            for (at, block) in session.chunks(BLOCK_BYTES as usize).enumerate() {
+                prop_assert!(block.iter().all(|byte| *byte == block[0]), "block {at} is mixed");
+                prop_assert!(expect(kinds[at], old[at], now[at], block[0]), "block {at}: {:?} {} {} {}", kinds[at], old[at], now[at], block[0]);
+            }
+            // The digests are those of what the session now holds.
+            for (segment, bytes) in session.chunks(SEGMENT_BYTES as usize).enumerate() {
+                let mut hashes = vec![];
+                hash::hash_blocks(bytes, &mut hashes);
+                prop_assert_eq!(digests[segment].unwrap_or_else(|| hash::zero_segment_of(SIZE, segment as u64)), hash::segment_digest(&hashes));
+            }
+        }
+
+        #[test]
+        fn a_broken_promise_that_is_seen_ends_the_scan(old in blocks(), at in 0..BLOCKS, audit: bool) {
+            let mut now = old.clone();
+            now[at] += 1;
+            let (_old_dir, was) = disk(SIZE, &[(0, content(&old))]);
+            let (_dir, source) = disk(SIZE, &[(0, content(&now))]);
+            let table = table_of(&was);
+            let reading = reading(&[Kind::Promised; BLOCKS], false);
+            // Without this the audit may or may not look at it.
+            let must = |segment: u64| { let mut bits = none(segment); if !audit { bits.fill(u64::MAX) }; bits };
+            let ended = scan(&ScanJob { reading: &reading, must: &must, ..job(&source, &table, SessionContent::Table) }, |_| Ok::<_, ()>(()));
+            let word = at / 64;
+            let known = reading.segment(word as u64 / 16, SIZE).word(word % 16).known;
+            let audited = known >> (at % 64) & 1 == 0;
+            match ended {
+                Err(ScanError::Missed { offset }) => prop_assert_eq!(offset, at as u64 * BLOCK_BYTES),
+                Ok(_) => prop_assert!(audit && !audited),
+                Err(other) => panic!("{other}"),
+            }
+        }
     }
 }

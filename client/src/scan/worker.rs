@@ -11,6 +11,7 @@ use janus_proto::{
 use super::{Outgoing, ScanError, ScanJob, Scanned, SessionContent};
 use crate::{
     delta::{self, Known, SegmentBits, WORD_BLOCKS},
+    reading::PieceReading,
     source::Stretch,
 };
 
@@ -29,6 +30,17 @@ pub(super) struct Worker<'a> {
     stretch: Stretch,
 }
 
+/// 64 blocks.
+struct Piece<'a> {
+    offset: u64,
+    /// Its place in the segment.
+    word: usize,
+    /// The table's hashes.
+    known: Known<'a>,
+    must: u64,
+    kinds: PieceReading,
+}
+
 impl<'a> Worker<'a> {
     pub(super) fn new(job: &'a ScanJob<'a>) -> Self {
         Self {
@@ -44,6 +56,7 @@ impl<'a> Worker<'a> {
 
     pub(super) fn segment(&mut self, segment: u64) -> Result<Box<Scanned>, ScanError> {
         let must = (self.job.must)(segment);
+        let reading = self.job.reading.segment(segment, self.size_bytes);
         let table = self.job.table.segment(segment).map_err(ScanError::Table)?;
         let mut scanned = Box::new(Scanned { segment, ..Scanned::default() });
         let start = segment * SEGMENT_BYTES;
@@ -57,52 +70,102 @@ impl<'a> Worker<'a> {
             if offset >= end {
                 break;
             }
-            self.piece(offset, table.as_deref(), word, must, &mut hashes, &mut scanned)?;
+            let known = Known::word(table.as_deref(), word);
+            let piece = Piece { offset, word, known, must, kinds: reading.word(word) };
+            self.piece(&piece, &mut hashes, &mut scanned)?;
         }
         self.flush(&mut scanned)?;
         scanned.digest = Some(hash::segment_digest(&hashes));
         Ok(scanned)
     }
 
-    /// Reads, hashes and decides on 64 blocks; the hashes are appended to the segment's.
+    /// Reads what has to be read of 64 blocks, and decides on all; their hashes are appended to the segment's.
     fn piece(
         &mut self,
-        offset: u64,
-        table: Option<&[BlockHash]>,
-        word: usize,
-        must: u64,
+        piece: &Piece<'_>,
         hashes: &mut Vec<BlockHash>,
         scanned: &mut Scanned,
     ) -> Result<(), ScanError> {
+        let Piece { offset, word, known, must, kinds } = *piece;
         let first_block = offset / BLOCK_BYTES;
-        let len = PIECE_BYTES.min(self.size_bytes - offset) as usize;
+        let end = (offset + PIECE_BYTES).min(self.size_bytes);
+        let blocks = (block_count(end) - first_block) as usize;
+        let size_bytes = self.size_bytes;
+        let zero_of = |index| hash::zero_hash(block_len(size_bytes, first_block + index as u64));
         let old_len = hashes.len();
-        if self.is_hole(offset, offset + len as u64) {
-            let blocks = first_block..block_count(offset + len as u64);
-            hashes.extend(blocks.map(|block| hash::zero_hash(block_len(self.size_bytes, block))));
+        let has_all = self.job.content == SessionContent::Table;
+        let mut promised = kinds.promised & !kinds.zeros;
+        if self.is_hole(offset, end) {
+            hashes.extend((0..blocks).map(zero_of));
         } else {
-            if self.used + len > MAX_BATCH_BYTES {
-                self.flush(scanned)?;
-            }
-            let buffer = self.buffer.get_or_insert_with(Buffer::take);
-            let piece = &mut buffer[self.used..self.used + len];
-            self.job.source.read_at(offset, piece)?;
-            scanned.read_bytes += len as u64;
-            hash::hash_blocks(piece, hashes);
+            let known_zeros = known.zeros(blocks, zero_of);
+            let doubted = if kinds.doubts_zeros { promised & known_zeros } else { 0 };
+            promised &= !doubted;
+            let there = if has_all { known.known(blocks) } else { known_zeros };
+            let kept = kinds.known & there & !must & !doubted & !kinds.zeros;
+            self.read(
+                offset,
+                end,
+                !(kept | kinds.zeros),
+                scanned,
+                |index| {
+                    match known {
+                        Known::Hashes(old) if kept >> index & 1 == 1 => old.get(index).copied(),
+                        _ => None,
+                    }
+                    .unwrap_or_else(|| zero_of(index))
+                },
+                hashes,
+            )?;
         }
         let new = &hashes[old_len..];
-        let zero_of =
-            |index| hash::zero_hash(block_len(self.size_bytes, first_block + index as u64));
         let zero = delta::zero_bits(new, zero_of);
-        let table = Known::word(table, word);
-        let session = if self.job.content == SessionContent::Zeros { Known::Zeros } else { table };
+        let changed = known.differing(new, zero);
+        if let Some(bit) = ones(changed & promised).next() {
+            return Err(ScanError::Missed { offset: offset + bit as u64 * BLOCK_BYTES });
+        }
+        let session = if has_all { known } else { Known::Zeros };
         let send = delta::to_send(session, must, new, zero);
         scanned.sent[word] = send;
         let place = (word as u64 * WORD_BLOCKS) as u16;
-        scanned
-            .changes
-            .extend(ones(table.differing(new, zero)).map(|bit| (place + bit as u16, new[bit])));
+        scanned.changes.extend(ones(changed).map(|bit| (place + bit as u16, new[bit])));
         self.keep(first_block, send, zero, new);
+        Ok(())
+    }
+
+    /// Appends the hashes of a piece: its blocks of `wanted` are read, `unread` tells the others'.
+    fn read(
+        &mut self,
+        offset: u64,
+        end: u64,
+        wanted: u64,
+        scanned: &mut Scanned,
+        unread: impl Fn(usize) -> BlockHash,
+        hashes: &mut Vec<BlockHash>,
+    ) -> Result<(), ScanError> {
+        let len = (end - offset) as usize;
+        if self.used + len > MAX_BATCH_BYTES {
+            self.flush(scanned)?;
+        }
+        let blocks = len.div_ceil(BLOCK_BYTES as usize);
+        let is_wanted = |block: usize| wanted >> block & 1 == 1;
+        let mut block = 0;
+        while block < blocks {
+            let same =
+                (block..blocks).take_while(|next| is_wanted(*next) == is_wanted(block)).count();
+            if is_wanted(block) {
+                let from = block * BLOCK_BYTES as usize;
+                let to = ((block + same) * BLOCK_BYTES as usize).min(len);
+                let buffer = self.buffer.get_or_insert_with(Buffer::take);
+                let part = &mut buffer[self.used + from..self.used + to];
+                self.job.source.read_at(offset + from as u64, part)?;
+                scanned.read_bytes += part.len() as u64;
+                hash::hash_blocks(part, hashes);
+            } else {
+                hashes.extend((block..block + same).map(&unread));
+            }
+            block += same;
+        }
         Ok(())
     }
 

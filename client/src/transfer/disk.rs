@@ -9,9 +9,11 @@ use janus_proto::{
 
 use super::{Run, Session, TransferError};
 use crate::{
+    backup::Disk,
     cache::{CacheError, DiskCache, MustSend, Stage},
     delta::SegmentBits,
     progress::Progress,
+    reading::{Planned, Reading},
     reconcile::SessionReader,
     scan::{HashTable, Scanned, SessionContent},
     source::Source,
@@ -60,6 +62,10 @@ pub struct DiskTransfer {
     pub progress: Arc<Progress>,
     /// How the blocks to send were found.
     pub compare: Compare,
+    /// What of it is to be read.
+    planned: Arc<Planned>,
+    /// What its latest scan read.
+    pub reading: Arc<Reading>,
     /// Figures so far.
     pub figures: DiskFigures,
     /// What the session holds.
@@ -77,14 +83,9 @@ pub struct DiskTransfer {
 }
 
 impl DiskTransfer {
-    /// A transfer into `session` on the run's server.
-    pub fn new(
-        source: Arc<Source>,
-        cache: DiskCache,
-        progress: Arc<Progress>,
-        run: &Run,
-        session: &Session,
-    ) -> Self {
+    /// A transfer of `disk` into `session` on the run's server.
+    pub fn new(disk: &Disk, progress: Arc<Progress>, run: &Run, session: &Session) -> Self {
+        let (source, cache) = (disk.source.clone(), disk.cache.clone());
         let known = session.head.is_some() && cache.head(&run.server) == session.head;
         let from_zeros = session.head.is_none() && !session.resumed;
         let segments = segment_count(source.size_bytes());
@@ -101,6 +102,8 @@ impl DiskTransfer {
             digests: (0..segments).map(|segment| hash::zero_segment_of(size, segment)).collect(),
             figures: DiskFigures::default(),
             scanned: 0,
+            planned: disk.reading.clone(),
+            reading: Arc::new(Reading::everything()),
             source,
             cache,
             progress,
@@ -168,6 +171,24 @@ impl DiskTransfer {
     /// among them: the session may hold them, and the table doesn't say so.
     pub fn must(&self) -> Must {
         Must { server: self.must.clone(), resend: self.resend.clone(), sent: self.sent.clone() }
+    }
+
+    /// What the next scan reads, now that the cache is what it is.
+    pub fn plan_scan(&mut self) -> Arc<Reading> {
+        self.reading = Arc::new(self.planned.now(self.cache.cursor_digest()));
+        self.reading.clone()
+    }
+
+    /// A change journal was wrong: the next scan reads everything.
+    pub fn miss(&mut self, offset: u64) {
+        tracing::error!(disk = %self.source.disk_id(), offset, "a block has changed of which the change journal says nothing: the journal is off for this disk from now on, and everything is compared");
+        self.planned.miss(offset, time::OffsetDateTime::now_utc().unix_timestamp());
+        self.scanned = 0;
+    }
+
+    /// What the next run has to know of the change journals.
+    pub fn cursor(&self) -> Vec<u8> {
+        self.planned.cursor()
     }
 
     /// Everything in these segments must be sent: the session's content differs there from what we think.

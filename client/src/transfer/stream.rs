@@ -126,6 +126,7 @@ fn scan_into(
     let source = disk.source.clone();
     let progress = disk.progress.clone();
     let table = disk.table();
+    let reading = disk.plan_scan();
     // The bits as they are now: what this scan sends itself must not feed back into it.
     let must = disk.must();
     let must = move |segment| must.bits(segment);
@@ -133,6 +134,7 @@ fn scan_into(
         source: &source,
         table: &table,
         content: disk.content,
+        reading: &reading,
         must: &must,
         segments,
         encoding,

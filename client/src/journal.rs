@@ -1,0 +1,96 @@
+//! Change journals: hints which parts of a volume need not be read.
+//!
+//! A hint is believed only where everything that could make it wrong was looked at; else it says why not ([`Distrust`]),
+//! and the volume is read as a whole. What was believed is audited: see [`crate::reading`].
+
+use std::fmt;
+
+use crate::ranges::Ranges;
+
+pub mod memory;
+
+/// Where hints come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum JournalKind {
+    /// `$UsnJrnl` of an NTFS volume, with a comparison of its MFT.
+    NtfsUsn,
+    /// A dirty bitmap that QEMU keeps.
+    QemuBitmap,
+}
+
+impl fmt::Display for JournalKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NtfsUsn => "NTFS USN journal",
+            Self::QemuBitmap => "QEMU dirty bitmap",
+        })
+    }
+}
+
+/// The change journal of one volume, or of a whole disk. Its calls block.
+pub trait Journal {
+    /// What it is.
+    fn kind(&self) -> JournalKind;
+
+    /// What may have changed since `cursor` (`None`: nothing is remembered), and the cursor for the next run.
+    fn changes(&self, cursor: Option<&[u8]>) -> Answer;
+}
+
+/// What a journal says.
+#[derive(Debug)]
+pub struct Answer {
+    /// What changed, or why that can't be told.
+    pub changes: Result<Changes, Distrust>,
+    /// To be remembered when this run is committed; `None`: the next run can't use the journal either.
+    pub next: Option<Vec<u8>>,
+}
+
+/// A volume since the cursor, in bytes from its start. What is in neither set is promised to be unchanged.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Changes {
+    /// May have changed.
+    pub changed: Ranges,
+    /// Nothing uses it now: whatever it holds may stay what it was.
+    pub free: Ranges,
+}
+
+/// Why a journal isn't believed; each text goes on from "full compare: ".
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Distrust {
+    /// There is none.
+    #[error("there is no change journal")]
+    NoJournal,
+    /// The first run, or what an earlier one left can't be used.
+    #[error("nothing is remembered of an earlier backup")]
+    NoCursor,
+    /// The regular comparison of everything.
+    #[error("it is due: everything is compared every {runs} backups and every {days} days")]
+    Due {
+        /// Setting `full_compare_runs`.
+        runs: u32,
+        /// Setting `full_compare_days`.
+        days: u32,
+    },
+    /// Turned off by an audit.
+    #[error(
+        "the journal missed a change at byte {offset} on {date} and is off since; to use it again: janus-client journal trust {disk}"
+    )]
+    Off {
+        /// What had changed.
+        offset: u64,
+        /// The day.
+        date: String,
+        /// The disk's id.
+        disk: String,
+    },
+    /// An audit of this run found it wrong.
+    #[error("the journal missed a change at byte {offset}; it stays off from now on")]
+    Missed {
+        /// What had changed.
+        offset: u64,
+    },
+    /// The hashes are those of a server, not of the time the cursor speaks of.
+    #[error("the hashes were read from the server")]
+    Reconciled,
+}

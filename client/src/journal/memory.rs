@@ -1,0 +1,156 @@
+//! What a disk's next run has to know of the journals: their cursors, and when everything was compared last.
+//!
+//! The cache keeps it as bytes: a `u32` (little-endian) with the length of a JSON head, the head, the volumes' cursors.
+
+use serde::{Deserialize, Serialize};
+
+use super::JournalKind;
+
+const FORMAT: u32 = 1;
+
+/// Of one disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Seed of the audits' order.
+    pub seed: u64,
+    /// Number of the next audit.
+    pub turn: u32,
+    /// Runs since everything was compared.
+    pub runs: u32,
+    /// When everything was compared: seconds of Unix time.
+    pub compared: i64,
+    /// A change that a journal missed: its offset, and when that was found (seconds of Unix time).
+    pub missed: Option<(u64, i64)>,
+    /// Free space counted as zeros: a zero block may have been used since, without having been written.
+    pub skipped: bool,
+    /// Cursors.
+    pub volumes: Vec<VolumeCursor>,
+}
+
+/// Of one volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeCursor {
+    /// First byte on the disk.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Of which journal.
+    pub kind: JournalKind,
+    /// As the journal gave it.
+    pub cursor: Vec<u8>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Head {
+    format: u32,
+    seed: u64,
+    turn: u32,
+    runs: u32,
+    compared: i64,
+    missed: Option<(u64, i64)>,
+    skipped: bool,
+    volumes: Vec<HeadVolume>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct HeadVolume {
+    start: u64,
+    len: u64,
+    kind: JournalKind,
+    cursor_bytes: u64,
+}
+
+impl Memory {
+    /// Reads it; `None` when there is nothing, or nothing that this version understands.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let (length, rest) = bytes.split_first_chunk::<4>()?;
+        let (head, mut cursors) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+        let head: Head = serde_json::from_slice(head).ok()?;
+        if head.format != FORMAT {
+            return None;
+        }
+        let mut volumes = Vec::new();
+        for HeadVolume { start, len, kind, cursor_bytes } in head.volumes {
+            let (cursor, rest) = cursors.split_at_checked(usize::try_from(cursor_bytes).ok()?)?;
+            volumes.push(VolumeCursor { start, len, kind, cursor: cursor.to_vec() });
+            cursors = rest;
+        }
+        let Head { seed, turn, runs, compared, missed, skipped, .. } = head;
+        cursors.is_empty().then_some(Self { seed, turn, runs, compared, missed, skipped, volumes })
+    }
+
+    /// Its bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let of = |volume: &VolumeCursor| HeadVolume {
+            start: volume.start,
+            len: volume.len,
+            kind: volume.kind,
+            cursor_bytes: volume.cursor.len() as u64,
+        };
+        let Self { seed, turn, runs, compared, missed, skipped, ref volumes } = *self;
+        let head = Head {
+            format: FORMAT,
+            seed,
+            turn,
+            runs,
+            compared,
+            missed,
+            skipped,
+            volumes: volumes.iter().map(of).collect(),
+        };
+        // Numbers and names only: that can always be written. Nothing is remembered if not.
+        let head = serde_json::to_vec(&head).unwrap_or_default();
+        let mut bytes = (head.len() as u32).to_le_bytes().to_vec();
+        bytes.extend(head);
+        volumes.iter().for_each(|volume| bytes.extend(&volume.cursor));
+        bytes
+    }
+
+    /// True when the next run would do the same without it.
+    pub fn is_worthless(&self) -> bool {
+        self.volumes.is_empty() && self.missed.is_none() && !self.skipped
+    }
+
+    /// The cursor of a volume that has not moved.
+    pub fn cursor(&self, start: u64, len: u64, kind: JournalKind) -> Option<&[u8]> {
+        let same =
+            |volume: &&VolumeCursor| (volume.start, volume.len, volume.kind) == (start, len, kind);
+        self.volumes.iter().find(same).map(|volume| volume.cursor.as_slice())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_comes_back_and_every_cut_is_nothing() {
+        let volume = |start, cursor: &[u8]| VolumeCursor {
+            start,
+            len: 5,
+            kind: JournalKind::NtfsUsn,
+            cursor: cursor.to_vec(),
+        };
+        let memory = Memory {
+            seed: 7,
+            turn: 3,
+            runs: 2,
+            compared: 1_700_000_000,
+            missed: Some((4096, 1_700_000_001)),
+            skipped: true,
+            volumes: vec![volume(0, b"one"), volume(9, b"")],
+        };
+        let bytes = memory.to_bytes();
+        assert_eq!(Memory::parse(&bytes), Some(memory.clone()));
+        assert_eq!(memory.cursor(0, 5, JournalKind::NtfsUsn), Some(&b"one"[..]));
+        assert_eq!(memory.cursor(0, 6, JournalKind::NtfsUsn), None);
+        assert_eq!(memory.cursor(0, 5, JournalKind::QemuBitmap), None);
+        for cut in 0..bytes.len() {
+            assert_eq!(Memory::parse(&bytes[..cut]), None, "{cut}");
+        }
+        let longer = [&bytes[..], &[0]].concat();
+        assert_eq!(Memory::parse(&longer), None);
+        let lying = [&u32::MAX.to_le_bytes()[..], &bytes[4..]].concat();
+        assert_eq!(Memory::parse(&lying), None);
+    }
+}

@@ -1,0 +1,169 @@
+//! A volume as bytes at any offset, for those who read its structures.
+
+use std::{
+    io::{self, Read, Seek, SeekFrom},
+    sync::{Mutex, PoisonError},
+};
+
+use super::Source;
+
+/// Bytes at any offset.
+pub trait ReadAt {
+    /// How many there are.
+    fn len(&self) -> u64;
+
+    /// True when there are none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Fills `buffer` from `offset`.
+    ///
+    /// # Errors
+    /// When any byte of it can't be read; [`io::ErrorKind::UnexpectedEof`] past the end.
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+}
+
+impl ReadAt for std::fs::File {
+    fn len(&self) -> u64 {
+        self.metadata().map_or(0, |meta| meta.len())
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(self, buffer, offset)
+    }
+}
+
+/// Bytes that are read at once where less is asked for.
+const PAGE_BYTES: u64 = 64 << 10;
+/// Pages that are kept, by their number modulo this.
+const PAGES: usize = 256;
+
+/// A part of a source. Small reads come from pages that it keeps, 16 MiB at most.
+#[derive(Debug)]
+pub struct View<'a> {
+    source: &'a Source,
+    start: u64,
+    len: u64,
+    pages: Mutex<Vec<Option<Page>>>,
+}
+
+/// Its number and its bytes.
+type Page = (u64, Vec<u8>);
+
+impl<'a> View<'a> {
+    /// `len` bytes of `source` from `start` on, or fewer where it ends earlier.
+    pub fn new(source: &'a Source, start: u64, len: u64) -> Self {
+        let start = start.min(source.size_bytes());
+        let len = len.min(source.size_bytes() - start);
+        Self { source, start, len, pages: Mutex::new(vec![None; PAGES]) }
+    }
+
+    /// A reader with a position, for libraries that want one.
+    pub fn reader(&self) -> Reader<'_> {
+        Reader { view: self, position: 0 }
+    }
+
+    /// Copies from one page what `buffer` has room for, from `offset` on; returns how much.
+    fn read_page(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let number = offset / PAGE_BYTES;
+        let within = (offset % PAGE_BYTES) as usize;
+        let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = &mut pages[(number % PAGES as u64) as usize];
+        let page = match place {
+            Some((known, page)) if *known == number => page,
+            _ => {
+                let first = number * PAGE_BYTES;
+                let mut page = vec![0; PAGE_BYTES.min(self.len - first) as usize];
+                self.source.read_at(self.start + first, &mut page).map_err(io::Error::other)?;
+                &mut place.insert((number, page)).1
+            }
+        };
+        let count = buffer.len().min(page.len() - within);
+        buffer[..count].copy_from_slice(&page[within..within + count]);
+        Ok(count)
+    }
+}
+
+impl ReadAt for View<'_> {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > self.len) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if buffer.len() as u64 >= PAGE_BYTES {
+            return self.source.read_at(self.start + offset, buffer).map_err(io::Error::other);
+        }
+        let mut done = 0;
+        while done < buffer.len() {
+            done += self.read_page(&mut buffer[done..], offset + done as u64)?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads a view from a position on.
+#[derive(Debug)]
+pub struct Reader<'a> {
+    view: &'a View<'a>,
+    position: u64,
+}
+
+impl Read for Reader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.view.len.saturating_sub(self.position);
+        let count = (buffer.len() as u64).min(left) as usize;
+        self.view.read_exact_at(&mut buffer[..count], self.position)?;
+        self.position += count as u64;
+        Ok(count)
+    }
+}
+
+impl Seek for Reader<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let position = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::End(by) => self.view.len.checked_add_signed(by),
+            SeekFrom::Current(by) => self.position.checked_add_signed(by),
+        };
+        self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.position)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::config::DiskSpec;
+
+    #[test]
+    fn a_view_is_a_window_and_ends_where_it_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        let content: Vec<u8> = (0..200 * 1024u32).map(|at| (at / 7) as u8).collect();
+        fs::write(&path, &content).unwrap();
+        let spec = DiskSpec { name: Some("d".parse().unwrap()), path };
+        let source = Source::open(&spec, false).unwrap();
+        let view = View::new(&source, 1000, 150 * 1024);
+        let window = &content[1000..1000 + 150 * 1024];
+        for (offset, len) in [(0, 1), (65_530, 20), (3, 100_000), (150 * 1024 - 5, 5)] {
+            let mut buffer = vec![0; len];
+            view.read_exact_at(&mut buffer, offset as u64).unwrap();
+            assert_eq!(buffer, window[offset..offset + len], "{offset} {len}");
+        }
+        assert!(view.read_exact_at(&mut [0; 6], 150 * 1024 - 5).is_err());
+        assert!(view.read_exact_at(&mut [0; 6], u64::MAX).is_err());
+        let mut all = Vec::new();
+        let mut reader = view.reader();
+        reader.seek(SeekFrom::End(-10)).unwrap();
+        reader.read_to_end(&mut all).unwrap();
+        assert_eq!(all, window[150 * 1024 - 10..]);
+        assert!(reader.seek(SeekFrom::Current(i64::MIN)).is_err());
+        assert_eq!(View::new(&source, 190 * 1024, u64::MAX).len(), 10 * 1024);
+    }
+}
