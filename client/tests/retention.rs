@@ -278,14 +278,13 @@ fn as_root_below_the_reserve_there_are_reads_and_retention_but_no_backups() {
 #[test]
 fn as_root_a_full_disk_takes_backups_again_after_retention() {
     let mut kept = Kept::new(false);
-    let store = move_to_small(&mut kept, 192 * MIB);
+    let store = move_to_small(&mut kept, 2048 * MIB);
     kept.site.start_server(SERVER).unwrap();
-    disk::blank(&kept.disk, 64 * MIB).unwrap();
-    disk::write_noise(&kept.disk, 0..32 * MIB, 7).unwrap();
-    // Each writes the same 32 MiB anew, until there is no room for another.
+    disk::blank(&kept.disk, 640 * MIB).unwrap();
+    // Each writes the same half anew, until there is no room for another.
     let mut failure = None;
     for round in 0..10 {
-        disk::write_noise(&kept.disk, 0..32 * MIB, 100 + round).unwrap();
+        disk::write_noise(&kept.disk, 0..320 * MIB, 100 + round).unwrap();
         kept.client.settings.set("failover_after_seconds", 2);
         match kept.client.backup() {
             Ok(backup) => {

@@ -96,6 +96,22 @@ fn files_that_were_set_aside_come_back_when_a_manifest_names_them() {
 }
 
 #[test]
+fn equal_names_that_nothing_names_are_all_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, _) = chain(folder.path(), 3);
+    let disk = machine(&model).join("sda");
+    for content in ["one", "two"] {
+        fs::write(disk.join("stray.vhdx"), content).unwrap();
+        model.reopen();
+    }
+    let aside = fs::read_dir(disk.join("set-aside")).unwrap();
+    let mut contents: Vec<_> =
+        aside.map(|file| fs::read_to_string(file.unwrap().path()).unwrap()).collect();
+    contents.sort_unstable();
+    assert_eq!(contents, ["one", "two"]);
+}
+
+#[test]
 fn a_manifest_that_can_be_read_again_counts_again_and_one_that_cannot_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let (mut model, _) = chain(folder.path(), 3);

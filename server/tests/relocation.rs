@@ -97,6 +97,21 @@ fn all_is_at_the_new_place_and_the_old_one_is_no_store_any_more() {
 }
 
 #[test]
+fn a_new_place_that_vanished_is_no_success() {
+    let (_folder, from, to, mut model) = scene();
+    let storage = Disk::default();
+    moved(&storage, &from, &to).unwrap();
+    let away = to.with_extension("away");
+    fs::rename(&to, &away).unwrap();
+    let error = moved(&storage, &from, &to).unwrap_err();
+    assert!(matches!(error, MoveError::Vanished { .. }), "{error}");
+    assert!(!to.exists(), "nothing is made there: {error}");
+    fs::rename(&away, &to).unwrap();
+    moved(&storage, &from, &to).unwrap();
+    check(&mut model, &to);
+}
+
+#[test]
 fn what_is_no_place_for_it_is_refused() {
     let (folder, from, to, mut model) = scene();
     let refused = |to: &Path| moved(&Disk::default(), &from, to).unwrap_err();

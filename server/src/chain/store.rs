@@ -612,12 +612,21 @@ fn set_aside_unknown(
             let aside = disk_folder.join("set-aside");
             storage.make_folder(&aside).map_err(StoreError::io("make", &aside))?;
             tracing::warn!(path = %path.display(), "no run names this file: set aside");
-            storage
-                .rename(&path, &aside.join(path.file_name().unwrap_or_default()))
-                .map_err(StoreError::io("set aside", &path))?;
+            let to = free_name(storage, &aside.join(path.file_name().unwrap_or_default()))?;
+            storage.rename(&path, &to).map_err(StoreError::io("set aside", &path))?;
         }
     }
     Ok(())
+}
+
+/// This name, or one like it that nothing has.
+fn free_name(storage: &Disk, path: &Path) -> Result<PathBuf, StoreError> {
+    if !exists(storage, path)? {
+        return Ok(path.to_owned());
+    }
+    let mut name = path.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}", uuid::Uuid::now_v7().simple()));
+    Ok(path.with_file_name(name))
 }
 
 fn list(storage: &Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {

@@ -16,7 +16,9 @@ use std::{
 use janus_proto::{buffers::Buffer, ids::StoreGeneration, show};
 use serde::{Deserialize, Serialize};
 
-use super::{FORMAT, STORE, StoreError, StoreFile, StoreLock, is_folder, list, read, write};
+use super::{
+    FORMAT, STORE, StoreError, StoreFile, StoreLock, exists, is_folder, list, read, write,
+};
 use crate::storage::{Access, Cloning, Disk, File, Metadata};
 
 const MOVING: &str = ".moving.json";
@@ -45,6 +47,17 @@ pub enum MoveError {
     Occupied {
         /// The new place.
         path: PathBuf,
+    },
+    /// The new place is gone.
+    #[error("{} was moved to {}, where there is no store any more: bring that folder back; or remove {} to go on with what was here then, losing every backup made there since",
+        from.display(), to.display(), marker.display())]
+    Vanished {
+        /// The old place.
+        from: PathBuf,
+        /// The new one.
+        to: PathBuf,
+        /// What says so.
+        marker: PathBuf,
     },
     /// It can't fit.
     #[error("{} has {} free, {} are needed for what is not copied yet: make room there and move again, it goes on",
@@ -133,12 +146,16 @@ pub fn relocate(
     let _from_lock = StoreLock::take(storage, &from)?;
     let store = read::<StoreFile>(storage, &from.join(STORE))?;
     let generation = store.ok_or_else(|| StoreError::NoStore { path: from.clone() })?.generation;
+    let moved = read::<Marker>(storage, &from.join(MOVED))?;
+    if let Some(marker) = moved.as_ref().filter(|marker| marker.path != to) {
+        return Err(StoreError::Moved { path: from, to: marker.path.clone() }.into());
+    }
+    if moved.is_some() && !exists(storage, &to.join(STORE))? {
+        return Err(MoveError::Vanished { marker: from.join(MOVED), from, to });
+    }
     storage.make_folder(&to).map_err(MoveError::io("make", &to))?;
     let _to_lock = StoreLock::take(storage, &to)?;
-    if let Some(marker) = read::<Marker>(storage, &from.join(MOVED))? {
-        if marker.path != to {
-            return Err(StoreError::Moved { path: from, to: marker.path }.into());
-        }
+    if moved.is_some() {
         finish(storage, &to)?;
         return Ok(Moved::default());
     }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{
     super::{
         DAMAGED, MACHINE, MachineFile, OPEN, OpenRun, RUNS, StoreError, exists, files_in,
-        folders_in, is_folder, list, merges::MERGES, read, relative_folder, trash,
+        folders_in, free_name, is_folder, list, merges::MERGES, read, relative_folder, trash,
     },
     Plan, Step,
     steps::forget,
@@ -341,14 +341,4 @@ fn is_below(name: &str) -> bool {
 fn aside(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default();
     path.parent().unwrap_or(path).join(ASIDE).join(name)
-}
-
-/// This name, or one like it that nothing has.
-fn free_name(storage: &Disk, path: &Path) -> Result<PathBuf, StoreError> {
-    if !exists(storage, path)? {
-        return Ok(path.to_owned());
-    }
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}", Uuid::now_v7().simple()));
-    Ok(path.with_file_name(name))
 }
