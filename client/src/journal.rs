@@ -74,7 +74,7 @@ pub enum Distrust {
     },
     /// Turned off by an audit.
     #[error(
-        "the journal missed a change at byte {offset} on {date} and is off since; to use it again: janus-client journal trust {disk}"
+        "the journal missed a change at byte {offset} on {date} and is off since; to use it again: janus-client trust-journal {disk}"
     )]
     Off {
         /// What had changed.
