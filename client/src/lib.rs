@@ -19,3 +19,4 @@ pub mod scan;
 pub mod source;
 pub mod state;
 pub mod transfer;
+pub mod volume;
