@@ -174,6 +174,13 @@ impl DiskCache {
         self.shared.read().state.servers.get(server)?.head
     }
 
+    /// Servers whose newest snapshot is known.
+    pub fn servers(&self) -> Vec<ServerId> {
+        let live = self.shared.read();
+        let known = live.state.servers.iter().filter(|(_, known)| known.head.is_some());
+        known.map(|(server, _)| server.clone()).collect()
+    }
+
     /// Where the change journal stood when T was the disk's content; empty: unknown, everything must be read.
     pub fn cursor(&self) -> Vec<u8> {
         self.shared.read().state.cursor.bytes().to_vec()
@@ -281,19 +288,20 @@ impl DiskCache {
         self.shared.switch(stage, server, head, None)
     }
 
+    /// Forgets the change journals' cursors: the next backup reads everything. Durable when it returns.
+    ///
+    /// # Errors
+    /// `Io` or `Damaged`.
+    pub fn forget_cursor(&self) -> Result<(), CacheError> {
+        self.shared.change(|next| std::mem::take(&mut next.cursor).digest().is_some())
+    }
+
     /// Forgets what `server` has: its next backup compares first. Durable when it returns.
     ///
     /// # Errors
     /// `Io` or `Damaged`.
     pub fn forget(&self, server: &ServerId) -> Result<(), CacheError> {
-        let mut live = self.shared.write();
-        let mut next = live.state.clone();
-        if next.servers.remove(server).is_none() {
-            return Ok(());
-        }
-        next.persist(&self.shared.place, &live.engine)?;
-        live.state = next;
-        Ok(())
+        self.shared.change(|next| next.servers.remove(server).is_some())
     }
 
     /// Moves the database aside after `Damaged` and goes on with an empty one; stages begun before are stale.
@@ -353,6 +361,17 @@ impl Shared {
         let old = std::mem::replace(&mut live.state, next);
         live.sweep(&old, &self.place);
         live.compact_if_due(&self.place);
+        Ok(())
+    }
+
+    /// Changes what is known but not T, if `change` says so.
+    fn change(&self, change: impl FnOnce(&mut State) -> bool) -> Result<(), CacheError> {
+        let mut live = self.write();
+        let mut next = live.state.clone();
+        if change(&mut next) {
+            next.persist(&self.place, &live.engine)?;
+            live.state = next;
+        }
         Ok(())
     }
 

@@ -5,6 +5,7 @@ mod failure;
 mod list;
 mod restore;
 mod status;
+mod trust;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus_proto::{
@@ -74,7 +75,12 @@ pub fn command() -> Command {
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommand(with_flags(
-            Command::new("backup").about("Back all disks up in one run").arg(server()),
+            Command::new("backup").about("Back all disks up in one run").arg(server()).arg(
+                Arg::new("dry-run")
+                    .long("dry-run")
+                    .action(ArgAction::SetTrue)
+                    .help("Read everything, send nothing, and say what would be sent and why"),
+            ),
         ))
         .subcommand(with_flags(
             Command::new("list")
@@ -111,6 +117,11 @@ pub fn command() -> Command {
                         .help("Restore what is left of a damaged snapshot; MAP: file to make that says what is zeros now"),
                 )
                 .arg(server()),
+        ))
+        .subcommand(with_flags(
+            Command::new("trust-journal")
+                .about("Use a disk's change journals again after one of them was wrong")
+                .arg(Arg::new("disk").required(true).value_name("DISK").help("Its id")),
         ))
         .subcommand(with_flags(Command::new("status").about("Show the servers as janus sees them")))
 }
@@ -153,6 +164,7 @@ pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<
         "backup" => backup::run(matches, context).await,
         "list" => list::run(matches, context).await,
         "restore" => restore::run(matches, context).await,
+        "trust-journal" => trust::run(matches, context).await,
         _ => status::run(context).await,
     }
 }

@@ -12,6 +12,8 @@ use crate::{ranges::Ranges, source::view::ReadAt};
 pub mod ext4;
 pub mod xfs;
 
+pub mod ntfs;
+
 /// Why nothing is said about a volume's free space: all of it counts as used.
 #[derive(Debug, thiserror::Error)]
 pub enum FsError {

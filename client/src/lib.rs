@@ -6,6 +6,7 @@ pub mod catalog;
 pub mod cli;
 pub mod config;
 pub mod delta;
+pub mod dry_run;
 pub mod fs;
 pub mod journal;
 pub mod link;

@@ -3,13 +3,14 @@
 use std::{fmt::Write, sync::Arc};
 
 use clap::ArgMatches;
-use janus_proto::{show::amount, tls::Role};
+use janus_proto::{ids::DiskId, show::amount, tls::Role};
 use serde_json::{Value, json};
 
 use super::{Context, Failure, Outcome, address};
 use crate::{
     backup::{Backup, BackupReport, Disk, DiskReport},
     cache::DiskCache,
+    dry_run::{DryRunError, Forecast, forecast},
     journal::memory::Memory,
     progress::{self, Progress},
     ranges::Ranges,
@@ -38,6 +39,9 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let opened =
         context.stop.run_until_cancelled(opening).await.ok_or_else(Failure::interrupted)?;
     let (state, disks) = opened.map_err(Failure::failed)??;
+    if matches.get_flag("dry-run") {
+        return dry_run(disks, settings.threads(), context).await;
+    }
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show("backup", &progress);
     let gate = Gate {
@@ -52,6 +56,48 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let report = backup.run().await?;
     drop(display);
     Ok(Outcome { json: report_json(&report), text: report_text(&report) })
+}
+
+/// Reads all disks, and sends nothing.
+async fn dry_run(disks: Vec<Disk>, threads: usize, context: &Context) -> Result<Outcome, Failure> {
+    let stop = context.stop.clone();
+    let reading = tokio::task::spawn_blocking(move || {
+        let forecast =
+            |disk: &Disk| Ok((disk.source.disk_id().clone(), forecast(disk, threads, &stop)?));
+        disks.iter().map(forecast).collect::<Result<Vec<_>, DryRunError>>()
+    });
+    let forecasts = reading.await.map_err(Failure::failed)??;
+    let mut text = "dry run: nothing was sent\n".to_owned();
+    for (disk, forecast) in &forecasts {
+        let (read, changed) = (amount(forecast.read_bytes), amount(forecast.changed_bytes));
+        let _ = writeln!(text, "  {disk}: {read} read, {changed} changed");
+        reading_text(&mut text, &forecast.reading);
+        if let Some(reason) = &forecast.reading.distrust
+            && forecast.reading.heard.is_empty()
+        {
+            let _ = writeln!(text, "    full compare: {reason}");
+        }
+        if let Some(bytes) = forecast.first_bytes {
+            let _ = writeln!(text, "    first backup: {} to send", amount(bytes));
+        }
+        for (server, bytes) in &forecast.servers {
+            let _ = writeln!(text, "    to {server}: up to {}", amount(*bytes));
+        }
+    }
+    let json = |(disk, forecast): &(DiskId, Forecast)| {
+        let servers = forecast.servers.iter();
+        let servers = servers.map(|(server, bytes)| json!({ "server": server, "bytes": bytes }));
+        json!({
+            "disk_id": disk,
+            "read_bytes": forecast.read_bytes,
+            "changed_bytes": forecast.changed_bytes,
+            "first_bytes": forecast.first_bytes,
+            "servers": servers.collect::<Vec<_>>(),
+            "reading": reading_json(&forecast.reading),
+        })
+    };
+    let json = json!({ "ok": true, "dry_run": true, "disks": forecasts.iter().map(json).collect::<Vec<_>>() });
+    Ok(Outcome { json, text })
 }
 
 fn open(

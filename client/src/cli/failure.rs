@@ -11,6 +11,7 @@ use crate::{
     backup::BackupError,
     cache::CacheError,
     config::ConfigError,
+    dry_run::DryRunError,
     link::{LinkError, Remedy, reason_name},
     restore::{Lost, RestoreError},
     scan::ScanError,
@@ -95,7 +96,7 @@ impl From<TransferError> for Failure {
     fn from(error: TransferError) -> Self {
         match error {
             TransferError::Link(error) => error.into(),
-            TransferError::Scan(ScanError::Source(error)) => error.into(),
+            TransferError::Scan(error) => error.into(),
             TransferError::Cache(error) => error.into(),
             TransferError::Interrupted => Self::new(INTERRUPTED, error),
             TransferError::Lost { ref source, .. } => {
@@ -104,7 +105,25 @@ impl From<TransferError> for Failure {
             TransferError::Differs { ref source, .. } => {
                 Self { reason: source.reason(), ..Self::new(FAILED, &error) }
             }
-            TransferError::Scan(_) | TransferError::Features { .. } => Self::new(FAILED, error),
+            TransferError::Features { .. } => Self::new(FAILED, error),
+        }
+    }
+}
+
+impl From<ScanError> for Failure {
+    fn from(error: ScanError) -> Self {
+        match error {
+            ScanError::Source(error) => error.into(),
+            error => Self::new(FAILED, error),
+        }
+    }
+}
+
+impl From<DryRunError> for Failure {
+    fn from(error: DryRunError) -> Self {
+        match error {
+            DryRunError::Scan(error) => error.into(),
+            DryRunError::Interrupted => Self::new(INTERRUPTED, error),
         }
     }
 }

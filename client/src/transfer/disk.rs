@@ -251,11 +251,12 @@ impl DiskTransfer {
 
     /// The table as the scan reads it.
     pub fn table(&self) -> CacheTable {
-        CacheTable { cache: self.cache.clone() }
+        CacheTable::new(self.cache.clone())
     }
 }
 
-fn count_below(segment: u64, bits: &SegmentBits, blocks: u64) -> u64 {
+/// How many of a segment's bits are blocks of a disk of so many.
+pub(crate) fn count_below(segment: u64, bits: &SegmentBits, blocks: u64) -> u64 {
     let words = bits.iter().enumerate().map(|(word, bits)| {
         let first = segment * SEGMENT_BLOCKS + word as u64 * 64;
         let valid = blocks.saturating_sub(first).min(64) as usize;
@@ -299,6 +300,13 @@ impl Must {
 /// The cache as the scan sees it.
 pub struct CacheTable {
     cache: DiskCache,
+}
+
+impl CacheTable {
+    /// The table of this cache.
+    pub fn new(cache: DiskCache) -> Self {
+        Self { cache }
+    }
 }
 
 impl HashTable for CacheTable {

@@ -26,7 +26,17 @@ pub(super) const GROUPS: &[Group] = &[
 ];
 
 /// Modules of the client that belong to group `sources`.
-const SOURCE_MODULES: &[&str] = &["source::", "scan::", "delta::", "journal::"];
+const SOURCE_MODULES: &[&str] = &[
+    "source::",
+    "scan::",
+    "delta::",
+    "journal::",
+    "reading::",
+    "ranges::",
+    "nbd::",
+    "fs::",
+    "volume::",
+];
 /// Whole-system tests that belong to another group than `main-job`. Some stand where minutes are left, not where their subject is.
 const PLACED: &[(&str, &str)] = &[
     ("admin", "store"),
@@ -34,6 +44,7 @@ const PLACED: &[(&str, &str)] = &[
     ("vhd", "restore"),
     ("links", "client"),
     ("reasons", "security"),
+    ("reading", "sources"),
     ("resilience", "client"),
     ("retention", "store"),
     ("simulation", "sources"),
