@@ -10,9 +10,8 @@ use uuid::Uuid;
 use crate::{ranges::Ranges, source::view::ReadAt};
 
 pub mod ext4;
-pub mod xfs;
-
 pub mod ntfs;
+pub mod xfs;
 
 /// Why nothing is said about a volume's free space: all of it counts as used.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +61,7 @@ pub fn free(kind: FileSystemKind, volume: &dyn ReadAt) -> Result<Ranges, FsError
     match kind {
         FileSystemKind::Ext2 | FileSystemKind::Ext3 | FileSystemKind::Ext4 => ext4::free(volume),
         FileSystemKind::Xfs => xfs::free(volume),
+        FileSystemKind::Ntfs => ntfs::free(volume),
         other => Err(FsError::unsupported(format!("free space of {other} is not understood"))),
     }
 }
