@@ -10,7 +10,7 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{link::Direct, reading::Policy};
+use crate::{choice::Choice, link::Direct, reading::Policy};
 
 /// Settings as they stand in the file; see `client.example.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -28,8 +28,18 @@ pub struct Settings {
     pub cache_path: PathBuf,
     /// Disks to back up: `/dev/sdb` or `name=/path/disk.img`.
     pub disks: Vec<String>,
+    /// Of the disks named here only these volumes: `DISK/NUMBER`. Of others all.
+    pub volumes: Vec<String>,
+    /// Free space of NTFS, ext4 and XFS counts as zeros.
+    pub skip_free: bool,
     /// Read disks that are mounted writable.
     pub allow_live: bool,
+    /// Program with its arguments that runs before a backup; it fails when that fails.
+    pub pre_backup: Vec<String>,
+    /// Program with its arguments that runs after a backup, also a failed one.
+    pub post_backup: Vec<String>,
+    /// Longest time each of both may take.
+    pub hook_seconds: u64,
     /// Threads that read and hash; 0: one for each core.
     pub hash_threads: usize,
     /// Everything is compared after so many backups, whatever a change journal says; 0: never for that reason.
@@ -61,7 +71,12 @@ impl Default for Settings {
             ca: "ca.pem".into(),
             cache_path: "/var/cache/janus-client".into(),
             disks: Vec::new(),
+            volumes: Vec::new(),
+            skip_free: false,
             allow_live: false,
+            pre_backup: Vec::new(),
+            post_backup: Vec::new(),
+            hook_seconds: 300,
             hash_threads: 0,
             full_compare_runs: Policy::default().full_compare_runs,
             full_compare_days: Policy::default().full_compare_days,
@@ -96,6 +111,9 @@ pub enum ConfigError {
         /// What is wrong.
         reason: String,
     },
+    /// A volume can't be understood.
+    #[error("volumes: {0}")]
+    Volume(String),
     /// More than all.
     #[error("audit_percent: {0} is not a share of 0 to 100")]
     AuditPercent(u32),
@@ -168,6 +186,15 @@ impl Settings {
             "zstd" => Ok(pb::Encoding::Zstd),
             _ => Err(ConfigError::Encoding(self.encoding.clone())),
         }
+    }
+
+    /// What of the disks travels.
+    ///
+    /// # Errors
+    /// When a volume can't be understood.
+    pub fn choice(&self) -> Result<Choice, ConfigError> {
+        let volumes: Result<_, _> = self.volumes.iter().map(|text| text.parse()).collect();
+        Ok(Choice { volumes: volumes.map_err(ConfigError::Volume)?, skip_free: self.skip_free })
     }
 
     /// How far change journals are trusted.

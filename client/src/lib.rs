@@ -3,11 +3,13 @@
 pub mod backup;
 pub mod cache;
 pub mod catalog;
+pub mod choice;
 pub mod cli;
 pub mod config;
 pub mod delta;
 pub mod dry_run;
 pub mod fs;
+pub mod hooks;
 pub mod journal;
 pub mod link;
 pub mod progress;

@@ -1,21 +1,28 @@
 //! `janus-client backup`.
 
-use std::{fmt::Write, sync::Arc};
+use std::{fmt::Write, sync::Arc, time::Duration};
 
 use clap::ArgMatches;
-use janus_proto::{ids::DiskId, show::amount, tls::Role};
+use janus_proto::{
+    ids::{DiskId, ServerId},
+    pb::Consistency,
+    show::amount,
+    tls::Role,
+};
 use serde_json::{Value, json};
 
 use super::{Context, Failure, Outcome, address};
 use crate::{
     backup::{Backup, BackupReport, Disk, DiskReport},
     cache::DiskCache,
+    choice::{Choice, ChoiceError},
     dry_run::{DryRunError, Forecast, forecast},
+    hooks::Hook,
     journal::memory::Memory,
     progress::{self, Progress},
     ranges::Ranges,
     reading::{Heard, Known, Planned, Policy, Reading},
-    source::Source,
+    source::{Source, view::View},
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
 };
@@ -29,17 +36,59 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
             "setting cert: the certificate says {role}; a backup needs one of `janus-server pki issue client`"
         )));
     }
+    settings.checked_urls()?;
+    settings.disk_specs()?;
+    let folder = settings.cache_path.clone();
+    // Before any hook: what another backup has frozen is not ours to thaw.
+    let state = tokio::task::spawn_blocking(move || MachineState::lock(&folder));
+    let state = state.await.map_err(Failure::failed)??;
+    if matches.get_flag("dry-run") {
+        return between_hooks(true, server, state, context).await;
+    }
+    let limit = Duration::from_secs(settings.hook_seconds);
+    let pre = Hook { setting: "pre_backup", words: &settings.pre_backup, limit };
+    let post = Hook { setting: "post_backup", words: &settings.post_backup, limit };
+    let made = match context.stop.run_until_cancelled(pre.run(&[])).await {
+        None => Err(Failure::interrupted()),
+        Some(Err(error)) => Err(Failure::failed(error)),
+        Some(Ok(())) => between_hooks(false, server, state, context).await,
+    };
+    let (result, message) = match &made {
+        Ok(_) => ("ok", ""),
+        Err(failure) => ("failed", failure.message.as_str()),
+    };
+    let ended = post.run(&[("JANUS_RESULT", result), ("JANUS_ERROR", message)]).await;
+    match (made, ended) {
+        (Ok(_), Err(error)) => Err(Failure::failed(format!("the backup was made, but {error}"))),
+        (made, Ok(())) => made,
+        (made, Err(error)) => {
+            tracing::error!(%error, "after the failed backup");
+            made
+        }
+    }
+}
+
+/// Opens the disks and backs them up, or only says what that would do.
+async fn between_hooks(
+    dry: bool,
+    server: Option<ServerId>,
+    state: MachineState,
+    context: &Context,
+) -> Result<Outcome, Failure> {
+    let settings = &context.settings;
     let urls = settings.checked_urls()?.to_vec();
     let encoding = settings.encoding()?;
     let specs = settings.disk_specs()?;
     let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
     let policy = settings.policy()?;
-    let opening = tokio::task::spawn_blocking(move || open(&specs, allow_live, policy, &folder));
+    let choice = settings.choice()?;
+    let opening =
+        tokio::task::spawn_blocking(move || open(&specs, allow_live, &choice, policy, &folder));
     // A disk that hangs must not keep a user who wants to go.
     let opened =
         context.stop.run_until_cancelled(opening).await.ok_or_else(Failure::interrupted)?;
-    let (state, disks) = opened.map_err(Failure::failed)??;
-    if matches.get_flag("dry-run") {
+    let disks = opened.map_err(Failure::failed)??;
+    if dry {
         return dry_run(disks, settings.threads(), context).await;
     }
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
@@ -103,29 +152,46 @@ async fn dry_run(disks: Vec<Disk>, threads: usize, context: &Context) -> Result<
 fn open(
     specs: &[crate::config::DiskSpec],
     allow_live: bool,
+    choice: &Choice,
     policy: Policy,
     folder: &std::path::Path,
-) -> Result<(MachineState, Vec<Disk>), Failure> {
-    let state = MachineState::lock(folder)?;
+) -> Result<Vec<Disk>, Failure> {
     let sources = Source::open_all(specs, allow_live)?;
+    choice.check(sources.iter().map(Source::disk_id))?;
     let mut disks = Vec::with_capacity(sources.len());
     for source in sources {
         let cache = DiskCache::open(folder, source.disk_id(), source.size_bytes())?;
         if let Some(reason) = cache.fresh_reason() {
             tracing::debug!(disk = %source.disk_id(), ?reason, "the hash cache starts empty");
         }
-        let reading = plan(&source, &cache, policy);
+        let zeros = left_out(&source, choice)?;
+        let reading = plan(&source, &cache, zeros, policy);
         disks.push(Disk { source: Arc::new(source), cache, reading: Arc::new(reading) });
     }
-    Ok((state, disks))
+    Ok(disks)
+}
+
+/// What of a disk counts as zeros.
+fn left_out(source: &Source, choice: &Choice) -> Result<Ranges, ChoiceError> {
+    let view = View::new(source, 0, source.size_bytes());
+    let is_still = source.consistency() != Consistency::Smeared;
+    let left_out = choice.left_out(source.disk_id(), &view, source.sector_bytes(), is_still)?;
+    for warning in &left_out.warnings {
+        tracing::warn!(disk = %source.disk_id(), "{warning}");
+    }
+    if !left_out.volumes.is_empty() {
+        let volumes = left_out.volumes.join(", ");
+        tracing::info!(disk = %source.disk_id(), volumes, "not chosen, zeros in the image");
+    }
+    Ok(left_out.zeros)
 }
 
 /// What of a disk is read.
-fn plan(source: &Source, cache: &DiskCache, policy: Policy) -> Planned {
+fn plan(source: &Source, cache: &DiskCache, zeros: Ranges, policy: Policy) -> Planned {
     let known = Known {
         disk: source.disk_id().as_str(),
         memory: Memory::parse(&cache.cursor()),
-        zeros: Ranges::new(),
+        zeros,
         now: time::OffsetDateTime::now_utc().unix_timestamp(),
     };
     Planned::new(Reading::plan(known, &[], policy), cache.cursor_digest())

@@ -10,6 +10,7 @@ use super::restore::lost_json;
 use crate::{
     backup::BackupError,
     cache::CacheError,
+    choice::ChoiceError,
     config::ConfigError,
     dry_run::DryRunError,
     link::{LinkError, Remedy, reason_name},
@@ -176,6 +177,12 @@ impl From<SourceError> for Failure {
     fn from(error: SourceError) -> Self {
         let is_setting = matches!(error, SourceError::Nameless { .. } | SourceError::Twice { .. });
         Self::new(if is_setting { USAGE } else { SOURCE }, error)
+    }
+}
+
+impl From<ChoiceError> for Failure {
+    fn from(error: ChoiceError) -> Self {
+        Self::new(USAGE, error)
     }
 }
 
