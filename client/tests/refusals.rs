@@ -464,6 +464,15 @@ fn as_root_mounted_devices_are_neither_read_nor_written_by_accident() {
     assert_says(&failure, &[&name, "mounted", "allow_live"]);
     client.settings.set("allow_live", true);
     client.backup().unwrap();
+    // Whoever lists or restores it is told.
+    let list: serde_json::Value = client.answer(&["list"]).unwrap();
+    let live = |one: &&serde_json::Value| one["disk_id"] == "live";
+    let listed = list["snapshots"].as_array().unwrap().iter().find(live).unwrap().clone();
+    assert_eq!(listed["consistency"], "smeared");
+    let to = site.folder().join("live.raw");
+    let restored: serde_json::Value =
+        client.answer(&["restore", "live", "--to", to.to_str().unwrap()]).unwrap();
+    assert_eq!(restored["consistency"], "smeared");
     drop(site);
     drop(mounted);
 }

@@ -5,12 +5,14 @@ use std::{ops::Range, path::PathBuf};
 use clap::ArgMatches;
 use janus_proto::{
     ids::{MachineKey, SnapshotId},
+    pb::Consistency,
     show::{amount, date},
 };
 use serde_json::{Value, json};
 
 use super::{Context, Failure, Outcome, address};
 use crate::{
+    catalog::consistency_name,
     progress::{self, Progress},
     restore::{Lost, Restore, Wanted},
 };
@@ -48,6 +50,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         "disk_id": snapshot.disk_id,
         "to": to,
         "size_bytes": snapshot.size_bytes,
+        "consistency": consistency_name(snapshot.consistency()),
         "fetched_bytes": report.fetched_bytes,
         "written_bytes": report.written_bytes,
         "lost": lost_json(&report.lost),
@@ -61,8 +64,14 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
             report.lost.said()
         ),
     };
+    let smeared = match snapshot.consistency() {
+        Consistency::Smeared => {
+            "SMEARED: its parts are from different times, read while the disk was in use\n"
+        }
+        _ => "",
+    };
     let text = format!(
-        "{lost}restored {} of {} from {} to {}: {} of {} fetched, all checked, in {:.1} s\n",
+        "{lost}{smeared}restored {} of {} from {} to {}: {} of {} fetched, all checked, in {:.1} s\n",
         snapshot.disk_id,
         date(snapshot.committed_ms),
         snapshot.server_id,
