@@ -10,7 +10,7 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{link::Direct, reading::Policy};
+use crate::{link::Direct, reading::Policy, survey::Choice};
 
 /// Settings as they stand in the file; see `client.example.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,6 +32,10 @@ pub struct Settings {
     pub allow_live: bool,
     /// Threads that read and hash; 0: one for each core.
     pub hash_threads: usize,
+    /// Count free space of NTFS as zeros.
+    pub skip_free: bool,
+    /// Volumes to count as zeros: `DISK/NUMBER`.
+    pub skip_volumes: Vec<String>,
     /// Everything is compared after so many backups, whatever a change journal says; 0: never for that reason.
     pub full_compare_runs: u32,
     /// Everything is compared after so many days, whatever a change journal says; 0: never for that reason.
@@ -63,6 +67,8 @@ impl Default for Settings {
             disks: Vec::new(),
             allow_live: false,
             hash_threads: 0,
+            skip_free: false,
+            skip_volumes: Vec::new(),
             full_compare_runs: Policy::default().full_compare_runs,
             full_compare_days: Policy::default().full_compare_days,
             audit_percent: Policy::default().audit_percent,
@@ -96,6 +102,9 @@ pub enum ConfigError {
         /// What is wrong.
         reason: String,
     },
+    /// A volume can't be understood.
+    #[error("skip_volumes: {0:?} is not DISK/NUMBER, as `janus-client sources` shows them")]
+    Volume(String),
     /// More than all.
     #[error("audit_percent: {0} is not a share of 0 to 100")]
     AuditPercent(u32),
@@ -168,6 +177,25 @@ impl Settings {
             "zstd" => Ok(pb::Encoding::Zstd),
             _ => Err(ConfigError::Encoding(self.encoding.clone())),
         }
+    }
+
+    /// What is left out.
+    ///
+    /// # Errors
+    /// When a volume can't be understood.
+    pub fn choice(&self) -> Result<Choice, ConfigError> {
+        let parse = |text: &String| {
+            let (disk, number) = text.rsplit_once('/')?;
+            Some((disk.parse().ok()?, number.parse().ok()?))
+        };
+        let skip_volumes = self
+            .skip_volumes
+            .iter()
+            .map(|text| parse(text).ok_or_else(|| ConfigError::Volume(text.clone())));
+        Ok(Choice {
+            skip_free: self.skip_free,
+            skip_volumes: skip_volumes.collect::<Result<_, _>>()?,
+        })
     }
 
     /// How far change journals are trusted.

@@ -18,5 +18,6 @@ pub mod restore;
 pub mod scan;
 pub mod source;
 pub mod state;
+pub mod survey;
 pub mod transfer;
 pub mod volume;

@@ -11,12 +11,11 @@ use crate::{
     backup::{Backup, BackupReport, Disk, DiskReport},
     cache::DiskCache,
     dry_run::{DryRunError, Forecast, forecast},
-    journal::memory::Memory,
     progress::{self, Progress},
-    ranges::Ranges,
-    reading::{Heard, Known, Planned, Policy, Reading},
+    reading::{Heard, Policy, Reading},
     source::Source,
     state::MachineState,
+    survey::Choice,
     transfer::{Gate, stream::ScanSettings},
 };
 
@@ -33,8 +32,9 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let encoding = settings.encoding()?;
     let specs = settings.disk_specs()?;
     let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
-    let policy = settings.policy()?;
-    let opening = tokio::task::spawn_blocking(move || open(&specs, allow_live, policy, &folder));
+    let (policy, choice) = (settings.policy()?, settings.choice()?);
+    let opening =
+        tokio::task::spawn_blocking(move || open(&specs, allow_live, &choice, policy, &folder));
     // A disk that hangs must not keep a user who wants to go.
     let opened =
         context.stop.run_until_cancelled(opening).await.ok_or_else(Failure::interrupted)?;
@@ -103,6 +103,7 @@ async fn dry_run(disks: Vec<Disk>, threads: usize, context: &Context) -> Result<
 fn open(
     specs: &[crate::config::DiskSpec],
     allow_live: bool,
+    choice: &Choice,
     policy: Policy,
     folder: &std::path::Path,
 ) -> Result<(MachineState, Vec<Disk>), Failure> {
@@ -114,21 +115,10 @@ fn open(
         if let Some(reason) = cache.fresh_reason() {
             tracing::debug!(disk = %source.disk_id(), ?reason, "the hash cache starts empty");
         }
-        let reading = plan(&source, &cache, policy);
+        let reading = choice.plan(&source, &cache, policy)?;
         disks.push(Disk { source: Arc::new(source), cache, reading: Arc::new(reading) });
     }
     Ok((state, disks))
-}
-
-/// What of a disk is read.
-fn plan(source: &Source, cache: &DiskCache, policy: Policy) -> Planned {
-    let known = Known {
-        disk: source.disk_id().as_str(),
-        memory: Memory::parse(&cache.cursor()),
-        zeros: Ranges::new(),
-        now: time::OffsetDateTime::now_utc().unix_timestamp(),
-    };
-    Planned::new(Reading::plan(known, &[], policy), cache.cursor_digest())
 }
 
 fn kind(disk: &DiskReport) -> &'static str {

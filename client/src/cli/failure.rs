@@ -17,6 +17,7 @@ use crate::{
     scan::ScanError,
     source::SourceError,
     state::StateError,
+    survey::SurveyError,
     transfer::TransferError,
 };
 
@@ -125,6 +126,12 @@ impl From<DryRunError> for Failure {
             DryRunError::Scan(error) => error.into(),
             DryRunError::Interrupted => Self::new(INTERRUPTED, error),
         }
+    }
+}
+
+impl From<SurveyError> for Failure {
+    fn from(error: SurveyError) -> Self {
+        Self::usage(error.to_string())
     }
 }
 

@@ -44,6 +44,7 @@ const PLACED: &[(&str, &str)] = &[
     ("vhd", "restore"),
     ("links", "client"),
     ("reasons", "security"),
+    ("ntfs", "sources"),
     ("reading", "sources"),
     ("resilience", "client"),
     ("retention", "store"),
