@@ -4,6 +4,7 @@ mod backup;
 mod failure;
 mod list;
 mod restore;
+mod sources;
 mod status;
 mod trust;
 
@@ -17,7 +18,7 @@ use janus_proto::{
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-pub use self::failure::Failure;
+pub use self::{failure::Failure, sources::sources};
 use crate::{
     config::Settings,
     link::{Address, Link},
@@ -124,6 +125,9 @@ pub fn command() -> Command {
             Command::new("trust-journal")
                 .about("Use a disk's change journals again after one of them was wrong")
                 .arg(Arg::new("disk").required(true).value_name("DISK").help("Its id")),
+        ))
+        .subcommand(with_flags(
+            Command::new("sources").about("List disks, their volumes, and how each can be backed up"),
         ))
         .subcommand(with_flags(Command::new("status").about("Show the servers as janus sees them")))
 }

@@ -7,9 +7,11 @@ use std::{fmt, io};
 
 use uuid::Uuid;
 
-use crate::source::view::ReadAt;
+use crate::{ranges::Ranges, source::view::ReadAt};
 
+pub mod ext4;
 pub mod ntfs;
+pub mod xfs;
 
 /// Why nothing is said about a volume's free space: all of it counts as used.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +50,36 @@ impl FsError {
 
     pub(crate) fn unsupported(what: impl Into<String>) -> Self {
         Self::Unsupported { what: what.into() }
+    }
+}
+
+/// The byte ranges of `volume` that its file system, a `kind`, does not use.
+///
+/// # Errors
+/// When that can't be proven: all of it is used then.
+pub fn free(kind: FileSystemKind, volume: &dyn ReadAt) -> Result<Ranges, FsError> {
+    match kind {
+        FileSystemKind::Ext2 | FileSystemKind::Ext3 | FileSystemKind::Ext4 => ext4::free(volume),
+        FileSystemKind::Xfs => xfs::free(volume),
+        FileSystemKind::Ntfs => ntfs::free(volume),
+        other => Err(FsError::unsupported(format!("free space of {other} is not understood"))),
+    }
+}
+
+/// Ranges that are kept of one volume before short ones are left out, which then count as used: 32 MiB of memory.
+const MANY_RANGES: usize = 1 << 21;
+/// What is short then.
+const SHORT_BYTES: u64 = 1 << 20;
+
+/// Collects ascending free ranges in bounded memory.
+#[derive(Default)]
+struct Free(Ranges);
+
+impl Free {
+    fn push(&mut self, range: std::ops::Range<u64>) {
+        if self.0.len() < MANY_RANGES || range.end - range.start >= SHORT_BYTES {
+            self.0.push(range);
+        }
     }
 }
 
@@ -174,8 +206,8 @@ fn fat(head: Head<'_>) -> Option<Identity> {
         && cluster.is_power_of_two()
         && head.u16(14)? != 0
         && matches!(head.u8(16)?, 1 | 2);
-    let at = [(0x36, 39), (0x52, 67)].into_iter();
-    let (_, ids) = at.filter(|(name, _)| plausible && head.is(*name, b"FAT")).next_back()?;
+    let mut at = [(0x36, 39), (0x52, 67)].into_iter();
+    let (_, ids) = at.rfind(|(name, _)| plausible && head.is(*name, b"FAT"))?;
     let label = head.text(ids + 4, 11);
     let label = if label.trim() == "NO NAME" { String::new() } else { label.trim().to_owned() };
     identity(FileSystemKind::Fat, serial(head.u32(ids)?), label)
@@ -281,6 +313,18 @@ impl<'a> Head<'a> {
         Some(u64::from_le_bytes(*self.bytes(at, 8)?.first_chunk()?))
     }
 
+    pub(crate) fn be16(self, at: usize) -> Option<u16> {
+        self.u16(at).map(u16::swap_bytes)
+    }
+
+    pub(crate) fn be32(self, at: usize) -> Option<u32> {
+        self.u32(at).map(u32::swap_bytes)
+    }
+
+    pub(crate) fn be64(self, at: usize) -> Option<u64> {
+        self.u64(at).map(u64::swap_bytes)
+    }
+
     /// An id as Windows and the GPT write it.
     pub(crate) fn guid(self, at: usize) -> Option<Uuid> {
         Some(Uuid::from_bytes_le(*self.bytes(at, 16)?.first_chunk()?))
@@ -347,7 +391,8 @@ mod tests {
 
     #[test]
     fn magic_numbers_tell_the_others() {
-        let cases: [(&[(usize, &[u8])], _); 9] = [
+        type Parts<'a> = &'a [(usize, &'a [u8])];
+        let cases: [(Parts<'_>, _); 9] = [
             (&[(3, b"NTFS    ")], FileSystemKind::Ntfs),
             (&[(3, b"EXFAT   ")], FileSystemKind::ExFat),
             (&[(3, b"-FVE-FS-")], FileSystemKind::BitLocker),

@@ -17,6 +17,7 @@ pub mod reconcile;
 pub mod restore;
 pub mod scan;
 pub mod source;
+pub mod sources;
 pub mod state;
 pub mod survey;
 pub mod transfer;

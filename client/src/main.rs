@@ -48,6 +48,9 @@ fn print(matches: &ArgMatches, json: &serde_json::Value, text: &str) {
 fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     let settings = cli::loader().load(matches, std::env::vars_os()).map_err(Failure::usage)?;
     let _log = log::start(settings.log_plan()).map_err(Failure::usage)?;
+    if name == "sources" {
+        return cli::sources(&settings);
+    }
     let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

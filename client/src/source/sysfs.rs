@@ -4,6 +4,8 @@ use std::{fs, path::PathBuf};
 
 use janus_proto::ids::DiskId;
 
+use crate::sources::Stillness;
+
 /// A block device by number.
 #[derive(Debug)]
 pub struct Device {
@@ -23,6 +25,28 @@ impl Device {
         let mut found = vec![self.number.clone()];
         collect(&self.folder, &mut found, 0);
         found
+    }
+
+    /// Its partition with this number, as the kernel has it.
+    pub fn partition(&self, number: u32) -> Option<Self> {
+        let inside = fs::read_dir(&self.folder).ok()?.flatten();
+        let is_it = |entry: &fs::DirEntry| {
+            let text = fs::read_to_string(entry.path().join("partition"));
+            text.is_ok_and(|text| text.trim() == number.to_string())
+        };
+        let folder = inside.filter(is_it).map(|entry| entry.path()).next()?;
+        let device = fs::read_to_string(folder.join("dev")).ok()?;
+        Some(Self { number: device.trim().to_owned(), folder })
+    }
+
+    /// Snapshots that could be made of it.
+    pub fn snapshots(&self) -> Option<Stillness> {
+        if self.read("dm/uuid").is_some_and(|uuid| uuid.starts_with("LVM-")) {
+            return Some(Stillness::LvmSnapshot);
+        }
+        let name = fs::canonicalize(&self.folder).ok()?;
+        let is_zvol = name.file_name()?.to_str()?.starts_with("zd");
+        is_zvol.then_some(Stillness::ZfsSnapshot)
     }
 
     /// Logical sector size, when it is one we can keep.
