@@ -9,6 +9,7 @@ pub mod delta;
 pub mod dry_run;
 pub mod journal;
 pub mod link;
+pub mod nbd;
 pub mod progress;
 pub mod ranges;
 pub mod reading;
