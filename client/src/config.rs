@@ -10,7 +10,7 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{link::Direct, reading::Policy};
+use crate::{link::Direct, nbd, reading::Policy};
 
 /// Settings as they stand in the file; see `client.example.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,7 +26,7 @@ pub struct Settings {
     pub ca: PathBuf,
     /// Folder of the hash cache, the lock and the record of an open run.
     pub cache_path: PathBuf,
-    /// Disks to back up: `/dev/sdb` or `name=/path/disk.img`.
+    /// Disks to back up: `/dev/sdb`, `name=/path/disk.img`, `name=nbd://host/export`, `name=qcow2:/path/disk.qcow2`.
     pub disks: Vec<String>,
     /// Read disks that are mounted writable.
     pub allow_live: bool,
@@ -89,7 +89,9 @@ pub enum ConfigError {
     #[error("no disk is set; add disks = [\"NAME=/dev/sdX\"] to the settings, or --disks")]
     NoDisks,
     /// A disk can't be understood.
-    #[error("disks: {text:?} is neither /PATH nor NAME=/PATH: {reason}")]
+    #[error(
+        "disks: {text:?} is none of /PATH, qcow2:/PATH, nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH, also with NAME= before it: {reason}"
+    )]
     Disk {
         /// As written.
         text: String,
@@ -109,7 +111,7 @@ pub enum ConfigError {
 pub struct DiskSpec {
     /// Its id; else the disk itself must tell one.
     pub name: Option<DiskId>,
-    /// Block device or image file.
+    /// Block device, image file, or what else [`crate::source::Source::open`] takes.
     pub path: PathBuf,
 }
 
@@ -126,6 +128,9 @@ impl DiskSpec {
         };
         if path.is_empty() {
             return Err(bad("the path is missing".into()));
+        }
+        if nbd::uri::is_uri(path) {
+            nbd::Uri::parse(path).map_err(bad)?;
         }
         Ok(Self { name, path: path.into() })
     }

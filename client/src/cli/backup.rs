@@ -14,7 +14,7 @@ use crate::{
     journal::memory::Memory,
     progress::{self, Progress},
     ranges::Ranges,
-    reading::{Heard, Known, Planned, Policy, Reading},
+    reading::{Heard, Journalled, Known, Planned, Policy, Reading},
     source::Source,
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
@@ -128,7 +128,14 @@ fn plan(source: &Source, cache: &DiskCache, policy: Policy) -> Planned {
         zeros: Ranges::new(),
         now: time::OffsetDateTime::now_utc().unix_timestamp(),
     };
-    Planned::new(Reading::plan(known, &[], policy), cache.cursor_digest())
+    let whole = |journal| Journalled {
+        start: 0,
+        len: source.size_bytes(),
+        name: "the disk".into(),
+        journal,
+    };
+    let journals: Vec<_> = source.journal().map(whole).into_iter().collect();
+    Planned::new(Reading::plan(known, &journals, policy), cache.cursor_digest())
 }
 
 fn kind(disk: &DiskReport) -> &'static str {
