@@ -8,6 +8,8 @@ use std::fmt;
 use crate::ranges::Ranges;
 
 pub mod memory;
+pub mod ntfs_usn;
+mod packed;
 
 /// Where hints come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -133,6 +135,45 @@ pub enum Distrust {
     #[error("{what}")]
     Untracked {
         /// What nobody tracks.
+        what: String,
+    },
+    /// The journal has another id.
+    #[error("the change journal was made anew")]
+    Recreated,
+    /// The journal is gone, or going.
+    #[error("the change journal was deleted")]
+    Deleted,
+    /// The journal goes on under another stamp.
+    #[error("the change journal was stopped meanwhile")]
+    Restamped,
+    /// Its oldest record is younger than the last backup.
+    #[error("the change journal no longer reaches back to the last backup")]
+    Wrapped,
+    /// What stood before the cursor stands there no more.
+    #[error("the volume was rolled back")]
+    RolledBack,
+    /// It has other sizes or another serial number.
+    #[error("it is another volume than at the last backup, or has another size")]
+    OtherVolume,
+    /// What is on the disk is not the last word.
+    #[error("the volume is not at rest: {what}")]
+    NotAtRest {
+        /// How that is known.
+        what: String,
+    },
+    /// Its log was emptied, as ntfs-3g does.
+    #[error("a driver that keeps no change journal has used the volume")]
+    ForeignDriver,
+    /// Of a version that is not known here, or not as it should be.
+    #[error("the change journal can't be understood: {what}")]
+    NotUnderstood {
+        /// What.
+        what: String,
+    },
+    /// The volume's structures can't be used.
+    #[error("the volume can't be understood: {what}")]
+    Damaged {
+        /// What.
         what: String,
     },
 }

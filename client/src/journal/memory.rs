@@ -1,10 +1,10 @@
 //! What a disk's next run has to know of the journals: their cursors, and when everything was compared last.
 //!
-//! The cache keeps it as bytes: a `u32` (little-endian) with the length of a JSON head, the head, the volumes' cursors.
+//! Packed, the volumes' cursors follow the head.
 
 use serde::{Deserialize, Serialize};
 
-use super::JournalKind;
+use super::{JournalKind, packed};
 
 const FORMAT: u32 = 1;
 
@@ -63,9 +63,7 @@ struct HeadVolume {
 impl Memory {
     /// Reads it; `None` when there is nothing, or nothing that this version understands.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
-        let (length, rest) = bytes.split_first_chunk::<4>()?;
-        let (head, mut cursors) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
-        let head: Head = serde_json::from_slice(head).ok()?;
+        let (head, mut cursors): (Head, _) = packed::unpack(bytes)?;
         if head.format != FORMAT {
             return None;
         }
@@ -98,12 +96,8 @@ impl Memory {
             skipped,
             volumes: volumes.iter().map(of).collect(),
         };
-        // Numbers and names only: that can always be written. Nothing is remembered if not.
-        let head = serde_json::to_vec(&head).unwrap_or_default();
-        let mut bytes = (head.len() as u32).to_le_bytes().to_vec();
-        bytes.extend(head);
-        volumes.iter().for_each(|volume| bytes.extend(&volume.cursor));
-        bytes
+        let cursors = volumes.iter().map(|volume| volume.cursor.as_slice());
+        packed::pack(&head, cursors)
     }
 
     /// True when the next run would do the same without it.

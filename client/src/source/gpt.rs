@@ -33,8 +33,8 @@ fn parse(header: &[u8; 512]) -> Option<DiskId> {
     if guid.is_nil() { None } else { guid.hyphenated().to_string().parse().ok() }
 }
 
-/// CRC-32 (ISO 3309), as GPT uses it; only ever over one header.
-fn crc32(bytes: &[u8]) -> u32 {
+/// CRC-32 (ISO 3309), as GPT uses it; only ever over one table.
+pub(crate) fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0u32, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
             (crc >> 1) ^ (0xEDB8_8320 & (crc & 1).wrapping_neg())

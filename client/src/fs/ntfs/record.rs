@@ -1,0 +1,206 @@
+//! MFT records: the attributes of a file.
+
+use super::{
+    Boot, FsError,
+    runs::{self, Run},
+};
+
+pub(super) const ATTRIBUTE_LIST: u32 = 0x20;
+const END: u32 = 0xFFFF_FFFF;
+/// What a record's check words stand for: so many bytes each, whatever the sector size.
+const FIXUP_STRIDE: usize = 512;
+
+/// A record in use.
+#[derive(Debug, Clone)]
+pub(crate) struct Record {
+    /// Its place in the MFT.
+    pub(crate) number: u64,
+    /// It is a folder.
+    pub(crate) is_folder: bool,
+    /// The first record of its file: another one where the attributes did not fit into one.
+    pub(crate) base: u64,
+    /// Its attributes.
+    pub(crate) attributes: Vec<Attribute>,
+    /// Tells contents apart: all of it but the check words.
+    pub(crate) digest: u64,
+}
+
+/// An attribute.
+#[derive(Debug, Clone)]
+pub(crate) struct Attribute {
+    /// Its type.
+    pub(crate) kind: u32,
+    /// Its name; most have none.
+    pub(crate) name: String,
+    /// Its content.
+    pub(crate) body: Body,
+}
+
+/// Where an attribute's content is.
+#[derive(Debug, Clone)]
+pub(crate) enum Body {
+    /// Here.
+    Resident(Vec<u8>),
+    /// In clusters.
+    Mapped(Mapped),
+}
+
+/// A stream in clusters, or a part of one.
+#[derive(Debug, Clone)]
+pub(crate) struct Mapped {
+    /// First cluster of this part in the stream.
+    pub(crate) first_vcn: u64,
+    /// Bytes; told by the first part only.
+    pub(crate) size_bytes: u64,
+    /// Bytes that were written; the rest reads as zeros.
+    pub(crate) initialised_bytes: u64,
+    /// The clusters of this part.
+    pub(crate) runs: Vec<Run>,
+}
+
+impl Attribute {
+    /// True when it has this type and name.
+    pub(crate) fn is(&self, kind: u32, name: &str) -> bool {
+        self.kind == kind && self.name == name
+    }
+}
+
+impl Record {
+    /// A record from the MFT; `None` when it isn't in use. Its check words are put back in place.
+    pub(super) fn parse(
+        number: u64,
+        bytes: &mut [u8],
+        boot: &Boot,
+    ) -> Result<Option<Self>, FsError> {
+        // One that was never used is zeros; BAAD is what a check left of a torn one.
+        if !bytes.starts_with(b"FILE") || Bytes(bytes).u16(22)? & 1 == 0 {
+            return if bytes.starts_with(b"BAAD") { Err(damaged(number)) } else { Ok(None) };
+        }
+        put_back(bytes, number)?;
+        let head = Bytes(bytes);
+        let used = head.u32(24)? as usize;
+        let body = Bytes(bytes.get(..used).ok_or_else(|| damaged(number))?);
+        let base = body.u64(32)? & 0xFFFF_FFFF_FFFF;
+        let mut record = Self {
+            number,
+            is_folder: body.u16(22)? & 2 != 0,
+            base: if base == 0 { number } else { base },
+            attributes: Vec::new(),
+            digest: digest(bytes, head)?,
+        };
+        let mut at = usize::from(body.u16(20)?);
+        loop {
+            let kind = body.u32(at)?;
+            if kind == END {
+                return Ok(Some(record));
+            }
+            let len = body.u32(at + 4)? as usize;
+            if len < 24 || !len.is_multiple_of(8) {
+                return Err(damaged(number));
+            }
+            let bytes = body.part(at, len)?;
+            record.attributes.push(attribute(kind, bytes, boot).map_err(|_| damaged(number))?);
+            at += len;
+        }
+    }
+
+    /// A stream in clusters, or its first part.
+    pub(crate) fn stream(&self, kind: u32, name: &str) -> Option<&Mapped> {
+        self.attributes.iter().find_map(|one| match &one.body {
+            Body::Mapped(mapped) if one.is(kind, name) => Some(mapped),
+            _ => None,
+        })
+    }
+}
+
+fn damaged(number: u64) -> FsError {
+    FsError::damaged(format!("MFT record {number} makes no sense"))
+}
+
+/// The last two bytes of each 512 stand in the header, and a check word in their place.
+fn put_back(bytes: &mut [u8], number: u64) -> Result<(), FsError> {
+    let head = Bytes(bytes);
+    let (at, count) = (usize::from(head.u16(4)?), usize::from(head.u16(6)?));
+    if count != bytes.len() / FIXUP_STRIDE + 1 {
+        return Err(damaged(number));
+    }
+    let words = Bytes(bytes).part(at, count * 2)?.0.to_vec();
+    for (stride, word) in bytes.chunks_exact_mut(FIXUP_STRIDE).zip(words.chunks_exact(2).skip(1)) {
+        let end = &mut stride[FIXUP_STRIDE - 2..];
+        if *end != words[..2] {
+            return Err(FsError::damaged(format!("MFT record {number} is torn")));
+        }
+        end.copy_from_slice(word);
+    }
+    Ok(())
+}
+
+fn digest(bytes: &[u8], head: Bytes<'_>) -> Result<u64, FsError> {
+    let (at, count) = (usize::from(head.u16(4)?), usize::from(head.u16(6)?));
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&bytes[..at]);
+    hasher.update(bytes.get(at + count * 2..).unwrap_or_default());
+    let hash = hasher.finalize();
+    Ok(u64::from_le_bytes(*hash.as_bytes().first_chunk().unwrap_or(&[0; 8])))
+}
+
+fn attribute(kind: u32, bytes: Bytes<'_>, boot: &Boot) -> Result<Attribute, FsError> {
+    let name = bytes.part(usize::from(bytes.u16(10)?), usize::from(bytes.u8(9)?) * 2)?;
+    let name = text(name.0);
+    if bytes.u8(8)? == 0 {
+        let content = bytes.part(usize::from(bytes.u16(20)?), bytes.u32(16)? as usize)?;
+        return Ok(Attribute { kind, name, body: Body::Resident(content.0.to_vec()) });
+    }
+    let (first_vcn, last) = (bytes.u64(16)?, bytes.u64(24)?);
+    // The last cluster of an empty stream is the one before the first.
+    let end = last.wrapping_add(1);
+    let most = u64::MAX / boot.cluster_bytes;
+    if first_vcn > end || end > most {
+        return Err(FsError::damaged("a stream of impossible length"));
+    }
+    let pairs = bytes.0.get(usize::from(bytes.u16(32)?)..).unwrap_or_default();
+    let runs = runs::parse(pairs, first_vcn, end)?;
+    let (size_bytes, initialised_bytes) =
+        if first_vcn == 0 { (bytes.u64(48)?, bytes.u64(56)?) } else { (0, 0) };
+    let mapped = Mapped { first_vcn, size_bytes, initialised_bytes, runs };
+    Ok(Attribute { kind, name, body: Body::Mapped(mapped) })
+}
+
+/// UTF-16 as text; what isn't any is replaced.
+pub(crate) fn text(bytes: &[u8]) -> String {
+    let units = bytes.chunks_exact(2).map(|two| u16::from_le_bytes([two[0], two[1]]));
+    char::decode_utf16(units).map(|unit| unit.unwrap_or(char::REPLACEMENT_CHARACTER)).collect()
+}
+
+/// Bytes of others: what lies past their end is an error.
+#[derive(Clone, Copy)]
+pub(crate) struct Bytes<'a>(pub(crate) &'a [u8]);
+
+impl<'a> Bytes<'a> {
+    pub(crate) fn part(self, at: usize, len: usize) -> Result<Self, FsError> {
+        let end = at.checked_add(len);
+        let part = end.and_then(|end| self.0.get(at..end));
+        part.map(Self).ok_or_else(|| FsError::damaged("a structure ends too early"))
+    }
+
+    fn chunk<const N: usize>(self, at: usize) -> Result<[u8; N], FsError> {
+        let part = self.part(at, N)?;
+        part.0.first_chunk().copied().ok_or_else(|| FsError::damaged("a structure ends too early"))
+    }
+
+    pub(crate) fn u8(self, at: usize) -> Result<u8, FsError> {
+        self.chunk::<1>(at).map(|[byte]| byte)
+    }
+
+    pub(crate) fn u16(self, at: usize) -> Result<u16, FsError> {
+        self.chunk(at).map(u16::from_le_bytes)
+    }
+
+    pub(crate) fn u32(self, at: usize) -> Result<u32, FsError> {
+        self.chunk(at).map(u32::from_le_bytes)
+    }
+
+    pub(crate) fn u64(self, at: usize) -> Result<u64, FsError> {
+        self.chunk(at).map(u64::from_le_bytes)
+    }
+}

@@ -1,0 +1,235 @@
+//! NTFS: the USN journal, and the MFT as it was at the last backup.
+//!
+//! The journal alone misses what a defragmenter moves, what other drivers write, and files that stay open. So a file is
+//! believed to be unchanged only if
+//! - the volume is at rest: its log is closed, no check is due;
+//! - the journal is the same one, reaches back to the last backup, and the last record before the cursor stands there unchanged;
+//! - no record speaks of the file, and none that spoke of it earlier has left it open;
+//! - all its MFT records are byte by byte what they were.
+//!
+//! Always read are folders, the system's own files (`$MFT`, `$LogFile`, `$Extend/…`), page files, and `System Volume
+//! Information`, where shadow copies are written below the file system; and every cluster that no file has. The cursor
+//! keeps 8 bytes for each MFT record.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use self::{
+    files::Files,
+    stream::{Stream, UsnJournal},
+};
+use super::{Answer, Changes, Distrust, Journal, JournalKind, packed};
+use crate::{
+    fs::{
+        FsError,
+        ntfs::{LogState, Ntfs},
+    },
+    ranges::Ranges,
+    source::view::ReadAt,
+};
+
+mod files;
+mod record;
+mod stream;
+
+const FORMAT: u32 = 1;
+
+/// The journal of one volume.
+pub struct NtfsUsn<'a> {
+    volume: &'a dyn ReadAt,
+}
+
+impl<'a> NtfsUsn<'a> {
+    /// Of this volume.
+    pub fn new(volume: &'a dyn ReadAt) -> Self {
+        Self { volume }
+    }
+}
+
+impl Journal for NtfsUsn<'_> {
+    fn kind(&self) -> JournalKind {
+        JournalKind::NtfsUsn
+    }
+
+    fn changes(&self, cursor: Option<&[u8]>) -> Answer {
+        match Now::look(self.volume) {
+            Ok(now) => {
+                let old = cursor.and_then(Cursor::parse).ok_or(Distrust::NoCursor);
+                let open = old.as_ref().map(|old| old.head.open.clone()).unwrap_or_default();
+                let (changes, next) = match old.and_then(|old| now.since(&old)) {
+                    Ok((changes, open)) => (Ok(changes), now.cursor(open)),
+                    // What was open then may still be, whatever came between.
+                    Err(reason) => {
+                        (Err(reason), now.first_open(open).and_then(|open| now.cursor(open)))
+                    }
+                };
+                Answer { changes, next: next.ok() }
+            }
+            Err(reason) => Answer { changes: Err(reason), next: None },
+        }
+    }
+}
+
+/// What has to be known of a volume at the next backup.
+struct Cursor {
+    head: Head,
+    /// Digests of the MFT's records, 0: not in use.
+    records: Vec<u64>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Head {
+    format: u32,
+    serial: u64,
+    clusters: u64,
+    cluster_bytes: u64,
+    lsn: u64,
+    journal: u64,
+    /// First byte after the last record.
+    next_usn: u64,
+    /// The last record before it: its place and digest.
+    last: (u64, u64),
+    /// File references whose last record doesn't close them.
+    open: BTreeSet<u64>,
+}
+
+impl Cursor {
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let (head, records): (Head, _) = packed::unpack(bytes)?;
+        let (records, rest) = records.as_chunks::<8>();
+        let is_ours = head.format == FORMAT && rest.is_empty();
+        let records = records.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
+        is_ours.then_some(Self { head, records })
+    }
+
+    fn to_bytes(&self) -> Vec<u8> {
+        let records: Vec<_> = self.records.iter().flat_map(|digest| digest.to_le_bytes()).collect();
+        packed::pack(&self.head, [records.as_slice()])
+    }
+}
+
+/// A volume as it is now, at rest and with a journal.
+struct Now<'a> {
+    ntfs: Ntfs<'a>,
+    lsn: u64,
+    files: Files,
+    journal: UsnJournal,
+}
+
+impl<'a> Now<'a> {
+    fn look(volume: &'a dyn ReadAt) -> Result<Self, Distrust> {
+        let ntfs = Ntfs::open(volume)?;
+        let lsn = match ntfs.state_at_rest()? {
+            LogState::Closed { lsn } => lsn,
+            LogState::Empty => return Err(Distrust::ForeignDriver),
+        };
+        // Delete of the journal underway.
+        if ntfs.flags()? & 0x0010 != 0 {
+            return Err(Distrust::Deleted);
+        }
+        let files = Files::look(&ntfs)?;
+        let journal = UsnJournal::open(&ntfs, &files)?;
+        Ok(Self { ntfs, lsn, files, journal })
+    }
+
+    fn stream(&self) -> Stream<'_> {
+        Stream { ntfs: &self.ntfs, journal: &self.journal }
+    }
+
+    /// What may have changed since a cursor, and the files that are open now as far as the journal says.
+    fn since(&self, old: &Cursor) -> Result<(Changes, BTreeSet<u64>), Distrust> {
+        let (head, boot) = (&old.head, &self.ntfs.boot);
+        if (head.serial, head.clusters, head.cluster_bytes)
+            != (boot.serial, boot.clusters, boot.cluster_bytes)
+        {
+            return Err(Distrust::OtherVolume);
+        }
+        if head.journal != self.journal.id {
+            return Err(Distrust::Recreated);
+        }
+        if self.lsn < head.lsn || head.next_usn > self.journal.next_usn {
+            return Err(Distrust::RolledBack);
+        }
+        if head.next_usn < self.journal.lowest_valid_usn {
+            return Err(Distrust::Restamped);
+        }
+        let stream = self.stream();
+        let (usn, digest) = head.last;
+        if usn < self.journal.first_usn {
+            return Err(Distrust::Wrapped);
+        }
+        if stream.record_at(usn)?.is_none_or(|found| found.digest != digest) {
+            return Err(Distrust::RolledBack);
+        }
+        let (mut touched, mut open) = (head.open.clone(), head.open.clone());
+        stream.each(head.next_usn, |record| {
+            touched.insert(record.file);
+            if record.closes() {
+                open.remove(&record.file)
+            } else {
+                open.insert(record.file)
+            };
+        })?;
+        Ok((self.changes(&touched, &old.records)?, open))
+    }
+
+    fn changes(&self, touched: &BTreeSet<u64>, old: &[u64]) -> Result<Changes, Distrust> {
+        let bytes = |range: std::ops::Range<u64>| {
+            range.start * self.ntfs.boot.cluster_bytes..range.end * self.ntfs.boot.cluster_bytes
+        };
+        let (still, others) = self.files.divide(touched, old);
+        let free = self.ntfs.free_clusters()?;
+        let used = still.union(&others);
+        if let Some(both) = free.intersect(&used).iter().next() {
+            let what = format!("a file has cluster {}, which $Bitmap calls free", both.start);
+            return Err(Distrust::Damaged { what });
+        }
+        let unchanged = still.subtract(&others);
+        let all = Ranges::from(0..self.ntfs.volume_bytes());
+        let unread: Ranges = unchanged.union(&free).iter().map(bytes).collect();
+        Ok(Changes { changed: all.subtract(&unread), free: free.iter().map(bytes).collect() })
+    }
+
+    /// Files that the whole journal leaves open, with those of an older cursor.
+    fn first_open(&self, mut open: BTreeSet<u64>) -> Result<BTreeSet<u64>, Distrust> {
+        self.stream().each(self.journal.first_usn, |record| {
+            if record.closes() {
+                open.remove(&record.file)
+            } else {
+                open.insert(record.file)
+            };
+        })?;
+        Ok(open)
+    }
+
+    fn cursor(&self, open: BTreeSet<u64>) -> Result<Vec<u8>, Distrust> {
+        // Without a record the next run could not tell whether the volume was rolled back.
+        let last = self.stream().last()?.ok_or(Distrust::NoCursor)?;
+        let boot = &self.ntfs.boot;
+        let head = Head {
+            format: FORMAT,
+            serial: boot.serial,
+            clusters: boot.clusters,
+            cluster_bytes: boot.cluster_bytes,
+            lsn: self.lsn,
+            journal: self.journal.id,
+            next_usn: self.journal.next_usn,
+            last: (last.usn, last.digest),
+            open,
+        };
+        Ok(Cursor { head, records: self.files.digests() }.to_bytes())
+    }
+}
+
+impl From<FsError> for Distrust {
+    fn from(error: FsError) -> Self {
+        match error {
+            FsError::NotClean { what } => Self::NotAtRest { what },
+            error => Self::Damaged { what: error.to_string() },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,75 @@
+//! Records of the journal (`USN_RECORD_V2`, `_V3`, `_V4` of the Windows SDK).
+
+use super::Distrust;
+
+const CLOSE: u32 = 0x8000_0000;
+/// Longest record: a name of 255 characters behind the head of version 3, or a list of ranges.
+pub(super) const MAX_BYTES: usize = 4096;
+
+/// One record, as far as it is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct UsnRecord {
+    /// Its place in the stream.
+    pub(super) usn: u64,
+    /// Of which file: number of its MFT record, and in the upper 16 bits how often that was used.
+    pub(super) file: u64,
+    /// What happened.
+    reason: u32,
+    /// Its bytes.
+    pub(super) len: u64,
+    /// Tells contents apart.
+    pub(super) digest: u64,
+}
+
+impl UsnRecord {
+    /// True when nothing more can happen to the file without another record.
+    pub(super) fn closes(&self) -> bool {
+        self.reason & CLOSE != 0
+    }
+
+    /// The record that begins at `bytes`, which lies at `usn`; `None` where the page has no more.
+    pub(super) fn parse(bytes: &[u8], usn: u64) -> Result<Option<Self>, Distrust> {
+        let bad = |what: &str| Distrust::NotUnderstood { what: format!("{what} at {usn}") };
+        let short = || bad("a record is cut off");
+        let len = u32_at(bytes, 0).unwrap_or(0) as usize;
+        if len == 0 {
+            let is_end = bytes.iter().all(|byte| *byte == 0);
+            return if is_end { Ok(None) } else { Err(bad("zeros before a record")) };
+        }
+        let bytes = bytes.get(..len).filter(|_| len.is_multiple_of(8)).ok_or_else(short)?;
+        let major = u16_at(bytes, 4).ok_or_else(short)?;
+        let (usn_at, reason_at, least) = match major {
+            2 => (24, 40, 60),
+            3 => (40, 56, 76),
+            4 => (40, 48, 64),
+            other => return Err(bad(&format!("a record of version {other}"))),
+        };
+        if len < least || u64_at(bytes, usn_at) != Some(usn) {
+            return Err(bad("a record of another place"));
+        }
+        // The references of 128 bits of ReFS mean nothing on NTFS.
+        if major > 2 && u64_at(bytes, 16) != Some(0) {
+            return Err(bad("a reference of 128 bits"));
+        }
+        let hash = blake3::hash(bytes);
+        Ok(Some(Self {
+            usn,
+            file: u64_at(bytes, 8).ok_or_else(short)?,
+            reason: u32_at(bytes, reason_at).ok_or_else(short)?,
+            len: len as u64,
+            digest: u64_at(hash.as_bytes(), 0).ok_or_else(short)?,
+        }))
+    }
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
+}

@@ -1,0 +1,176 @@
+//! An NTFS image and the process that changes it as a driver would.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader, Write},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+};
+
+use janus_client::{
+    journal::{Journal, ntfs_usn::NtfsUsn},
+    ranges::Ranges,
+};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+use serde_json::{Value, json};
+use xtask::site::workspace;
+
+/// libntfs in a process of its own.
+pub struct Library {
+    child: Child,
+    requests: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+/// What it says after changes.
+pub struct Changed {
+    /// One for each operation.
+    pub answers: Vec<Value>,
+    bitmap: Vec<u8>,
+}
+
+impl Changed {
+    /// What `$Bitmap` says.
+    pub fn is_used(&self, cluster: u64) -> bool {
+        self.bitmap[(cluster / 8) as usize] >> (cluster % 8) & 1 == 1
+    }
+}
+
+impl Library {
+    pub fn start() -> Self {
+        let mut python = Command::new("python3");
+        python.arg(workspace().join("client/tests/ntfs/volume.py"));
+        let mut child = python.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let answers = BufReader::new(child.stdout.take().unwrap());
+        Self { requests: child.stdin.take().unwrap(), answers, child }
+    }
+
+    /// Mounts, changes and unmounts; `clean`: the log is left closed.
+    pub fn change(&mut self, volume: &mut Volume, operations: Vec<Value>, clean: bool) -> Changed {
+        volume.lsn += 100;
+        let request = json!({
+            "image": volume.path(), "operations": operations, "lsn": volume.lsn, "clean": clean,
+            "bitmap_bytes": volume.clusters().div_ceil(64) * 8,
+        });
+        writeln!(self.requests, "{request}").unwrap();
+        let mut line = String::new();
+        self.answers.read_line(&mut line).unwrap();
+        let answer: Value = serde_json::from_str(&line).unwrap();
+        assert!(answer["error"].is_null(), "{answer}: {request}");
+        Changed {
+            answers: answer["answers"].as_array().unwrap().clone(),
+            bitmap: hex::decode(answer["bitmap"].as_str().unwrap()).unwrap(),
+        }
+    }
+}
+
+impl Drop for Library {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An image file.
+pub struct Volume {
+    _folder: tempfile::TempDir,
+    path: PathBuf,
+    cluster_bytes: u64,
+    /// Of its log.
+    pub lsn: u64,
+}
+
+impl Volume {
+    pub fn new(mib: u64, cluster_bytes: u64) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("volume");
+        File::create(&path).unwrap().set_len(mib << 20).unwrap();
+        let mut mkntfs = Command::new("mkntfs");
+        mkntfs.args(["-Q", "-F", "-q", "-c", &cluster_bytes.to_string()]).arg(&path);
+        assert!(mkntfs.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
+        Self { _folder: folder, path, cluster_bytes, lsn: 1 << 20 }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn file(&self) -> File {
+        File::options().read(true).write(true).open(&self.path).unwrap()
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        fs::read(&self.path).unwrap()
+    }
+
+    pub fn put_back(&self, bytes: &[u8]) {
+        fs::write(&self.path, bytes).unwrap();
+    }
+
+    pub fn cluster_bytes(&self) -> u64 {
+        self.cluster_bytes
+    }
+
+    /// Whole clusters; the last sector is the boot sector's copy.
+    pub fn clusters(&self) -> u64 {
+        (self.file().metadata().unwrap().len() - 512) / self.cluster_bytes
+    }
+
+    pub fn fill(&self, ranges: &Ranges, byte: u8) {
+        for range in ranges.iter() {
+            let bytes = vec![byte; (range.end - range.start) as usize];
+            self.file().write_all_at(&bytes, range.start).unwrap();
+        }
+    }
+
+    /// Files of the root folder with their contents, by another reader.
+    pub fn contents(&self) -> Vec<(String, Vec<u8>)> {
+        let list = Command::new("ntfsls").arg(&self.path).output().unwrap();
+        assert!(list.status.success(), "{list:?}");
+        let names = String::from_utf8(list.stdout).unwrap();
+        let read = |name: &str| {
+            let content = Command::new("ntfscat").arg(&self.path).arg(name).output().unwrap();
+            assert!(content.status.success(), "{name}: {content:?}");
+            (name.to_owned(), content.stdout)
+        };
+        names.lines().filter(|name| name.starts_with('f')).map(read).collect()
+    }
+}
+
+/// Flips some bytes of structures; says what came of it. Panics and hangs are the failures looked for.
+pub fn mutated(image: &[u8], cursor: &[u8], seed: u64) -> &'static str {
+    let mut random = SmallRng::seed_from_u64(seed);
+    let (mut image, mut cursor) = (image.to_vec(), cursor.to_vec());
+    // Places of structures: all sectors that aren't empty, the first ones above all.
+    let sectors: Vec<usize> = (0..image.len() / 512)
+        .filter(|sector| image[sector * 512..][..512].iter().any(|byte| *byte != 0))
+        .collect();
+    for _ in 0..random.random_range(1..4) {
+        let sector = match random.random_bool(0.3) {
+            true => 0,
+            false => sectors[random.random_range(0..sectors.len().min(600))],
+        };
+        let at = sector * 512 + random.random_range(0..512);
+        image[at] = match random.random_range(0..4) {
+            0 => 0,
+            1 => 0xFF,
+            2 => image[at] ^ 1 << random.random_range(0..8),
+            _ => random.random(),
+        };
+    }
+    if random.random_bool(0.2) {
+        let at = random.random_range(0..cursor.len());
+        cursor[at] = random.random();
+    }
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&image, 0).unwrap();
+    let free = janus_client::fs::ntfs::free(&file).is_ok();
+    let answer = NtfsUsn::new(&file).changes(Some(&cursor));
+    match (free, answer.changes.is_ok()) {
+        (true, true) => "both answer",
+        (true, false) => "free space only",
+        (false, true) => "journal only",
+        (false, false) => "neither answers",
+    }
+}
