@@ -35,7 +35,7 @@ pub fn loader() -> Loader<Settings> {
         ("disks", "Disks to back up: /dev/sdX or NAME=/path/to/image"),
         ("allow_live", "Read disks that are mounted writable"),
         ("hash_threads", "Threads that read and hash; 0: one for each core"),
-        ("skip_free", "Count free space of NTFS as zeros"),
+        ("skip_free", "Count free space of NTFS, ext4 and XFS as zeros"),
         ("skip_volumes", "Volumes to count as zeros: DISK/NUMBER"),
         ("full_compare_runs", "Everything is compared after so many backups; 0: not for that"),
         ("full_compare_days", "Everything is compared after so many days; 0: not for that"),

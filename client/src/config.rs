@@ -10,7 +10,7 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{link::Direct, reading::Policy, survey::Choice};
+use crate::{link::Direct, nbd, reading::Policy, survey::Choice};
 
 /// Settings as they stand in the file; see `client.example.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,13 +26,13 @@ pub struct Settings {
     pub ca: PathBuf,
     /// Folder of the hash cache, the lock and the record of an open run.
     pub cache_path: PathBuf,
-    /// Disks to back up: `/dev/sdb` or `name=/path/disk.img`.
+    /// Disks to back up: `/dev/sdb`, `name=/path/disk.img`, `name=nbd://host/export`, `name=qcow2:/path/disk.qcow2`.
     pub disks: Vec<String>,
     /// Read disks that are mounted writable.
     pub allow_live: bool,
     /// Threads that read and hash; 0: one for each core.
     pub hash_threads: usize,
-    /// Count free space of NTFS as zeros.
+    /// Count free space of NTFS, ext4 and XFS as zeros.
     pub skip_free: bool,
     /// Volumes to count as zeros: `DISK/NUMBER`.
     pub skip_volumes: Vec<String>,
@@ -95,7 +95,9 @@ pub enum ConfigError {
     #[error("no disk is set; add disks = [\"NAME=/dev/sdX\"] to the settings, or --disks")]
     NoDisks,
     /// A disk can't be understood.
-    #[error("disks: {text:?} is neither /PATH nor NAME=/PATH: {reason}")]
+    #[error(
+        "disks: {text:?} is none of /PATH, qcow2:/PATH, nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH, also with NAME= before it: {reason}"
+    )]
     Disk {
         /// As written.
         text: String,
@@ -118,7 +120,7 @@ pub enum ConfigError {
 pub struct DiskSpec {
     /// Its id; else the disk itself must tell one.
     pub name: Option<DiskId>,
-    /// Block device or image file.
+    /// Block device, image file, or what else [`crate::source::Source::open`] takes.
     pub path: PathBuf,
 }
 
@@ -135,6 +137,9 @@ impl DiskSpec {
         };
         if path.is_empty() {
             return Err(bad("the path is missing".into()));
+        }
+        if nbd::uri::is_uri(path) {
+            nbd::Uri::parse(path).map_err(bad)?;
         }
         Ok(Self { name, path: path.into() })
     }

@@ -10,6 +10,7 @@ pub mod dry_run;
 pub mod fs;
 pub mod journal;
 pub mod link;
+pub mod nbd;
 pub mod progress;
 pub mod ranges;
 pub mod reading;

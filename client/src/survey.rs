@@ -90,15 +90,22 @@ impl Choice {
             .filter(journalled)
             .map(|volume| (volume, View::new(source, volume.start, volume.len)))
             .collect();
-        let journals: Vec<_> = views
-            .iter()
-            .map(|(volume, view)| Journalled {
-                start: volume.start,
-                len: volume.len,
-                name: volume.name(),
-                journal: Box::new(NtfsUsn::new(view)),
-            })
-            .collect();
+        let journals = match source.journal() {
+            // It speaks for all of the disk, and exactly.
+            Some(journal) if is_still => {
+                let (len, name) = (source.size_bytes(), "the disk".into());
+                vec![Journalled { start: 0, len, name, journal }]
+            }
+            _ => views
+                .iter()
+                .map(|(volume, view)| Journalled {
+                    start: volume.start,
+                    len: volume.len,
+                    name: volume.name(),
+                    journal: Box::new(NtfsUsn::new(view)),
+                })
+                .collect(),
+        };
         let known = Known {
             disk: source.disk_id().as_str(),
             memory: Memory::parse(&cache.cursor()),
@@ -134,6 +141,10 @@ impl Choice {
         let view = View::new(source, volume.start, volume.len);
         let free = match volume.file_system {
             Some(FileSystemKind::Ntfs) => fs::ntfs::free(&view),
+            Some(FileSystemKind::Ext2 | FileSystemKind::Ext3 | FileSystemKind::Ext4) => {
+                fs::ext4::free(&view)
+            }
+            Some(FileSystemKind::Xfs) => fs::xfs::free(&view),
             _ => return Ranges::new(),
         };
         match free {

@@ -181,7 +181,10 @@ impl From<StateError> for Failure {
 
 impl From<SourceError> for Failure {
     fn from(error: SourceError) -> Self {
-        let is_setting = matches!(error, SourceError::Nameless { .. } | SourceError::Twice { .. });
+        let is_setting = matches!(
+            error,
+            SourceError::Nameless { .. } | SourceError::Twice { .. } | SourceError::Uri { .. }
+        );
         Self::new(if is_setting { USAGE } else { SOURCE }, error)
     }
 }

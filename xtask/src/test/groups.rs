@@ -43,6 +43,7 @@ const PLACED: &[(&str, &str)] = &[
     ("damage", "restore"),
     ("vhd", "restore"),
     ("links", "client"),
+    ("nbd", "sources"),
     ("reasons", "security"),
     ("ntfs", "sources"),
     ("reading", "sources"),
