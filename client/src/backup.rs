@@ -518,7 +518,10 @@ async fn finish(
     let reading = disk.reading.clone();
     let remembered = tokio::task::spawn_blocking(move || {
         let stage = disk.take_stage().ok_or(CacheError::StaleStage)?;
-        disk.cache.commit(stage, &server, head, disk.cursor())
+        disk.cache.commit(stage, &server, head, disk.cursor())?;
+        // Not before: without what the cache says now, the next run needs what this one needed.
+        disk.source.committed();
+        Ok::<(), CacheError>(())
     });
     match remembered.await {
         Ok(Ok(())) => {}

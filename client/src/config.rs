@@ -10,7 +10,7 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{choice::Choice, link::Direct, reading::Policy};
+use crate::{link::Direct, nbd, reading::Policy, survey::Choice};
 
 /// Settings as they stand in the file; see `client.example.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -26,12 +26,8 @@ pub struct Settings {
     pub ca: PathBuf,
     /// Folder of the hash cache, the lock and the record of an open run.
     pub cache_path: PathBuf,
-    /// Disks to back up: `/dev/sdb` or `name=/path/disk.img`.
+    /// Disks to back up: `/dev/sdb`, `name=/path/disk.img`, `name=nbd://host/export`, `name=qcow2:/path/disk.qcow2`.
     pub disks: Vec<String>,
-    /// Of the disks named here only these volumes: `DISK/NUMBER`. Of others all.
-    pub volumes: Vec<String>,
-    /// Free space of NTFS, ext4 and XFS counts as zeros.
-    pub skip_free: bool,
     /// Read disks that are mounted writable.
     pub allow_live: bool,
     /// Program with its arguments that runs before a backup; it fails when that fails.
@@ -42,6 +38,10 @@ pub struct Settings {
     pub hook_seconds: u64,
     /// Threads that read and hash; 0: one for each core.
     pub hash_threads: usize,
+    /// Count free space of NTFS, ext4 and XFS as zeros.
+    pub skip_free: bool,
+    /// Volumes to count as zeros: `DISK/NUMBER`.
+    pub skip_volumes: Vec<String>,
     /// Everything is compared after so many backups, whatever a change journal says; 0: never for that reason.
     pub full_compare_runs: u32,
     /// Everything is compared after so many days, whatever a change journal says; 0: never for that reason.
@@ -71,13 +71,13 @@ impl Default for Settings {
             ca: "ca.pem".into(),
             cache_path: "/var/cache/janus-client".into(),
             disks: Vec::new(),
-            volumes: Vec::new(),
-            skip_free: false,
             allow_live: false,
             pre_backup: Vec::new(),
             post_backup: Vec::new(),
             hook_seconds: 300,
             hash_threads: 0,
+            skip_free: false,
+            skip_volumes: Vec::new(),
             full_compare_runs: Policy::default().full_compare_runs,
             full_compare_days: Policy::default().full_compare_days,
             audit_percent: Policy::default().audit_percent,
@@ -104,7 +104,9 @@ pub enum ConfigError {
     #[error("no disk is set; add disks = [\"NAME=/dev/sdX\"] to the settings, or --disks")]
     NoDisks,
     /// A disk can't be understood.
-    #[error("disks: {text:?} is neither /PATH nor NAME=/PATH: {reason}")]
+    #[error(
+        "disks: {text:?} is none of /PATH, qcow2:/PATH, nbd://HOST/EXPORT, nbd+unix:///EXPORT?socket=PATH, also with NAME= before it: {reason}"
+    )]
     Disk {
         /// As written.
         text: String,
@@ -112,7 +114,7 @@ pub enum ConfigError {
         reason: String,
     },
     /// A volume can't be understood.
-    #[error("volumes: {0}")]
+    #[error("skip_volumes: {0:?} is not DISK/NUMBER, as `janus-client sources` shows them")]
     Volume(String),
     /// More than all.
     #[error("audit_percent: {0} is not a share of 0 to 100")]
@@ -127,7 +129,7 @@ pub enum ConfigError {
 pub struct DiskSpec {
     /// Its id; else the disk itself must tell one.
     pub name: Option<DiskId>,
-    /// Block device or image file.
+    /// Block device, image file, or what else [`crate::source::Source::open`] takes.
     pub path: PathBuf,
 }
 
@@ -144,6 +146,9 @@ impl DiskSpec {
         };
         if path.is_empty() {
             return Err(bad("the path is missing".into()));
+        }
+        if nbd::uri::is_uri(path) {
+            nbd::Uri::parse(path).map_err(bad)?;
         }
         Ok(Self { name, path: path.into() })
     }
@@ -188,13 +193,23 @@ impl Settings {
         }
     }
 
-    /// What of the disks travels.
+    /// What is left out.
     ///
     /// # Errors
     /// When a volume can't be understood.
     pub fn choice(&self) -> Result<Choice, ConfigError> {
-        let volumes: Result<_, _> = self.volumes.iter().map(|text| text.parse()).collect();
-        Ok(Choice { volumes: volumes.map_err(ConfigError::Volume)?, skip_free: self.skip_free })
+        let parse = |text: &String| {
+            let (disk, number) = text.rsplit_once('/')?;
+            Some((disk.parse().ok()?, number.parse().ok()?))
+        };
+        let skip_volumes = self
+            .skip_volumes
+            .iter()
+            .map(|text| parse(text).ok_or_else(|| ConfigError::Volume(text.clone())));
+        Ok(Choice {
+            skip_free: self.skip_free,
+            skip_volumes: skip_volumes.collect::<Result<_, _>>()?,
+        })
     }
 
     /// How far change journals are trusted.

@@ -95,6 +95,48 @@ pub enum Distrust {
     /// The hashes are those of a server, not of the time the cursor speaks of.
     #[error("the hashes were read from the server")]
     Reconciled,
+    /// The bitmap that began at the last backup isn't there.
+    #[error("the dirty bitmap {name} of the last backup is gone")]
+    BitmapGone {
+        /// Its name.
+        name: String,
+    },
+    /// QEMU itself doesn't trust it.
+    #[error(
+        "the dirty bitmap {name} is inconsistent: the program that wrote to the disk did not end properly"
+    )]
+    Inconsistent {
+        /// Its name.
+        name: String,
+    },
+    /// It was made by somebody else.
+    #[error("the dirty bitmap {name} has a granularity of {bytes} bytes, which ours have not")]
+    Granularity {
+        /// Its name.
+        name: String,
+        /// Bytes of one bit.
+        bytes: u64,
+    },
+    /// The disk isn't as large as it was.
+    #[error("the disk had {old} bytes and has {new}")]
+    Resized {
+        /// Bytes at the last backup.
+        old: u64,
+        /// Bytes now.
+        new: u64,
+    },
+    /// It can't be had.
+    #[error("the journal can't be read: {what}")]
+    Unreadable {
+        /// What is wrong.
+        what: String,
+    },
+    /// A part of the disk that is kept elsewhere may change without a trace.
+    #[error("{what}")]
+    Untracked {
+        /// What nobody tracks.
+        what: String,
+    },
     /// The journal has another id.
     #[error("the change journal was made anew")]
     Recreated,

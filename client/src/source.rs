@@ -1,4 +1,4 @@
-//! What is backed up: a whole disk, read from a block device or an image file.
+//! What is backed up: a whole disk, read from a block device, an image file or an NBD export.
 
 use std::{
     fs::{File, OpenOptions},
@@ -14,16 +14,25 @@ use janus_proto::{
 };
 use rustix::fs::SeekFrom;
 
-use crate::config::DiskSpec;
+use crate::{
+    config::DiskSpec,
+    journal::Journal,
+    nbd::{self, NbdError, NbdMedium, Uri, bitmap::QemuBitmap},
+};
 
 pub mod gpt;
 pub mod medium;
 pub mod mounts;
+pub mod qcow2;
 pub mod sysfs;
 pub mod view;
 
 pub use self::medium::Stretch;
-use self::medium::{FileMedium, Medium};
+use self::{
+    medium::{FileMedium, Medium},
+    qcow2::{Qcow2, Qcow2Error},
+    view::ReadAt,
+};
 
 /// Why a disk can't be backed up.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +83,36 @@ pub enum SourceError {
         /// Where it is mounted.
         mount: String,
     },
+    /// The URI says nothing that can be reached.
+    #[error("{}: {reason}", path.display())]
+    Uri {
+        /// As the settings have it.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The NBD export can't be had.
+    #[error("{}: {source}", path.display())]
+    Nbd {
+        /// The export.
+        path: PathBuf,
+        /// Why.
+        source: NbdError,
+    },
+    /// The qcow2 image can't be had.
+    #[error("{}: {source}", path.display())]
+    Qcow2 {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: Qcow2Error,
+    },
+    /// Nobody promises that an export stays as it is while it is read.
+    #[error("{}: the export is writable, so it may change while it is read; export it read-only (qemu-nbd -r) or as a snapshot (QEMU: fleecing with blockdev-backup), or set allow_live = true to accept a smeared copy", path.display())]
+    Writable {
+        /// The export.
+        path: PathBuf,
+    },
     /// The disk could not be read.
     #[error("{}: cannot be read at offset {offset}: {source}", path.display())]
     Read {
@@ -90,9 +129,25 @@ pub enum SourceError {
 #[derive(Debug)]
 pub struct Source {
     path: PathBuf,
-    medium: Box<dyn Medium>,
+    backing: Backing,
     disk_id: DiskId,
     consistency: Consistency,
+}
+
+/// Where it is read from.
+#[derive(Debug)]
+enum Backing {
+    File(FileMedium),
+    Export(Box<Export>),
+}
+
+/// An NBD export, and the image behind it where that is ours to serve.
+#[derive(Debug)]
+struct Export {
+    medium: NbdMedium,
+    image: Option<Qcow2>,
+    /// The dirty bitmap that began when it was frozen for this run.
+    begun: Option<String>,
 }
 
 impl Source {
@@ -102,6 +157,13 @@ impl Source {
     /// When it is missing, has an unusable size, can't be identified, or is mounted.
     pub fn open(spec: &DiskSpec, allow_live: bool) -> Result<Self, SourceError> {
         let path = spec.path.clone();
+        let text = path.to_string_lossy();
+        if nbd::uri::is_uri(&text) {
+            return Self::open_nbd(spec, &text, allow_live);
+        }
+        if let Some(image) = text.strip_prefix(qcow2::SCHEME) {
+            return Self::open_qcow2(spec, Path::new(image));
+        }
         // A pipe without a writer would keep a plain open for ever; files and disks don't mind.
         let file = OpenOptions::new()
             .read(true)
@@ -134,7 +196,85 @@ impl Source {
             .ok_or_else(|| SourceError::Nameless { path: path.clone() })?;
         let file = DirectFile::for_reading(file, &path);
         let medium = FileMedium::new(file, size_bytes, sector_bytes, device);
-        Ok(Self { path, medium: Box::new(medium), disk_id, consistency })
+        Ok(Self { path, backing: Backing::File(medium), disk_id, consistency })
+    }
+
+    fn open_nbd(spec: &DiskSpec, text: &str, allow_live: bool) -> Result<Self, SourceError> {
+        let path = spec.path.clone();
+        let uri =
+            Uri::parse(text).map_err(|reason| SourceError::Uri { path: path.clone(), reason })?;
+        let medium = NbdMedium::open(uri, nbd::Limits::default())
+            .map_err(|source| SourceError::Nbd { path: path.clone(), source })?;
+        let consistency = match (medium.is_read_only(), allow_live) {
+            (true, _) => Consistency::Crash,
+            (false, true) => {
+                tracing::warn!(path = %path.display(), "the export is writable: parts may be from different times");
+                Consistency::Smeared
+            }
+            (false, false) => return Err(SourceError::Writable { path }),
+        };
+        Self::of_export(spec, medium, None, consistency)
+    }
+
+    fn open_qcow2(spec: &DiskSpec, image: &Path) -> Result<Self, SourceError> {
+        let (image, medium) = Qcow2::open(image)
+            .map_err(|source| SourceError::Qcow2 { path: spec.path.clone(), source })?;
+        Self::of_export(spec, medium, Some(image), Consistency::Crash)
+    }
+
+    fn of_export(
+        spec: &DiskSpec,
+        medium: NbdMedium,
+        image: Option<Qcow2>,
+        consistency: Consistency,
+    ) -> Result<Self, SourceError> {
+        let (path, size_bytes) = (spec.path.clone(), medium.size_bytes());
+        if size_bytes == 0 || !size_bytes.is_multiple_of(512) || size_bytes > MAX_DISK_BYTES {
+            return Err(SourceError::Size { path, size_bytes });
+        }
+        let found = || gpt::disk_guid(&Bytes(&medium), medium.sector_bytes());
+        let disk_id = spec
+            .name
+            .clone()
+            .or_else(found)
+            .ok_or_else(|| SourceError::Nameless { path: path.clone() })?;
+        let begun = image.as_ref().and_then(Qcow2::begun).map(str::to_owned);
+        let export = Box::new(Export { medium, image, begun });
+        Ok(Self { path, backing: Backing::Export(export), disk_id, consistency })
+    }
+
+    /// Says that a dirty bitmap of this name began in the export when it was frozen for this run; see
+    /// [`nbd::bitmap::new_name`].
+    pub fn bitmap_begun(&mut self, name: String) {
+        if let Backing::Export(export) = &mut self.backing {
+            export.begun = Some(name);
+        }
+    }
+
+    /// The change journal of the disk as a whole, where it has one.
+    pub fn journal(&self) -> Option<Box<dyn Journal + '_>> {
+        let Backing::Export(export) = &self.backing else { return None };
+        let Export { medium, image, begun } = &**export;
+        let bad = image.as_ref().map(Qcow2::bad).unwrap_or_default();
+        let is_there = begun.is_some() || !bad.is_empty() || medium.bitmaps().next().is_some();
+        is_there.then(|| Box::new(QemuBitmap { medium, begun: begun.as_deref(), bad }) as _)
+    }
+
+    /// The run is committed, and the cache remembers it: what was kept for the case that it fails may go. The disk can't
+    /// be read any more. Blocks.
+    pub fn committed(&self) {
+        if let Backing::Export(export) = &self.backing
+            && let Some(image) = &export.image
+        {
+            image.committed();
+        }
+    }
+
+    fn medium(&self) -> &dyn Medium {
+        match &self.backing {
+            Backing::File(medium) => medium,
+            Backing::Export(export) => &export.medium,
+        }
     }
 
     /// Opens all disks of a run.
@@ -162,11 +302,11 @@ impl Source {
     /// # Errors
     /// Names the first block that can't be read.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), SourceError> {
-        let Err(first) = self.medium.read_exact_at(buffer, offset) else { return Ok(()) };
+        let Err(first) = self.medium().read_exact_at(buffer, offset) else { return Ok(()) };
         // A read of many blocks says only that one of them is bad: look for it.
         for (index, block) in buffer.chunks_mut(BLOCK_BYTES as usize).enumerate() {
             let offset = offset + index as u64 * BLOCK_BYTES;
-            self.medium.read_exact_at(block, offset).map_err(|source| SourceError::Read {
+            self.medium().read_exact_at(block, offset).map_err(|source| SourceError::Read {
                 path: self.path.clone(),
                 offset,
                 source,
@@ -178,7 +318,7 @@ impl Source {
 
     /// The stretch that starts at `offset`: a hole or data, up to the end of the disk at most.
     pub fn stretch(&self, offset: u64) -> Stretch {
-        self.medium.stretch(offset)
+        self.medium().stretch(offset)
     }
 
     /// Its id: configured name, else GPT disk GUID, else serial number.
@@ -193,17 +333,30 @@ impl Source {
 
     /// Its size.
     pub fn size_bytes(&self) -> u64 {
-        self.medium.size_bytes()
+        self.medium().size_bytes()
     }
 
     /// Logical sector size: 512 or 4096.
     pub fn sector_bytes(&self) -> u32 {
-        self.medium.sector_bytes()
+        self.medium().sector_bytes()
     }
 
     /// How still it is held.
     pub fn consistency(&self) -> Consistency {
         self.consistency
+    }
+}
+
+/// A medium, for those who read structures.
+struct Bytes<'a>(&'a dyn Medium);
+
+impl ReadAt for Bytes<'_> {
+    fn len(&self) -> u64 {
+        self.0.size_bytes()
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_exact_at(buffer, offset)
     }
 }
 

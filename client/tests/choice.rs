@@ -43,7 +43,7 @@ fn a_chosen_volume_without_its_free_space_comes_back_whole_and_the_others_as_zer
     disk.write_all_at(&fs::read(&part).unwrap(), MIB).unwrap();
 
     let client = site.client("machine", &[format!("disk={}", path.display())]).unwrap();
-    let backup = ["backup", "--volumes", "disk/1", "--skip-free", "true"];
+    let backup = ["backup", "--skip-volumes", "disk/2", "--skip-free", "true"];
     let answer: Value = client.answer(&backup).unwrap();
     let reading = &answer["disks"][0]["reading"];
     assert!(reading["zero_bytes"].as_u64().unwrap() > 28 * MIB, "{reading}");

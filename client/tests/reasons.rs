@@ -150,6 +150,7 @@ impl Caller {
             expected_head_id: head.to_owned(),
             table_digest: Bytes::copy_from_slice(&digest.0),
             consistency: pb::Consistency::Frozen.into(),
+            skipped_bytes: 0,
         };
         let commit = pb::CommitBackupRequest {
             backup_id: run.backup_id.clone(),

@@ -312,6 +312,7 @@ fn backup_of(
         expected_head: session.disk.head,
         table_digest: table_digest(disk, &session.segment_digests().unwrap()),
         consistency: 0,
+        skipped_bytes: 0,
     };
     runs.commit(key, open.backup, epoch, &[commit], b"").unwrap()
 }

@@ -141,6 +141,7 @@ fn commit_disk(commit: &pb::DiskCommit) -> Result<CommitDisk, Status> {
         expected_head,
         table_digest: BlockHash::from_wire("table_digest", &commit.table_digest)?,
         consistency: commit.consistency,
+        skipped_bytes: commit.skipped_bytes,
     })
 }
 

@@ -52,6 +52,9 @@ pub struct Snapshot {
     pub virtual_disk: Uuid,
     /// How the source was held still (number of `janus.v1.Consistency`).
     pub consistency: i32,
+    /// Bytes that were counted as zeros unread.
+    #[serde(default)]
+    pub skipped_bytes: u64,
     /// Bytes the image occupies, and its length.
     pub image_allocated_bytes: u64,
     /// Length of the image file.
@@ -144,6 +147,7 @@ impl Held {
             image_allocated_bytes: snapshot.image_allocated_bytes,
             image_length_bytes: snapshot.image_length_bytes,
             consistency: snapshot.consistency,
+            skipped_bytes: snapshot.skipped_bytes,
             reachable: true,
             client_seal: self.run.client_seal.clone().into(),
             ..Default::default()

@@ -234,6 +234,8 @@ pub struct CommitDisk {
     pub table_digest: BlockHash,
     /// Number of `janus.v1.Consistency`.
     pub consistency: i32,
+    /// Bytes that the client counted as zeros unread.
+    pub skipped_bytes: u64,
 }
 
 /// How a run stands.

@@ -142,7 +142,8 @@ fn commit(runs: &Runs, backup: BackupId) {
     let digests = [segment_digest(&hashes)];
     let table_digest = table_digest(BLOCKS * BLOCK as u64, &digests);
     let disk = "disk".parse().unwrap();
-    let disks = [CommitDisk { disk, expected_head: None, table_digest, consistency: 1 }];
+    let disks =
+        [CommitDisk { disk, expected_head: None, table_digest, consistency: 1, skipped_bytes: 0 }];
     // One takeover more, as a client after a crash: its epoch counts.
     let (_, ended) = send(runs, backup, |_| {});
     ended.unwrap();

@@ -34,6 +34,7 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "sgdisk", package: "gdisk" },
     Tool { program: "mke2fs", package: "e2fsprogs" },
     Tool { program: "mkfs.xfs", package: "xfsprogs" },
+    Tool { program: "mkntfs", package: "ntfs-3g" },
     Tool { program: "7z", package: "p7zip-full" },
     Tool { program: "qemu-img", package: "qemu-utils" },
     Tool { program: "python3", package: "python3-venv" },

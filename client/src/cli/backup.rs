@@ -5,7 +5,6 @@ use std::{fmt::Write, sync::Arc, time::Duration};
 use clap::ArgMatches;
 use janus_proto::{
     ids::{DiskId, ServerId},
-    pb::Consistency,
     show::amount,
     tls::Role,
 };
@@ -15,15 +14,13 @@ use super::{Context, Failure, Outcome, address};
 use crate::{
     backup::{Backup, BackupReport, Disk, DiskReport},
     cache::DiskCache,
-    choice::{Choice, ChoiceError},
     dry_run::{DryRunError, Forecast, forecast},
     hooks::Hook,
-    journal::memory::Memory,
     progress::{self, Progress},
-    ranges::Ranges,
-    reading::{Heard, Known, Planned, Policy, Reading},
-    source::{Source, view::View},
+    reading::{Heard, Policy, Reading},
+    source::Source,
     state::MachineState,
+    survey::Choice,
     transfer::{Gate, stream::ScanSettings},
 };
 
@@ -80,8 +77,7 @@ async fn between_hooks(
     let encoding = settings.encoding()?;
     let specs = settings.disk_specs()?;
     let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
-    let policy = settings.policy()?;
-    let choice = settings.choice()?;
+    let (policy, choice) = (settings.policy()?, settings.choice()?);
     let opening =
         tokio::task::spawn_blocking(move || open(&specs, allow_live, &choice, policy, &folder));
     // A disk that hangs must not keep a user who wants to go.
@@ -157,44 +153,16 @@ fn open(
     folder: &std::path::Path,
 ) -> Result<Vec<Disk>, Failure> {
     let sources = Source::open_all(specs, allow_live)?;
-    choice.check(sources.iter().map(Source::disk_id))?;
     let mut disks = Vec::with_capacity(sources.len());
     for source in sources {
         let cache = DiskCache::open(folder, source.disk_id(), source.size_bytes())?;
         if let Some(reason) = cache.fresh_reason() {
             tracing::debug!(disk = %source.disk_id(), ?reason, "the hash cache starts empty");
         }
-        let zeros = left_out(&source, choice)?;
-        let reading = plan(&source, &cache, zeros, policy);
+        let reading = choice.plan(&source, &cache, policy)?;
         disks.push(Disk { source: Arc::new(source), cache, reading: Arc::new(reading) });
     }
     Ok(disks)
-}
-
-/// What of a disk counts as zeros.
-fn left_out(source: &Source, choice: &Choice) -> Result<Ranges, ChoiceError> {
-    let view = View::new(source, 0, source.size_bytes());
-    let is_still = source.consistency() != Consistency::Smeared;
-    let left_out = choice.left_out(source.disk_id(), &view, source.sector_bytes(), is_still)?;
-    for warning in &left_out.warnings {
-        tracing::warn!(disk = %source.disk_id(), "{warning}");
-    }
-    if !left_out.volumes.is_empty() {
-        let volumes = left_out.volumes.join(", ");
-        tracing::info!(disk = %source.disk_id(), volumes, "not chosen, zeros in the image");
-    }
-    Ok(left_out.zeros)
-}
-
-/// What of a disk is read.
-fn plan(source: &Source, cache: &DiskCache, zeros: Ranges, policy: Policy) -> Planned {
-    let known = Known {
-        disk: source.disk_id().as_str(),
-        memory: Memory::parse(&cache.cursor()),
-        zeros,
-        now: time::OffsetDateTime::now_utc().unix_timestamp(),
-    };
-    Planned::new(Reading::plan(known, &[], policy), cache.cursor_digest())
 }
 
 fn kind(disk: &DiskReport) -> &'static str {

@@ -10,7 +10,6 @@ use super::restore::lost_json;
 use crate::{
     backup::BackupError,
     cache::CacheError,
-    choice::ChoiceError,
     config::ConfigError,
     dry_run::DryRunError,
     link::{LinkError, Remedy, reason_name},
@@ -18,6 +17,7 @@ use crate::{
     scan::ScanError,
     source::SourceError,
     state::StateError,
+    survey::SurveyError,
     transfer::TransferError,
 };
 
@@ -129,6 +129,12 @@ impl From<DryRunError> for Failure {
     }
 }
 
+impl From<SurveyError> for Failure {
+    fn from(error: SurveyError) -> Self {
+        Self::usage(error.to_string())
+    }
+}
+
 impl From<BackupError> for Failure {
     fn from(error: BackupError) -> Self {
         match error {
@@ -175,14 +181,11 @@ impl From<StateError> for Failure {
 
 impl From<SourceError> for Failure {
     fn from(error: SourceError) -> Self {
-        let is_setting = matches!(error, SourceError::Nameless { .. } | SourceError::Twice { .. });
+        let is_setting = matches!(
+            error,
+            SourceError::Nameless { .. } | SourceError::Twice { .. } | SourceError::Uri { .. }
+        );
         Self::new(if is_setting { USAGE } else { SOURCE }, error)
-    }
-}
-
-impl From<ChoiceError> for Failure {
-    fn from(error: ChoiceError) -> Self {
-        Self::new(USAGE, error)
     }
 }
 

@@ -44,6 +44,7 @@ fn listing_json(listing: &Listing) -> Value {
             "image_allocated_bytes": s.image_allocated_bytes,
             "image_length_bytes": s.image_length_bytes,
             "consistency": consistency_name(s.consistency()),
+            "skipped_bytes": s.skipped_bytes,
             "reachable": s.reachable,
             "damaged_blocks": s.damaged_blocks,
             "verified_ms": s.verified_ms,
@@ -67,7 +68,7 @@ fn listing_text(listing: &Listing) -> String {
         let kind = if s.parent_snapshot_id.is_empty() { "full " } else { "delta" };
         let _ = writeln!(
             text,
-            "{}  {}  {:disks$}  {:servers$}  {kind}  {:>10}  {:>10} on disk  {}{}{}",
+            "{}  {}  {:disks$}  {:servers$}  {kind}  {:>10}  {:>10} on disk  {}{}{}{}",
             s.snapshot_id,
             date(s.committed_ms),
             s.disk_id,
@@ -75,6 +76,7 @@ fn listing_text(listing: &Listing) -> String {
             amount(s.size_bytes),
             amount(s.image_allocated_bytes),
             consistency_name(s.consistency()),
+            skipped(s),
             damage(s),
             if s.reachable { "" } else { "  unreachable" },
         );
@@ -88,6 +90,13 @@ fn listing_text(listing: &Listing) -> String {
         let _ = writeln!(text, "server {} can't be reached{since}: {}", u.server_id, u.reason);
     }
     text
+}
+
+fn skipped(snapshot: &Snapshot) -> String {
+    match snapshot.skipped_bytes {
+        0 => String::new(),
+        bytes => format!("  {} skipped", amount(bytes)),
+    }
 }
 
 fn damage(snapshot: &Snapshot) -> String {

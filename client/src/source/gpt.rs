@@ -1,20 +1,20 @@
 //! The disk GUID of a GPT: it stays with the disk wherever it is plugged in (UEFI 2.10, section 5.3.2).
 
-use std::{fs::File, os::unix::fs::FileExt};
-
 use janus_proto::ids::DiskId;
+
+use super::view::ReadAt;
 
 const SIGNATURE: &[u8] = b"EFI PART";
 const HEADER_BYTES: usize = 92;
 
 /// GUID in the primary GPT header, `None` when there is none or its checksum is wrong.
-pub fn disk_guid(file: &File, sector_bytes: u32) -> Option<DiskId> {
+pub fn disk_guid(disk: &dyn ReadAt, sector_bytes: u32) -> Option<DiskId> {
     // An image of a 4096-byte-sector disk is a file of unknown sectors: try both.
     let mut sizes = vec![u64::from(sector_bytes), 512, 4096];
     sizes.dedup();
     sizes.into_iter().find_map(|sector| {
         let mut header = [0; 512];
-        file.read_exact_at(&mut header, sector).ok()?;
+        disk.read_exact_at(&mut header, sector).ok()?;
         parse(&header)
     })
 }

@@ -42,6 +42,7 @@ pub async fn commit(
                 .unwrap_or_default(),
             table_digest: disk.table_digest().0.to_vec().into(),
             consistency: disk.source.consistency().into(),
+            skipped_bytes: disk.reading.zero_bytes(),
         })
         .collect();
     tracing::debug!(server = %run.server, backup_id = %run.plan.backup_id, "committing");

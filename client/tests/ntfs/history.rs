@@ -196,6 +196,7 @@ impl<'a> History<'a> {
                 for _ in 0..self.random.random_range(0..120) {
                     let Some(name) = self.any_file() else { break };
                     self.note(&name, OVERWRITE | CLOSE);
+                    self.open.remove(&name);
                 }
                 self.commit(std::mem::take(&mut operations));
                 let first = ((self.next_usn - 1) / 4096 * 4096).max(FIRST_USN);

@@ -12,6 +12,7 @@ use scene::{Library, Volume};
 
 mod history;
 mod scene;
+mod whole;
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()

@@ -124,6 +124,13 @@ impl Volume {
         }
     }
 
+    /// Empties the log, as ntfs-3g does when it mounts.
+    pub fn empty_log(&self) {
+        let bytes = self.bytes();
+        let at = bytes.chunks(512).position(|sector| sector.starts_with(b"RSTR")).unwrap() * 512;
+        self.file().write_all_at(&[0xFF; 8192], at as u64).unwrap();
+    }
+
     /// Files of the root folder with their contents, by another reader.
     pub fn contents(&self) -> Vec<(String, Vec<u8>)> {
         let list = Command::new("ntfsls").arg(&self.path).output().unwrap();

@@ -4,9 +4,9 @@ libntfs writes no change journal and no log; both are written here, as Windows w
 either, so that an overwritten file has the MFT record it had: only the journal tells.
 """
 
-import ctypes, itertools, json, os, struct, sys
+import ctypes, ctypes.util, itertools, json, os, struct, sys
 
-lib = ctypes.CDLL("libntfs-3g.so.89", use_errno=True)
+lib = ctypes.CDLL(ctypes.util.find_library("ntfs-3g"), use_errno=True)
 P, S64, U32, U8 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint8
 for name, result, arguments in [
     ("ntfs_mount", P, [ctypes.c_char_p, ctypes.c_ulong]),

@@ -308,6 +308,7 @@ impl Machine {
                 expected_head_id: head.map(|head| head.snapshot_id.clone()).unwrap_or_default(),
                 table_digest: digest.0.to_vec().into(),
                 consistency: pb::Consistency::Frozen.into(),
+                skipped_bytes: 0,
             }],
             ..Default::default()
         };

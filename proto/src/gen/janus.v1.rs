@@ -110,6 +110,9 @@ pub struct Snapshot {
     /// hashes; 0: not all have been, or an older server.
     #[prost(int64, tag = "18")]
     pub verified_ms: i64,
+    /// As given in the commit: so many bytes are zeros here whatever the disk held. 0: none, or not told.
+    #[prost(uint64, tag = "19")]
+    pub skipped_bytes: u64,
 }
 /// A server that is known but did not answer.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -453,6 +456,10 @@ pub struct DiskCommit {
     pub table_digest: ::prost::bytes::Bytes,
     #[prost(enumeration = "Consistency", tag = "4")]
     pub consistency: i32,
+    /// Bytes that count as zeros though they were not read: free space and volumes that the user leaves out. 0: none, or a
+    /// client that doesn't tell.
+    #[prost(uint64, tag = "5")]
+    pub skipped_bytes: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CommitBackupRequest {

@@ -141,6 +141,7 @@ pub(super) fn manifest_seeds() -> Vec<Vec<u8>> {
         data_write: Uuid::from_u128(5),
         virtual_disk: Uuid::from_u128(6),
         consistency: 1,
+        skipped_bytes: 0,
         image_allocated_bytes: 4096,
         image_length_bytes: 1 << 20,
     };

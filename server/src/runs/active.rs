@@ -314,6 +314,7 @@ impl ActiveRun {
                 data_write: finished.identity.data_write,
                 virtual_disk: finished.identity.virtual_disk,
                 consistency: commit.consistency,
+                skipped_bytes: commit.skipped_bytes,
                 image_allocated_bytes: finished.image_allocated_bytes,
                 image_length_bytes: finished.image_length_bytes,
             });

@@ -140,6 +140,7 @@ impl Model {
                 expected_head: session.disk.head,
                 table_digest: table_digest(content.len() as u64, &digests),
                 consistency: 0,
+                skipped_bytes: 0,
             });
         }
         Ok((run, commits))

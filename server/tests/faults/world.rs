@@ -334,6 +334,7 @@ impl World {
                 expected_head: open.head,
                 table_digest: self.contents[&open.disk].digest(),
                 consistency: 1,
+                skipped_bytes: 0,
             })
             .collect();
         let (machine, backup) = (self.machine.clone(), record.backup);

@@ -74,6 +74,8 @@ pub struct Disk {
     pub wire_bytes: u64,
     /// `cache`, `reconciled` or `full`.
     pub compare: String,
+    /// What was read and why.
+    pub reading: serde_json::Value,
     /// Path of the image below the server's image path.
     pub image: String,
     /// Allocated bytes of the image.

@@ -207,6 +207,7 @@ impl Scene {
             expected_head: head,
             table_digest: table_digest(size_bytes, &digests),
             consistency: 1,
+            skipped_bytes: 0,
         };
         let run = self.runs.commit(&key, backup, 1, &[commit], &[])?;
         self.contents.insert(run.snapshots[0].id, self.disk.clone());

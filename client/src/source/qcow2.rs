@@ -1,0 +1,353 @@
+//! A qcow2 image that no virtual machine uses: read through a `qemu-nbd` of our own, which tells what changed since.
+//!
+//! A dirty bitmap begins before anything is read; the ones before it go when the backup is committed and remembered. A
+//! backup that fails takes its bitmap back. Killed, it leaves one bitmap more, which the next backup removes; a watchdog
+//! ends `qemu-nbd` then. While that runs, QEMU's own locks keep writers away.
+
+use std::{
+    fs::DirBuilder,
+    io::{self, Write},
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use serde::Deserialize;
+
+use crate::{
+    journal::Distrust,
+    nbd::{Limits, NbdError, NbdMedium, Uri, bitmap},
+};
+
+/// What `disks` calls such an image.
+pub const SCHEME: &str = "qcow2:";
+
+const QEMU_IMG: &str = "qemu-img";
+const QEMU_NBD: &str = "qemu-nbd";
+/// `qemu-nbd`, and beside it a watchdog that kills it when our end of the pipe closes without a word before: we were killed.
+const WATCHED: &str = "exec 3<&0 </dev/null
+{ read -r _ <&3 || kill -9 $$; } &
+exec 3<&-
+exec \"$0\" \"$@\"";
+/// How long `qemu-nbd` may take until it serves.
+const START: Duration = Duration::from_secs(20);
+const PAUSE: Duration = Duration::from_millis(20);
+/// Bytes of one bit of our bitmaps.
+const GRANULARITY: u64 = 64 << 10;
+/// Older bitmaps that are kept and looked at; the last committed run's is the oldest of them.
+const MAX_OLD: usize = 4;
+/// Bytes of an answer that are shown.
+const MAX_SHOWN: usize = 400;
+
+/// Why such an image can't be read.
+#[derive(Debug, thiserror::Error)]
+pub enum Qcow2Error {
+    /// Missing, or not permitted.
+    #[error("cannot be opened: {0}")]
+    Open(io::Error),
+    /// A program is missing or can't be run.
+    #[error("{program} cannot be run: {source}; install it (Debian: qemu-utils)")]
+    Run {
+        /// Which.
+        program: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A program failed.
+    #[error("{program}: {words}; a disk of a running machine is backed up through its NBD export")]
+    Failed {
+        /// Which.
+        program: &'static str,
+        /// What it said.
+        words: String,
+    },
+    /// It is another kind of image.
+    #[error("it is a {0} image; only qcow2 has dirty bitmaps")]
+    Format(String),
+    /// `qemu-nbd` serves nothing.
+    #[error("qemu-nbd: {0}")]
+    Nbd(#[from] NbdError),
+    /// No place for the socket.
+    #[error("a folder for a socket cannot be made: {0}")]
+    Folder(io::Error),
+}
+
+/// The image, held still by a `qemu-nbd` until it is dropped.
+#[derive(Debug)]
+pub struct Qcow2 {
+    path: PathBuf,
+    /// The bitmap that began for this run; `None` when the image can't be written.
+    begun: Option<String>,
+    /// Bitmaps to remove when the run is committed.
+    old: Vec<String>,
+    bad: Vec<(String, Distrust)>,
+    serving: Mutex<Option<Serving>>,
+    is_committed: AtomicBool,
+}
+
+impl Qcow2 {
+    /// Begins a bitmap and serves the image.
+    ///
+    /// # Errors
+    /// When a virtual machine uses it, it is no qcow2 image, or QEMU's programs are missing.
+    pub fn open(path: &Path) -> Result<(Self, NbdMedium), Qcow2Error> {
+        // Absolute: QEMU takes what stands before a colon for a protocol.
+        let path = &std::fs::canonicalize(path).map_err(Qcow2Error::Open)?;
+        let info = Info::of(path)?;
+        let mut ours: Vec<Bitmap> =
+            info.bitmaps.into_iter().filter(|b| bitmap::is_ours(&b.name)).collect();
+        ours.sort_by(|a, b| a.name.cmp(&b.name));
+        let begun = begin(path)?;
+        // What failed runs have left; the oldest is the one that may be asked for.
+        if begun.is_some() {
+            for extra in ours.drain(MAX_OLD.min(ours.len())..) {
+                remove(path, &extra.name);
+            }
+        }
+        let (good, bad): (Vec<_>, Vec<_>) = ours
+            .iter()
+            .map(|b| (b.name.clone(), b.doubt(&info.untracked)))
+            .partition(|(_, doubt)| doubt.is_none());
+        let old = ours.iter().map(|bitmap| bitmap.name.clone()).collect();
+        let bad = bad.into_iter().filter_map(|(name, doubt)| Some((name, doubt?))).collect();
+        let image = Self {
+            path: path.clone(),
+            begun,
+            old,
+            bad,
+            serving: Mutex::default(),
+            is_committed: AtomicBool::new(false),
+        };
+        let good: Vec<String> = good.into_iter().map(|(name, _)| name).collect();
+        let (serving, medium) = Serving::start(path, &good)?;
+        *image.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some(serving);
+        Ok((image, medium))
+    }
+
+    /// The bitmap that began for this run.
+    pub fn begun(&self) -> Option<&str> {
+        self.begun.as_deref()
+    }
+
+    /// Bitmaps that are there and not to be believed.
+    pub fn bad(&self) -> &[(String, Distrust)] {
+        &self.bad
+    }
+
+    /// The run is committed and remembered: only its bitmap stays. The image is served no more.
+    pub fn committed(&self) {
+        self.release();
+        self.is_committed.store(true, Ordering::Relaxed);
+        if self.begun.is_some() {
+            self.old.iter().for_each(|name| remove(&self.path, name));
+        }
+    }
+
+    /// Ends `qemu-nbd`: nobody can write to the image as long as it runs.
+    fn release(&self) {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        self.release();
+        if !self.is_committed.load(Ordering::Relaxed)
+            && let Some(begun) = &self.begun
+        {
+            remove(&self.path, begun);
+        }
+    }
+}
+
+/// Begins a bitmap; `None` where the image may only be read.
+fn begin(path: &Path) -> Result<Option<String>, Qcow2Error> {
+    if rustix::fs::access(path, rustix::fs::Access::WRITE_OK).is_err() {
+        tracing::warn!(path = %path.display(), "the image is read-only: no dirty bitmap can begin, the next backup compares all");
+        return Ok(None);
+    }
+    let name = bitmap::new_name();
+    let granularity = GRANULARITY.to_string();
+    let add = ["bitmap", "-f", "qcow2", "--add", "-g", granularity.as_str()];
+    run(Command::new(QEMU_IMG).args(add).arg(path).arg(&name))?;
+    Ok(Some(name))
+}
+
+/// Removes a bitmap. One that stays costs a little time at each write to the image, and is removed by a later backup.
+fn remove(path: &Path, name: &str) {
+    let remove = ["bitmap", "-f", "qcow2", "--remove"];
+    if let Err(error) = run(Command::new(QEMU_IMG).args(remove).arg(path).arg(name)) {
+        tracing::warn!(path = %path.display(), name, %error, "a dirty bitmap can't be removed");
+    }
+}
+
+fn run(command: &mut Command) -> Result<Output, Qcow2Error> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|source| Qcow2Error::Run { program: QEMU_IMG, source })?;
+    if output.status.success() {
+        return Ok(output);
+    }
+    Err(Qcow2Error::Failed { program: QEMU_IMG, words: words(&output.stderr) })
+}
+
+/// What a program said, in one line.
+fn words(stderr: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&stderr[..stderr.len().min(MAX_SHOWN)]);
+    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
+}
+
+struct Info {
+    bitmaps: Vec<Bitmap>,
+    /// Why no bitmap tells all changes.
+    untracked: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Bitmap {
+    name: String,
+    granularity: u64,
+    #[serde(default)]
+    flags: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct ImageInfo {
+    format: String,
+    backing_filename: Option<String>,
+    #[serde(default)]
+    format_specific: FormatSpecific,
+}
+
+#[derive(Default, Deserialize)]
+struct FormatSpecific {
+    #[serde(default)]
+    data: Specific,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Specific {
+    #[serde(default)]
+    bitmaps: Vec<Bitmap>,
+    data_file: Option<String>,
+}
+
+impl Info {
+    fn of(path: &Path) -> Result<Self, Qcow2Error> {
+        let output = run(Command::new(QEMU_IMG).args(["info", "--output=json"]).arg(path))?;
+        let info: ImageInfo = serde_json::from_slice(&output.stdout).map_err(|error| {
+            Qcow2Error::Failed { program: QEMU_IMG, words: format!("info says: {error}") }
+        })?;
+        if info.format != "qcow2" {
+            return Err(Qcow2Error::Format(info.format));
+        }
+        let Specific { bitmaps, data_file } = info.format_specific.data;
+        let untracked = match (info.backing_filename, data_file) {
+            (Some(file), _) => Some(format!("no bitmap tracks the image's backing file {file}")),
+            (_, Some(file)) => Some(format!("others can write to the image's data file {file}")),
+            _ => None,
+        };
+        Ok(Self { bitmaps, untracked })
+    }
+}
+
+impl Bitmap {
+    fn doubt(&self, untracked: &Option<String>) -> Option<Distrust> {
+        let has = |flag: &str| self.flags.iter().any(|known| known == flag);
+        let (name, bytes) = (self.name.clone(), self.granularity);
+        if has("in-use") {
+            return Some(Distrust::Inconsistent { name });
+        }
+        if !has("auto") {
+            let what = format!("the dirty bitmap {name} was turned off");
+            return Some(Distrust::Untracked { what });
+        }
+        if bytes != GRANULARITY {
+            return Some(Distrust::Granularity { name, bytes });
+        }
+        untracked.clone().map(|what| Distrust::Untracked { what })
+    }
+}
+
+/// A `qemu-nbd` of ours.
+#[derive(Debug)]
+struct Serving {
+    child: Child,
+    folder: PathBuf,
+}
+
+impl Serving {
+    fn start(path: &Path, bitmaps: &[String]) -> Result<(Self, NbdMedium), Qcow2Error> {
+        let folder =
+            std::env::temp_dir().join(format!("janus-nbd-{}", uuid::Uuid::new_v4().simple()));
+        DirBuilder::new().mode(0o700).create(&folder).map_err(Qcow2Error::Folder)?;
+        let socket = folder.join("socket");
+        let mut command = Command::new("/bin/sh");
+        command
+            .args([
+                "-c",
+                WATCHED,
+                QEMU_NBD,
+                "--read-only",
+                "--format=qcow2",
+                "--shared=1",
+                "--socket",
+            ])
+            .arg(&socket);
+        bitmaps.iter().for_each(|name| {
+            command.arg(format!("--bitmap={name}"));
+        });
+        command.arg("--").arg(path).stdin(Stdio::piped()).stdout(Stdio::null());
+        let log = folder.join("log");
+        let spawned = std::fs::File::create(&log).and_then(|log| command.stderr(log).spawn());
+        let child = match spawned {
+            Ok(child) => child,
+            Err(source) => {
+                // Nothing else is in it.
+                let _ = std::fs::remove_dir_all(&folder);
+                return Err(Qcow2Error::Run { program: QEMU_NBD, source });
+            }
+        };
+        let mut serving = Self { child, folder };
+        let medium = serving.connect(&socket, &log)?;
+        Ok((serving, medium))
+    }
+
+    fn connect(&mut self, socket: &Path, log: &Path) -> Result<NbdMedium, Qcow2Error> {
+        let until = Instant::now() + START;
+        // It serves one connection and ends.
+        let limits = Limits { reconnect: Duration::ZERO, ..Limits::default() };
+        loop {
+            match NbdMedium::open(Uri::of_socket(socket.to_path_buf()), limits) {
+                Err(NbdError::Connect(_)) if Instant::now() < until => {}
+                done => return Ok(done?),
+            }
+            if let Ok(Some(_)) = self.child.try_wait() {
+                let words = words(&std::fs::read(log).unwrap_or_default());
+                return Err(Qcow2Error::Failed { program: QEMU_NBD, words });
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // The watchdog goes first: it must not kill a process that has the same number later.
+        if let Some(mut watchdog) = self.child.stdin.take() {
+            let _ = watchdog.write_all(b"end\n");
+        }
+        // It only reads: nothing is lost. It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}

@@ -1,0 +1,158 @@
+//! What a disk's volumes say about reading it: which are left out, what is free, what has changed.
+
+use std::collections::BTreeSet;
+
+use janus_proto::{ids::DiskId, pb::Consistency};
+
+use crate::{
+    cache::DiskCache,
+    fs::{self, FileSystemKind},
+    journal::{memory::Memory, ntfs_usn::NtfsUsn},
+    ranges::Ranges,
+    reading::{Journalled, Known, Planned, Policy, Reading},
+    source::{Source, view::View},
+    volume::{self, Volume},
+};
+
+/// What the user leaves out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Choice {
+    /// Free space of file systems that tell.
+    pub skip_free: bool,
+    /// Volumes, by disk and number.
+    pub skip_volumes: Vec<(DiskId, u32)>,
+}
+
+/// A choice that can't be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum SurveyError {
+    /// Volumes are to be left out, and where they are can't be told.
+    #[error("skip_volumes: the volumes of disk {disk} can't be told: {what}")]
+    Unknown {
+        /// The disk.
+        disk: DiskId,
+        /// Why.
+        what: String,
+    },
+    /// There is no such volume.
+    #[error("skip_volumes: disk {disk} has no volume {number}; it has {known}")]
+    NoVolume {
+        /// The disk.
+        disk: DiskId,
+        /// As asked for.
+        number: u32,
+        /// Those that it has.
+        known: String,
+    },
+}
+
+impl Choice {
+    /// Plans what to read of a disk.
+    ///
+    /// # Errors
+    /// When a volume to be left out doesn't exist.
+    pub fn plan(
+        &self,
+        source: &Source,
+        cache: &DiskCache,
+        policy: Policy,
+    ) -> Result<Planned, SurveyError> {
+        let disk = View::new(source, 0, source.size_bytes());
+        let volumes = match volume::layout(&disk, source.sector_bytes()) {
+            Ok(layout) => layout.volumes,
+            Err(error) if self.numbers(source.disk_id()).is_empty() => {
+                tracing::warn!(disk = %source.disk_id(), %error, "the disk is read as one piece");
+                Vec::new()
+            }
+            Err(error) => {
+                let what = error.to_string();
+                return Err(SurveyError::Unknown { disk: source.disk_id().clone(), what });
+            }
+        };
+        let left_out = self.left_out(source.disk_id(), &volumes)?;
+        let zeros: Vec<_> = volumes
+            .iter()
+            .map(|volume| match left_out.contains(&volume.number) {
+                true => volume.range().into(),
+                false => self.free(source, volume),
+            })
+            .collect();
+        let zeros = zeros.iter().fold(Ranges::new(), |all, more| all.union(more));
+        // What changes while it is read has no state that a journal could speak of.
+        let is_still = source.consistency() != Consistency::Smeared;
+        let journalled = |volume: &&Volume| {
+            is_still
+                && volume.file_system == Some(FileSystemKind::Ntfs)
+                && !left_out.contains(&volume.number)
+        };
+        let views: Vec<_> = volumes
+            .iter()
+            .filter(journalled)
+            .map(|volume| (volume, View::new(source, volume.start, volume.len)))
+            .collect();
+        let journals = match source.journal() {
+            // It speaks for all of the disk, and exactly.
+            Some(journal) if is_still => {
+                let (len, name) = (source.size_bytes(), "the disk".into());
+                vec![Journalled { start: 0, len, name, journal }]
+            }
+            _ => views
+                .iter()
+                .map(|(volume, view)| Journalled {
+                    start: volume.start,
+                    len: volume.len,
+                    name: volume.name(),
+                    journal: Box::new(NtfsUsn::new(view)),
+                })
+                .collect(),
+        };
+        let known = Known {
+            disk: source.disk_id().as_str(),
+            memory: Memory::parse(&cache.cursor()),
+            zeros,
+            now: time::OffsetDateTime::now_utc().unix_timestamp(),
+        };
+        Ok(Planned::new(Reading::plan(known, &journals, policy), cache.cursor_digest()))
+    }
+
+    fn numbers(&self, disk: &DiskId) -> BTreeSet<u32> {
+        let of_it = self.skip_volumes.iter().filter(|(other, _)| other == disk);
+        of_it.map(|(_, number)| *number).collect()
+    }
+
+    fn left_out(&self, disk: &DiskId, volumes: &[Volume]) -> Result<BTreeSet<u32>, SurveyError> {
+        let numbers = self.numbers(disk);
+        let is_missing = |number: &&u32| volumes.iter().all(|volume| volume.number != **number);
+        match numbers.iter().find(is_missing) {
+            None => Ok(numbers),
+            Some(number) => {
+                let known: Vec<_> = volumes.iter().map(|one| one.number.to_string()).collect();
+                let known = if known.is_empty() { "none".into() } else { known.join(", ") };
+                Err(SurveyError::NoVolume { disk: disk.clone(), number: *number, known })
+            }
+        }
+    }
+
+    /// Free space of a volume, on the disk.
+    fn free(&self, source: &Source, volume: &Volume) -> Ranges {
+        if !self.skip_free || source.consistency() == Consistency::Smeared {
+            return Ranges::new();
+        }
+        let view = View::new(source, volume.start, volume.len);
+        let free = match volume.file_system {
+            Some(FileSystemKind::Ntfs) => fs::ntfs::free(&view),
+            Some(FileSystemKind::Ext2 | FileSystemKind::Ext3 | FileSystemKind::Ext4) => {
+                fs::ext4::free(&view)
+            }
+            Some(FileSystemKind::Xfs) => fs::xfs::free(&view),
+            _ => return Ranges::new(),
+        };
+        match free {
+            Ok(free) => Ranges::from(0..volume.len).intersect(&free).shift(volume.start),
+            Err(error) => {
+                tracing::warn!(disk = %source.disk_id(), volume = volume.number, %error, "free space is backed up, too");
+                Ranges::new()
+            }
+        }
+    }
+}
