@@ -172,6 +172,11 @@ impl<'a> History<'a> {
             self.say("rolled back");
         }
         self.changes(&mut operations);
+        // A volume at rest has no open file. Where the journal has the record of one it is taken at its word; where that
+        // record is lost nobody could know of it.
+        if (1..=5).contains(&event) && (event != 3 || self.backup.is_none()) {
+            self.open.clear();
+        }
         match event {
             1 => {
                 self.say("journal deleted and made anew");
@@ -348,10 +353,6 @@ impl<'a> History<'a> {
             if operation[0] == "write" && operation[5] == true {
                 let reference = answer.as_u64().unwrap();
                 records.push((reference, CREATE | CLOSE));
-                let unmade = UNMADE | operation[4].as_u64().unwrap();
-                if let Some(known) = self.files.values_mut().find(|known| **known == unmade) {
-                    *known = reference;
-                }
             }
         }
         let version = self.random.random_range(2..4);
@@ -362,7 +363,17 @@ impl<'a> History<'a> {
 
     fn send(&mut self, operations: Vec<Value>, clean: bool) -> Changed {
         operations.iter().for_each(|operation| self.trace.push(operation.to_string()));
-        self.library.change(&mut self.volume, operations, clean)
+        let changed = self.library.change(&mut self.volume, operations.clone(), clean);
+        // From now on the references of new files are known.
+        for (operation, answer) in operations.iter().zip(&changed.answers) {
+            if operation[0] == "write" && operation[5] == true {
+                let unmade = UNMADE | operation[4].as_u64().unwrap();
+                if let Some(known) = self.files.values_mut().find(|known| **known == unmade) {
+                    *known = answer.as_u64().unwrap();
+                }
+            }
+        }
+        changed
     }
 
     fn take_backup(&mut self) {
