@@ -27,11 +27,23 @@ pub fn is_ours(name: &str) -> bool {
     digits.len() == 32 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
+/// The bitmap that a cursor speaks of: the one to be exported for this run.
+pub fn remembered(cursor: &[u8]) -> Option<String> {
+    Cursor::parse(cursor).map(|cursor| cursor.bitmap)
+}
+
 #[derive(Serialize, Deserialize)]
 struct Cursor {
     format: u8,
     bitmap: String,
     size_bytes: u64,
+}
+
+impl Cursor {
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let cursor: Self = serde_json::from_slice(bytes).ok()?;
+        (cursor.format == FORMAT && is_ours(&cursor.bitmap)).then_some(cursor)
+    }
 }
 
 /// The journal of a whole disk.
@@ -47,10 +59,7 @@ pub struct QemuBitmap<'a> {
 
 impl QemuBitmap<'_> {
     fn since(&self, cursor: Option<&[u8]>) -> Result<Changes, Distrust> {
-        let cursor: Cursor = cursor
-            .and_then(|bytes| serde_json::from_slice(bytes).ok())
-            .filter(|cursor: &Cursor| cursor.format == FORMAT && is_ours(&cursor.bitmap))
-            .ok_or(Distrust::NoCursor)?;
+        let cursor = cursor.and_then(Cursor::parse).ok_or(Distrust::NoCursor)?;
         let (old, new) = (cursor.size_bytes, self.medium.size_bytes());
         if old != new {
             return Err(Distrust::Resized { old, new });

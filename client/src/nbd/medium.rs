@@ -22,6 +22,8 @@ use crate::{
 
 /// How far ahead holes are asked for.
 const REGION_BYTES: u64 = 1 << 30;
+/// Answers that a server may need to tell of as much; QEMU needs one.
+const ANSWERS_PER_REGION: u64 = 64;
 /// Tries of one request over new connections.
 const TRIES: usize = 3;
 /// Pause between two tries to connect.
@@ -77,7 +79,12 @@ impl NbdMedium {
     pub fn dirty(&self, bitmap: &str) -> Result<Ranges, NbdError> {
         let mut dirty = Ranges::new();
         let mut at = 0;
+        let mut left = (self.agreed.size_bytes / REGION_BYTES + 1) * ANSWERS_PER_REGION;
         while at < self.agreed.size_bytes {
+            if left == 0 {
+                return Err(NbdError::Protocol("no end of extents".into()));
+            }
+            left -= 1;
             let extents = self.status(at, &format!("{BITMAP}{bitmap}"))?;
             for (range, flags) in extents {
                 // Flags that nobody knows are no promise either.
