@@ -189,6 +189,7 @@ impl Machine {
         }
         let sent = Instant::now();
         let before = self.well_servers(janus);
+        let lives: [u64; SERVERS] = std::array::from_fn(|n| self.world.server_life(n));
         let answer = answered(client.start_backup(request)).await;
         let took = sent.elapsed();
         if pin.is_none() && self.is_well_with(janus) {
@@ -207,7 +208,8 @@ impl Machine {
         }
         let Node::Server(number) = server else { return Err(Status::internal("no server")) };
         self.highest_use = self.highest_use.max(answer.use_counter);
-        let life = self.world.server_life(number);
+        // Where the server began anew meanwhile nobody can tell which process has answered.
+        let life = Some(self.world.server_life(number)).filter(|life| *life == lives[number]);
         self.world.rules.started(self.node, server, life, sent, &answer);
         let session = answer.sessions.first().cloned().unwrap_or_default();
         Ok(Run { id: id.into(), server, epoch: answer.epoch, session, by })

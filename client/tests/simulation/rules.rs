@@ -151,7 +151,7 @@ impl Rules {
         &self,
         machine: Node,
         server: Node,
-        life: u64,
+        life: Option<u64>,
         sent: Instant,
         answer: &pb::StartBackupResponse,
     ) {
@@ -267,7 +267,7 @@ impl Inner {
         &mut self,
         machine: Node,
         server: Node,
-        life: u64,
+        life: Option<u64>,
         sent: Instant,
         answer: &pb::StartBackupResponse,
     ) {
@@ -283,9 +283,12 @@ impl Inner {
         if is_new && counter <= known {
             self.fail(format!("{machine} at {server}: use counter {counter} after {known}"));
         }
-        self.check_lease(machine, server, life, &answer.backup_id);
+        if let Some(life) = life {
+            self.check_lease(machine, server, life, &answer.backup_id);
+        }
         self.check_turn(machine, server, is_new);
-        let open = Open { server, machine, touched: sent, life, is_over: false };
+        let (is_over, life) = (life.is_none(), life.unwrap_or_default());
+        let open = Open { server, machine, touched: sent, life, is_over };
         self.runs.insert(answer.backup_id.clone(), open);
         for session in &answer.sessions {
             self.sessions.insert(session.session_id.clone(), answer.backup_id.clone());
