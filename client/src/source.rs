@@ -348,7 +348,7 @@ impl Source {
 }
 
 /// A medium, for those who read structures.
-struct Bytes<'a>(&'a dyn Medium);
+pub(crate) struct Bytes<'a>(pub(crate) &'a dyn Medium);
 
 impl ReadAt for Bytes<'_> {
     fn len(&self) -> u64 {

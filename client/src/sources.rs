@@ -11,7 +11,8 @@ use crate::{
     config::DiskSpec,
     fs::FileSystemKind,
     journal::JournalKind,
-    source::{gpt, mounts, size_of, sysfs, view::ReadAt},
+    nbd::{self, NbdMedium},
+    source::{Bytes, gpt, medium::Medium, mounts, qcow2, size_of, sysfs, view::ReadAt},
     volume::{self, TableKind, Volume},
 };
 
@@ -158,6 +159,17 @@ fn look_at(path: &Path, configured: &[DiskSpec]) -> DiskFound {
         stillness: None,
         layout: Ok((TableKind::None, Vec::new())),
     };
+    let text = path.to_string_lossy();
+    if nbd::uri::is_uri(&text) {
+        if let Err(error) = look_into_export(&mut found, &text) {
+            found.layout = Err(error);
+        }
+        return found;
+    }
+    if text.starts_with(qcow2::SCHEME) {
+        found.layout = Err("a qcow2 image: a backup looks into it, by a QEMU dirty bitmap".into());
+        return found;
+    }
     if let Err(error) = look_into(&mut found) {
         found.layout = Err(format!("cannot be opened: {error}"));
     }
@@ -194,6 +206,24 @@ fn look_into(found: &mut DiskFound) -> io::Result<()> {
         }
         Err(error) => Err(error.to_string()),
     };
+    Ok(())
+}
+
+/// An NBD export: whoever serves it holds it still, or doesn't.
+fn look_into_export(found: &mut DiskFound, text: &str) -> Result<(), String> {
+    let uri = nbd::Uri::parse(text)?;
+    let medium = NbdMedium::open(uri, nbd::Limits::default()).map_err(|error| error.to_string())?;
+    let stillness = if medium.is_read_only() { Stillness::ReadOnly } else { Stillness::None };
+    found.stillness = Some(stillness);
+    found.size_bytes = medium.size_bytes();
+    let bytes = Bytes(&medium);
+    if found.disk_id.is_none() {
+        found.disk_id = gpt::disk_guid(&bytes, medium.sector_bytes()).map(|id| id.to_string());
+    }
+    let layout =
+        volume::layout(&bytes, medium.sector_bytes()).map_err(|error| error.to_string())?;
+    let volumes = layout.volumes.into_iter().map(|volume| volume_found(volume, None));
+    found.layout = Ok((layout.table, volumes.collect()));
     Ok(())
 }
 

@@ -85,7 +85,7 @@ fn disk_text(text: &mut String, disk: &DiskFound) {
     let (path, size) = (disk.path.to_string_lossy(), amount(disk.size_bytes));
     let stillness = disk.stillness.map_or("?", Stillness::as_str);
     let mount = if volumes.is_empty() { mounted(disk.mount.as_ref()) } else { String::new() };
-    let _ = writeln!(text, "{path:<24}{size:>10}  {table:<26}{mount:<22}{stillness}");
+    let _ = writeln!(text, "{path:<23} {size:>10}  {table:<26}{mount:<22}{stillness}");
     if let Err(error) = &disk.layout {
         let _ = writeln!(text, "  {error}");
     }
