@@ -197,7 +197,9 @@ fn failed_runs_leave_the_bitmap_of_the_last_committed_one() {
     scene.write(&["write -q -P 3 30M 1M"]);
     let taken = scene.backup();
     let known = full_compare(&taken);
-    assert!(known.is_none() || known.is_some_and(|why| why.contains("server")), "{taken}");
+    // One that was killed may have compared with the server: then the cursor is gone.
+    let is_fine = |why: &str| why.contains("server") || why.contains("remembered");
+    assert!(known.is_none_or(is_fine), "{taken}");
     assert_eq!(qemu::bitmaps(&scene.image).len(), 1);
 }
 

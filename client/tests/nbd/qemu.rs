@@ -32,18 +32,25 @@ pub fn io(image: &Path, commands: &[String]) {
 
 /// Opens an image, writes, and is killed.
 pub fn crash(image: &Path, command: &str) {
-    let mut child = Command::new("qemu-io")
-        .args(["-f", "qcow2", text(image)])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut input = child.stdin.take().unwrap();
-    writeln!(input, "{command}\nflush").unwrap();
-    await_that("the bitmap is in use", || is_locked(image));
-    std::thread::sleep(Duration::from_millis(500));
-    child.kill().unwrap();
-    child.wait().unwrap();
+    // Asking whether the image is locked takes a lock, too: too early that keeps the writer out.
+    for pause in (1..20).map(|round| Duration::from_millis(500 * round)) {
+        let mut child = Command::new("qemu-io")
+            .args(["-f", "qcow2", text(image)])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = child.stdin.take().unwrap();
+        let written = writeln!(input, "{command}\nflush");
+        std::thread::sleep(pause);
+        let has_it = written.is_ok() && is_locked(image);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if has_it {
+            return;
+        }
+    }
+    panic!("the image is never locked");
 }
 
 fn is_locked(image: &Path) -> bool {
