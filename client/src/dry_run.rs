@@ -1,5 +1,7 @@
 //! A backup that sends nothing: reads a disk as a backup would, and tells what would travel to which server.
 
+use std::sync::Arc;
+
 use janus_proto::{
     ids::{BLOCK_BYTES, ServerId, block_count},
     pb::Encoding,
@@ -27,7 +29,7 @@ pub struct Forecast {
     /// Bytes of the blocks that servers lack; zeros among them don't travel.
     pub servers: Vec<(ServerId, u64)>,
     /// What was read and why.
-    pub reading: Reading,
+    pub reading: Arc<Reading>,
 }
 
 /// Why there is no forecast.
@@ -62,7 +64,7 @@ pub fn forecast(
 
 fn read(
     disk: &Disk,
-    reading: Reading,
+    reading: Arc<Reading>,
     threads: usize,
     stop: &CancellationToken,
 ) -> Result<Forecast, DryRunError> {

@@ -7,7 +7,9 @@ use std::{fmt, io};
 
 use uuid::Uuid;
 
-use crate::{ranges::Ranges, source::view::ReadAt};
+use janus_proto::ranges::Ranges;
+
+use crate::source::view::ReadAt;
 
 pub mod ext4;
 pub mod ntfs;
@@ -53,17 +55,35 @@ impl FsError {
     }
 }
 
-/// The byte ranges of `volume` that its file system, a `kind`, does not use.
+/// The byte ranges of `volume` that its file system, a `kind`, does not use; `None`: of such nothing is known here.
 ///
 /// # Errors
 /// When that can't be proven: all of it is used then.
-pub fn free(kind: FileSystemKind, volume: &dyn ReadAt) -> Result<Ranges, FsError> {
+pub fn free(kind: FileSystemKind, volume: &dyn ReadAt) -> Result<Option<Ranges>, FsError> {
     match kind {
         FileSystemKind::Ext2 | FileSystemKind::Ext3 | FileSystemKind::Ext4 => ext4::free(volume),
         FileSystemKind::Xfs => xfs::free(volume),
         FileSystemKind::Ntfs => ntfs::free(volume),
-        other => Err(FsError::unsupported(format!("free space of {other} is not understood"))),
+        _ => return Ok(None),
     }
+    .map(Some)
+}
+
+/// The numbers below `end` whose bit in a bitmap is zero.
+fn zero_bits(bitmap: &[u8], end: u64) -> Ranges {
+    let mut zeros = Ranges::new();
+    for (byte, base) in bitmap.iter().zip((0..end).step_by(8)) {
+        match byte {
+            0xFF => {}
+            0 => zeros.push(base..end.min(base + 8)),
+            _ => {
+                for bit in (0..8).filter(|bit| byte >> bit & 1 == 0 && base + bit < end) {
+                    zeros.push(base + bit..base + bit + 1);
+                }
+            }
+        }
+    }
+    zeros
 }
 
 /// Ranges that are kept of one volume before short ones are left out, which then count as used: 32 MiB of memory.

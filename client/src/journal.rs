@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use crate::ranges::Ranges;
+use janus_proto::ranges::Ranges;
 
 pub mod memory;
 pub mod ntfs_usn;

@@ -13,7 +13,6 @@ pub mod journal;
 pub mod link;
 pub mod nbd;
 pub mod progress;
-pub mod ranges;
 pub mod reading;
 pub mod reconcile;
 pub mod restore;

@@ -10,18 +10,18 @@
 //! all of them have had their turn after `100 / audit_percent` runs; and every `full_compare_runs` runs or
 //! `full_compare_days` days everything is read. A promised block whose hash turns out to be another ends all promises.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-use janus_proto::ids::BlockHash;
+use janus_proto::ids::{BLOCK_BYTES, BlockHash, SEGMENT_BYTES};
 
 use crate::{
-    delta::{SEGMENT_WORDS, SegmentBits},
+    delta::{SEGMENT_WORDS, SegmentBits, WORD_BLOCKS},
     journal::{
         Changes, Distrust, Journal, JournalKind,
         memory::{Memory, VolumeCursor},
     },
-    ranges::Ranges,
 };
+use janus_proto::ranges::Ranges;
 
 const DAY_SECONDS: i64 = 86_400;
 
@@ -109,11 +109,10 @@ impl Reading {
             doubts_zeros: old.skipped,
             audit: Audit::of(&old, policy),
             distrust,
-            memory: Memory { skipped: !zeros.is_empty(), ..old.clone() },
+            memory: Memory { skipped: !zeros.is_empty(), ..old.without_cursors() },
             zeros,
             ..Self::default()
         };
-        reading.memory.volumes.clear();
         for part in journals {
             reading.ask(part, &old);
         }
@@ -143,7 +142,7 @@ impl Reading {
             let volume = Ranges::from(0..len);
             let promised = volume.subtract(&changed.union(&free)).shift(start);
             let free = volume.intersect(&free).subtract(&changed).shift(start);
-            let unread = promised.total_bytes() + free.total_bytes();
+            let unread = promised.total() + free.total();
             self.promised = self.promised.union(&promised);
             self.free = self.free.union(&free);
             unread
@@ -170,7 +169,7 @@ impl Reading {
 
     /// Bytes that count as zeros.
     pub fn zero_bytes(&self) -> u64 {
-        self.zeros.total_bytes()
+        self.zeros.total()
     }
 
     /// What becomes of a segment's blocks.
@@ -178,9 +177,9 @@ impl Reading {
         if self.zeros.is_empty() && !self.has_promises() {
             return SegmentReading::default();
         }
-        let zeros = self.zeros.segment_bits(segment, size_bytes);
-        let free = self.free.segment_bits(segment, size_bytes);
-        let promised = self.promised.segment_bits(segment, size_bytes);
+        let zeros = segment_bits(&self.zeros, segment, size_bytes);
+        let free = segment_bits(&self.free, segment, size_bytes);
+        let promised = segment_bits(&self.promised, segment, size_bytes);
         let mut known = SegmentBits::default();
         for (word, bits) in known.iter_mut().enumerate() {
             let audited = self.audit.has(segment * SEGMENT_WORDS as u64 + word as u64);
@@ -193,7 +192,7 @@ impl Reading {
 /// The reading of one disk for one backup, over all its runs.
 #[derive(Debug)]
 pub struct Planned {
-    reading: Reading,
+    reading: Arc<Reading>,
     /// The cache's cursor that its promises count from.
     since: Option<BlockHash>,
     /// Where and when a promise was found wrong.
@@ -203,20 +202,17 @@ pub struct Planned {
 impl Planned {
     /// `reading` was planned from the cursor with this digest.
     pub fn new(reading: Reading, since: Option<BlockHash>) -> Self {
-        Self { reading, since, missed: OnceLock::new() }
+        Self { reading: Arc::new(reading), since, missed: OnceLock::new() }
     }
 
     /// What to do now that the cache's cursor has this digest: promises count from one cursor only.
-    pub fn now(&self, cursor: Option<BlockHash>) -> Reading {
-        match self.missed.get() {
-            Some((offset, _)) => {
-                self.reading.without_promises(Distrust::Missed { offset: *offset })
-            }
-            None if self.reading.has_promises() && cursor != self.since => {
-                self.reading.without_promises(Distrust::Reconciled)
-            }
-            None => self.reading.clone(),
-        }
+    pub fn now(&self, cursor: Option<BlockHash>) -> Arc<Reading> {
+        let reason = match self.missed.get() {
+            Some(&(offset, _)) => Distrust::Missed { offset },
+            None if self.reading.has_promises() && cursor != self.since => Distrust::Reconciled,
+            None => return self.reading.clone(),
+        };
+        Arc::new(self.reading.without_promises(reason))
     }
 
     /// A promise was wrong at byte `offset`: there are none from now on. `now` is in seconds of Unix time.
@@ -227,18 +223,15 @@ impl Planned {
 
     /// For the next run, as the cache keeps it; empty when there is nothing to remember.
     pub fn cursor(&self) -> Vec<u8> {
-        let memory = self.reading.memory.clone();
-        let memory = match self.missed.get() {
-            Some(&(offset, now)) => Memory {
-                missed: Some((offset, now)),
-                runs: 0,
-                compared: now,
-                volumes: Vec::new(),
-                ..memory
-            },
-            None => memory,
-        };
-        if memory.is_worthless() { Vec::new() } else { memory.to_bytes() }
+        let memory = &self.reading.memory;
+        match self.missed.get() {
+            Some(&(offset, now)) => {
+                let known = memory.without_cursors();
+                Memory { missed: Some((offset, now)), runs: 0, compared: now, ..known }.to_bytes()
+            }
+            None if memory.is_worthless() => Vec::new(),
+            None => memory.to_bytes(),
+        }
     }
 }
 
@@ -274,6 +267,25 @@ pub struct PieceReading {
     pub promised: u64,
     /// See [`Memory::skipped`].
     pub doubts_zeros: bool,
+}
+
+/// Bits of the blocks of a segment that are in a set of bytes wholly, of a disk of `size_bytes`.
+fn segment_bits(set: &Ranges, segment: u64, size_bytes: u64) -> SegmentBits {
+    let mut bits = SegmentBits::default();
+    let start = segment * SEGMENT_BYTES;
+    let end = (start + SEGMENT_BYTES).min(size_bytes);
+    for range in set.behind(start).take_while(|range| range.start < end) {
+        let from = (range.start.max(start) - start).div_ceil(BLOCK_BYTES);
+        // A short last block is whole, too.
+        let to = match range.end >= end {
+            true => (end - start).div_ceil(BLOCK_BYTES),
+            false => (range.end - start) / BLOCK_BYTES,
+        };
+        for block in from..to {
+            bits[(block / WORD_BLOCKS) as usize] |= 1 << (block % WORD_BLOCKS);
+        }
+    }
+    bits
 }
 
 /// Why no journal is to be believed, if so.

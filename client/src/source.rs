@@ -164,12 +164,8 @@ impl Source {
         if let Some(image) = text.strip_prefix(qcow2::SCHEME) {
             return Self::open_qcow2(spec, Path::new(image));
         }
-        // A pipe without a writer would keep a plain open for ever; files and disks don't mind.
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
-            .open(&path)
-            .map_err(|source| SourceError::Open { path: path.clone(), source })?;
+        let file =
+            open(&path).map_err(|source| SourceError::Open { path: path.clone(), source })?;
         let meta =
             file.metadata().map_err(|source| SourceError::Open { path: path.clone(), source })?;
         let device = meta.file_type().is_block_device();
@@ -178,22 +174,12 @@ impl Source {
         }
         let size_bytes = size_of(&file, device)
             .map_err(|source| SourceError::Open { path: path.clone(), source })?;
-        if size_bytes == 0 || !size_bytes.is_multiple_of(512) || size_bytes > MAX_DISK_BYTES {
-            return Err(SourceError::Size { path, size_bytes });
-        }
+        check_size(&path, size_bytes)?;
         let sysfs = device.then(|| sysfs::Device::of(meta.rdev()));
         let consistency = consistency(&path, sysfs.as_ref(), allow_live)?;
         let sector_bytes =
             sysfs.as_ref().and_then(sysfs::Device::logical_sector_bytes).unwrap_or(512);
-        let found = || {
-            gpt::disk_guid(&file, sector_bytes)
-                .or_else(|| sysfs.as_ref().and_then(sysfs::Device::serial))
-        };
-        let disk_id = spec
-            .name
-            .clone()
-            .or_else(found)
-            .ok_or_else(|| SourceError::Nameless { path: path.clone() })?;
+        let disk_id = id_of(spec, || own_id(&file, sector_bytes, sysfs.as_ref()))?;
         let file = DirectFile::for_reading(file, &path);
         let medium = FileMedium::new(file, size_bytes, sector_bytes, device);
         Ok(Self { path, backing: Backing::File(medium), disk_id, consistency })
@@ -229,15 +215,8 @@ impl Source {
         consistency: Consistency,
     ) -> Result<Self, SourceError> {
         let (path, size_bytes) = (spec.path.clone(), medium.size_bytes());
-        if size_bytes == 0 || !size_bytes.is_multiple_of(512) || size_bytes > MAX_DISK_BYTES {
-            return Err(SourceError::Size { path, size_bytes });
-        }
-        let found = || gpt::disk_guid(&Bytes(&medium), medium.sector_bytes());
-        let disk_id = spec
-            .name
-            .clone()
-            .or_else(found)
-            .ok_or_else(|| SourceError::Nameless { path: path.clone() })?;
+        check_size(&path, size_bytes)?;
+        let disk_id = id_of(spec, || own_id(&Bytes(&medium), medium.sector_bytes(), None))?;
         let begun = image.as_ref().and_then(Qcow2::begun).map(str::to_owned);
         let export = Box::new(Export { medium, image, begun });
         Ok(Self { path, backing: Backing::Export(export), disk_id, consistency })
@@ -358,6 +337,34 @@ impl ReadAt for Bytes<'_> {
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.0.read_exact_at(buffer, offset)
     }
+}
+
+/// Opens a file or device for reading. A pipe without a writer would keep a plain open for ever; these don't mind.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    OpenOptions::new().read(true).custom_flags(flags).open(path)
+}
+
+/// The id that a disk itself tells: its GPT's GUID, else the serial number of its device.
+pub(crate) fn own_id(
+    disk: &dyn ReadAt,
+    sector_bytes: u32,
+    device: Option<&sysfs::Device>,
+) -> Option<DiskId> {
+    gpt::disk_guid(disk, sector_bytes).or_else(|| device.and_then(sysfs::Device::serial))
+}
+
+/// The id that a disk is backed up under.
+fn id_of(spec: &DiskSpec, own: impl FnOnce() -> Option<DiskId>) -> Result<DiskId, SourceError> {
+    let nameless = || SourceError::Nameless { path: spec.path.clone() };
+    spec.name.clone().or_else(own).ok_or_else(nameless)
+}
+
+fn check_size(path: &Path, size_bytes: u64) -> Result<(), SourceError> {
+    if size_bytes == 0 || !size_bytes.is_multiple_of(512) || size_bytes > MAX_DISK_BYTES {
+        return Err(SourceError::Size { path: path.to_owned(), size_bytes });
+    }
+    Ok(())
 }
 
 /// Size of a file or block device.

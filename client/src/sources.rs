@@ -1,9 +1,8 @@
 //! What this machine has that could be backed up. Only reads, opens nothing that isn't a disk, and needs no server.
 
 use std::{
-    fs::{self, File, OpenOptions},
-    io,
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    fs, io,
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
 };
 
@@ -12,7 +11,7 @@ use crate::{
     fs::FileSystemKind,
     journal::JournalKind,
     nbd::{self, NbdMedium},
-    source::{Bytes, gpt, medium::Medium, mounts, qcow2, size_of, sysfs, view::ReadAt},
+    source::{self, Bytes, medium::Medium, mounts, qcow2, sysfs},
     volume::{self, TableKind, Volume},
 };
 
@@ -131,22 +130,6 @@ fn device_path(name: &str) -> PathBuf {
     }
 }
 
-/// A file or device as bytes.
-struct Raw {
-    file: File,
-    size: u64,
-}
-
-impl ReadAt for Raw {
-    fn len(&self) -> u64 {
-        self.size
-    }
-
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        ReadAt::read_exact_at(&self.file, buffer, offset)
-    }
-}
-
 fn look_at(path: &Path, configured: &[DiskSpec]) -> DiskFound {
     let spec = configured.iter().find(|spec| spec.path == path);
     let named = spec.and_then(|spec| spec.name.as_ref()).map(ToString::to_string);
@@ -187,18 +170,13 @@ fn look_into(found: &mut DiskFound) -> io::Result<()> {
     found.mount = device.as_ref().and_then(|device| mount_of(&device.family()));
     let snapshots = device.as_ref().and_then(sysfs::Device::snapshots);
     found.stillness = Some(stillness(found.mount.as_ref(), snapshots));
-    // As for backups: a pipe without a writer must not keep us.
-    let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(&found.path)?;
-    let raw = Raw { size: size_of(&file, is_device)?, file };
-    found.size_bytes = raw.size;
+    let file = source::open(&found.path)?;
+    found.size_bytes = source::size_of(&file, is_device)?;
     let sector = device.as_ref().and_then(sysfs::Device::logical_sector_bytes).unwrap_or(512);
     if found.disk_id.is_none() {
-        let id = gpt::disk_guid(&raw.file, sector);
-        let id = id.or_else(|| device.as_ref().and_then(sysfs::Device::serial));
-        found.disk_id = id.map(|id| id.to_string());
+        found.disk_id = source::own_id(&file, sector, device.as_ref()).map(|id| id.to_string());
     }
-    found.layout = match volume::layout(&raw, sector) {
+    found.layout = match volume::layout(&file, sector) {
         Ok(layout) => {
             let volumes = layout.volumes.into_iter();
             let volumes = volumes.map(|volume| volume_found(volume, device.as_ref()));
@@ -218,7 +196,8 @@ fn look_into_export(found: &mut DiskFound, text: &str) -> Result<(), String> {
     found.size_bytes = medium.size_bytes();
     let bytes = Bytes(&medium);
     if found.disk_id.is_none() {
-        found.disk_id = gpt::disk_guid(&bytes, medium.sector_bytes()).map(|id| id.to_string());
+        let id = source::own_id(&bytes, medium.sector_bytes(), None);
+        found.disk_id = id.map(|id| id.to_string());
     }
     let layout =
         volume::layout(&bytes, medium.sector_bytes()).map_err(|error| error.to_string())?;

@@ -8,11 +8,11 @@ use crate::{
     cache::DiskCache,
     fs::{self, FileSystemKind},
     journal::{memory::Memory, ntfs_usn::NtfsUsn},
-    ranges::Ranges,
     reading::{Journalled, Known, Planned, Policy, Reading},
     source::{Source, view::View},
     volume::{self, Volume},
 };
+use janus_proto::ranges::Ranges;
 
 /// What the user leaves out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -70,14 +70,11 @@ impl Choice {
             }
         };
         let left_out = self.left_out(source.disk_id(), &volumes)?;
-        let zeros: Vec<_> = volumes
-            .iter()
-            .map(|volume| match left_out.contains(&volume.number) {
-                true => volume.range().into(),
-                false => self.free(source, volume),
-            })
-            .collect();
-        let zeros = zeros.iter().fold(Ranges::new(), |all, more| all.union(more));
+        let zeros_of = |volume: &Volume| match left_out.contains(&volume.number) {
+            true => volume.range().into(),
+            false => self.free(source, volume),
+        };
+        let zeros = volumes.iter().fold(Ranges::new(), |all, one| all.union(&zeros_of(one)));
         // What changes while it is read has no state that a journal could speak of.
         let is_still = source.consistency() != Consistency::Smeared;
         let journalled = |volume: &&Volume| {
@@ -139,16 +136,10 @@ impl Choice {
             return Ranges::new();
         }
         let view = View::new(source, volume.start, volume.len);
-        let free = match volume.file_system {
-            Some(FileSystemKind::Ntfs) => fs::ntfs::free(&view),
-            Some(FileSystemKind::Ext2 | FileSystemKind::Ext3 | FileSystemKind::Ext4) => {
-                fs::ext4::free(&view)
+        match volume.file_system.map_or(Ok(None), |kind| fs::free(kind, &view)) {
+            Ok(free) => {
+                Ranges::from(0..volume.len).intersect(&free.unwrap_or_default()).shift(volume.start)
             }
-            Some(FileSystemKind::Xfs) => fs::xfs::free(&view),
-            _ => return Ranges::new(),
-        };
-        match free {
-            Ok(free) => Ranges::from(0..volume.len).intersect(&free).shift(volume.start),
             Err(error) => {
                 tracing::warn!(disk = %source.disk_id(), volume = volume.number, %error, "free space is backed up, too");
                 Ranges::new()

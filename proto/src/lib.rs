@@ -28,6 +28,7 @@ pub mod metadata;
 pub mod model;
 pub mod plain_health;
 pub mod program;
+pub mod ranges;
 pub mod settings;
 pub mod shares;
 pub mod show;

@@ -5,8 +5,10 @@
 //! and each group's count of free blocks with its bitmap. Superblocks, descriptors, bitmaps and inode tables are used,
 //! whatever a bitmap says. Layout: Documentation/filesystems/ext4 of Linux.
 
-use super::{Free, FsError};
-use crate::{ranges::Ranges, source::view::ReadAt};
+use super::{Free, FsError, zero_bits};
+use janus_proto::ranges::Ranges;
+
+use crate::source::view::ReadAt;
 
 mod group;
 mod superblock;
@@ -48,9 +50,7 @@ fn metadata(sb: &Superblock, groups: &[Group]) -> Ranges {
         used.push(group.inode_bitmap..group.inode_bitmap + 1);
         used.push(group.inode_table..group.inode_table + sb.inode_table_blocks);
     }
-    used.sort_unstable_by_key(|range| range.start);
-    let bytes = used.into_iter().map(|r| r.start * sb.block_bytes..r.end * sb.block_bytes);
-    bytes.collect::<Ranges>().outward(sb.cluster_bytes())
+    Ranges::from(used).scaled(sb.block_bytes).outward(sb.cluster_bytes())
 }
 
 fn add_free(
@@ -67,11 +67,14 @@ fn add_free(
     } else {
         let bitmap = sb.read_block(volume, group.block_bitmap)?;
         group.check_bitmap(sb, &bitmap)?;
-        zero_bits(&bitmap, first, end, sb.cluster_bytes())
+        let cluster = sb.cluster_bytes();
+        let clusters = zero_bits(&bitmap, (end - first).div_ceil(cluster)).scaled(cluster);
+        // The last cluster may be cut off.
+        clusters.shift(first).intersect(&(first..end).into())
     };
     let known = unused.subtract(metadata);
     // A bitmap that calls structures free is as wrong as a count that differs from it.
-    if known.total_bytes().div_ceil(sb.cluster_bytes()) != group.free_clusters {
+    if known.total().div_ceil(sb.cluster_bytes()) != group.free_clusters {
         return Err(FsError::damaged(format!(
             "group {}: the count of free blocks is not that of its bitmap",
             group.number
@@ -79,20 +82,4 @@ fn add_free(
     }
     known.iter().for_each(|range| free.push(range));
     Ok(())
-}
-
-/// The clusters of `first..end` whose bit in `bitmap` is zero.
-fn zero_bits(bitmap: &[u8], first: u64, end: u64, cluster_bytes: u64) -> Ranges {
-    let mut zeros = Ranges::new();
-    let clusters = (end - first).div_ceil(cluster_bytes);
-    for (byte, base) in bitmap.iter().zip((0..clusters).step_by(8)) {
-        if *byte == 0xFF {
-            continue;
-        }
-        for bit in (0..8).filter(|bit| byte >> bit & 1 == 0 && base + bit < clusters) {
-            let at = first + (base + bit) * cluster_bytes;
-            zeros.push(at..(at + cluster_bytes).min(end));
-        }
-    }
-    zeros
 }

@@ -4,10 +4,13 @@
 //! The whole MFT is read, record by record, so no index or attribute list has to be followed: an extension record names its
 //! base record.
 
-use super::FsError;
-use crate::{ranges::Ranges, source::view::ReadAt};
+use super::{FsError, zero_bits};
+use janus_proto::ranges::Ranges;
+
+use crate::source::view::ReadAt;
 
 mod boot;
+mod fixups;
 mod logfile;
 mod record;
 mod runs;
@@ -45,7 +48,7 @@ pub(crate) mod numbers {
 
 /// Types of attributes.
 pub(crate) mod types {
-    /// Times, flags.
+    /// A name, and the folder that it stands in.
     pub(crate) const FILE_NAME: u32 = 0x30;
     /// Version and flags of the volume.
     pub(crate) const VOLUME_INFORMATION: u32 = 0x70;
@@ -243,28 +246,7 @@ impl<'a> Ntfs<'a> {
         if (bitmap.len() as u64).saturating_mul(8) < self.boot.clusters {
             return Err(FsError::damaged("$Bitmap is too short"));
         }
-        let mut free = Ranges::new();
-        let words = bitmap.chunks(8).map(|bytes| {
-            let mut word = [0xFF; 8];
-            word[..bytes.len()].copy_from_slice(bytes);
-            u64::from_le_bytes(word)
-        });
-        for (index, word) in words.enumerate() {
-            let first = index as u64 * 64;
-            let mut at = 0;
-            while at < 64 {
-                let used = (word >> at).trailing_ones();
-                let start = at + used;
-                if start >= 64 {
-                    break;
-                }
-                let count = (word >> start).trailing_zeros().min(64 - start);
-                let (from, to) = (first + u64::from(start), first + u64::from(start + count));
-                free.push(from.min(self.boot.clusters)..to.min(self.boot.clusters));
-                at = start + count;
-            }
-        }
-        Ok(free)
+        Ok(zero_bits(&bitmap, self.boot.clusters))
     }
 
     /// How the log was left, and that no check of the volume is due.
@@ -314,12 +296,6 @@ impl<'a> Ntfs<'a> {
     }
 }
 
-/// Clusters as bytes of the volume.
-pub(crate) fn bytes_of(runs: &[Run], boot: &Boot) -> impl Iterator<Item = std::ops::Range<u64>> {
-    let cluster = boot.cluster_bytes;
-    runs.iter().map(move |run| run.first * cluster..(run.first + run.count) * cluster)
-}
-
 /// Bytes of the volume that nothing uses: clusters that `$Bitmap` calls free and no file has.
 ///
 /// # Errors
@@ -327,27 +303,26 @@ pub(crate) fn bytes_of(runs: &[Run], boot: &Boot) -> impl Iterator<Item = std::o
 pub fn free(volume: &dyn ReadAt) -> Result<Ranges, FsError> {
     let ntfs = Ntfs::open(volume)?;
     ntfs.state_at_rest()?;
-    let cluster = ntfs.boot.cluster_bytes;
-    let free: Ranges =
-        ntfs.free_clusters()?.iter().map(|run| run.start * cluster..run.end * cluster).collect();
+    let free = ntfs.free_clusters()?;
     let mut used = Vec::new();
     ntfs.each_record(|record| {
         if record.number != numbers::BAD_CLUSTERS {
             for attribute in &record.attributes {
-                used.extend(bytes_of(&ntfs.clusters_of(attribute)?, &ntfs.boot));
+                used.extend(ntfs.clusters_of(attribute)?.iter().map(Run::clusters));
             }
         }
         Ok(())
     })?;
-    used.sort_unstable_by_key(|range: &std::ops::Range<u64>| range.start);
-    let used: Ranges = used.into_iter().collect();
-    match free.intersect(&used).iter().next() {
-        Some(both) => Err(FsError::damaged(format!(
-            "a file has cluster {}, which $Bitmap calls free",
-            both.start / cluster
-        ))),
-        None => Ok(free),
+    match contradiction(&free, &used.into()) {
+        Some(what) => Err(FsError::Damaged { what }),
+        None => Ok(free.scaled(ntfs.boot.cluster_bytes)),
     }
+}
+
+/// What is wrong where a file has a cluster that `$Bitmap` calls free.
+pub(crate) fn contradiction(free: &Ranges, used: &Ranges) -> Option<String> {
+    let both = free.intersect(used).iter().next()?;
+    Some(format!("a file has cluster {}, which $Bitmap calls free", both.start))
 }
 
 /// A stream of a file that may be in many parts, from all its records.

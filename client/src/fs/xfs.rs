@@ -6,7 +6,9 @@
 //! groups' free lists, which the trees grow from, are used. Layout: "XFS Algorithms & Data Structures", 3rd edition.
 
 use super::{Free, FsError, Head};
-use crate::{ranges::Ranges, source::view::ReadAt};
+use janus_proto::ranges::Ranges;
+
+use crate::source::view::ReadAt;
 
 mod log;
 mod superblock;

@@ -100,6 +100,12 @@ impl Memory {
         packed::pack(&head, cursors)
     }
 
+    /// All but the volumes' cursors, which may be large.
+    pub fn without_cursors(&self) -> Self {
+        let Self { seed, turn, runs, compared, missed, skipped, .. } = *self;
+        Self { seed, turn, runs, compared, missed, skipped, volumes: Vec::new() }
+    }
+
     /// True when the next run would do the same without it.
     pub fn is_worthless(&self) -> bool {
         self.volumes.is_empty() && self.missed.is_none() && !self.skipped

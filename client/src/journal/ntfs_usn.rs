@@ -23,11 +23,11 @@ use super::{Answer, Changes, Distrust, Journal, JournalKind, packed};
 use crate::{
     fs::{
         FsError,
-        ntfs::{LogState, Ntfs},
+        ntfs::{self, LogState, Ntfs},
     },
-    ranges::Ranges,
     source::view::ReadAt,
 };
+use janus_proto::ranges::Ranges;
 
 mod files;
 mod record;
@@ -175,20 +175,17 @@ impl<'a> Now<'a> {
     }
 
     fn changes(&self, touched: &BTreeSet<u64>, old: &[u64]) -> Result<Changes, Distrust> {
-        let bytes = |range: std::ops::Range<u64>| {
-            range.start * self.ntfs.boot.cluster_bytes..range.end * self.ntfs.boot.cluster_bytes
-        };
         let (still, others) = self.files.divide(touched, old);
         let free = self.ntfs.free_clusters()?;
         let used = still.union(&others);
-        if let Some(both) = free.intersect(&used).iter().next() {
-            let what = format!("a file has cluster {}, which $Bitmap calls free", both.start);
+        if let Some(what) = ntfs::contradiction(&free, &used) {
             return Err(Distrust::Damaged { what });
         }
         let unchanged = still.subtract(&others);
         let all = Ranges::from(0..self.ntfs.volume_bytes());
-        let unread: Ranges = unchanged.union(&free).iter().map(bytes).collect();
-        Ok(Changes { changed: all.subtract(&unread), free: free.iter().map(bytes).collect() })
+        let cluster = self.ntfs.boot.cluster_bytes;
+        let unread = unchanged.union(&free).scaled(cluster);
+        Ok(Changes { changed: all.subtract(&unread), free: free.scaled(cluster) })
     }
 
     /// Files that the whole journal leaves open, with those of an older cursor.

@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 use super::NbdMedium;
 use crate::{
     journal::{Answer, Changes, Distrust, Journal, JournalKind},
-    ranges::Ranges,
     source::medium::Medium,
 };
+use janus_proto::ranges::Ranges;
 
 const PREFIX: &str = "janus-";
 const FORMAT: u8 = 1;

@@ -102,15 +102,9 @@ impl Connection {
             shared.pending.insert(cookie, pending);
             cookie
         };
-        let mut request = REQUEST_MAGIC.to_be_bytes().to_vec();
-        request.extend(0u16.to_be_bytes());
-        request.extend(command.to_be_bytes());
-        request.extend(cookie.to_be_bytes());
-        request.extend(offset.to_be_bytes());
-        request.extend(len.to_be_bytes());
         let written = {
             let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-            self.stream.write(&request)
+            self.stream.write(&request(command, cookie, offset, len))
         };
         match written.and_then(|()| self.wait(cookie, until)) {
             Ok(answered) => Ok(answered),
@@ -188,15 +182,22 @@ impl Connection {
     }
 }
 
+/// A request without flags.
+fn request(command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    let mut request = REQUEST_MAGIC.to_be_bytes().to_vec();
+    request.extend(0u16.to_be_bytes());
+    request.extend(command.to_be_bytes());
+    request.extend(cookie.to_be_bytes());
+    request.extend(offset.to_be_bytes());
+    request.extend(len.to_be_bytes());
+    request
+}
+
 impl Drop for Connection {
     fn drop(&mut self) {
         if !self.is_broken() {
-            let mut request = REQUEST_MAGIC.to_be_bytes().to_vec();
-            request.extend(0u16.to_be_bytes());
-            request.extend(DISCONNECT.to_be_bytes());
-            request.resize(28, 0);
             // Politeness only.
-            let _ = self.stream.write(&request);
+            let _ = self.stream.write(&request(DISCONNECT, 0, 0, 0));
         }
         self.stream.end();
     }

@@ -15,10 +15,8 @@ use super::{
     handshake::{ALLOCATION, Agreed, BITMAP},
     uri::Uri,
 };
-use crate::{
-    ranges::Ranges,
-    source::{Stretch, medium::Medium},
-};
+use crate::source::{Stretch, medium::Medium};
+use janus_proto::ranges::Ranges;
 
 /// How far ahead holes are asked for.
 const REGION_BYTES: u64 = 1 << 30;

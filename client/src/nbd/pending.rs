@@ -7,7 +7,7 @@ use super::{
     handshake::{be16, be32, be64},
     stream::Stream,
 };
-use crate::ranges::Ranges;
+use janus_proto::ranges::Ranges;
 
 const DONE: u16 = 1;
 
@@ -146,7 +146,7 @@ impl Pending {
         let len = u64::from(self.len);
         match (&mut self.ask, self.failed) {
             (_, Some(errno)) => Err(NbdError::Failed(errno)),
-            (Ask::Read { data, got }, None) if got.total_bytes() == len => Ok(std::mem::take(data)),
+            (Ask::Read { data, got }, None) if got.total() == len => Ok(std::mem::take(data)),
             _ => Err(NbdError::Protocol("an answer without all of the data".into())),
         }
     }
@@ -173,11 +173,11 @@ fn place(
 ) -> Result<Range<usize>, NbdError> {
     let start = at.checked_sub(offset);
     let place = start.map(|start| start..start.saturating_add(u64::from(piece)));
-    let before = got.total_bytes();
+    let before = got.total();
     match place {
         Some(place) if piece > 0 && place.end <= u64::from(len) => {
             got.insert(place.clone());
-            if got.total_bytes() != before + u64::from(piece) {
+            if got.total() != before + u64::from(piece) {
                 return Err(NbdError::Protocol("the same data twice".into()));
             }
             Ok(place.start as usize..place.end as usize)

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use janus_proto::ranges::Ranges;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use self::server::{Behaviour, Script, serve};
@@ -19,7 +20,6 @@ use super::{
 };
 use crate::{
     journal::{Distrust, Journal},
-    ranges::Ranges,
     source::medium::Medium,
 };
 

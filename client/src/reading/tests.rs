@@ -144,3 +144,14 @@ fn promises_count_from_one_cursor_and_end_with_a_miss() {
     let kept = Memory::parse(&planned.cursor()).unwrap();
     assert_eq!((kept.missed, kept.volumes.len()), (Some((8192, 7)), 0));
 }
+
+#[test]
+fn only_whole_blocks_get_a_bit_but_a_short_last_one_is_whole() {
+    let size = (4 << 20) + 8192 + 512;
+    let set: Ranges = [4095..12288, (4 << 20) + 4096..size].into_iter().collect();
+    assert_eq!(segment_bits(&set, 0, size)[0], 0b110);
+    assert_eq!(segment_bits(&set, 1, size)[0], 0b110);
+    let cut = Ranges::from((4 << 20) + 4096..size - 1);
+    assert_eq!(segment_bits(&cut, 1, size)[0], 0b010);
+    assert_eq!(segment_bits(&Ranges::from(0..size), 0, size), [u64::MAX; SEGMENT_WORDS]);
+}

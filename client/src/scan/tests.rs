@@ -8,6 +8,7 @@ use janus_proto::{
 
 use super::*;
 use crate::config::DiskSpec;
+use janus_proto::ranges::Ranges;
 
 #[derive(Default)]
 struct Table(HashMap<u64, Vec<BlockHash>>);
@@ -249,7 +250,6 @@ mod readings {
     use super::*;
     use crate::{
         journal::{Answer, Changes, Journal, JournalKind, memory::Memory},
-        ranges::Ranges,
         reading::{Journalled, Known, Policy, Reading},
     };
 

@@ -1,11 +1,13 @@
 //! The disk GUID of a GPT: it stays with the disk wherever it is plugged in (UEFI 2.10, section 5.3.2).
 
 use janus_proto::ids::DiskId;
+use uuid::Uuid;
 
 use super::view::ReadAt;
+use crate::fs::Head;
 
 const SIGNATURE: &[u8] = b"EFI PART";
-const HEADER_BYTES: usize = 92;
+pub(crate) const HEADER_BYTES: usize = 92;
 
 /// GUID in the primary GPT header, `None` when there is none or its checksum is wrong.
 pub fn disk_guid(disk: &dyn ReadAt, sector_bytes: u32) -> Option<DiskId> {
@@ -20,17 +22,47 @@ pub fn disk_guid(disk: &dyn ReadAt, sector_bytes: u32) -> Option<DiskId> {
 }
 
 fn parse(header: &[u8; 512]) -> Option<DiskId> {
-    let length = u32::from_le_bytes(*header[12..].first_chunk()?) as usize;
-    if &header[..8] != SIGNATURE || !(HEADER_BYTES..=header.len()).contains(&length) {
-        return None;
-    }
-    let mut checked = *header;
-    checked[16..20].fill(0);
-    if crc32(&checked[..length]) != u32::from_le_bytes(*header[16..].first_chunk()?) {
-        return None;
-    }
-    let guid = uuid::Uuid::from_bytes_le(*header[56..].first_chunk()?);
+    let guid = Header::parse(header)?.disk;
     if guid.is_nil() { None } else { guid.hyphenated().to_string().parse().ok() }
+}
+
+/// A header whose checksum is right; its other fields may say anything.
+pub(crate) struct Header {
+    /// Its bytes.
+    pub(crate) length: usize,
+    /// The disk's GUID.
+    pub(crate) disk: Uuid,
+    /// First sector of the entries.
+    pub(crate) entries: u64,
+    /// How many.
+    pub(crate) count: u32,
+    /// Bytes of each.
+    pub(crate) entry_bytes: u32,
+    /// Checksum of them all.
+    pub(crate) entries_sum: u32,
+}
+
+impl Header {
+    pub(crate) fn parse(sector: &[u8; 512]) -> Option<Self> {
+        let head = Head(sector);
+        let length = head.u32(12)? as usize;
+        if !head.is(0, SIGNATURE) || !(HEADER_BYTES..=sector.len()).contains(&length) {
+            return None;
+        }
+        let mut checked = *sector;
+        checked[16..20].fill(0);
+        if crc32(&checked[..length]) != head.u32(16)? {
+            return None;
+        }
+        Some(Self {
+            length,
+            disk: head.guid(56)?,
+            entries: head.u64(72)?,
+            count: head.u32(80)?,
+            entry_bytes: head.u32(84)?,
+            entries_sum: head.u32(88)?,
+        })
+    }
 }
 
 /// CRC-32 (ISO 3309), as GPT uses it; only ever over one table.

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, Read, Seek, SeekFrom},
+    os::unix::fs::FileTypeExt,
     sync::{Mutex, PoisonError},
 };
 
@@ -26,7 +27,9 @@ pub trait ReadAt {
 
 impl ReadAt for std::fs::File {
     fn len(&self) -> u64 {
-        self.metadata().map_or(0, |meta| meta.len())
+        let is_device = |meta: &std::fs::Metadata| meta.file_type().is_block_device();
+        let size = self.metadata().and_then(|meta| super::size_of(self, is_device(&meta)));
+        size.unwrap_or(0)
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {

@@ -175,7 +175,7 @@ impl DiskTransfer {
 
     /// What the next scan reads, now that the cache is what it is.
     pub fn plan_scan(&mut self) -> Arc<Reading> {
-        self.reading = Arc::new(self.planned.now(self.cache.cursor_digest()));
+        self.reading = self.planned.now(self.cache.cursor_digest());
         self.reading.clone()
     }
 

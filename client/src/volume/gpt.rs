@@ -8,10 +8,12 @@ use uuid::Uuid;
 use super::{Part, TableKind, VolumeError};
 use crate::{
     fs::Head,
-    source::{gpt::crc32, view::ReadAt},
+    source::{
+        gpt::{HEADER_BYTES, Header, crc32},
+        view::ReadAt,
+    },
 };
 
-const HEADER_BYTES: usize = 92;
 const ENTRY_BYTES: u32 = 128;
 /// Tables of eight times the usual size are read.
 const MAX_ENTRIES: u32 = 1024;
@@ -40,11 +42,12 @@ pub(super) fn read(disk: &dyn ReadAt, sector_bytes: u64) -> Result<Option<Gpt>, 
 
 /// The entries of the GPT whose header is at sector `at`; `None` when there is none or a sum is wrong.
 fn entries(disk: &dyn ReadAt, at: u64, sector_bytes: u64) -> Result<Option<Vec<u8>>, VolumeError> {
-    let mut bytes = [0; HEADER_BYTES];
-    if !read_within(disk, &mut bytes, at.checked_mul(sector_bytes))? {
+    let mut sector = [0; 512];
+    if !read_within(disk, &mut sector, at.checked_mul(sector_bytes))? {
         return Ok(None);
     }
-    let Some(header) = Header::parse(bytes) else { return Ok(None) };
+    let header = Header::parse(&sector).filter(|header| header.length == HEADER_BYTES);
+    let Some(header) = header else { return Ok(None) };
     let Header { count, entry_bytes, .. } = header;
     if entry_bytes != ENTRY_BYTES || count > MAX_ENTRIES {
         return Err(VolumeError::damaged(format!(
@@ -55,29 +58,6 @@ fn entries(disk: &dyn ReadAt, at: u64, sector_bytes: u64) -> Result<Option<Vec<u
     let is_whole = read_within(disk, &mut entries, header.entries.checked_mul(sector_bytes))?
         && crc32(&entries) == header.entries_sum;
     Ok(is_whole.then_some(entries))
-}
-
-struct Header {
-    entries: u64,
-    count: u32,
-    entry_bytes: u32,
-    entries_sum: u32,
-}
-
-impl Header {
-    fn parse(mut bytes: [u8; HEADER_BYTES]) -> Option<Self> {
-        let head = Head(&bytes);
-        let (sum, len) = (head.u32(16)?, head.u32(12)?);
-        let header = Self {
-            entries: head.u64(72)?,
-            count: head.u32(80)?,
-            entry_bytes: head.u32(84)?,
-            entries_sum: head.u32(88)?,
-        };
-        let is_known = head.is(0, b"EFI PART") && len as usize == HEADER_BYTES;
-        bytes[16..20].fill(0);
-        (is_known && crc32(&bytes) == sum).then_some(header)
-    }
 }
 
 /// Fills `buffer` from `start`; false when that is not within the disk.

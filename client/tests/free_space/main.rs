@@ -14,9 +14,9 @@ use std::{
 
 use janus_client::{
     fs::{FsError, ext4, xfs},
-    ranges::Ranges,
     source::view::ReadAt,
 };
+use janus_proto::ranges::Ranges;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use volume::Volume;
 
@@ -91,7 +91,7 @@ fn free_space_of_ext4_is_what_dumpe2fs_says_and_may_hold_anything() {
         volume.overwrite(&free);
         volume.check("fsck.ext4", &["-fn"]);
         assert_eq!(volume.files(), files, "{command}");
-        println!("{command}: {} ranges, {} MiB free", free.len(), free.total_bytes() >> 20);
+        println!("{command}: {} ranges, {} MiB free", free.len(), free.total() >> 20);
     }
 }
 
@@ -112,7 +112,7 @@ fn free_space_of_xfs_is_what_xfs_db_says_and_may_hold_anything() {
                 xfs::free(&volume.open()).unwrap_or_else(|e| panic!("{command} {when}: {e}"));
             let (known, lists) = xfs_db_free(&volume);
             assert_eq!(free.subtract(&known), Ranges::new(), "{command}, {when}");
-            assert_eq!(known.total_bytes() - free.total_bytes(), lists, "{command}, {when}");
+            assert_eq!(known.total() - free.total(), lists, "{command}, {when}");
             free
         };
         compare("empty");
@@ -125,7 +125,7 @@ fn free_space_of_xfs_is_what_xfs_db_says_and_may_hold_anything() {
         if let Some(files) = files {
             assert_eq!(volume.files(), files, "{command}");
         }
-        println!("{command}: {} ranges, {} MiB free", free.len(), free.total_bytes() >> 20);
+        println!("{command}: {} ranges, {} MiB free", free.len(), free.total() >> 20);
     }
 }
 
@@ -140,7 +140,7 @@ fn what_is_mounted_has_no_free_space_but_a_frozen_ext4_has() {
     mount.freeze();
     let frozen = ext4::free(&volume.open());
     mount.thaw();
-    assert!(frozen.unwrap().total_bytes() > 30 << 20);
+    assert!(frozen.unwrap().total() > 30 << 20);
 
     let volume = Volume::make("mkfs.xfs -qf", 320 << 20);
     let mount = volume.mount(&[]);

@@ -8,7 +8,7 @@ use std::{
     process::Command,
 };
 
-use janus_client::ranges::Ranges;
+use janus_proto::ranges::Ranges;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use tempfile::TempDir;
 

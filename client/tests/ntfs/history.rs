@@ -400,11 +400,10 @@ impl<'a> History<'a> {
             Ok(changes) => {
                 totals.trusted += 1;
                 self.compare(&then, &now, changed, changes);
-                let unread = now.len() as u64 - changes.changed.total_bytes();
+                let unread = now.len() as u64 - changes.changed.total();
                 let cluster = self.volume.cluster_bytes();
-                totals.promised_clusters +=
-                    unread.saturating_sub(changes.free.total_bytes()) / cluster;
-                totals.read_clusters += changes.changed.total_bytes() / cluster;
+                totals.promised_clusters += unread.saturating_sub(changes.free.total()) / cluster;
+                totals.read_clusters += changes.changed.total() / cluster;
             }
             Err(reason) => {
                 let reason = reason.to_string();

@@ -8,10 +8,8 @@ use std::{
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
 };
 
-use janus_client::{
-    journal::{Journal, ntfs_usn::NtfsUsn},
-    ranges::Ranges,
-};
+use janus_client::journal::{Journal, ntfs_usn::NtfsUsn};
+use janus_proto::ranges::Ranges;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use serde_json::{Value, json};
 use xtask::site::workspace;

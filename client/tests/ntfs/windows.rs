@@ -47,7 +47,7 @@ fn a_volume_of_windows_is_read_and_believed_only_at_rest() {
     let told = String::from_utf8(told.unwrap().stdout).unwrap();
     let clusters = told.lines().find_map(|line| line.trim().strip_prefix("Free Clusters: "));
     let clusters: u64 = clusters.unwrap().split(' ').next().unwrap().parse().unwrap();
-    assert_eq!(free.total_bytes(), clusters * 4096);
+    assert_eq!(free.total(), clusters * 4096);
     let first = NtfsUsn::new(&volume).changes(None);
     assert_eq!(first.changes, Err(Distrust::NoCursor));
     let cursor = first.next.unwrap();
@@ -60,6 +60,6 @@ fn a_volume_of_windows_is_read_and_believed_only_at_rest() {
     }
     let changes = NtfsUsn::new(&volume).changes(Some(&cursor)).changes.unwrap();
     assert_eq!(changes.free, free);
-    let read = changes.changed.total_bytes();
+    let read = changes.changed.total();
     assert!(read < 12 << 20, "{read} bytes of structures and open files are read");
 }

@@ -1,52 +1,35 @@
-//! Sets of blocks as ranges: ascending, apart from each other, as few as can be.
+//! Sets of blocks as ranges, in the words of the store.
 
 use std::ops::Range;
 
-use janus_proto::ids::SEGMENT_BLOCKS;
+use janus_proto::{ids::SEGMENT_BLOCKS, ranges::Ranges};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
 use super::table::SegmentBitmap;
 
 /// Blocks of a disk. As text `first+count first+count`, which keeps files short.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct BlockRanges(Vec<Range<u64>>);
+pub struct BlockRanges(Ranges);
 
 impl BlockRanges {
     /// All blocks below `end`.
     pub fn all(end: u64) -> Self {
-        let mut all = Self::default();
-        all.insert(0..end);
-        all
+        Self((0..end).into())
     }
 
     /// Adds blocks.
     pub fn insert(&mut self, added: Range<u64>) {
-        if added.is_empty() {
-            return;
-        }
-        let from = self.0.partition_point(|range| range.end < added.start);
-        let to = self.0.partition_point(|range| range.start <= added.end);
-        let touching = self.0[from..to].iter();
-        let merged =
-            touching.fold(added, |all, range| all.start.min(range.start)..all.end.max(range.end));
-        self.0.splice(from..to, [merged]);
+        self.0.insert(added);
     }
 
     /// Adds the blocks of another set.
     pub fn extend(&mut self, other: &Self) {
-        other.0.iter().for_each(|range| self.insert(range.clone()));
+        other.iter().for_each(|range| self.insert(range));
     }
 
     /// Takes blocks out.
     pub fn remove(&mut self, gone: Range<u64>) {
-        let from = self.0.partition_point(|range| range.end <= gone.start);
-        let to = self.0.partition_point(|range| range.start < gone.end);
-        if from >= to || gone.is_empty() {
-            return;
-        }
-        let left = self.0[from].start..gone.start;
-        let right = gone.end..self.0[to - 1].end;
-        self.0.splice(from..to, [left, right].into_iter().filter(|range| !range.is_empty()));
+        self.0.remove(gone);
     }
 
     /// Takes the marked blocks of a segment out.
@@ -65,23 +48,22 @@ impl BlockRanges {
 
     /// True when one of these blocks is in the set.
     pub fn intersects(&self, blocks: &Range<u64>) -> bool {
-        let next = self.0.partition_point(|range| range.end <= blocks.start);
-        self.0.get(next).is_some_and(|range| range.start < blocks.end)
+        self.0.intersects(blocks)
     }
 
     /// True when this block is in the set.
     pub fn contains(&self, block: u64) -> bool {
-        self.intersects(&(block..block + 1))
+        self.0.contains(block)
     }
 
     /// The ranges, ascending.
     pub fn iter(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        self.0.iter().cloned()
+        self.0.iter()
     }
 
     /// Number of blocks.
     pub fn blocks(&self) -> u64 {
-        self.0.iter().map(|range| range.end - range.start).sum()
+        self.0.total()
     }
 
     /// Number of ranges.
@@ -116,8 +98,8 @@ fn marked_runs(segment: u64, marked: &SegmentBitmap) -> impl Iterator<Item = Ran
 
 impl Serialize for BlockRanges {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let one = |range: &Range<u64>| format!("{}+{}", range.start, range.end - range.start);
-        serializer.serialize_str(&self.0.iter().map(one).collect::<Vec<_>>().join(" "))
+        let one = |range: Range<u64>| format!("{}+{}", range.start, range.end - range.start);
+        serializer.serialize_str(&self.iter().map(one).collect::<Vec<_>>().join(" "))
     }
 }
 
@@ -179,7 +161,8 @@ mod tests {
             }
             prop_assert_eq!(ranges.iter().flatten().collect::<Vec<_>>(), model.iter().copied().collect::<Vec<_>>());
             prop_assert_eq!(ranges.blocks(), model.len() as u64);
-            prop_assert!(ranges.0.windows(2).all(|pair| pair[0].end < pair[1].start));
+            let all: Vec<_> = ranges.iter().collect();
+            prop_assert!(all.windows(2).all(|pair| pair[0].end < pair[1].start));
             let text = serde_json::to_string(&ranges).unwrap();
             prop_assert_eq!(serde_json::from_str::<BlockRanges>(&text).unwrap(), ranges);
         }

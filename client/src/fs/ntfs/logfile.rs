@@ -1,6 +1,6 @@
 //! The restart pages of `$LogFile`: whether the volume was at rest when it was left.
 
-use super::{FsError, record::Bytes};
+use super::{FsError, fixups, record::Bytes};
 
 /// The log can't say that anything is missing from the structures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,17 +51,7 @@ fn restart(page: &mut [u8]) -> Option<Restart> {
     if !page.starts_with(b"RSTR") || head.u32(16).ok()? as usize != PAGE_BYTES {
         return None;
     }
-    let (at, count) = (usize::from(head.u16(4).ok()?), usize::from(head.u16(6).ok()?));
-    let words = head.part(at, count.checked_mul(2)?).ok()?.0.to_vec();
-    if count != PAGE_BYTES / 512 + 1 {
-        return None;
-    }
-    for (stride, word) in page.chunks_exact_mut(512).zip(words.chunks_exact(2).skip(1)) {
-        if stride[510..] != words[..2] {
-            return None;
-        }
-        stride[510..].copy_from_slice(word);
-    }
+    fixups::put_back(page).ok()?;
     let head = Bytes(page);
     let area = head.0.get(usize::from(head.u16(24).ok()?)..).map(Bytes)?;
     let is_clean = area.u16(12).ok()? == NO_CLIENT || area.u16(14).ok()? & IS_CLEAN != 0;

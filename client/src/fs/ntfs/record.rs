@@ -2,13 +2,13 @@
 
 use super::{
     Boot, FsError,
+    fixups::{self, Fixup},
     runs::{self, Run},
 };
+use crate::fs::Head;
 
 pub(super) const ATTRIBUTE_LIST: u32 = 0x20;
 const END: u32 = 0xFFFF_FFFF;
-/// What a record's check words stand for: so many bytes each, whatever the sector size.
-const FIXUP_STRIDE: usize = 512;
 
 /// A record in use.
 #[derive(Debug, Clone)]
@@ -76,9 +76,11 @@ impl Record {
         if !bytes.starts_with(b"FILE") || Bytes(bytes).u16(22)? & 1 == 0 {
             return if bytes.starts_with(b"BAAD") { Err(damaged(number)) } else { Ok(None) };
         }
-        put_back(bytes, number)?;
-        let head = Bytes(bytes);
-        let used = head.u32(24)? as usize;
+        fixups::put_back(bytes).map_err(|error| match error {
+            Fixup::Malformed => damaged(number),
+            Fixup::Torn => FsError::damaged(format!("MFT record {number} is torn")),
+        })?;
+        let used = Bytes(bytes).u32(24)? as usize;
         let body = Bytes(bytes.get(..used).ok_or_else(|| damaged(number))?);
         let base = body.u64(32)? & 0xFFFF_FFFF_FFFF;
         let mut record = Self {
@@ -86,7 +88,7 @@ impl Record {
             is_folder: body.u16(22)? & 2 != 0,
             base: if base == 0 { number } else { base },
             attributes: Vec::new(),
-            digest: digest(bytes, head)?,
+            digest: digest(bytes),
         };
         let mut at = usize::from(body.u16(20)?);
         loop {
@@ -117,31 +119,12 @@ fn damaged(number: u64) -> FsError {
     FsError::damaged(format!("MFT record {number} makes no sense"))
 }
 
-/// The last two bytes of each 512 stand in the header, and a check word in their place.
-fn put_back(bytes: &mut [u8], number: u64) -> Result<(), FsError> {
-    let head = Bytes(bytes);
-    let (at, count) = (usize::from(head.u16(4)?), usize::from(head.u16(6)?));
-    if count != bytes.len() / FIXUP_STRIDE + 1 {
-        return Err(damaged(number));
-    }
-    let words = Bytes(bytes).part(at, count * 2)?.0.to_vec();
-    for (stride, word) in bytes.chunks_exact_mut(FIXUP_STRIDE).zip(words.chunks_exact(2).skip(1)) {
-        let end = &mut stride[FIXUP_STRIDE - 2..];
-        if *end != words[..2] {
-            return Err(FsError::damaged(format!("MFT record {number} is torn")));
-        }
-        end.copy_from_slice(word);
-    }
-    Ok(())
-}
-
-fn digest(bytes: &[u8], head: Bytes<'_>) -> Result<u64, FsError> {
-    let (at, count) = (usize::from(head.u16(4)?), usize::from(head.u16(6)?));
+fn digest(bytes: &[u8]) -> u64 {
+    let words = fixups::place(bytes).unwrap_or_default();
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&bytes[..at]);
-    hasher.update(bytes.get(at + count * 2..).unwrap_or_default());
-    let hash = hasher.finalize();
-    Ok(u64::from_le_bytes(*hash.as_bytes().first_chunk().unwrap_or(&[0; 8])))
+    hasher.update(bytes.get(..words.start).unwrap_or_default());
+    hasher.update(bytes.get(words.end..).unwrap_or_default());
+    u64::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().unwrap_or(&[0; 8]))
 }
 
 fn attribute(kind: u32, bytes: Bytes<'_>, boot: &Boot) -> Result<Attribute, FsError> {
@@ -178,29 +161,26 @@ pub(crate) struct Bytes<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Bytes<'a> {
     pub(crate) fn part(self, at: usize, len: usize) -> Result<Self, FsError> {
-        let end = at.checked_add(len);
-        let part = end.and_then(|end| self.0.get(at..end));
-        part.map(Self).ok_or_else(|| FsError::damaged("a structure ends too early"))
-    }
-
-    fn chunk<const N: usize>(self, at: usize) -> Result<[u8; N], FsError> {
-        let part = self.part(at, N)?;
-        part.0.first_chunk().copied().ok_or_else(|| FsError::damaged("a structure ends too early"))
+        or_short(Head(self.0).bytes(at, len).map(Self))
     }
 
     pub(crate) fn u8(self, at: usize) -> Result<u8, FsError> {
-        self.chunk::<1>(at).map(|[byte]| byte)
+        or_short(Head(self.0).u8(at))
     }
 
     pub(crate) fn u16(self, at: usize) -> Result<u16, FsError> {
-        self.chunk(at).map(u16::from_le_bytes)
+        or_short(Head(self.0).u16(at))
     }
 
     pub(crate) fn u32(self, at: usize) -> Result<u32, FsError> {
-        self.chunk(at).map(u32::from_le_bytes)
+        or_short(Head(self.0).u32(at))
     }
 
     pub(crate) fn u64(self, at: usize) -> Result<u64, FsError> {
-        self.chunk(at).map(u64::from_le_bytes)
+        or_short(Head(self.0).u64(at))
     }
+}
+
+fn or_short<T>(read: Option<T>) -> Result<T, FsError> {
+    read.ok_or_else(|| FsError::damaged("a structure ends too early"))
 }

@@ -13,6 +13,13 @@ pub(crate) struct Run {
     pub(crate) count: u64,
 }
 
+impl Run {
+    /// Its clusters on the volume.
+    pub(crate) fn clusters(&self) -> std::ops::Range<u64> {
+        self.first..self.first + self.count
+    }
+}
+
 /// A stream may have so many runs in one attribute: they all fit a record of 64 KiB.
 const MAX_RUNS: usize = 32 << 10;
 

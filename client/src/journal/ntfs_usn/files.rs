@@ -3,10 +3,8 @@
 use std::{collections::BTreeSet, ops::Range};
 
 use super::Distrust;
-use crate::{
-    fs::ntfs::{Attribute, Body, Bytes, Ntfs, Record, numbers, text, types},
-    ranges::Ranges,
-};
+use crate::fs::ntfs::{Attribute, Body, Bytes, Ntfs, Record, numbers, text, types};
+use janus_proto::ranges::Ranges;
 
 const NUMBER: u64 = 0xFFFF_FFFF_FFFF;
 /// Files of the root folder that change below the file system or all the time.
@@ -46,9 +44,7 @@ impl Files {
                 files.note_name(&record, attribute, ntfs.records());
                 let clusters = ntfs.clusters_of(attribute)?;
                 // The stream of bad clusters is a hole as long as the volume, but for those.
-                files.clusters.extend(
-                    clusters.iter().map(|run| (record.base, run.first..run.first + run.count)),
-                );
+                files.clusters.extend(clusters.iter().map(|run| (record.base, run.clusters())));
             }
             files.entry(record.number, |entry| {
                 entry.digest = record.digest.max(1);
@@ -153,11 +149,6 @@ impl Files {
             let is_changed = changed.get(*base as usize).copied().unwrap_or(true);
             if is_known && !is_changed { &mut still } else { &mut others }.push(clusters.clone());
         }
-        (set(still), set(others))
+        (still.into(), others.into())
     }
-}
-
-fn set(mut ranges: Vec<Range<u64>>) -> Ranges {
-    ranges.sort_unstable_by_key(|range| range.start);
-    ranges.into_iter().collect()
 }

@@ -1,6 +1,7 @@
 //! Records of the journal (`USN_RECORD_V2`, `_V3`, `_V4` of the Windows SDK).
 
 use super::Distrust;
+use crate::fs::Head;
 
 const CLOSE: u32 = 0x8000_0000;
 /// Longest record: a name of 255 characters behind the head of version 3, or a list of ranges.
@@ -31,45 +32,34 @@ impl UsnRecord {
     pub(super) fn parse(bytes: &[u8], usn: u64) -> Result<Option<Self>, Distrust> {
         let bad = |what: &str| Distrust::NotUnderstood { what: format!("{what} at {usn}") };
         let short = || bad("a record is cut off");
-        let len = u32_at(bytes, 0).unwrap_or(0) as usize;
+        let len = Head(bytes).u32(0).unwrap_or(0) as usize;
         if len == 0 {
             let is_end = bytes.iter().all(|byte| *byte == 0);
             return if is_end { Ok(None) } else { Err(bad("zeros before a record")) };
         }
         let bytes = bytes.get(..len).filter(|_| len.is_multiple_of(8)).ok_or_else(short)?;
-        let major = u16_at(bytes, 4).ok_or_else(short)?;
+        let head = Head(bytes);
+        let major = head.u16(4).ok_or_else(short)?;
         let (usn_at, reason_at, least) = match major {
             2 => (24, 40, 60),
             3 => (40, 56, 76),
             4 => (40, 48, 64),
             other => return Err(bad(&format!("a record of version {other}"))),
         };
-        if len < least || u64_at(bytes, usn_at) != Some(usn) {
+        if len < least || head.u64(usn_at) != Some(usn) {
             return Err(bad("a record of another place"));
         }
         // The references of 128 bits of ReFS mean nothing on NTFS.
-        if major > 2 && u64_at(bytes, 16) != Some(0) {
+        if major > 2 && head.u64(16) != Some(0) {
             return Err(bad("a reference of 128 bits"));
         }
         let hash = blake3::hash(bytes);
         Ok(Some(Self {
             usn,
-            file: u64_at(bytes, 8).ok_or_else(short)?,
-            reason: u32_at(bytes, reason_at).ok_or_else(short)?,
+            file: head.u64(8).ok_or_else(short)?,
+            reason: head.u32(reason_at).ok_or_else(short)?,
             len: len as u64,
-            digest: u64_at(hash.as_bytes(), 0).ok_or_else(short)?,
+            digest: Head(hash.as_bytes()).u64(0).ok_or_else(short)?,
         }))
     }
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
 }

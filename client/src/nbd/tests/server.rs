@@ -9,7 +9,7 @@ use std::{
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use crate::ranges::Ranges;
+use janus_proto::ranges::Ranges;
 
 pub const BITMAP: &str = "janus-0123456789abcdef0123456789abcdef";
 const SIZE: usize = 100 * 1024 + 512;

@@ -1,12 +1,8 @@
-//! Sets of bytes: ascending ranges that neither touch nor overlap.
+//! Sets of numbers, such as bytes or blocks of a disk: ascending ranges that neither touch nor overlap.
 
 use std::ops::Range;
 
-use janus_proto::ids::BLOCK_BYTES;
-
-use crate::delta::{SEGMENT_WORDS, SegmentBits, WORD_BLOCKS};
-
-/// A set of bytes.
+/// A set of numbers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ranges(Vec<Range<u64>>);
 
@@ -44,9 +40,25 @@ impl Ranges {
         self.0.splice(first..end, [merged]);
     }
 
+    /// Takes `gone` out.
+    pub fn remove(&mut self, gone: Range<u64>) {
+        let first = self.0.partition_point(|known| known.end <= gone.start);
+        let end = self.0.partition_point(|known| known.start < gone.end);
+        let Some(known) = self.0.get(first..end).filter(|_| !gone.is_empty()) else { return };
+        let [Some(left), Some(right)] = [known.first(), known.last()] else { return };
+        let rest = [left.start..gone.start, gone.end..right.end];
+        self.0.splice(first..end, rest.into_iter().filter(|range| !range.is_empty()));
+    }
+
     /// Its ranges, ascending.
     pub fn iter(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         self.0.iter().cloned()
+    }
+
+    /// Those that end behind `at`.
+    pub fn behind(&self, at: u64) -> impl Iterator<Item = Range<u64>> + '_ {
+        let first = self.0.partition_point(|known| known.end <= at);
+        self.0.get(first..).unwrap_or_default().iter().cloned()
     }
 
     /// True when there is nothing in it.
@@ -59,15 +71,19 @@ impl Ranges {
         self.0.len()
     }
 
-    /// Bytes in it.
-    pub fn total_bytes(&self) -> u64 {
+    /// How many numbers are in it: bytes, where it is a set of bytes.
+    pub fn total(&self) -> u64 {
         self.0.iter().map(|range| range.end - range.start).sum()
     }
 
-    /// True when byte `at` is in it.
+    /// True when `at` is in it.
     pub fn contains(&self, at: u64) -> bool {
-        let next = self.0.partition_point(|known| known.end <= at);
-        self.0.get(next).is_some_and(|range| range.start <= at)
+        self.behind(at).next().is_some_and(|range| range.start <= at)
+    }
+
+    /// True when any of `others` is in it.
+    pub fn intersects(&self, others: &Range<u64>) -> bool {
+        self.behind(others.start).next().is_some_and(|range| range.start < others.end)
     }
 
     /// What of `0..end` is not in it.
@@ -84,9 +100,7 @@ impl Ranges {
 
     /// What is in any of both.
     pub fn union(&self, other: &Self) -> Self {
-        let mut all: Vec<_> = self.iter().chain(other.iter()).collect();
-        all.sort_unstable_by_key(|range| range.start);
-        all.into_iter().collect()
+        self.iter().chain(other.iter()).collect::<Vec<_>>().into()
     }
 
     /// What is in both.
@@ -117,6 +131,12 @@ impl Ranges {
         shifted.collect()
     }
 
+    /// Each number as the `unit` numbers that it stands for: clusters as their bytes.
+    pub fn scaled(&self, unit: u64) -> Self {
+        let times = |at: u64| at.saturating_mul(unit);
+        self.iter().map(|range| times(range.start)..times(range.end)).collect()
+    }
+
     /// Made larger, to whole multiples of `unit`.
     pub fn outward(&self, unit: u64) -> Self {
         let rounded = self
@@ -132,36 +152,19 @@ impl Ranges {
             .map(|range| range.start.div_ceil(unit).saturating_mul(unit)..range.end / unit * unit);
         rounded.collect()
     }
-
-    /// Bits of the blocks of a segment that are in it wholly, of a disk of `size_bytes`.
-    pub(crate) fn segment_bits(&self, segment: u64, size_bytes: u64) -> SegmentBits {
-        let mut bits = SegmentBits::default();
-        let blocks = SEGMENT_WORDS as u64 * WORD_BLOCKS;
-        let start = segment * blocks * BLOCK_BYTES;
-        let end = (start + blocks * BLOCK_BYTES).min(size_bytes);
-        let first = self.0.partition_point(|known| known.end <= start);
-        for range in self.0.get(first..).unwrap_or_default() {
-            if range.start >= end {
-                break;
-            }
-            let from = (range.start.max(start) - start).div_ceil(BLOCK_BYTES);
-            // A short last block is whole, too.
-            let to = if range.end >= end {
-                (end - start).div_ceil(BLOCK_BYTES)
-            } else {
-                (range.end - start) / BLOCK_BYTES
-            };
-            for block in from..to {
-                bits[(block / WORD_BLOCKS) as usize] |= 1 << (block % WORD_BLOCKS);
-            }
-        }
-        bits
-    }
 }
 
 impl From<Range<u64>> for Ranges {
     fn from(range: Range<u64>) -> Self {
         std::iter::once(range).collect()
+    }
+}
+
+/// In any order.
+impl From<Vec<Range<u64>>> for Ranges {
+    fn from(mut ranges: Vec<Range<u64>>) -> Self {
+        ranges.sort_unstable_by_key(|range| range.start);
+        ranges.into_iter().collect()
     }
 }
 
@@ -205,27 +208,21 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_is_a_set_of_bytes((a, in_a) in set(), (b, in_b) in set()) {
+        fn it_is_a_set_of_numbers((a, in_a) in set(), (b, in_b) in set()) {
             prop_assert_eq!(bytes(&a), in_a.clone());
             prop_assert_eq!(bytes(&a.union(&b)), both(&in_a, &in_b, |a, b| a || b));
             prop_assert_eq!(bytes(&a.intersect(&b)), both(&in_a, &in_b, |a, b| a && b));
             prop_assert_eq!(bytes(&a.subtract(&b)), both(&in_a, &in_b, |a, b| a && !b));
             prop_assert_eq!(bytes(&a.complement(END)), both(&in_a, &in_b, |a, _| !a));
-            prop_assert_eq!(a.total_bytes(), in_a.iter().filter(|is| **is).count() as u64);
+            prop_assert_eq!(a.total(), in_a.iter().filter(|is| **is).count() as u64);
             prop_assert_eq!(a.shift(7).iter().map(|r| r.start - 7..r.end - 7).collect::<Ranges>(), a.clone());
+            prop_assert_eq!(a.scaled(3).iter().map(|r| r.start / 3..r.end / 3).collect::<Ranges>(), a.clone());
+            let mut less = a.clone();
+            b.iter().for_each(|range| less.remove(range));
+            prop_assert_eq!(less, a.subtract(&b));
+            prop_assert!(b.iter().all(|range| a.intersects(&range) != a.intersect(&range.into()).is_empty()));
             prop_assert_eq!(a.inward(8).subtract(&a), Ranges::new());
             prop_assert_eq!(a.subtract(&a.outward(8)), Ranges::new());
         }
-    }
-
-    #[test]
-    fn only_whole_blocks_get_a_bit_but_a_short_last_one_is_whole() {
-        let size = (4 << 20) + 8192 + 512;
-        let set: Ranges = [4095..12288, (4 << 20) + 4096..size].into_iter().collect();
-        assert_eq!(set.segment_bits(0, size)[0], 0b110);
-        assert_eq!(set.segment_bits(1, size)[0], 0b110);
-        let cut = Ranges::from((4 << 20) + 4096..size - 1);
-        assert_eq!(cut.segment_bits(1, size)[0], 0b010);
-        assert_eq!(Ranges::from(0..size).segment_bits(0, size), [u64::MAX; SEGMENT_WORDS]);
     }
 }
