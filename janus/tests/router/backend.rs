@@ -53,6 +53,8 @@ pub struct Seen {
     /// Uploads that broke or were given up.
     pub broken: AtomicUsize,
     pub uploads: AtomicUsize,
+    /// Session and bytes of the uploads that came whole.
+    pub whole: Mutex<Vec<(String, u64)>>,
     pub snapshots: Mutex<Vec<pb::Snapshot>>,
 }
 
@@ -82,6 +84,7 @@ impl Backend {
             sum: Mutex::default(),
             broken: AtomicUsize::new(0),
             uploads: AtomicUsize::new(0),
+            whole: Mutex::default(),
             snapshots: Mutex::default(),
         });
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -216,9 +219,10 @@ impl BackupService for Fake {
         let end = (first.session_id == "fail")
             .then(|| Err(status(ErrorReason::StoreFull, "the disk is full")));
         let answers = stream::once(async move {
-            let mut count = 1;
+            let (mut count, mut bytes) = (1, 0);
             while let Some(message) = blocks.next().await {
                 let data = message?.batch.unwrap_or_default().data;
+                bytes += data.len() as u64;
                 seen.bytes.fetch_add(data.len() as u64, Ordering::SeqCst);
                 seen.sum.lock().unwrap().update(&data);
                 count += 1;
@@ -227,6 +231,7 @@ impl BackupService for Fake {
                 std::future::pending::<()>().await;
             }
             upload.done();
+            seen.whole.lock().unwrap().push((first.session_id, bytes));
             Ok(pb::WriteBlocksResponse { received_messages: count, ..Default::default() })
         });
         Ok(tonic::Response::new(Box::pin(answers.chain(stream::iter(end)))))
