@@ -48,7 +48,7 @@ mod tests;
 
 pub use self::{block_set::MustSend, stage::Stage};
 
-use self::{block_set::BlockSet, engine::Engine, place::Place, state::State};
+use self::{block_set::BlockSet, cursor::Cursor, engine::Engine, place::Place, state::State};
 use crate::delta::SEGMENT_WORDS;
 
 /// The newest snapshot of the disk on one server, as far as this machine knows.
@@ -156,6 +156,21 @@ impl DiskCache {
         let place = Place::lock(dir.join(disk.as_str()))?;
         let live = Live::load(&place, size_bytes)?;
         Ok(Self { shared: Arc::new(Shared { place, size_bytes, live: RwLock::new(live) }) })
+    }
+
+    /// The [`DiskCache::cursor`] of the cache of `disk` in folder `dir`, whatever size the disk has; empty where nothing is known.
+    ///
+    /// # Errors
+    /// As [`DiskCache::open`].
+    pub fn peek_cursor(dir: &Path, disk: &DiskId) -> Result<Vec<u8>, CacheError> {
+        let folder = dir.join(disk.as_str());
+        if !folder.exists() {
+            return Ok(Vec::new());
+        }
+        let place = Place::lock(folder)?;
+        let current = place.read_current()?.and_then(|bytes| manifest::parse(&bytes).ok());
+        let name = current.map(|manifest| manifest.cursor).unwrap_or_default();
+        Ok(Cursor::load(&place, &name)?.bytes().to_vec())
     }
 
     /// Why this cache was empty when it was opened or reset; `None` when it was loaded.

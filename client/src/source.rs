@@ -222,11 +222,13 @@ impl Source {
         Ok(Self { path, backing: Backing::Export(export), disk_id, consistency })
     }
 
-    /// Says that a dirty bitmap of this name began in the export when it was frozen for this run; see
+    /// Says that whoever freezes exports for this run was asked to begin a dirty bitmap of this name in each; see
     /// [`nbd::bitmap::new_name`].
-    pub fn bitmap_begun(&mut self, name: String) {
-        if let Backing::Export(export) = &mut self.backing {
-            export.begun = Some(name);
+    pub fn bitmap_begun(&mut self, name: &str) {
+        if let Backing::Export(export) = &mut self.backing
+            && export.image.is_none()
+        {
+            export.begun = Some(name.to_owned());
         }
     }
 

@@ -16,6 +16,7 @@ use crate::{
     cache::DiskCache,
     dry_run::{DryRunError, Forecast, forecast},
     hooks::Hook,
+    nbd::bitmap::Announced,
     progress::{self, Progress},
     reading::{Heard, Policy, Reading},
     source::Source,
@@ -34,27 +35,39 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         )));
     }
     settings.checked_urls()?;
-    settings.disk_specs()?;
+    let specs = settings.disk_specs()?;
     let folder = settings.cache_path.clone();
     // Before any hook: what another backup has frozen is not ours to thaw.
     let state = tokio::task::spawn_blocking(move || MachineState::lock(&folder));
     let state = state.await.map_err(Failure::failed)??;
     if matches.get_flag("dry-run") {
-        return between_hooks(true, server, state, context).await;
+        return between_hooks(true, server, state, None, context).await;
     }
+    let folder = settings.cache_path.clone();
+    let bitmaps = match settings.pre_backup.is_empty() {
+        true => None,
+        false => {
+            let announcing = tokio::task::spawn_blocking(move || Announced::new(&specs, &folder));
+            Some(announcing.await.map_err(Failure::failed)??)
+        }
+    };
+    let told = bitmaps.as_ref().map(Announced::variables).into_iter().flatten();
+    let told: Vec<_> = told.collect();
+    let mut told: Vec<_> = told.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let limit = Duration::from_secs(settings.hook_seconds);
     let pre = Hook { setting: "pre_backup", words: &settings.pre_backup, limit };
     let post = Hook { setting: "post_backup", words: &settings.post_backup, limit };
-    let made = match context.stop.run_until_cancelled(pre.run(&[])).await {
+    let made = match context.stop.run_until_cancelled(pre.run(&told)).await {
         None => Err(Failure::interrupted()),
         Some(Err(error)) => Err(Failure::failed(error)),
-        Some(Ok(())) => between_hooks(false, server, state, context).await,
+        Some(Ok(())) => between_hooks(false, server, state, bitmaps.as_ref(), context).await,
     };
     let (result, message) = match &made {
         Ok(_) => ("ok", ""),
         Err(failure) => ("failed", failure.message.as_str()),
     };
-    let ended = post.run(&[("JANUS_RESULT", result), ("JANUS_ERROR", message)]).await;
+    told.extend([("JANUS_RESULT", result), ("JANUS_ERROR", message)]);
+    let ended = post.run(&told).await;
     match (made, ended) {
         (Ok(_), Err(error)) => Err(Failure::failed(format!("the backup was made, but {error}"))),
         (made, Ok(())) => made,
@@ -70,6 +83,7 @@ async fn between_hooks(
     dry: bool,
     server: Option<ServerId>,
     state: MachineState,
+    bitmaps: Option<&Announced>,
     context: &Context,
 ) -> Result<Outcome, Failure> {
     let settings = &context.settings;
@@ -78,8 +92,10 @@ async fn between_hooks(
     let specs = settings.disk_specs()?;
     let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
     let (policy, choice) = (settings.policy()?, settings.choice()?);
-    let opening =
-        tokio::task::spawn_blocking(move || open(&specs, allow_live, &choice, policy, &folder));
+    let begun = bitmaps.map(|announced| announced.new.clone());
+    let opening = tokio::task::spawn_blocking(move || {
+        open(&specs, allow_live, begun.as_deref(), &choice, policy, &folder)
+    });
     // A disk that hangs must not keep a user who wants to go.
     let opened =
         context.stop.run_until_cancelled(opening).await.ok_or_else(Failure::interrupted)?;
@@ -148,13 +164,17 @@ async fn dry_run(disks: Vec<Disk>, threads: usize, context: &Context) -> Result<
 fn open(
     specs: &[crate::config::DiskSpec],
     allow_live: bool,
+    begun: Option<&str>,
     choice: &Choice,
     policy: Policy,
     folder: &std::path::Path,
 ) -> Result<Vec<Disk>, Failure> {
     let sources = Source::open_all(specs, allow_live)?;
     let mut disks = Vec::with_capacity(sources.len());
-    for source in sources {
+    for mut source in sources {
+        if let Some(bitmap) = begun {
+            source.bitmap_begun(bitmap);
+        }
         let cache = DiskCache::open(folder, source.disk_id(), source.size_bytes())?;
         if let Some(reason) = cache.fresh_reason() {
             tracing::debug!(disk = %source.disk_id(), ?reason, "the hash cache starts empty");

@@ -4,14 +4,21 @@
 //! made anew for each run: a bitmap of that name can't have begun earlier. A bitmap of the same name in a copy of the image
 //! speaks of that copy. Whoever freezes the disk begins the next one before anything is read.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
 use super::NbdMedium;
 use crate::{
-    journal::{Answer, Changes, Distrust, Journal, JournalKind},
+    cache::{CacheError, DiskCache},
+    config::DiskSpec,
+    journal::{
+        Answer, Changes, Distrust, Journal, JournalKind,
+        memory::{Memory, VolumeCursor},
+    },
     source::medium::Medium,
 };
-use janus_proto::ranges::Ranges;
+use janus_proto::{ids::DiskId, ranges::Ranges};
 
 const PREFIX: &str = "janus-";
 const FORMAT: u8 = 1;
@@ -27,9 +34,37 @@ pub fn is_ours(name: &str) -> bool {
     digits.len() == 32 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// The bitmap that a cursor speaks of: the one to be exported for this run.
-pub fn remembered(cursor: &[u8]) -> Option<String> {
-    Cursor::parse(cursor).map(|cursor| cursor.bitmap)
+/// The bitmaps of a run, as told to whoever freezes its exports: `pre_backup`, and `post_backup` when all is over.
+#[derive(Debug)]
+pub struct Announced {
+    /// To begin at the freeze, in each disk.
+    pub new: String,
+    /// Begun when the disk's last committed run froze it: to be exported, and to go when this run is committed.
+    old: Vec<(DiskId, String)>,
+}
+
+impl Announced {
+    /// For a run of the disks that `specs` name, whose caches are in `folder`. Of a disk without a name no old one is told.
+    ///
+    /// # Errors
+    /// When a cache can't be read.
+    pub fn new(specs: &[DiskSpec], folder: &Path) -> Result<Self, CacheError> {
+        let mut old = Vec::new();
+        for disk in specs.iter().filter_map(|spec| spec.name.as_ref()) {
+            let memory = Memory::parse(&DiskCache::peek_cursor(folder, disk)?).unwrap_or_default();
+            let is_it = |volume: &&VolumeCursor| volume.kind == JournalKind::QemuBitmap;
+            let cursor = memory.volumes.iter().find(is_it);
+            let bitmap = cursor.and_then(|volume| Cursor::parse(&volume.cursor));
+            old.extend(bitmap.map(|cursor| (disk.clone(), cursor.bitmap)));
+        }
+        Ok(Self { new: new_name(), old })
+    }
+
+    /// Names and values for a hook's environment.
+    pub fn variables(&self) -> [(&'static str, String); 2] {
+        let old: Vec<_> = self.old.iter().map(|(disk, name)| format!("{disk}={name}")).collect();
+        [("JANUS_NEW_BITMAP", self.new.clone()), ("JANUS_OLD_BITMAPS", old.join(" "))]
+    }
 }
 
 #[derive(Serialize, Deserialize)]

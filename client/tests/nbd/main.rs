@@ -12,6 +12,7 @@ use xtask::{
 };
 
 mod qemu;
+mod running;
 
 use qemu::QemuNbd;
 
