@@ -17,6 +17,7 @@ mod janus;
 mod limits;
 mod peers;
 mod proxies;
+mod sources;
 
 /// Arguments of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
@@ -39,6 +40,9 @@ pub struct Args {
     /// The store alone: merges with and without shared blocks, reads through long chains
     #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies"])]
     store: bool,
+    /// What clients read: an NTFS disk with and without its change journal, a large image from memory and from the disk
+    #[arg(long, conflicts_with_all = ["against", "encoding", "proxies", "store"])]
+    sources: bool,
     /// How clients pack blocks: none, lz4 or zstd
     #[arg(long, default_value = "none")]
     encoding: String,
@@ -107,6 +111,10 @@ pub fn run(args: &Args) -> Result<()> {
         fs::create_dir_all(&folder)?;
         let json = args.json.clone().unwrap_or_else(|| folder.join("proxies.json"));
         return proxies::run(&programs, args.rounds, &json);
+    }
+    if args.sources {
+        let json = args.json.clone().unwrap_or_else(|| folder.join("sources.json"));
+        return sources::run(&programs, &folder, args.size_mib << 20, &json);
     }
     let images = images(&folder, args.size_mib)?;
     let work = tempfile::Builder::new().prefix("run-").tempdir_in(&folder)?;

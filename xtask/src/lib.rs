@@ -10,6 +10,7 @@ pub mod disk;
 pub mod loopback;
 pub mod measure;
 pub mod noise;
+pub mod ntfs;
 pub mod packages;
 pub mod site;
 pub mod test;

@@ -2,24 +2,19 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    process::Command,
 };
 
 use janus_client::journal::{Journal, ntfs_usn::NtfsUsn};
 use janus_proto::ranges::Ranges;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use serde_json::{Value, json};
-use xtask::site::workspace;
+use serde_json::Value;
+use xtask::ntfs;
 
 /// libntfs in a process of its own.
-pub struct Library {
-    child: Child,
-    requests: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
+pub struct Library(ntfs::Library);
 
 /// What it says after changes.
 pub struct Changed {
@@ -37,36 +32,15 @@ impl Changed {
 
 impl Library {
     pub fn start() -> Self {
-        let mut python = Command::new("python3");
-        python.arg(workspace().join("client/tests/ntfs/volume.py"));
-        let mut child = python.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let answers = BufReader::new(child.stdout.take().unwrap());
-        Self { requests: child.stdin.take().unwrap(), answers, child }
+        Self(ntfs::Library::start().unwrap())
     }
 
     /// Mounts, changes and unmounts; `clean`: the log is left closed.
     pub fn change(&mut self, volume: &mut Volume, operations: Vec<Value>, clean: bool) -> Changed {
         volume.lsn += 100;
-        let request = json!({
-            "image": volume.path(), "operations": operations, "lsn": volume.lsn, "clean": clean,
-            "bitmap_bytes": volume.clusters().div_ceil(64) * 8,
-        });
-        writeln!(self.requests, "{request}").unwrap();
-        let mut line = String::new();
-        self.answers.read_line(&mut line).unwrap();
-        let answer: Value = serde_json::from_str(&line).unwrap();
-        assert!(answer["error"].is_null(), "{answer}: {request}");
-        Changed {
-            answers: answer["answers"].as_array().unwrap().clone(),
-            bitmap: hex::decode(answer["bitmap"].as_str().unwrap()).unwrap(),
-        }
-    }
-}
-
-impl Drop for Library {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let log = (volume.lsn, clean);
+        let changed = self.0.change(volume.path(), volume.clusters(), &operations, log).unwrap();
+        Changed { bitmap: hex::decode(changed.bitmap).unwrap(), answers: changed.answers }
     }
 }
 
@@ -83,10 +57,7 @@ impl Volume {
     pub fn new(mib: u64, cluster_bytes: u64) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("volume");
-        File::create(&path).unwrap().set_len(mib << 20).unwrap();
-        let mut mkntfs = Command::new("mkntfs");
-        mkntfs.args(["-Q", "-F", "-q", "-c", &cluster_bytes.to_string()]).arg(&path);
-        assert!(mkntfs.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
+        ntfs::format(&path, mib << 20, cluster_bytes).unwrap();
         Self { _folder: folder, path, cluster_bytes, lsn: 1 << 20 }
     }
 

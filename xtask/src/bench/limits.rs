@@ -1,9 +1,9 @@
 //! What this machine can do at best: the rows of janus are compared with these.
 
 use std::{
-    fs::File,
+    fs::{File, OpenOptions},
     io::Read,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::Path,
     sync::atomic::{AtomicUsize, Ordering},
     thread,
@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::Result;
+use rustix::fs::OFlags;
 
 use super::{Images, Row};
 use crate::disk;
@@ -46,13 +47,13 @@ pub(super) fn measure(images: &Images, work: &Path) -> Result<Limits> {
     Ok(Limits { read_and_hash, copy, rows })
 }
 
-fn timed(work: impl FnOnce() -> Result<()>) -> Result<f64> {
+pub(super) fn timed(work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let started = Instant::now();
     work()?;
     Ok(started.elapsed().as_secs_f64())
 }
 
-fn read_all(path: &Path) -> Result<()> {
+pub(super) fn read_all(path: &Path) -> Result<()> {
     let mut file = File::open(path)?;
     let mut bytes = vec![0; PIECE as usize];
     while file.read(&mut bytes)? > 0 {}
@@ -61,28 +62,54 @@ fn read_all(path: &Path) -> Result<()> {
 
 /// Hashes what isn't a hole in pieces of 1 MiB, each as one tree, which is the fastest way to use BLAKE3.
 fn hash_all(path: &Path) -> Result<()> {
-    let file = File::open(path)?;
-    let pieces: Vec<_> = disk::written_ranges(&file)?
+    on_all_cores(&File::open(path)?, PIECE, |bytes| {
+        if bytes.chunks(BLOCK).any(|block| block != &ZERO[..block.len()]) {
+            std::hint::black_box(blake3::hash(bytes));
+        }
+    })
+}
+
+/// Hashes each block that isn't a hole, in pieces that fit the cores' caches.
+pub(super) fn hash_blocks(path: &Path) -> Result<()> {
+    on_all_cores(&File::open(path)?, PIECE / 4, |bytes| {
+        for block in bytes.chunks(BLOCK) {
+            std::hint::black_box(blake3::hash(block));
+        }
+    })
+}
+
+/// Reads what isn't a hole past the page cache.
+pub(super) fn read_direct(path: &Path) -> Result<()> {
+    let flags = OFlags::DIRECT.bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    on_all_cores(&file, PIECE, |bytes| {
+        std::hint::black_box(bytes);
+    })
+}
+
+/// Reads what isn't a hole in pieces of `piece` bytes, on all cores.
+fn on_all_cores(file: &File, piece: u64, work: impl Fn(&[u8]) + Sync) -> Result<()> {
+    let pieces: Vec<_> = disk::written_ranges(file)?
         .into_iter()
         .flat_map(|range| {
-            range.clone().step_by(PIECE as usize).map(move |at| at..(at + PIECE).min(range.end))
+            range.clone().step_by(piece as usize).map(move |at| at..(at + piece).min(range.end))
         })
         .collect();
     let next = AtomicUsize::new(0);
-    let work = || -> Result<()> {
-        let mut bytes = vec![0; PIECE as usize];
+    let read = || -> Result<()> {
+        // Past the page cache memory must start where a page does.
+        let mut memory = vec![0; piece as usize + BLOCK];
+        let start = memory.as_ptr().align_offset(BLOCK);
         while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let bytes = &mut bytes[..(piece.end - piece.start) as usize];
+            let bytes = &mut memory[start..][..(piece.end - piece.start) as usize];
             file.read_exact_at(bytes, piece.start)?;
-            if bytes.chunks(BLOCK).any(|block| block != &ZERO[..block.len()]) {
-                std::hint::black_box(blake3::hash(bytes));
-            }
+            work(bytes);
         }
         Ok(())
     };
     let threads = thread::available_parallelism().map_or(1, usize::from);
     thread::scope(|scope| {
-        let running: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        let running: Vec<_> = (0..threads).map(|_| scope.spawn(read)).collect();
         running.into_iter().try_for_each(|thread| {
             thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?
         })
