@@ -42,6 +42,7 @@ use crate::{
     },
     image::Format,
     session::{Marks, Session, SessionError},
+    space::WHAT_HELPS,
 };
 
 /// Most open runs at once, over all machines.
@@ -205,7 +206,7 @@ impl From<StoreError> for RunError {
     fn from(error: StoreError) -> Self {
         match &error {
             StoreError::Io { source, .. } if crate::storage::is_full(source) => {
-                Self::Full(error.to_string())
+                Self::Full(format!("{error}; up to 1 MiB is needed for that; {WHAT_HELPS}"))
             }
             _ => Self::Store(error),
         }
@@ -632,12 +633,7 @@ impl Writer {
     fn lacking(&self, full: &SessionError) -> String {
         let (disk, marks) = (&self.session.disk, self.session.marks());
         let left = disk.size_bytes.saturating_sub(marks.received.saturating_mul(BLOCK_BYTES));
-        format!(
-            "{full}; the rest of disk {} needs up to {}; `janus-server usage` shows what takes the space, \
-             `janus-server delete` and `trash purge` free it",
-            disk.disk,
-            amount(left)
-        )
+        format!("{full}; the rest of disk {} needs up to {}; {WHAT_HELPS}", disk.disk, amount(left))
     }
 }
 

@@ -49,9 +49,7 @@ impl Space {
     /// What to tell who wants to start a backup.
     pub fn advice(&self) -> String {
         format!(
-            "{} of {} are free here and {} are kept in reserve (setting reserve): {} more are needed; on the server, \
-             `janus-server retention run --now` drops what no rule keeps, `janus-server usage` shows what takes the \
-             space, `janus-server delete` and `trash purge` free it",
+            "{} of {} are free here and {} are kept in reserve (setting reserve): {} more are needed; {WHAT_HELPS}",
             amount(self.free_bytes),
             amount(self.total_bytes),
             amount(self.reserve_bytes),
@@ -59,6 +57,10 @@ impl Space {
         )
     }
 }
+
+/// What to do about a full store.
+pub const WHAT_HELPS: &str = "on the server, `janus-server retention run --now` drops what no rule keeps, `janus-server usage` \
+    shows what takes the space, `janus-server delete` and `trash purge` free it";
 
 /// The reserve of the settings, which were checked.
 pub fn reserve(settings: &Settings) -> Size {

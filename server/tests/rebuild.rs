@@ -186,3 +186,15 @@ fn a_store_in_use_is_not_rebuilt() {
     assert!(matches!(refused, StoreError::Locked { .. }), "{refused}");
     model.check();
 }
+
+#[test]
+fn a_folder_that_holds_no_machine_stays_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("letter"), "mine").unwrap();
+    let refused = |error: Option<StoreError>| matches!(error, Some(StoreError::NoStore { .. }));
+    assert!(refused(rebuild::plan(&Disk::default(), folder.path(), true).err()));
+    assert!(refused(rebuild::rebuild(&Disk::default(), folder.path(), true).err()));
+    let names: Vec<_> =
+        fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names, ["letter"]);
+}

@@ -13,6 +13,7 @@ use crate::{
     site::{Profile, Programs, target},
 };
 
+mod chains;
 mod janus;
 mod limits;
 mod peers;
@@ -143,15 +144,21 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Runs `server/examples/bench_store.rs`: it needs no other process.
+/// Restores through a long chain, then `server/examples/bench_store.rs`: it needs no other process.
 fn store(args: &Args) -> Result<()> {
     let place = target().join("bench");
     fs::create_dir_all(&place)?;
     let json = args.json.clone().unwrap_or_else(|| place.join("store.json"));
+    let work = tempfile::Builder::new().prefix("run-").tempdir_in(&place)?;
+    let restore = chains::measure(&Programs::build(Profile::Release)?, work.path())?;
+    drop(work);
     let mut command = std::process::Command::new(env!("CARGO"));
     command.args(["run", "--release", "--quiet", "-p", "janus-server", "--example", "bench_store"]);
     command.arg("--").arg("--place").arg(&place).arg("--json").arg(&json);
     ensure!(command.status()?.success(), "the measurement failed");
+    let mut rows: Vec<serde_json::Value> = serde_json::from_slice(&fs::read(&json)?)?;
+    rows.push(restore);
+    fs::write(&json, serde_json::to_vec_pretty(&rows)?)?;
     println!("\nfigures: {}", json.display());
     Ok(())
 }

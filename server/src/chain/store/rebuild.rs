@@ -55,8 +55,7 @@ pub struct Rebuilt {
 /// # Errors
 /// When no machine is found, a server has the store, a newer version wrote it, or the file system refuses.
 pub fn plan(storage: &Disk, root: &Path, separate: bool) -> Result<Plan, StoreError> {
-    let _lock = StoreLock::of_store(storage, root)?;
-    let folders = some_folders(storage, root, separate)?;
+    let (_lock, folders) = locked(storage, root, separate)?;
     let mut plan = Plan::of(root, &folders);
     for (folder, key) in folders.machines {
         survey::machine(storage, &folder, &key, &mut plan)?;
@@ -69,8 +68,7 @@ pub fn plan(storage: &Disk, root: &Path, separate: bool) -> Result<Plan, StoreEr
 /// # Errors
 /// As [`plan`]. What was done until then stays, and doing it again goes on.
 pub fn rebuild(storage: &Disk, root: &Path, separate: bool) -> Result<Rebuilt, StoreError> {
-    let lock = StoreLock::of_store(storage, root)?;
-    let folders = some_folders(storage, root, separate)?;
+    let (lock, folders) = locked(storage, root, separate)?;
     renew_generation(storage, root)?;
     steps::carry_out(storage, &folders.steps)?;
     let mut plan = Plan::of(root, &folders);
@@ -93,13 +91,18 @@ pub fn rebuild(storage: &Disk, root: &Path, separate: bool) -> Result<Rebuilt, S
     Ok(Rebuilt { store, machines, plan })
 }
 
-/// What the survey finds; a mistyped path must not become a store.
-fn some_folders(storage: &Disk, root: &Path, separate: bool) -> Result<Folders, StoreError> {
-    let folders = survey::folders(storage, root, separate)?;
-    match folders.machines.is_empty() {
-        true => Err(StoreError::NoStore { path: root.to_owned() }),
-        false => Ok(folders),
-    }
+/// What the survey finds, and the lock. A mistyped path must not become a store, and gets no lock's file either.
+fn locked(storage: &Disk, root: &Path, separate: bool) -> Result<(StoreLock, Folders), StoreError> {
+    let some = || {
+        let folders = survey::folders(storage, root, separate)?;
+        match folders.machines.is_empty() {
+            true => Err(StoreError::NoStore { path: root.to_owned() }),
+            false => Ok(folders),
+        }
+    };
+    some()?;
+    let lock = StoreLock::of_store(storage, root)?;
+    Ok((lock, some()?))
 }
 
 /// Gives a store another generation and counts its starts anew. The caller has the store's lock.
