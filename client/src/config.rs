@@ -36,7 +36,7 @@ pub struct Settings {
     pub post_backup: Vec<String>,
     /// Longest time each of both may take.
     pub hook_seconds: u64,
-    /// Threads that read and hash; 0: one for each core.
+    /// Threads that read and hash; 0: two for each core.
     pub hash_threads: usize,
     /// Count free space of NTFS, ext4 and XFS as zeros.
     pub skip_free: bool,
@@ -227,7 +227,8 @@ impl Settings {
     /// Threads that read and hash.
     pub fn threads(&self) -> usize {
         match self.hash_threads {
-            0 => std::thread::available_parallelism().map_or(2, NonZero::get),
+            // The disk works for one while another hashes.
+            0 => 2 * std::thread::available_parallelism().map_or(1, NonZero::get),
             threads => threads.min(64),
         }
     }

@@ -15,30 +15,54 @@ use crate::{
     source::Stretch,
 };
 
-/// What is read and hashed at once: it fits the L2 cache, and one word of bits says all about it.
+/// What is decided on at once: one word of bits says all about it.
 const PIECE_BYTES: u64 = WORD_BLOCKS * BLOCK_BYTES;
+/// Pieces of what is read at once: disks want large reads, and a message holds no more.
+const GROUP_PIECES: usize = MAX_BATCH_BYTES / PIECE_BYTES as usize;
 
 pub(super) struct Worker<'a> {
     job: &'a ScanJob<'a>,
     size_bytes: u64,
-    buffer: Option<Buffer>,
-    /// Bytes of `buffer` that wait for being sent.
-    used: usize,
-    /// What waits, and its hashes.
-    extents: Vec<Extent>,
-    hashes: Vec<u8>,
+    /// What was read last.
+    read: Option<Buffer>,
+    waiting: Waiting,
     stretch: Stretch,
 }
 
-/// 64 blocks.
+/// Blocks that will travel, with their data, which is in `buffer` from its start.
+#[derive(Default)]
+struct Waiting {
+    buffer: Option<Buffer>,
+    used: usize,
+    extents: Vec<Extent>,
+    hashes: Vec<u8>,
+}
+
+/// 64 blocks, and what is to be done with them.
 struct Piece<'a> {
     offset: u64,
+    end: u64,
     /// Its place in the segment.
     word: usize,
     /// The table's hashes.
     known: Known<'a>,
     must: u64,
-    kinds: PieceReading,
+    /// Bits of the blocks whose known hash stands, unread.
+    kept: u64,
+    /// Bits of the blocks that are read; the others, but for `kept`, are zeros.
+    wanted: u64,
+    /// Bits of the blocks that must not have changed.
+    promised: u64,
+}
+
+impl Piece<'_> {
+    fn first_block(&self) -> u64 {
+        self.offset / BLOCK_BYTES
+    }
+
+    fn blocks(&self) -> usize {
+        (block_count(self.end) - self.first_block()) as usize
+    }
 }
 
 impl<'a> Worker<'a> {
@@ -46,10 +70,8 @@ impl<'a> Worker<'a> {
         Self {
             job,
             size_bytes: job.source.size_bytes(),
-            buffer: None,
-            used: 0,
-            extents: Vec::new(),
-            hashes: Vec::new(),
+            read: None,
+            waiting: Waiting::default(),
             stretch: Stretch { end: 0, hole: false },
         }
     }
@@ -65,90 +87,124 @@ impl<'a> Worker<'a> {
             return Ok(scanned);
         }
         let mut hashes = Vec::with_capacity(SEGMENT_BLOCKS as usize);
-        for (word, must) in must.into_iter().enumerate() {
-            let offset = start + word as u64 * PIECE_BYTES;
-            if offset >= end {
-                break;
-            }
-            let known = Known::word(table.as_deref(), word);
-            let piece = Piece { offset, word, known, must, kinds: reading.word(word) };
-            self.piece(&piece, &mut hashes, &mut scanned)?;
+        let words: Vec<usize> =
+            (0..must.len()).take_while(|word| start + *word as u64 * PIECE_BYTES < end).collect();
+        for group in words.chunks(GROUP_PIECES) {
+            let piece = |word: &usize| {
+                let offset = start + *word as u64 * PIECE_BYTES;
+                let known = Known::word(table.as_deref(), *word);
+                self.plan(offset, *word, known, must[*word], reading.word(*word))
+            };
+            let pieces: Vec<_> = group.iter().map(piece).collect();
+            self.read(&pieces, &mut scanned)?;
+            self.group(&pieces, &mut hashes, &mut scanned)?;
         }
         self.flush(&mut scanned)?;
         scanned.digest = Some(hash::segment_digest(&hashes));
         Ok(scanned)
     }
 
-    /// Reads what has to be read of 64 blocks, and decides on all; their hashes are appended to the segment's.
-    fn piece(
+    fn plan<'t>(
         &mut self,
-        piece: &Piece<'_>,
-        hashes: &mut Vec<BlockHash>,
-        scanned: &mut Scanned,
-    ) -> Result<(), ScanError> {
-        let Piece { offset, word, known, must, kinds } = *piece;
-        let first_block = offset / BLOCK_BYTES;
+        offset: u64,
+        word: usize,
+        known: Known<'t>,
+        must: u64,
+        kinds: PieceReading,
+    ) -> Piece<'t> {
         let end = (offset + PIECE_BYTES).min(self.size_bytes);
-        let blocks = (block_count(end) - first_block) as usize;
-        let size_bytes = self.size_bytes;
-        let zero_of = |index| hash::zero_hash(block_len(size_bytes, first_block + index as u64));
-        let old_len = hashes.len();
-        let has_all = self.job.content == SessionContent::Table;
-        let mut promised = kinds.promised & !kinds.zeros;
+        let promised = kinds.promised & !kinds.zeros;
+        let mut piece = Piece { offset, end, word, known, must, kept: 0, wanted: 0, promised };
         if self.is_hole(offset, end) {
-            hashes.extend((0..blocks).map(zero_of));
-        } else {
-            let known_zeros = known.zeros(blocks, zero_of);
-            let doubted = if kinds.doubts_zeros { promised & known_zeros } else { 0 };
-            promised &= !doubted;
-            let there = if has_all { known.known(blocks) } else { known_zeros };
-            let kept = kinds.known & there & !must & !doubted & !kinds.zeros;
-            self.read(
-                offset,
-                end,
-                !(kept | kinds.zeros),
-                scanned,
-                |index| {
-                    match known {
-                        Known::Hashes(old) if kept >> index & 1 == 1 => old.get(index).copied(),
-                        _ => None,
-                    }
-                    .unwrap_or_else(|| zero_of(index))
-                },
-                hashes,
-            )?;
+            return piece;
         }
-        let new = &hashes[old_len..];
-        let zero = delta::zero_bits(new, zero_of);
-        let changed = known.differing(new, zero);
-        if let Some(bit) = ones(changed & promised).next() {
-            return Err(ScanError::Missed { offset: offset + bit as u64 * BLOCK_BYTES });
+        let blocks = piece.blocks();
+        let known_zeros = known.zeros(blocks, zero_of(self.size_bytes, piece.first_block()));
+        let doubted = if kinds.doubts_zeros { promised & known_zeros } else { 0 };
+        let there = if self.has_all() { known.known(blocks) } else { known_zeros };
+        piece.promised &= !doubted;
+        piece.kept = kinds.known & there & !must & !doubted & !kinds.zeros;
+        piece.wanted = !(piece.kept | kinds.zeros) & delta::mask(blocks);
+        piece
+    }
+
+    /// True when the session holds what the table says.
+    fn has_all(&self) -> bool {
+        self.job.content == SessionContent::Table
+    }
+
+    /// Reads the blocks of a group that are wanted, each to its place in it.
+    fn read(&mut self, pieces: &[Piece<'_>], scanned: &mut Scanned) -> Result<(), ScanError> {
+        let Some(first) = pieces.first() else { return Ok(()) };
+        let wanted = pieces.iter().flat_map(|piece| {
+            (0..piece.blocks())
+                .filter(|index| piece.wanted >> index & 1 == 1)
+                .map(|index| piece.first_block() + index as u64)
+        });
+        let end = pieces.last().map_or(0, |piece| piece.end);
+        let mut run: Option<std::ops::Range<u64>> = None;
+        let mut runs = Vec::new();
+        for block in wanted {
+            match &mut run {
+                Some(run) if run.end == block => run.end += 1,
+                _ => runs.extend(run.replace(block..block + 1)),
+            }
         }
-        let session = if has_all { known } else { Known::Zeros };
-        let send = delta::to_send(session, must, new, zero);
-        scanned.sent[word] = send;
-        let place = (word as u64 * WORD_BLOCKS) as u16;
-        scanned.changes.extend(ones(changed).map(|bit| (place + bit as u16, new[bit])));
-        self.keep(first_block, send, zero, new);
+        runs.extend(run);
+        for run in runs {
+            let (from, to) = (run.start * BLOCK_BYTES, (run.end * BLOCK_BYTES).min(end));
+            let buffer = self.read.get_or_insert_with(Buffer::take);
+            let part = &mut buffer[(from - first.offset) as usize..(to - first.offset) as usize];
+            self.job.source.read_at(from, part)?;
+            scanned.read_bytes += part.len() as u64;
+        }
         Ok(())
     }
 
-    /// Appends the hashes of a piece: its blocks of `wanted` are read, `unread` tells the others'.
-    fn read(
+    /// Hashes a group and decides on all its blocks; their hashes are appended to the segment's.
+    fn group(
         &mut self,
-        offset: u64,
-        end: u64,
-        wanted: u64,
-        scanned: &mut Scanned,
-        unread: impl Fn(usize) -> BlockHash,
+        pieces: &[Piece<'_>],
         hashes: &mut Vec<BlockHash>,
+        scanned: &mut Scanned,
     ) -> Result<(), ScanError> {
-        let len = (end - offset) as usize;
-        if self.used + len > MAX_BATCH_BYTES {
+        let mut fresh = Waiting { buffer: self.read.take(), ..Waiting::default() };
+        for (number, piece) in pieces.iter().enumerate() {
+            let start = number * PIECE_BYTES as usize;
+            let old_len = hashes.len();
+            let data = fresh.buffer.as_deref().unwrap_or_default();
+            self.hash(piece, data.get(start..).unwrap_or_default(), hashes);
+            let new = &hashes[old_len..];
+            let zero = delta::zero_bits(new, zero_of(self.size_bytes, piece.first_block()));
+            let changed = piece.known.differing(new, zero);
+            if let Some(bit) = ones(changed & piece.promised).next() {
+                return Err(ScanError::Missed { offset: piece.offset + bit as u64 * BLOCK_BYTES });
+            }
+            let session = if self.has_all() { piece.known } else { Known::Zeros };
+            let send = delta::to_send(session, piece.must, new, zero);
+            scanned.sent[piece.word] = send;
+            let place = (piece.word as u64 * WORD_BLOCKS) as u16;
+            scanned.changes.extend(ones(changed).map(|bit| (place + bit as u16, new[bit])));
+            fresh.keep(piece, start, self.size_bytes, (send, zero), new);
+        }
+        if self.waiting.used + fresh.used > MAX_BATCH_BYTES {
             self.flush(scanned)?;
         }
-        let blocks = len.div_ceil(BLOCK_BYTES as usize);
-        let is_wanted = |block: usize| wanted >> block & 1 == 1;
+        self.read = self.waiting.take_in(fresh);
+        Ok(())
+    }
+
+    /// Appends the hashes of a piece, whose blocks that are wanted are in `data`.
+    fn hash(&self, piece: &Piece<'_>, data: &[u8], hashes: &mut Vec<BlockHash>) {
+        let (blocks, len) = (piece.blocks(), (piece.end - piece.offset) as usize);
+        let zero_of = zero_of(self.size_bytes, piece.first_block());
+        let unread = |index: usize| match piece.known {
+            Known::Hashes(old) if piece.kept >> index & 1 == 1 => {
+                old.get(index).copied().unwrap_or_else(|| zero_of(index))
+            }
+            _ => zero_of(index),
+        };
+        let is_wanted = |block: usize| piece.wanted >> block & 1 == 1;
         let mut block = 0;
         while block < blocks {
             let same =
@@ -156,53 +212,27 @@ impl<'a> Worker<'a> {
             if is_wanted(block) {
                 let from = block * BLOCK_BYTES as usize;
                 let to = ((block + same) * BLOCK_BYTES as usize).min(len);
-                let buffer = self.buffer.get_or_insert_with(Buffer::take);
-                let part = &mut buffer[self.used + from..self.used + to];
-                self.job.source.read_at(offset + from as u64, part)?;
-                scanned.read_bytes += part.len() as u64;
-                hash::hash_blocks(part, hashes);
+                hash::hash_blocks(&data[from..to], hashes);
             } else {
                 hashes.extend((block..block + same).map(&unread));
             }
             block += same;
         }
-        Ok(())
-    }
-
-    /// Moves the data of blocks to send together, at the end of what waits already.
-    fn keep(&mut self, first_block: u64, send: u64, zero: u64, new: &[BlockHash]) {
-        delta::append_extents(&mut self.extents, first_block, send, zero);
-        let data = send & !zero;
-        let Some(buffer) = self.buffer.as_mut() else { return };
-        let piece = self.used;
-        for bit in ones(data) {
-            let from = piece + bit * BLOCK_BYTES as usize;
-            let len = block_len(self.size_bytes, first_block + bit as u64);
-            if from != self.used {
-                buffer.copy_within(from..from + len, self.used);
-            }
-            self.used += len;
-            self.hashes.extend_from_slice(&new[bit].0);
-        }
     }
 
     fn flush(&mut self, scanned: &mut Scanned) -> Result<(), ScanError> {
-        if self.extents.is_empty() {
+        let Waiting { buffer, used, extents, hashes } = std::mem::take(&mut self.waiting);
+        if extents.is_empty() {
             return Ok(());
         }
-        let len = std::mem::take(&mut self.used);
-        let data = match self.buffer.take() {
-            Some(buffer) if len > 0 => buffer.into_bytes(len),
-            kept => {
-                self.buffer = kept;
-                Bytes::new()
-            }
+        let data = match buffer {
+            Some(buffer) if used > 0 => buffer.into_bytes(used),
+            _ => Bytes::new(),
         };
-        let hashes = std::mem::take(&mut self.hashes).into();
-        let batch = Batch::new(self.size_bytes, std::mem::take(&mut self.extents), hashes, data)?;
+        let batch = Batch::new(self.size_bytes, extents, hashes.into(), data)?;
         scanned
             .messages
-            .push(Outgoing { batch: batch.into_wire(self.job.encoding), raw_bytes: len as u64 });
+            .push(Outgoing { batch: batch.into_wire(self.job.encoding), raw_bytes: used as u64 });
         Ok(())
     }
 
@@ -213,6 +243,53 @@ impl<'a> Worker<'a> {
         }
         self.stretch.hole && self.stretch.end >= end
     }
+}
+
+impl Waiting {
+    /// Moves the data of blocks to send, which is in the buffer from `start`, to the end of what is kept of it already.
+    fn keep(
+        &mut self,
+        piece: &Piece<'_>,
+        start: usize,
+        size_bytes: u64,
+        (send, zero): (u64, u64),
+        new: &[BlockHash],
+    ) {
+        let first_block = piece.first_block();
+        delta::append_extents(&mut self.extents, first_block, send, zero);
+        let Some(buffer) = self.buffer.as_mut() else { return };
+        for bit in ones(send & !zero) {
+            let from = start + bit * BLOCK_BYTES as usize;
+            let len = block_len(size_bytes, first_block + bit as u64);
+            if from != self.used {
+                buffer.copy_within(from..from + len, self.used);
+            }
+            self.used += len;
+            self.hashes.extend_from_slice(&new[bit].0);
+        }
+    }
+
+    /// Appends `fresh`, for which there is room; gives a buffer back that is free again.
+    fn take_in(&mut self, fresh: Self) -> Option<Buffer> {
+        self.extents.extend(fresh.extents);
+        self.hashes.extend(fresh.hashes);
+        match (&mut self.buffer, fresh.buffer) {
+            (Some(buffer), Some(more)) if self.used > 0 => {
+                buffer[self.used..self.used + fresh.used].copy_from_slice(&more[..fresh.used]);
+                self.used += fresh.used;
+                Some(more)
+            }
+            (buffer, more) if fresh.used > 0 => {
+                self.used = fresh.used;
+                std::mem::replace(buffer, more)
+            }
+            (_, more) => more,
+        }
+    }
+}
+
+fn zero_of(size_bytes: u64, first_block: u64) -> impl Fn(usize) -> BlockHash {
+    move |index| hash::zero_hash(block_len(size_bytes, first_block + index as u64))
 }
 
 fn ones(mut bits: u64) -> impl Iterator<Item = usize> {

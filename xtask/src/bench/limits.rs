@@ -62,33 +62,31 @@ pub(super) fn read_all(path: &Path) -> Result<()> {
 
 /// Hashes what isn't a hole in pieces of 1 MiB, each as one tree, which is the fastest way to use BLAKE3.
 fn hash_all(path: &Path) -> Result<()> {
-    on_all_cores(&File::open(path)?, PIECE, |bytes| {
+    on_threads(cores(), &File::open(path)?, PIECE, |bytes| {
         if bytes.chunks(BLOCK).any(|block| block != &ZERO[..block.len()]) {
             std::hint::black_box(blake3::hash(bytes));
         }
     })
 }
 
-/// Hashes each block that isn't a hole, in pieces that fit the cores' caches.
-pub(super) fn hash_blocks(path: &Path) -> Result<()> {
-    on_all_cores(&File::open(path)?, PIECE / 4, |bytes| {
-        for block in bytes.chunks(BLOCK) {
-            std::hint::black_box(blake3::hash(block));
-        }
+/// The same in pieces that stay in a core's cache, whatever they hold.
+pub(super) fn hash_pieces(path: &Path) -> Result<()> {
+    on_threads(cores(), &File::open(path)?, PIECE / 4, |bytes| {
+        std::hint::black_box(blake3::hash(bytes));
     })
 }
 
-/// Reads what isn't a hole past the page cache.
+/// Reads what isn't a hole past the page cache, with two reads at a time for each core.
 pub(super) fn read_direct(path: &Path) -> Result<()> {
     let flags = OFlags::DIRECT.bits().cast_signed();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-    on_all_cores(&file, PIECE, |bytes| {
+    on_threads(2 * cores(), &file, PIECE, |bytes| {
         std::hint::black_box(bytes);
     })
 }
 
-/// Reads what isn't a hole in pieces of `piece` bytes, on all cores.
-fn on_all_cores(file: &File, piece: u64, work: impl Fn(&[u8]) + Sync) -> Result<()> {
+/// Reads what isn't a hole in pieces of `piece` bytes, on so many threads.
+fn on_threads(threads: usize, file: &File, piece: u64, work: impl Fn(&[u8]) + Sync) -> Result<()> {
     let pieces: Vec<_> = disk::written_ranges(file)?
         .into_iter()
         .flat_map(|range| {
@@ -107,11 +105,14 @@ fn on_all_cores(file: &File, piece: u64, work: impl Fn(&[u8]) + Sync) -> Result<
         }
         Ok(())
     };
-    let threads = thread::available_parallelism().map_or(1, usize::from);
     thread::scope(|scope| {
         let running: Vec<_> = (0..threads).map(|_| scope.spawn(read)).collect();
         running.into_iter().try_for_each(|thread| {
             thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?
         })
     })
+}
+
+fn cores() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
 }

@@ -106,7 +106,7 @@ fn plain(programs: &Programs, work: &Path, bytes: u64) -> Result<Vec<Row>> {
     let mut rows = vec![first];
     for round in 1..=3 {
         limits::read_all(&image)?;
-        let limit = limits::timed(|| limits::hash_blocks(&image))?;
+        let limit = limits::timed(|| limits::hash_pieces(&image))?;
         rows.push(limit_row(&format!("read and hash, warm ({round})"), limit, bytes));
         let (mut row, _) = bench.backup(&format!("full compare, warm ({round})"))?;
         row.limit = Some(("read and hash".into(), limit / row.seconds));
