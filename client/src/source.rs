@@ -12,7 +12,7 @@ use janus_proto::{
     ids::{BLOCK_BYTES, DiskId, MAX_DISK_BYTES},
     pb::Consistency,
 };
-use rustix::fs::SeekFrom;
+use rustix::fs::{OFlags, SeekFrom};
 
 use crate::{
     config::DiskSpec,
@@ -380,7 +380,7 @@ impl ReadAt for Bytes<'_> {
 
 /// Opens a file or device for reading. A pipe without a writer would keep a plain open for ever; these don't mind.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
-    let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
     OpenOptions::new().read(true).custom_flags(flags).open(path)
 }
 
@@ -430,14 +430,25 @@ fn consistency(
     device: Option<&sysfs::Device>,
     allow_live: bool,
 ) -> Result<Consistency, SourceError> {
-    let Some(mount) = device.and_then(|device| mounts::writable_mount(&device.family())) else {
-        return Ok(Consistency::Crash);
+    // Nobody can tell whether a file is in use.
+    let Some(device) = device else { return Ok(Consistency::Crash) };
+    let family = device.family();
+    let Some(mount) = mounts::writable_mount(&family) else {
+        let is_quiet = mounts::any_mount(&family).is_some() || is_unused(path);
+        return Ok(if is_quiet { Consistency::Frozen } else { Consistency::Crash });
     };
     if !allow_live {
         return Err(SourceError::Mounted { path: path.to_path_buf(), mount });
     }
     tracing::warn!(path = %path.display(), mount, "read while mounted writable: parts will be from different times");
     Ok(Consistency::Smeared)
+}
+
+/// No file system of any container, and nothing stacked on it, has this device. Programs that write to it by themselves,
+/// as virtual machines do, are not seen.
+fn is_unused(device: &Path) -> bool {
+    let flags = (OFlags::EXCL | OFlags::NONBLOCK).bits().cast_signed();
+    OpenOptions::new().read(true).custom_flags(flags).open(device).is_ok()
 }
 
 #[cfg(test)]

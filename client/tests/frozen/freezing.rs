@@ -4,7 +4,7 @@ use std::{
     ffi::OsStr,
     fs,
     io::{BufRead, BufReader, Write},
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::Path,
     process::{Command, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
@@ -13,9 +13,11 @@ use std::{
 };
 
 use janus_client::{
+    config::DiskSpec,
     frozen::freeze::{End, Freeze, Outcome, Target},
-    source::mounts,
+    source::{Source, mounts},
 };
+use janus_proto::pb::Consistency;
 use rustix::process::{Pid, Signal, kill_process};
 use xtask::loopback::{Kind, SmallFileSystem};
 
@@ -109,6 +111,27 @@ fn as_root_several_are_frozen_and_one_that_cannot_be_is_named() {
     write(memory.path(), "one").recv_timeout(MOMENT).unwrap();
     drop(frozen);
     writes.iter().for_each(|write| write.recv_timeout(LONG).unwrap());
+}
+
+#[test]
+fn as_root_a_device_that_nobody_can_write_to_counts_as_frozen() {
+    let consistency = |path: &Path| {
+        let spec = DiskSpec { name: Some("disk".parse().unwrap()), path: path.to_owned() };
+        Source::open(&spec, None, true).unwrap().consistency()
+    };
+    let mounted = small(Kind::Ext4);
+    assert_eq!(consistency(mounted.device()), Consistency::Smeared);
+    let remount = ["-o", "remount,ro"];
+    assert!(Command::new("mount").args(remount).arg(mounted.folder()).status().unwrap().success());
+    assert_eq!(consistency(mounted.device()), Consistency::Frozen);
+    assert!(Command::new("umount").arg(mounted.folder()).status().unwrap().success());
+    assert_eq!(consistency(mounted.device()), Consistency::Frozen);
+    // Something that isn't mounted here has it.
+    let flags = rustix::fs::OFlags::EXCL.bits().cast_signed();
+    let taken = fs::File::options().read(true).custom_flags(flags).open(mounted.device()).unwrap();
+    assert_eq!(consistency(mounted.device()), Consistency::Crash);
+    drop(taken);
+    assert_eq!(consistency(mounted.device()), Consistency::Frozen);
 }
 
 #[test]
