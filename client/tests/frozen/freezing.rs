@@ -60,8 +60,8 @@ fn is_blocked(write: &Receiver<()>) -> bool {
     write.recv_timeout(MOMENT) == Err(RecvTimeoutError::Timeout)
 }
 
-/// Watchdogs that this process has started.
-fn watchdogs() -> Vec<i32> {
+/// Watchdogs that this process has started, and that hold this folder.
+fn watchdogs(folder: &Path) -> Vec<i32> {
     let tasks = fs::read_dir("/proc/self/task").unwrap().flatten();
     let children = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
     let pids: Vec<i32> = children
@@ -71,7 +71,9 @@ fn watchdogs() -> Vec<i32> {
         .collect();
     let is_one = |pid: &i32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         String::from_utf8_lossy(&line).contains("freeze-watchdog")
+            && open.any(|entry| fs::read_link(entry.path()).is_ok_and(|path| path == folder))
     };
     pids.into_iter().filter(is_one).collect()
 }
@@ -206,7 +208,8 @@ fn as_root_the_client_thaws_when_its_watchdog_is_killed_or_stopped() {
             let frozen = freeze(&[mounted.folder()], Duration::from_secs(2));
             let write = write(mounted.folder(), "one");
             assert!(is_blocked(&write));
-            let [watchdog] = watchdogs()[..] else { panic!("{:?}", watchdogs()) };
+            let found = watchdogs(mounted.folder());
+            let [watchdog] = found[..] else { panic!("{found:?}") };
             let began = Instant::now();
             signal(watchdog, how);
             write.recv_timeout(LONG).unwrap();
@@ -214,7 +217,7 @@ fn as_root_the_client_thaws_when_its_watchdog_is_killed_or_stopped() {
             let most = if how == Signal::KILL { 1 } else { 4 };
             assert!(took < Duration::from_secs(most), "{how:?}: {took:?}");
             assert_eq!(frozen.thaw(), End::Lost);
-            assert!(watchdogs().is_empty());
+            assert!(watchdogs(mounted.folder()).is_empty());
         }
     }
 }

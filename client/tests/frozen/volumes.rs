@@ -174,5 +174,9 @@ impl Drop for Volume {
             let _ = fs::remove_file(link);
         }
         let _ = fs::remove_dir(&self.links);
+        if self.own_link.is_some() {
+            // Stays where ZFS has links of its own.
+            let _ = fs::remove_dir("/dev/zvol");
+        }
     }
 }
