@@ -207,23 +207,26 @@ impl Snapshots {
         going()?;
         let snapshot = found.volume.snapshot(&new_name());
         let device = PathBuf::from(snapshot.device());
-        let made = make(&found, &snapshot, &wish.size);
-        let fails = |source| SnapshotError::Make { path: path.to_owned(), source };
-        let consistency = match made {
-            Ok(consistency) => consistency,
-            Err(source) => {
+        let made = make(&found, &snapshot, &wish.size)
+            .map_err(|source| SnapshotError::Make { path: path.to_owned(), source });
+        let ready = made.and_then(|consistency| {
+            let fails = |reason| SnapshotError::Device {
+                path: path.to_owned(),
+                device: device.display().to_string(),
+                reason,
+            };
+            wait_for(&device, found.size_bytes).map_err(fails).map(|()| consistency)
+        });
+        match ready {
+            Ok(consistency) => {
+                self.0.push(Still { of: path.to_owned(), snapshot, device, consistency })
+            }
+            Err(error) => {
                 // Some of it may be there.
                 snapshot.try_remove();
-                return Err(fails(source));
+                return Err(error);
             }
-        };
-        // From here on it is removed with the others.
-        self.0.push(Still { of: path.to_owned(), snapshot, device: device.clone(), consistency });
-        wait_for(&device, found.size_bytes).map_err(|reason| SnapshotError::Device {
-            path: path.to_owned(),
-            device: device.display().to_string(),
-            reason,
-        })?;
+        }
         going()
     }
 }

@@ -91,8 +91,9 @@ async fn between_hooks(
     let still = tokio::task::spawn_blocking(making).await.map_err(Failure::failed)??;
     let still = Arc::new(still);
     let mut made = read(dry, server, state, still.clone(), context).await;
+    let has_failed = made.is_err();
     let ending = tokio::task::spawn_blocking(move || {
-        let overflowed = still.snapshots.overflowed();
+        let overflowed = if has_failed { still.snapshots.overflowed() } else { None };
         // A thread whose read hangs may still have it; whoever is last removes the snapshots.
         if let Some(still) = Arc::into_inner(still) {
             still.snapshots.remove();
