@@ -8,6 +8,8 @@ mod sources;
 mod status;
 mod trust;
 
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus_proto::{
     ids::MachineKey,
@@ -21,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::{failure::Failure, sources::sources};
 use crate::{
     config::Settings,
+    frozen::watchdog,
     link::{Address, Link},
 };
 
@@ -34,6 +37,8 @@ pub fn loader() -> Loader<Settings> {
         ("cache_path", "Folder of the hash cache and of the open run"),
         ("disks", "Disks to back up: /dev/sdX or NAME=/path/to/image"),
         ("allow_live", "Read disks that are mounted writable"),
+        ("make_snapshots", "Read mounted volumes of LVM and ZFS from a snapshot, made for it"),
+        ("snapshot_size", "Most that a snapshot of a thick LVM volume takes up: 10%ORIGIN, 5G"),
         ("pre_backup", "Program, with its arguments, that runs before a backup"),
         ("post_backup", "Program, with its arguments, that runs after it, also when it failed"),
         ("hook_seconds", "Longest time that each of both may take"),
@@ -133,6 +138,30 @@ pub fn command() -> Command {
             Command::new("sources").about("List disks, their volumes, and how each can be backed up"),
         ))
         .subcommand(with_flags(Command::new("status").about("Show the servers as janus sees them")))
+        .subcommand(
+            Command::new(watchdog::COMMAND)
+                .hide(true)
+                .about("Freezes file systems for a moment; the client itself starts it")
+                .arg(
+                    Arg::new("limit-ms")
+                        .long("limit-ms")
+                        .value_parser(clap::value_parser!(u64))
+                        .help("Thaws after so long; 10 s"),
+                )
+                .arg(
+                    Arg::new("folders")
+                        .num_args(1..)
+                        .required(true)
+                        .value_parser(clap::value_parser!(PathBuf)),
+                ),
+        )
+}
+
+/// Freezes file systems until told, as the hidden command says.
+pub fn freeze(matches: &ArgMatches) -> ExitCode {
+    let folders: Vec<_> = matches.get_many::<PathBuf>("folders").into_iter().flatten().collect();
+    let limit = matches.get_one::<u64>("limit-ms").copied().map(Duration::from_millis);
+    watchdog::run(&folders, limit.unwrap_or(watchdog::LIMIT))
 }
 
 /// What a command does with its settings.

@@ -10,7 +10,7 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{link::Direct, nbd, reading::Policy, survey::Choice};
+use crate::{frozen::Wish, link::Direct, nbd, reading::Policy, survey::Choice};
 
 /// Settings as they stand in the file; see `client.example.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,6 +30,10 @@ pub struct Settings {
     pub disks: Vec<String>,
     /// Read disks that are mounted writable.
     pub allow_live: bool,
+    /// Read disks that are mounted writable from a snapshot of LVM or ZFS, made for it.
+    pub make_snapshots: bool,
+    /// How much a snapshot of a thick volume of LVM can take up: `10%ORIGIN`, `5G`.
+    pub snapshot_size: String,
     /// Program with its arguments that runs before a backup; it fails when that fails.
     pub pre_backup: Vec<String>,
     /// Program with its arguments that runs after a backup, also a failed one.
@@ -72,6 +76,8 @@ impl Default for Settings {
             cache_path: "/var/cache/janus-client".into(),
             disks: Vec::new(),
             allow_live: false,
+            make_snapshots: true,
+            snapshot_size: "10%ORIGIN".into(),
             pre_backup: Vec::new(),
             post_backup: Vec::new(),
             hook_seconds: 300,
@@ -119,6 +125,11 @@ pub enum ConfigError {
     /// More than all.
     #[error("audit_percent: {0} is not a share of 0 to 100")]
     AuditPercent(u32),
+    /// Not a size.
+    #[error(
+        "snapshot_size: {0:?} is neither a share (10%ORIGIN, 10%FREE, 10%VG) nor a size (512M, 5G, 1T)"
+    )]
+    SnapshotSize(String),
     /// Not an encoding.
     #[error("encoding: {0:?} is not none, lz4 or zstd")]
     Encoding(String),
@@ -178,6 +189,16 @@ impl Settings {
             return Err(ConfigError::NoDisks);
         }
         self.disks.iter().map(|text| DiskSpec::parse(text)).collect()
+    }
+
+    /// How snapshots are made; `None`: not at all.
+    ///
+    /// # Errors
+    /// When a size can't be understood.
+    pub fn snapshots(&self) -> Result<Option<Wish>, ConfigError> {
+        let bad = |()| ConfigError::SnapshotSize(self.snapshot_size.clone());
+        let size = self.snapshot_size.parse().map_err(bad)?;
+        Ok(self.make_snapshots.then_some(Wish { size, allow_live: self.allow_live }))
     }
 
     /// How data is packed.

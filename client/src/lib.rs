@@ -7,6 +7,7 @@ pub mod cli;
 pub mod config;
 pub mod delta;
 pub mod dry_run;
+pub mod frozen;
 pub mod fs;
 pub mod hooks;
 pub mod journal;

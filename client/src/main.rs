@@ -4,7 +4,7 @@ use std::{io::Write, process::ExitCode, time::Duration};
 
 use clap::ArgMatches;
 use janus_client::cli::{self, Context, Failure, Outcome};
-use janus_client::link;
+use janus_client::{frozen::watchdog, link};
 use janus_proto::{log, program, tls::Identity};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -15,6 +15,9 @@ fn main() -> ExitCode {
         Err(error) => return refuse_usage(&error),
     };
     let Some((name, matches)) = matches.subcommand() else { return ExitCode::from(2) };
+    if name == watchdog::COMMAND {
+        return cli::freeze(matches);
+    }
     match run(name, matches) {
         Ok(outcome) => {
             print(matches, &outcome.json, &outcome.text);

@@ -12,10 +12,11 @@ use janus_proto::{
     ids::{BLOCK_BYTES, DiskId, MAX_DISK_BYTES},
     pb::Consistency,
 };
-use rustix::fs::SeekFrom;
+use rustix::fs::{OFlags, SeekFrom};
 
 use crate::{
     config::DiskSpec,
+    frozen::{Snapshots, Still},
     journal::Journal,
     nbd::{self, NbdError, NbdMedium, Uri, bitmap::QemuBitmap},
 };
@@ -113,6 +114,18 @@ pub enum SourceError {
         /// The export.
         path: PathBuf,
     },
+    /// Its snapshot could not be read.
+    #[error("{}: its snapshot {} cannot be read at offset {offset}: {source}; if the snapshot has overflowed, set snapshot_size larger", path.display(), snapshot.display())]
+    Snapshot {
+        /// Path of the disk.
+        path: PathBuf,
+        /// Device of its snapshot.
+        snapshot: PathBuf,
+        /// First unreadable byte, to one block.
+        offset: u64,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The disk could not be read.
     #[error("{}: cannot be read at offset {offset}: {source}", path.display())]
     Read {
@@ -132,6 +145,8 @@ pub struct Source {
     backing: Backing,
     disk_id: DiskId,
     consistency: Consistency,
+    /// Device that is read in its place.
+    snapshot: Option<PathBuf>,
 }
 
 /// Where it is read from.
@@ -151,11 +166,16 @@ struct Export {
 }
 
 impl Source {
-    /// Opens the disk that `spec` names. A disk that is mounted writable is refused unless `allow_live`.
+    /// Opens the disk that `spec` names, or the snapshot of it in its place. A disk that is mounted writable and has none is
+    /// refused unless `allow_live`.
     ///
     /// # Errors
     /// When it is missing, has an unusable size, can't be identified, or is mounted.
-    pub fn open(spec: &DiskSpec, allow_live: bool) -> Result<Self, SourceError> {
+    pub fn open(
+        spec: &DiskSpec,
+        snapshot: Option<&Still>,
+        allow_live: bool,
+    ) -> Result<Self, SourceError> {
         let path = spec.path.clone();
         let text = path.to_string_lossy();
         if nbd::uri::is_uri(&text) {
@@ -176,13 +196,23 @@ impl Source {
             .map_err(|source| SourceError::Open { path: path.clone(), source })?;
         check_size(&path, size_bytes)?;
         let sysfs = device.then(|| sysfs::Device::of(meta.rdev()));
-        let consistency = consistency(&path, sysfs.as_ref(), allow_live)?;
+        let consistency = match snapshot {
+            Some(still) => still.consistency(),
+            None => consistency(&path, sysfs.as_ref(), allow_live)?,
+        };
         let sector_bytes =
             sysfs.as_ref().and_then(sysfs::Device::logical_sector_bytes).unwrap_or(512);
         let disk_id = id_of(spec, || own_id(&file, sector_bytes, sysfs.as_ref()))?;
-        let file = DirectFile::for_reading(file, &path);
+        // The id is that of the disk itself: what a serial number says, its snapshot hasn't.
+        let snapshot = snapshot.map(|still| still.device().to_owned());
+        let file = match &snapshot {
+            Some(snapshot) => {
+                DirectFile::for_reading(open_snapshot(snapshot, size_bytes)?, snapshot)
+            }
+            None => DirectFile::for_reading(file, &path),
+        };
         let medium = FileMedium::new(file, size_bytes, sector_bytes, device);
-        Ok(Self { path, backing: Backing::File(medium), disk_id, consistency })
+        Ok(Self { path, backing: Backing::File(medium), disk_id, consistency, snapshot })
     }
 
     fn open_nbd(spec: &DiskSpec, text: &str, allow_live: bool) -> Result<Self, SourceError> {
@@ -219,7 +249,7 @@ impl Source {
         let disk_id = id_of(spec, || own_id(&Bytes(&medium), medium.sector_bytes(), None))?;
         let begun = image.as_ref().and_then(Qcow2::begun).map(str::to_owned);
         let export = Box::new(Export { medium, image, begun });
-        Ok(Self { path, backing: Backing::Export(export), disk_id, consistency })
+        Ok(Self { path, backing: Backing::Export(export), disk_id, consistency, snapshot: None })
     }
 
     /// Says that whoever freezes exports for this run was asked to begin a dirty bitmap of this name in each; see
@@ -262,10 +292,14 @@ impl Source {
     ///
     /// # Errors
     /// When one can't be opened, or two have the same id.
-    pub fn open_all(specs: &[DiskSpec], allow_live: bool) -> Result<Vec<Self>, SourceError> {
+    pub fn open_all(
+        specs: &[DiskSpec],
+        snapshots: &Snapshots,
+        may_live: impl Fn(&DiskSpec) -> bool,
+    ) -> Result<Vec<Self>, SourceError> {
         let mut sources: Vec<Self> = Vec::with_capacity(specs.len());
         for spec in specs {
-            let source = Self::open(spec, allow_live)?;
+            let source = Self::open(spec, snapshots.of(&spec.path), may_live(spec))?;
             if let Some(other) = sources.iter().find(|other| other.disk_id == source.disk_id) {
                 return Err(SourceError::Twice {
                     disk_id: source.disk_id,
@@ -287,14 +321,19 @@ impl Source {
         // A read of many blocks says only that one of them is bad: look for it.
         for (index, block) in buffer.chunks_mut(BLOCK_BYTES as usize).enumerate() {
             let offset = offset + index as u64 * BLOCK_BYTES;
-            self.medium().read_exact_at(block, offset).map_err(|source| SourceError::Read {
-                path: self.path.clone(),
-                offset,
-                source,
-            })?;
+            let read = self.medium().read_exact_at(block, offset);
+            read.map_err(|source| self.unreadable(offset, source))?;
         }
         tracing::warn!(path = %self.path.display(), offset, error = %first, "a read failed once and then went through");
         Ok(())
+    }
+
+    fn unreadable(&self, offset: u64, source: io::Error) -> SourceError {
+        let path = self.path.clone();
+        match self.snapshot.clone() {
+            Some(snapshot) => SourceError::Snapshot { path, snapshot, offset, source },
+            None => SourceError::Read { path, offset, source },
+        }
     }
 
     /// The stretch that starts at `offset`: a hole or data, up to the end of the disk at most.
@@ -343,8 +382,19 @@ impl ReadAt for Bytes<'_> {
 
 /// Opens a file or device for reading. A pipe without a writer would keep a plain open for ever; these don't mind.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
-    let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
     OpenOptions::new().read(true).custom_flags(flags).open(path)
+}
+
+/// Opens a snapshot's device, which must be as large as the disk.
+fn open_snapshot(path: &Path, size_bytes: u64) -> Result<File, SourceError> {
+    let fails = |source| SourceError::Open { path: path.to_owned(), source };
+    let file = open(path).map_err(fails)?;
+    let size = size_of(&file, true).map_err(fails)?;
+    if size != size_bytes {
+        return Err(SourceError::Size { path: path.to_owned(), size_bytes: size });
+    }
+    Ok(file)
 }
 
 /// The id that a disk itself tells: its GPT's GUID, else the serial number of its device.
@@ -382,14 +432,25 @@ fn consistency(
     device: Option<&sysfs::Device>,
     allow_live: bool,
 ) -> Result<Consistency, SourceError> {
-    let Some(mount) = device.and_then(|device| mounts::writable_mount(&device.family())) else {
-        return Ok(Consistency::Crash);
+    // Nobody can tell whether a file is in use.
+    let Some(device) = device else { return Ok(Consistency::Crash) };
+    let family = device.family();
+    let Some(mount) = mounts::writable_mount(&family) else {
+        let is_quiet = mounts::any_mount(&family).is_some() || is_unused(path);
+        return Ok(if is_quiet { Consistency::Frozen } else { Consistency::Crash });
     };
     if !allow_live {
         return Err(SourceError::Mounted { path: path.to_path_buf(), mount });
     }
     tracing::warn!(path = %path.display(), mount, "read while mounted writable: parts will be from different times");
     Ok(Consistency::Smeared)
+}
+
+/// No file system of any container, and nothing stacked on it, has this device. Programs that write to it by themselves,
+/// as virtual machines do, are not seen.
+fn is_unused(device: &Path) -> bool {
+    let flags = (OFlags::EXCL | OFlags::NONBLOCK).bits().cast_signed();
+    OpenOptions::new().read(true).custom_flags(flags).open(device).is_ok()
 }
 
 #[cfg(test)]
@@ -414,7 +475,7 @@ mod tests {
         let (_dir, path) = image(16 << 20);
         let file = OpenOptions::new().write(true).open(&path).unwrap();
         file.write_all_at(&[7; 4096], 8 << 20).unwrap();
-        let source = Source::open(&named(&path), false).unwrap();
+        let source = Source::open(&named(&path), None, false).unwrap();
         let first = source.stretch(0);
         assert!(!first.hole || first.end == 8 << 20, "{first:?}");
         assert!(!source.stretch(8 << 20).hole);
@@ -425,31 +486,34 @@ mod tests {
     fn odd_sizes_and_nameless_disks_are_refused_with_the_way_out() {
         let (_dir, path) = image(1000);
         assert!(matches!(
-            Source::open(&named(&path), false),
+            Source::open(&named(&path), None, false),
             Err(SourceError::Size { size_bytes: 1000, .. })
         ));
         let (_dir, path) = image(4096 + 512);
-        let error = Source::open(&DiskSpec { name: None, path: path.clone() }, false)
+        let error = Source::open(&DiskSpec { name: None, path: path.clone() }, None, false)
             .unwrap_err()
             .to_string();
         assert!(error.contains("disks = [\"NAME="), "{error}");
-        assert!(Source::open(&named(&path), false).is_ok());
-        let missing =
-            Source::open(&named(Path::new("/nonexistent/disk")), false).unwrap_err().to_string();
+        assert!(Source::open(&named(&path), None, false).is_ok());
+        let missing = Source::open(&named(Path::new("/nonexistent/disk")), None, false)
+            .unwrap_err()
+            .to_string();
         assert!(missing.starts_with("/nonexistent/disk: cannot be opened"), "{missing}");
     }
 
     #[test]
     fn two_disks_with_one_id_are_refused() {
         let (_dir, path) = image(4096);
-        let error = Source::open_all(&[named(&path), named(&path)], false).unwrap_err();
+        let error =
+            Source::open_all(&[named(&path), named(&path)], &Snapshots::default(), |_| false)
+                .unwrap_err();
         assert!(matches!(error, SourceError::Twice { .. }), "{error}");
     }
 
     #[test]
     fn a_source_that_shrinks_names_the_offset() {
         let (_dir, path) = image(1 << 20);
-        let source = Source::open(&named(&path), false).unwrap();
+        let source = Source::open(&named(&path), None, false).unwrap();
         OpenOptions::new().write(true).open(&path).unwrap().set_len(8192).unwrap();
         let error = source.read_at(0, &mut vec![0; 65536]).unwrap_err();
         assert!(matches!(error, SourceError::Read { offset: 8192, .. }), "{error}");

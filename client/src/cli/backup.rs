@@ -1,6 +1,11 @@
 //! `janus-client backup`.
 
-use std::{fmt::Write, sync::Arc, time::Duration};
+use std::{
+    fmt::Write,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use clap::ArgMatches;
 use janus_proto::{
@@ -9,12 +14,15 @@ use janus_proto::{
     tls::Role,
 };
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 use super::{Context, Failure, Outcome, address};
 use crate::{
     backup::{Backup, BackupReport, Disk, DiskReport},
     cache::DiskCache,
+    config::DiskSpec,
     dry_run::{DryRunError, Forecast, forecast},
+    frozen::{self, SnapshotError, Snapshots, Wish},
     hooks::Hook,
     nbd::bitmap::Announced,
     progress::{self, Progress},
@@ -78,12 +86,80 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     }
 }
 
-/// Opens the disks and backs them up, or only says what that would do.
+/// Makes the snapshots that are needed, and removes them whatever comes of the backup; a dry run makes none.
 async fn between_hooks(
     dry: bool,
     server: Option<ServerId>,
     state: MachineState,
     bitmaps: Option<&Announced>,
+    context: &Context,
+) -> Result<Outcome, Failure> {
+    let (specs, wish) = (context.settings.disk_specs()?, context.settings.snapshots()?);
+    let stop = context.stop.clone();
+    let making = move || match wish {
+        None => Ok(Stillness::default()),
+        Some(_) if dry => Stillness::of_dry_run(&specs),
+        Some(wish) => Stillness::make(&specs, &wish, &stop),
+    };
+    // Not to be abandoned, whoever wants to go: it leaves nothing behind.
+    let mut still = tokio::task::spawn_blocking(making).await.map_err(Failure::failed)??;
+    still.bitmap = bitmaps.map(|announced| announced.new.clone());
+    let still = Arc::new(still);
+    let mut made = read(dry, server, state, still.clone(), context).await;
+    let has_failed = made.is_err();
+    let ending = tokio::task::spawn_blocking(move || {
+        let overflowed = if has_failed { still.snapshots.overflowed() } else { None };
+        // A thread whose read hangs may still have it; whoever is last removes the snapshots.
+        if let Some(still) = Arc::into_inner(still) {
+            still.snapshots.remove();
+        }
+        overflowed
+    });
+    let overflowed = ending.await.map_err(Failure::failed)?;
+    if let (Err(failure), Some(why)) = (&mut made, overflowed) {
+        failure.message = format!("{}; {why}", failure.message);
+    }
+    made
+}
+
+/// How disks that are mounted writable are held still.
+#[derive(Default)]
+struct Stillness {
+    snapshots: Snapshots,
+    /// A backup would make snapshots of these; nothing is kept of what a dry run reads.
+    possible: Vec<PathBuf>,
+    /// The dirty bitmap that a hook was asked to begin in each NBD export.
+    bitmap: Option<String>,
+}
+
+impl Stillness {
+    fn make(
+        specs: &[DiskSpec],
+        wish: &Wish,
+        stop: &CancellationToken,
+    ) -> Result<Self, SnapshotError> {
+        let paths = specs.iter().map(|spec| spec.path.as_path());
+        let snapshots = Snapshots::make(paths, wish, stop)?;
+        Ok(Self { snapshots, ..Self::default() })
+    }
+
+    fn of_dry_run(specs: &[DiskSpec]) -> Result<Self, SnapshotError> {
+        let mut possible = Vec::new();
+        for spec in specs {
+            if frozen::is_possible(&spec.path)? {
+                possible.push(spec.path.clone());
+            }
+        }
+        Ok(Self { snapshots: Snapshots::default(), possible, bitmap: None })
+    }
+}
+
+/// Opens the disks and backs them up, or only says what that would do.
+async fn read(
+    dry: bool,
+    server: Option<ServerId>,
+    state: MachineState,
+    still: Arc<Stillness>,
     context: &Context,
 ) -> Result<Outcome, Failure> {
     let settings = &context.settings;
@@ -92,16 +168,16 @@ async fn between_hooks(
     let specs = settings.disk_specs()?;
     let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
     let (policy, choice) = (settings.policy()?, settings.choice()?);
-    let begun = bitmaps.map(|announced| announced.new.clone());
-    let opening = tokio::task::spawn_blocking(move || {
-        open(&specs, allow_live, begun.as_deref(), &choice, policy, &folder)
+    let opening = tokio::task::spawn_blocking({
+        let still = still.clone();
+        move || open(&specs, &still, allow_live, &choice, policy, &folder)
     });
     // A disk that hangs must not keep a user who wants to go.
     let opened =
         context.stop.run_until_cancelled(opening).await.ok_or_else(Failure::interrupted)?;
     let disks = opened.map_err(Failure::failed)??;
     if dry {
-        return dry_run(disks, settings.threads(), context).await;
+        return dry_run(disks, &still.possible, settings.threads(), context).await;
     }
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show("backup", &progress);
@@ -120,7 +196,12 @@ async fn between_hooks(
 }
 
 /// Reads all disks, and sends nothing.
-async fn dry_run(disks: Vec<Disk>, threads: usize, context: &Context) -> Result<Outcome, Failure> {
+async fn dry_run(
+    disks: Vec<Disk>,
+    live: &[PathBuf],
+    threads: usize,
+    context: &Context,
+) -> Result<Outcome, Failure> {
     let stop = context.stop.clone();
     let reading = tokio::task::spawn_blocking(move || {
         let forecast =
@@ -129,6 +210,10 @@ async fn dry_run(disks: Vec<Disk>, threads: usize, context: &Context) -> Result<
     });
     let forecasts = reading.await.map_err(Failure::failed)??;
     let mut text = "dry run: nothing was sent\n".to_owned();
+    for path in live {
+        let path = path.display();
+        let _ = writeln!(text, "  {path}: read as it changes; a backup makes a snapshot of it");
+    }
     for (disk, forecast) in &forecasts {
         let (read, changed) = (amount(forecast.read_bytes), amount(forecast.changed_bytes));
         let _ = writeln!(text, "  {disk}: {read} read, {changed} changed");
@@ -162,17 +247,18 @@ async fn dry_run(disks: Vec<Disk>, threads: usize, context: &Context) -> Result<
 }
 
 fn open(
-    specs: &[crate::config::DiskSpec],
+    specs: &[DiskSpec],
+    still: &Stillness,
     allow_live: bool,
-    begun: Option<&str>,
     choice: &Choice,
     policy: Policy,
-    folder: &std::path::Path,
+    folder: &Path,
 ) -> Result<Vec<Disk>, Failure> {
-    let sources = Source::open_all(specs, allow_live)?;
+    let may_live = |spec: &DiskSpec| allow_live || still.possible.contains(&spec.path);
+    let sources = Source::open_all(specs, &still.snapshots, may_live)?;
     let mut disks = Vec::with_capacity(sources.len());
     for mut source in sources {
-        if let Some(bitmap) = begun {
+        if let Some(bitmap) = &still.bitmap {
             source.bitmap_begun(bitmap);
         }
         let cache = DiskCache::open(folder, source.disk_id(), source.size_bytes())?;

@@ -12,6 +12,7 @@ use crate::{
     cache::CacheError,
     config::ConfigError,
     dry_run::DryRunError,
+    frozen::SnapshotError,
     link::{LinkError, Remedy, reason_name},
     restore::{Lost, RestoreError},
     scan::ScanError,
@@ -186,6 +187,13 @@ impl From<SourceError> for Failure {
             SourceError::Nameless { .. } | SourceError::Twice { .. } | SourceError::Uri { .. }
         );
         Self::new(if is_setting { USAGE } else { SOURCE }, error)
+    }
+}
+
+impl From<SnapshotError> for Failure {
+    fn from(error: SnapshotError) -> Self {
+        let is_stopped = matches!(error, SnapshotError::Interrupted);
+        Self::new(if is_stopped { INTERRUPTED } else { SOURCE }, error)
     }
 }
 

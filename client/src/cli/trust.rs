@@ -4,7 +4,7 @@ use clap::ArgMatches;
 use serde_json::json;
 
 use super::{Context, Failure, Outcome};
-use crate::{cache::DiskCache, source::Source};
+use crate::{cache::DiskCache, frozen::Snapshots, source::Source};
 
 /// Forgets that a journal was wrong: the next backup compares everything, and the ones after it ask the journal again.
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
@@ -13,7 +13,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let folder = context.settings.cache_path.clone();
     let forgetting = tokio::task::spawn_blocking(move || {
         // Nothing is read of it.
-        let sources = Source::open_all(&specs, true)?;
+        let sources = Source::open_all(&specs, &Snapshots::default(), |_| true)?;
         let named = sources.into_iter().find(|source| source.disk_id().as_str() == disk);
         let unknown = || Failure::usage(format!("the settings name no disk with the id {disk:?}"));
         let source = named.ok_or_else(unknown)?;

@@ -28,7 +28,7 @@ fn disk(size: u64, writes: &[(u64, Vec<u8>)]) -> (tempfile::TempDir, Source) {
         file.write_all_at(bytes, *offset).unwrap();
     }
     let spec = DiskSpec { name: Some("d".parse().unwrap()), path };
-    (dir, Source::open(&spec, false).unwrap())
+    (dir, Source::open(&spec, None, false).unwrap())
 }
 
 fn table_of(source: &Source) -> Table {
@@ -212,7 +212,8 @@ fn a_scan_ends_when_the_consumer_wants_no_more_or_a_read_fails() {
 #[ignore = "a measurement"]
 fn scan_speed() {
     let path = PathBuf::from(std::env::var("JANUS_SCAN_FILE").unwrap());
-    let source = Source::open(&DiskSpec { name: Some("d".parse().unwrap()), path }, false).unwrap();
+    let source =
+        Source::open(&DiskSpec { name: Some("d".parse().unwrap()), path }, None, false).unwrap();
     let full = run(&job(&source, &Table::default(), SessionContent::Table));
     let mut table = Table::default();
     for scanned in &full {

@@ -49,6 +49,11 @@ impl Device {
         is_zvol.then_some(Stillness::ZfsSnapshot)
     }
 
+    /// A disk of hardware, or a partition of anything: never a volume of LVM or ZFS.
+    pub fn is_hardware(&self) -> bool {
+        ["device", "partition"].iter().any(|name| self.folder.join(name).exists())
+    }
+
     /// Logical sector size, when it is one we can keep.
     pub fn logical_sector_bytes(&self) -> Option<u32> {
         let bytes = self

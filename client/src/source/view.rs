@@ -151,7 +151,7 @@ mod tests {
         let content: Vec<u8> = (0..200 * 1024u32).map(|at| (at / 7) as u8).collect();
         fs::write(&path, &content).unwrap();
         let spec = DiskSpec { name: Some("d".parse().unwrap()), path };
-        let source = Source::open(&spec, false).unwrap();
+        let source = Source::open(&spec, None, false).unwrap();
         let view = View::new(&source, 1000, 150 * 1024);
         let window = &content[1000..1000 + 150 * 1024];
         for (offset, len) in [(0, 1), (65_530, 20), (3, 100_000), (150 * 1024 - 5, 5)] {

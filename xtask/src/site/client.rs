@@ -20,6 +20,8 @@ use crate::measure::{self, Used};
 pub struct Client {
     /// Its settings, written to its file before each run.
     pub settings: Settings,
+    /// A folder of programs that it finds before those of the system.
+    pub path: Option<PathBuf>,
     programs: Programs,
     folder: PathBuf,
     show_progress: bool,
@@ -51,7 +53,7 @@ pub struct Finished {
 impl Client {
     pub(super) fn new(programs: Programs, folder: PathBuf, settings: Settings) -> Result<Self> {
         fs::create_dir_all(&folder)?;
-        Ok(Self { settings, programs, folder, show_progress: false })
+        Ok(Self { settings, path: None, programs, folder, show_progress: false })
     }
 
     /// Lets the program draw its progress when we are on a terminal.
@@ -89,6 +91,10 @@ impl Client {
         let output = tempfile::Builder::new().prefix("run-").tempdir_in(&self.folder)?.keep();
         let mut command: Command = self.programs.client();
         command.args(arguments).arg("--config").arg(self.config()).stdin(Stdio::null());
+        if let Some(path) = &self.path {
+            let system = std::env::var("PATH").unwrap_or_default();
+            command.env("PATH", format!("{}:{system}", path.display()));
+        }
         command.stdout(File::create(output.join("stdout"))?);
         let on_terminal = self.show_progress && std::io::stderr().is_terminal();
         command.stderr(if on_terminal {

@@ -35,12 +35,14 @@ const SOURCE_MODULES: &[&str] = &[
     "ranges::",
     "nbd::",
     "fs::",
+    "frozen::",
     "volume::",
 ];
 /// Whole-system tests that belong to another group than `main-job`. Some stand where minutes are left, not where their subject is.
 const PLACED: &[(&str, &str)] = &[
     ("admin", "store"),
     ("damage", "restore"),
+    ("frozen", "sources"),
     ("vhd", "restore"),
     ("links", "client"),
     ("nbd", "sources"),
