@@ -8,6 +8,7 @@ pub mod config;
 pub mod delta;
 pub mod dry_run;
 pub mod fs;
+pub mod fuzz;
 pub mod hooks;
 pub mod journal;
 pub mod link;

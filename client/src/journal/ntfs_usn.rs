@@ -10,6 +10,10 @@
 //! Always read are folders, the system's own files (`$MFT`, `$LogFile`, `$Extend/…`), page files, and `System Volume
 //! Information`, where shadow copies are written below the file system; and every cluster that no file has. The cursor
 //! keeps 8 bytes for each MFT record.
+//!
+//! NTFS has no checksums. Damage of the MFT, of `$Bitmap` or of the log is noticed where these contradict each other, and never
+//! makes a changed file look unchanged. A journal's record that still looks like one after damage may name another file; then
+//! only the times in the changed file's MFT record, which Windows writes, tell of it.
 
 use std::collections::BTreeSet;
 
@@ -32,6 +36,8 @@ use janus_proto::ranges::Ranges;
 mod files;
 mod record;
 mod stream;
+
+pub(crate) use self::record::{UsnRecord, placed};
 
 const FORMAT: u32 = 1;
 
@@ -217,6 +223,29 @@ impl<'a> Now<'a> {
         };
         Ok(Cursor { head, records: self.files.digests() }.to_bytes())
     }
+}
+
+/// Reads a cursor: for fuzzers.
+pub(crate) fn read_cursor(bytes: &[u8]) {
+    if let Some(cursor) = Cursor::parse(bytes) {
+        assert!(cursor.records.len() * 8 <= bytes.len());
+    }
+}
+
+/// A cursor: for fuzzers.
+pub(crate) fn a_cursor() -> Vec<u8> {
+    let head = Head {
+        format: FORMAT,
+        serial: 1,
+        clusters: 2,
+        cluster_bytes: 4096,
+        lsn: 3,
+        journal: 4,
+        next_usn: 5,
+        last: (6, 7),
+        open: BTreeSet::from([8, 9]),
+    };
+    Cursor { head, records: vec![1, 0, 2] }.to_bytes()
 }
 
 impl From<FsError> for Distrust {

@@ -203,6 +203,13 @@ fn words(stderr: &[u8]) -> String {
     text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
+/// Reads what `qemu-img info` says: for fuzzers.
+pub(crate) fn read_info(bytes: &[u8]) {
+    if let Ok(info) = Info::parse(bytes) {
+        info.bitmaps.iter().for_each(|bitmap| drop(bitmap.doubt(&info.untracked)));
+    }
+}
+
 struct Info {
     bitmaps: Vec<Bitmap>,
     /// Why no bitmap tells all changes.
@@ -243,7 +250,11 @@ struct Specific {
 impl Info {
     fn of(path: &Path) -> Result<Self, Qcow2Error> {
         let output = run(Command::new(QEMU_IMG).args(["info", "--output=json"]).arg(path))?;
-        let info: ImageInfo = serde_json::from_slice(&output.stdout).map_err(|error| {
+        Self::parse(&output.stdout)
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Self, Qcow2Error> {
+        let info: ImageInfo = serde_json::from_slice(bytes).map_err(|error| {
             Qcow2Error::Failed { program: QEMU_IMG, words: format!("info says: {error}") }
         })?;
         if info.format != "qcow2" {

@@ -42,6 +42,7 @@ const PLACED: &[(&str, &str)] = &[
     ("admin", "store"),
     ("damage", "restore"),
     ("vhd", "restore"),
+    ("hostile", "sources"),
     ("links", "client"),
     ("nbd", "sources"),
     ("reasons", "security"),

@@ -234,6 +234,6 @@ fn check(head: Head<'_>, incompat: u32, ro: u32) -> Result<(), FsError> {
 }
 
 /// CRC-32C without its usual first and last inversion, as ext4 chains it.
-pub(super) fn crc(seed: u32, bytes: &[u8]) -> u32 {
+pub(crate) fn crc(seed: u32, bytes: &[u8]) -> u32 {
     !crc32c::crc32c_append(!seed, bytes)
 }

@@ -67,7 +67,7 @@ impl Attribute {
 
 impl Record {
     /// A record from the MFT; `None` when it isn't in use. Its check words are put back in place.
-    pub(super) fn parse(
+    pub(crate) fn parse(
         number: u64,
         bytes: &mut [u8],
         boot: &Boot,
