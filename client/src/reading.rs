@@ -6,8 +6,8 @@
 //! - *promised*: a journal says that it has not changed: its known hash stands, unread;
 //! - all others are read.
 //!
-//! Promises are audited: each run also reads a share of the promised blocks, in an order that nobody can foresee, so that
-//! all of them have had their turn after `100 / audit_percent` runs; and every `full_compare_runs` runs or
+//! Promises are audited: each run also reads a share of the promised blocks, in an order that is drawn once for each disk, so
+//! that all of them have their turn in any `100 / audit_percent` runs; and every `full_compare_runs` runs or
 //! `full_compare_days` days everything is read. A promised block whose hash turns out to be another ends all promises.
 
 use std::sync::{Arc, OnceLock};
@@ -322,9 +322,10 @@ impl Audit {
             .checked_div(policy.audit_percent)
             .unwrap_or(0)
             .max(u32::from(policy.audit_percent > 0));
-        let is_new = memory.seed == 0 || memory.turn >= turns;
-        let seed = if is_new { uuid::Uuid::new_v4().as_u64_pair().1 | 1 } else { memory.seed };
-        Self { seed, turn: if is_new { 0 } else { memory.turn }, turns }
+        // The order stays the same: in a new one a block could wait nearly twice as long for its turn.
+        let drawn = || uuid::Uuid::new_v4().as_u64_pair().1 | 1;
+        let seed = if memory.seed == 0 { drawn() } else { memory.seed };
+        Self { seed, turn: if memory.turn >= turns { 0 } else { memory.turn }, turns }
     }
 
     fn has(self, piece: u64) -> bool {
