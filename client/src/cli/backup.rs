@@ -3,18 +3,15 @@
 use std::{fmt::Write, sync::Arc, time::Duration};
 
 use clap::ArgMatches;
-use janus_proto::{
-    ids::{DiskId, ServerId},
-    show::amount,
-    tls::Role,
-};
+use janus_proto::{ids::ServerId, show::amount, tls::Role};
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 use super::{Context, Failure, Outcome, address};
 use crate::{
     backup::{Backup, BackupReport, Disk, DiskReport},
     cache::DiskCache,
-    dry_run::{DryRunError, Forecast, forecast},
+    config::Settings,
     hooks::Hook,
     progress::{self, Progress},
     reading::{Heard, Policy, Reading},
@@ -35,20 +32,15 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     }
     settings.checked_urls()?;
     settings.disk_specs()?;
-    let folder = settings.cache_path.clone();
     // Before any hook: what another backup has frozen is not ours to thaw.
-    let state = tokio::task::spawn_blocking(move || MachineState::lock(&folder));
-    let state = state.await.map_err(Failure::failed)??;
-    if matches.get_flag("dry-run") {
-        return between_hooks(true, server, state, context).await;
-    }
+    let state = lock(settings).await?;
     let limit = Duration::from_secs(settings.hook_seconds);
     let pre = Hook { setting: "pre_backup", words: &settings.pre_backup, limit };
     let post = Hook { setting: "post_backup", words: &settings.post_backup, limit };
     let made = match context.stop.run_until_cancelled(pre.run(&[])).await {
         None => Err(Failure::interrupted()),
         Some(Err(error)) => Err(Failure::failed(error)),
-        Some(Ok(())) => between_hooks(false, server, state, context).await,
+        Some(Ok(())) => between_hooks(server, state, context).await,
     };
     let (result, message) = match &made {
         Ok(_) => ("ok", ""),
@@ -65,9 +57,8 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     }
 }
 
-/// Opens the disks and backs them up, or only says what that would do.
+/// Opens the disks and backs them up.
 async fn between_hooks(
-    dry: bool,
     server: Option<ServerId>,
     state: MachineState,
     context: &Context,
@@ -75,18 +66,7 @@ async fn between_hooks(
     let settings = &context.settings;
     let urls = settings.checked_urls()?.to_vec();
     let encoding = settings.encoding()?;
-    let specs = settings.disk_specs()?;
-    let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
-    let (policy, choice) = (settings.policy()?, settings.choice()?);
-    let opening =
-        tokio::task::spawn_blocking(move || open(&specs, allow_live, &choice, policy, &folder));
-    // A disk that hangs must not keep a user who wants to go.
-    let opened =
-        context.stop.run_until_cancelled(opening).await.ok_or_else(Failure::interrupted)?;
-    let disks = opened.map_err(Failure::failed)??;
-    if dry {
-        return dry_run(disks, settings.threads(), context).await;
-    }
+    let disks = open_all(settings, &context.stop).await?;
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show("backup", &progress);
     let gate = Gate {
@@ -103,46 +83,26 @@ async fn between_hooks(
     Ok(Outcome { json: report_json(&report), text: report_text(&report) })
 }
 
-/// Reads all disks, and sends nothing.
-async fn dry_run(disks: Vec<Disk>, threads: usize, context: &Context) -> Result<Outcome, Failure> {
-    let stop = context.stop.clone();
-    let reading = tokio::task::spawn_blocking(move || {
-        let forecast =
-            |disk: &Disk| Ok((disk.source.disk_id().clone(), forecast(disk, threads, &stop)?));
-        disks.iter().map(forecast).collect::<Result<Vec<_>, DryRunError>>()
-    });
-    let forecasts = reading.await.map_err(Failure::failed)??;
-    let mut text = "dry run: nothing was sent\n".to_owned();
-    for (disk, forecast) in &forecasts {
-        let (read, changed) = (amount(forecast.read_bytes), amount(forecast.changed_bytes));
-        let _ = writeln!(text, "  {disk}: {read} read, {changed} changed");
-        reading_text(&mut text, &forecast.reading);
-        if let Some(reason) = &forecast.reading.distrust
-            && forecast.reading.heard.is_empty()
-        {
-            let _ = writeln!(text, "    full compare: {reason}");
-        }
-        if let Some(bytes) = forecast.first_bytes {
-            let _ = writeln!(text, "    first backup: {} to send", amount(bytes));
-        }
-        for (server, bytes) in &forecast.servers {
-            let _ = writeln!(text, "    to {server}: up to {}", amount(*bytes));
-        }
-    }
-    let json = |(disk, forecast): &(DiskId, Forecast)| {
-        let servers = forecast.servers.iter();
-        let servers = servers.map(|(server, bytes)| json!({ "server": server, "bytes": bytes }));
-        json!({
-            "disk_id": disk,
-            "read_bytes": forecast.read_bytes,
-            "changed_bytes": forecast.changed_bytes,
-            "first_bytes": forecast.first_bytes,
-            "servers": servers.collect::<Vec<_>>(),
-            "reading": reading_json(&forecast.reading),
-        })
-    };
-    let json = json!({ "ok": true, "dry_run": true, "disks": forecasts.iter().map(json).collect::<Vec<_>>() });
-    Ok(Outcome { json, text })
+/// Keeps other backups of this machine away.
+pub(super) async fn lock(settings: &Settings) -> Result<MachineState, Failure> {
+    let folder = settings.cache_path.clone();
+    let state = tokio::task::spawn_blocking(move || MachineState::lock(&folder));
+    Ok(state.await.map_err(Failure::failed)??)
+}
+
+/// Opens the disks of the settings, and plans what to read of them.
+pub(super) async fn open_all(
+    settings: &Settings,
+    stop: &CancellationToken,
+) -> Result<Vec<Disk>, Failure> {
+    let specs = settings.disk_specs()?;
+    let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
+    let (policy, choice) = (settings.policy()?, settings.choice()?);
+    let opening =
+        tokio::task::spawn_blocking(move || open(&specs, allow_live, &choice, policy, &folder));
+    // A disk that hangs must not keep a user who wants to go.
+    let opened = stop.run_until_cancelled(opening).await.ok_or_else(Failure::interrupted)?;
+    opened.map_err(Failure::failed)?
 }
 
 fn open(
@@ -206,7 +166,7 @@ fn report_json(report: &BackupReport) -> Value {
     })
 }
 
-fn reading_json(reading: &Reading) -> Value {
+pub(super) fn reading_json(reading: &Reading) -> Value {
     let journal = |heard: &Heard| {
         json!({
             "name": heard.name,
@@ -222,7 +182,7 @@ fn reading_json(reading: &Reading) -> Value {
     })
 }
 
-fn reading_text(text: &mut String, reading: &Reading) {
+pub(super) fn reading_text(text: &mut String, reading: &Reading) {
     if reading.zero_bytes() > 0 {
         let _ = writeln!(text, "    {} skipped: they count as zeros", amount(reading.zero_bytes()));
     }

@@ -31,7 +31,7 @@ fn nothing() -> Result<Changes, Distrust> {
 }
 
 fn known(memory: Option<Memory>, now: i64) -> Known<'static> {
-    Known { disk: "d", memory, zeros: Ranges::new(), now }
+    Known { disk: "d", memory, zeros: Ranges::new(), volumes: Vec::new(), now }
 }
 
 /// What a first run leaves.

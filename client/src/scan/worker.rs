@@ -159,7 +159,8 @@ impl<'a> Worker<'a> {
                 let buffer = self.buffer.get_or_insert_with(Buffer::take);
                 let part = &mut buffer[self.used + from..self.used + to];
                 self.job.source.read_at(offset + from as u64, part)?;
-                scanned.read_bytes += part.len() as u64;
+                let start = offset + from as u64;
+                scanned.read.push(start..start + part.len() as u64);
                 hash::hash_blocks(part, hashes);
             } else {
                 hashes.extend((block..block + same).map(&unread));
