@@ -11,8 +11,8 @@
 //! Information`, where shadow copies are written below the file system; and every cluster that no file has. The cursor
 //! keeps 8 bytes for each MFT record.
 //!
-//! NTFS has no checksums. Damage of the MFT, of `$Bitmap` or of the log is noticed where these contradict each other, and never
-//! makes a changed file look unchanged. A journal's record that still looks like one after damage may name another file; then
+//! NTFS has no checksums. Damage of the MFT or of `$Bitmap` is noticed where these contradict each other, and damage of one of
+//! them never makes a changed file look unchanged. A journal's record that still looks like one after damage may name another file; then
 //! only the times in the changed file's MFT record, which Windows writes, tell of it.
 
 use std::{cell::OnceCell, collections::BTreeSet};

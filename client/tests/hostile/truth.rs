@@ -51,12 +51,19 @@ fn structures(image: &[u8], run: impl Fn(&dyn ReadAt)) -> Vec<Range<u64>> {
     read.iter().collect()
 }
 
-/// 1 to 8 bytes of structures get another value.
-fn damage<'a>(image: &'a [u8], structures: &[Range<u64>], chance: &mut Chance) -> Damaged<'a> {
+/// 1 to 8 bytes of structures get another value. Of NTFS it is one structure each time: `$Bitmap` and the files' clusters are
+/// the only witnesses against each other.
+fn damage<'a>(
+    image: &'a [u8],
+    structures: &[Range<u64>],
+    is_ntfs: bool,
+    chance: &mut Chance,
+) -> Damaged<'a> {
     let mut bytes = BTreeMap::new();
+    let one = chance.below(structures.len());
     for _ in 0..=chance.below(8) {
         // Short ones have their share: a log is long.
-        let place = &structures[chance.below(structures.len())];
+        let place = &structures[if is_ntfs { one } else { chance.below(structures.len()) }];
         let at = place.start + chance.below((place.end - place.start) as usize) as u64;
         let old = image[at as usize];
         let new = match chance.below(4) {
@@ -89,7 +96,7 @@ fn free_is_free(command: &str, image: &[u8], kind: FileSystemKind) {
     assert!(truth.total() > 1 << 20, "{command}: {truth:?}");
     let places = structures(image, |volume| drop(free(kind, volume)));
     play(command, |chance| {
-        let damaged = damage(image, &places, chance);
+        let damaged = damage(image, &places, kind == FileSystemKind::Ntfs, chance);
         let Ok(Some(told)) = free(kind, &damaged) else { return true };
         let wrong = told.subtract(&truth);
         assert!(wrong.is_empty(), "{wrong:?} is in use; damaged: {:?}", damaged.bytes);
@@ -136,7 +143,7 @@ fn what_a_damaged_ntfs_volume_promises_is_unchanged() {
     let all = Ranges::from(0..after.len() as u64);
     let mut promised_bytes = 0;
     play("journal", |chance| {
-        let damaged = damage(&after, &places, chance);
+        let damaged = damage(&after, &places, true, chance);
         let Ok(told) = NtfsUsn::new(&damaged).changes(Some(&cursor)).changes else { return true };
         let free_and_used = told.free.subtract(&unused);
         assert!(free_and_used.is_empty(), "{free_and_used:?} is in use; {:?}", damaged.bytes);
