@@ -1,8 +1,10 @@
 //! Commands of `janus-client`: arguments, output, exit codes. One file per command.
 
 mod backup;
+mod dry_run;
 mod failure;
 mod list;
+mod opening;
 mod restore;
 mod sources;
 mod status;
@@ -20,7 +22,7 @@ use janus_proto::{
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-pub use self::{failure::Failure, sources::sources};
+pub use self::{dry_run::dry_run, failure::Failure, sources::sources};
 use crate::{
     config::Settings,
     frozen::watchdog,
@@ -90,7 +92,7 @@ pub fn command() -> Command {
                 Arg::new("dry-run")
                     .long("dry-run")
                     .action(ArgAction::SetTrue)
-                    .help("Read everything, send nothing, and say what would be sent and why"),
+                    .help("Read as a backup would, send nothing, and say of each volume what and why; needs no certificate"),
             ),
         ))
         .subcommand(with_flags(

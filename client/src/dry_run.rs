@@ -1,10 +1,12 @@
-//! A backup that sends nothing: reads a disk as a backup would, and tells what would travel to which server.
+//! A backup that sends nothing: reads a disk as a backup would, and tells of each volume what was read and why, and what would
+//! travel to which server.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use janus_proto::{
-    ids::{BLOCK_BYTES, ServerId, block_count},
+    ids::{BLOCK_BYTES, BlockHash, SEGMENT_BYTES, ServerId, block_count},
     pb::Encoding,
+    ranges::Ranges,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -12,9 +14,10 @@ use crate::{
     backup::Disk,
     cache::MustSend,
     delta::SegmentBits,
-    reading::Reading,
+    reading::{Reading, Surveyed, Zeros},
     scan::{Event, ScanError, ScanJob, Scanned, Segments, SessionContent, scan},
     transfer::disk::{CacheTable, count_below},
+    volume::Volume,
 };
 
 /// What a backup of one disk would do.
@@ -30,6 +33,58 @@ pub struct Forecast {
     pub servers: Vec<(ServerId, u64)>,
     /// What was read and why.
     pub reading: Arc<Reading>,
+    /// The same for each volume; what is in none, as the partition table, comes last. Empty when the disk has no volumes.
+    pub parts: Vec<Part>,
+}
+
+/// A part of the disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// The volume; `None`: all that is in none.
+    pub volume: Option<Volume>,
+    /// Its bytes.
+    pub size_bytes: u64,
+    /// Bytes that were read.
+    pub read_bytes: u64,
+    /// Bytes that differ from what the cache knows.
+    pub changed_bytes: u64,
+    /// Why so much or so little is read.
+    pub why: Vec<String>,
+}
+
+impl Part {
+    fn of_volume(one: &Surveyed, reading: &Reading) -> Self {
+        let volume = one.volume.clone();
+        let journal = reading.why(&volume.name());
+        let why = match &one.zeros {
+            Zeros::All => vec!["left out by skip_volumes".into()],
+            Zeros::Nothing => vec![journal],
+            Zeros::Free(_) => vec!["free space skipped".into(), journal],
+            Zeros::Unknown(error) => vec![format!("free space is read: {error}"), journal],
+        };
+        let size_bytes = volume.len;
+        Self { volume: Some(volume), size_bytes, read_bytes: 0, changed_bytes: 0, why }
+    }
+
+    fn add(&mut self, range: &Range<u64>, read: &Ranges, changed: &Ranges) {
+        let within = Ranges::from(range.clone());
+        self.read_bytes += read.intersect(&within).total();
+        self.changed_bytes += changed.intersect(&within).total();
+    }
+}
+
+/// The parts of a disk, volumes first.
+fn parts_of(reading: &Reading, size_bytes: u64) -> Vec<Part> {
+    if reading.volumes.is_empty() {
+        return Vec::new();
+    }
+    let mut parts: Vec<_> =
+        reading.volumes.iter().map(|one| Part::of_volume(one, reading)).collect();
+    let inside: u64 = parts.iter().map(|part| part.size_bytes).sum();
+    let size_bytes = size_bytes.saturating_sub(inside);
+    let why = vec![reading.why("")];
+    parts.push(Part { volume: None, size_bytes, read_bytes: 0, changed_bytes: 0, why });
+    parts
 }
 
 /// Why there is no forecast.
@@ -82,7 +137,8 @@ fn read(
         threads,
     };
     let blocks = block_count(disk.source.size_bytes());
-    let mut sums = Sums { servers: vec![0; servers.len()], ..Sums::default() };
+    let parts = parts_of(&reading, disk.source.size_bytes());
+    let mut sums = Sums { servers: vec![0; servers.len()], parts, ..Sums::default() };
     let ended = scan(&job, |event| {
         if let Event::Scanned(scanned) = event {
             sums.add(&scanned, &musts, blocks);
@@ -98,11 +154,13 @@ fn read(
         first_bytes: servers.is_empty().then_some(sums.data_bytes),
         servers: servers.iter().cloned().zip(each).collect(),
         reading,
+        parts: sums.parts,
     })
 }
 
 #[derive(Default)]
 struct Sums {
+    parts: Vec<Part>,
     read_bytes: u64,
     data_bytes: u64,
     /// Blocks.
@@ -113,7 +171,8 @@ struct Sums {
 
 impl Sums {
     fn add(&mut self, scanned: &Scanned, musts: &[MustSend], blocks: u64) {
-        self.read_bytes += scanned.read_bytes;
+        self.read_bytes += scanned.read.total();
+        self.add_to_parts(scanned);
         self.data_bytes += scanned.messages.iter().map(|message| message.raw_bytes).sum::<u64>();
         self.changed += scanned.changes.len() as u64;
         let mut changed = SegmentBits::default();
@@ -125,5 +184,28 @@ impl Sums {
             bits.iter_mut().zip(changed).for_each(|(word, changed)| *word |= changed);
             *sum += count_below(scanned.segment, &bits, blocks);
         }
+    }
+
+    fn add_to_parts(&mut self, scanned: &Scanned) {
+        let Some((rest, volumes)) = self.parts.split_last_mut() else { return };
+        let first = scanned.segment * SEGMENT_BYTES;
+        let block = |(place, _): &(u16, BlockHash)| {
+            let start = first + u64::from(*place) * BLOCK_BYTES;
+            start..start + BLOCK_BYTES
+        };
+        let changed: Ranges = scanned.changes.iter().map(block).collect();
+        let mut left = (scanned.read.total(), changed.total());
+        let segment = first..first + SEGMENT_BYTES;
+        for part in volumes {
+            let Some(range) = part.volume.as_ref().map(Volume::range) else { continue };
+            if range.start < segment.end && range.end > segment.start {
+                let before = (part.read_bytes, part.changed_bytes);
+                part.add(&range, &scanned.read, &changed);
+                left.0 = left.0.saturating_sub(part.read_bytes - before.0);
+                left.1 = left.1.saturating_sub(part.changed_bytes - before.1);
+            }
+        }
+        rest.read_bytes += left.0;
+        rest.changed_bytes += left.1;
     }
 }

@@ -74,6 +74,8 @@ fn zero_bits(bitmap: &[u8], end: u64) -> Ranges {
     let mut zeros = Ranges::new();
     for (byte, base) in bitmap.iter().zip((0..end).step_by(8)) {
         match byte {
+            // What comes after so many counts as used: memory is bounded.
+            _ if zeros.len() > 4 * MANY_RANGES => break,
             0xFF => {}
             0 => zeros.push(base..end.min(base + 8)),
             _ => {

@@ -21,6 +21,16 @@ pub enum JournalKind {
     QemuBitmap,
 }
 
+impl JournalKind {
+    /// As JSON has it.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::NtfsUsn => "ntfs-usn",
+            Self::QemuBitmap => "qemu-bitmap",
+        }
+    }
+}
+
 impl fmt::Display for JournalKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -37,6 +47,16 @@ pub trait Journal {
 
     /// What may have changed since `cursor` (`None`: nothing is remembered), and the cursor for the next run.
     fn changes(&self, cursor: Option<&[u8]>) -> Answer;
+}
+
+impl<J: Journal> Journal for &J {
+    fn kind(&self) -> JournalKind {
+        (*self).kind()
+    }
+
+    fn changes(&self, cursor: Option<&[u8]>) -> Answer {
+        (*self).changes(cursor)
+    }
 }
 
 /// What a journal says.

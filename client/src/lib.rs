@@ -9,6 +9,7 @@ pub mod delta;
 pub mod dry_run;
 pub mod frozen;
 pub mod fs;
+pub mod fuzz;
 pub mod hooks;
 pub mod journal;
 pub mod link;

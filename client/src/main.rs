@@ -54,7 +54,9 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     if name == "sources" {
         return cli::sources(&settings);
     }
-    let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
+    let is_dry = name == "backup" && matches.get_flag("dry-run");
+    let load = || Identity::load(&settings.cert, &settings.key, &settings.ca);
+    let identity = if is_dry { None } else { Some(load()?) };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -62,10 +64,15 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     let outcome = runtime.block_on(async {
         let stop = CancellationToken::new();
         let signals = tokio::spawn(stop_on_signals(stop.clone()));
-        let context = Context { settings, identity, stop };
         let span = tracing::info_span!("run", trace_id = link::trace().trace_id());
         let _ = link::trace().begin(&span);
-        let outcome = cli::run(name, matches, &context).instrument(span).await;
+        let outcome = match identity {
+            None => cli::dry_run(&settings, &stop).instrument(span).await,
+            Some(identity) => {
+                let context = Context { settings, identity, stop };
+                cli::run(name, matches, &context).instrument(span).await
+            }
+        };
         signals.abort();
         outcome
     });

@@ -6,8 +6,8 @@
 //! - *promised*: a journal says that it has not changed: its known hash stands, unread;
 //! - all others are read.
 //!
-//! Promises are audited: each run also reads a share of the promised blocks, in an order that nobody can foresee, so that
-//! all of them have had their turn after `100 / audit_percent` runs; and every `full_compare_runs` runs or
+//! Promises are audited: each run also reads a share of the promised blocks, in an order that is drawn once for each disk, so
+//! that all of them have their turn in any `100 / audit_percent` runs; and every `full_compare_runs` runs or
 //! `full_compare_days` days everything is read. A promised block whose hash turns out to be another ends all promises.
 
 use std::sync::{Arc, OnceLock};
@@ -20,9 +20,12 @@ use crate::{
         Changes, Distrust, Journal, JournalKind,
         memory::{Memory, VolumeCursor},
     },
+    volume::Volume,
 };
 use janus_proto::ranges::Ranges;
 
+/// Name of the part that is all of the disk.
+pub const WHOLE_DISK: &str = "the disk";
 const DAY_SECONDS: i64 = 86_400;
 
 /// How far journals are trusted.
@@ -65,6 +68,28 @@ pub struct Heard {
     pub unread: Result<u64, Distrust>,
 }
 
+/// A volume of the disk, and what is left out of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Surveyed {
+    /// The volume.
+    pub volume: Volume,
+    /// What counts as zeros, and why.
+    pub zeros: Zeros,
+}
+
+/// What of a volume counts as zeros.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Zeros {
+    /// Nothing: it wasn't asked for, or its file system is none that tells.
+    Nothing,
+    /// All of it, by the setting `skip_volumes`.
+    All,
+    /// So many bytes of free space.
+    Free(u64),
+    /// Nothing: why its free space isn't known.
+    Unknown(String),
+}
+
 /// What a run reads of one disk.
 #[derive(Debug, Clone, Default)]
 pub struct Reading {
@@ -78,6 +103,8 @@ pub struct Reading {
     pub distrust: Option<Distrust>,
     /// What came of each journal.
     pub heard: Vec<Heard>,
+    /// The disk's volumes.
+    pub volumes: Vec<Surveyed>,
     /// For the next run, when this one is committed.
     pub memory: Memory,
 }
@@ -90,6 +117,8 @@ pub struct Known<'a> {
     pub memory: Option<Memory>,
     /// Counts as zeros.
     pub zeros: Ranges,
+    /// The disk's volumes.
+    pub volumes: Vec<Surveyed>,
     /// Seconds of Unix time.
     pub now: i64,
 }
@@ -111,6 +140,7 @@ impl Reading {
             distrust,
             memory: Memory { skipped: !zeros.is_empty(), ..old.without_cursors() },
             zeros,
+            volumes: known.volumes,
             ..Self::default()
         };
         for part in journals {
@@ -165,6 +195,16 @@ impl Reading {
     /// True when some block's known hash would stand.
     pub fn has_promises(&self) -> bool {
         !self.promised.is_empty() || !self.free.is_empty()
+    }
+
+    /// Which journal speaks for a part of the disk, or why it is compared as a whole.
+    pub fn why(&self, name: &str) -> String {
+        let speaks = |heard: &&Heard| heard.name == name || heard.name == WHOLE_DISK;
+        match self.heard.iter().find(speaks).map(|heard| (&heard.unread, heard.kind)) {
+            Some((Ok(_), kind)) => format!("journal {}", kind.id()),
+            Some((Err(reason), _)) => format!("full compare: {reason}"),
+            None => format!("full compare: {}", Distrust::NoJournal),
+        }
     }
 
     /// Bytes that count as zeros.
@@ -322,9 +362,10 @@ impl Audit {
             .checked_div(policy.audit_percent)
             .unwrap_or(0)
             .max(u32::from(policy.audit_percent > 0));
-        let is_new = memory.seed == 0 || memory.turn >= turns;
-        let seed = if is_new { uuid::Uuid::new_v4().as_u64_pair().1 | 1 } else { memory.seed };
-        Self { seed, turn: if is_new { 0 } else { memory.turn }, turns }
+        // The order stays the same: in a new one a block could wait nearly twice as long for its turn.
+        let drawn = || uuid::Uuid::new_v4().as_u64_pair().1 | 1;
+        let seed = if memory.seed == 0 { drawn() } else { memory.seed };
+        Self { seed, turn: if memory.turn >= turns { 0 } else { memory.turn }, turns }
     }
 
     fn has(self, piece: u64) -> bool {

@@ -16,6 +16,7 @@ use std::{
 use janus_proto::{
     ids::{BlockHash, segment_count},
     pb,
+    ranges::Ranges,
 };
 
 use crate::{
@@ -123,8 +124,8 @@ pub struct Scanned {
     pub messages: Vec<Outgoing>,
     /// Blocks of the messages.
     pub sent: SegmentBits,
-    /// Bytes read; holes cost none.
-    pub read_bytes: u64,
+    /// What was read of the disk; holes cost nothing.
+    pub read: Ranges,
 }
 
 /// What a scan hands to its consumer.

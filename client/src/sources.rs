@@ -1,4 +1,5 @@
-//! What this machine has that could be backed up. Only reads, opens nothing that isn't a disk, and needs no server.
+//! What this machine has that could be backed up. Only reads, opens nothing that isn't a disk, and needs no server. A qcow2
+//! image is looked into as a backup does, by a `qemu-nbd`, but without a dirty bitmap.
 
 use std::{
     fs, io,
@@ -11,7 +12,13 @@ use crate::{
     fs::FileSystemKind,
     journal::JournalKind,
     nbd::{self, NbdMedium},
-    source::{self, Bytes, medium::Medium, mounts, qcow2, sysfs},
+    source::{
+        self, Bytes,
+        medium::Medium,
+        mounts,
+        qcow2::{self, Qcow2},
+        sysfs,
+    },
     volume::{self, TableKind, Volume},
 };
 
@@ -149,8 +156,10 @@ fn look_at(path: &Path, configured: &[DiskSpec]) -> DiskFound {
         }
         return found;
     }
-    if text.starts_with(qcow2::SCHEME) {
-        found.layout = Err("a qcow2 image: a backup looks into it, by a QEMU dirty bitmap".into());
+    if let Some(image) = text.strip_prefix(qcow2::SCHEME) {
+        if let Err(error) = look_into_qcow2(&mut found, Path::new(image)) {
+            found.layout = Err(error);
+        }
         return found;
     }
     if let Err(error) = look_into(&mut found) {
@@ -193,8 +202,19 @@ fn look_into_export(found: &mut DiskFound, text: &str) -> Result<(), String> {
     let medium = NbdMedium::open(uri, nbd::Limits::default()).map_err(|error| error.to_string())?;
     let stillness = if medium.is_read_only() { Stillness::ReadOnly } else { Stillness::None };
     found.stillness = Some(stillness);
+    look_into_medium(found, &medium)
+}
+
+/// An image that no machine uses, as a backup would read it.
+fn look_into_qcow2(found: &mut DiskFound, image: &Path) -> Result<(), String> {
+    let (_served, medium) = Qcow2::look(image).map_err(|error| error.to_string())?;
+    found.stillness = Some(Stillness::Unmounted);
+    look_into_medium(found, &medium)
+}
+
+fn look_into_medium(found: &mut DiskFound, medium: &NbdMedium) -> Result<(), String> {
     found.size_bytes = medium.size_bytes();
-    let bytes = Bytes(&medium);
+    let bytes = Bytes(medium);
     if found.disk_id.is_none() {
         let id = source::own_id(&bytes, medium.sector_bytes(), None);
         found.disk_id = id.map(|id| id.to_string());

@@ -8,7 +8,7 @@ use crate::{
     cache::DiskCache,
     fs::{self, FileSystemKind},
     journal::{memory::Memory, ntfs_usn::NtfsUsn},
-    reading::{Journalled, Known, Planned, Policy, Reading},
+    reading::{Journalled, Known, Planned, Policy, Reading, Surveyed, WHOLE_DISK, Zeros},
     source::{Source, view::View},
     volume::{self, Volume},
 };
@@ -70,36 +70,41 @@ impl Choice {
             }
         };
         let left_out = self.left_out(source.disk_id(), &volumes)?;
-        let zeros_of = |volume: &Volume| match left_out.contains(&volume.number) {
-            true => volume.range().into(),
-            false => self.free(source, volume),
-        };
-        let zeros = volumes.iter().fold(Ranges::new(), |all, one| all.union(&zeros_of(one)));
+        let views: Vec<_> =
+            volumes.iter().map(|one| View::new(source, one.start, one.len)).collect();
+        // Asked for free space, for changes, or for nothing: then it reads nothing.
+        let usns: Vec<_> = views.iter().map(|view| NtfsUsn::new(view)).collect();
+        let (mut zeros, mut surveyed) = (Ranges::new(), Vec::with_capacity(volumes.len()));
+        for (volume, (view, usn)) in volumes.iter().zip(views.iter().zip(&usns)) {
+            let (of_it, why) = match left_out.contains(&volume.number) {
+                true => (volume.range().into(), Zeros::All),
+                false => self.free(source, volume, view, usn),
+            };
+            zeros = zeros.union(&of_it);
+            surveyed.push(Surveyed { volume: volume.clone(), zeros: why });
+        }
         // What changes while it is read has no state that a journal could speak of.
         let is_still = source.consistency() != Consistency::Smeared;
-        let journalled = |volume: &&Volume| {
+        let journalled = |(volume, _): &(&Volume, &NtfsUsn<'_>)| {
             is_still
                 && volume.file_system == Some(FileSystemKind::Ntfs)
                 && !left_out.contains(&volume.number)
         };
-        let views: Vec<_> = volumes
-            .iter()
-            .filter(journalled)
-            .map(|volume| (volume, View::new(source, volume.start, volume.len)))
-            .collect();
         let journals = match source.journal() {
             // It speaks for all of the disk, and exactly.
             Some(journal) if is_still => {
-                let (len, name) = (source.size_bytes(), "the disk".into());
+                let (len, name) = (source.size_bytes(), WHOLE_DISK.into());
                 vec![Journalled { start: 0, len, name, journal }]
             }
-            _ => views
+            _ => volumes
                 .iter()
-                .map(|(volume, view)| Journalled {
+                .zip(&usns)
+                .filter(journalled)
+                .map(|(volume, usn)| Journalled {
                     start: volume.start,
                     len: volume.len,
                     name: volume.name(),
-                    journal: Box::new(NtfsUsn::new(view)),
+                    journal: Box::new(usn),
                 })
                 .collect(),
         };
@@ -107,6 +112,7 @@ impl Choice {
             disk: source.disk_id().as_str(),
             memory: Memory::parse(&cache.cursor()),
             zeros,
+            volumes: surveyed,
             now: time::OffsetDateTime::now_utc().unix_timestamp(),
         };
         Ok(Planned::new(Reading::plan(known, &journals, policy), cache.cursor_digest()))
@@ -131,18 +137,31 @@ impl Choice {
     }
 
     /// Free space of a volume, on the disk.
-    fn free(&self, source: &Source, volume: &Volume) -> Ranges {
+    fn free(
+        &self,
+        source: &Source,
+        volume: &Volume,
+        view: &View<'_>,
+        usn: &NtfsUsn<'_>,
+    ) -> (Ranges, Zeros) {
         if !self.skip_free || source.consistency() == Consistency::Smeared {
-            return Ranges::new();
+            return (Ranges::new(), Zeros::Nothing);
         }
-        let view = View::new(source, volume.start, volume.len);
-        match volume.file_system.map_or(Ok(None), |kind| fs::free(kind, &view)) {
-            Ok(free) => {
-                Ranges::from(0..volume.len).intersect(&free.unwrap_or_default()).shift(volume.start)
+        let free = match volume.file_system {
+            Some(FileSystemKind::Ntfs) => usn.free().map(Some).map_err(ToString::to_string),
+            Some(kind) => fs::free(kind, view).map_err(|error| error.to_string()),
+            None => Ok(None),
+        };
+        match free {
+            Ok(Some(free)) => {
+                let free = Ranges::from(0..volume.len).intersect(&free);
+                let bytes = free.total();
+                (free.shift(volume.start), Zeros::Free(bytes))
             }
+            Ok(None) => (Ranges::new(), Zeros::Nothing),
             Err(error) => {
                 tracing::warn!(disk = %source.disk_id(), volume = volume.number, %error, "free space is backed up, too");
-                Ranges::new()
+                (Ranges::new(), Zeros::Unknown(error))
             }
         }
     }

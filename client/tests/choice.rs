@@ -43,6 +43,9 @@ fn a_chosen_volume_without_its_free_space_comes_back_whole_and_the_others_as_zer
     disk.write_all_at(&fs::read(&part).unwrap(), MIB).unwrap();
 
     let client = site.client("machine", &[format!("disk={}", path.display())]).unwrap();
+    let failure = client.failure(&["backup", "--skip-volumes", "disk/4"]).unwrap();
+    assert_eq!(failure.exit_code, 2);
+    assert!(failure.error.contains("no volume 4; it has 1, 2"), "{}", failure.error);
     let backup = ["backup", "--skip-volumes", "disk/2", "--skip-free", "true"];
     let answer: Value = client.answer(&backup).unwrap();
     let reading = &answer["disks"][0]["reading"];

@@ -1,35 +1,22 @@
 //! `janus-client backup`.
 
-use std::{
-    fmt::Write,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fmt::Write, sync::Arc, time::Duration};
 
 use clap::ArgMatches;
-use janus_proto::{
-    ids::{DiskId, ServerId},
-    show::amount,
-    tls::Role,
-};
+use janus_proto::{ids::ServerId, show::amount, tls::Role};
 use serde_json::{Value, json};
-use tokio_util::sync::CancellationToken;
 
-use super::{Context, Failure, Outcome, address};
+use super::{
+    Context, Failure, Outcome, address,
+    opening::{Stillness, lock, open_all},
+};
 use crate::{
-    backup::{Backup, BackupReport, Disk, DiskReport},
-    cache::DiskCache,
-    config::DiskSpec,
-    dry_run::{DryRunError, Forecast, forecast},
-    frozen::{self, SnapshotError, Snapshots, Wish},
+    backup::{Backup, BackupReport, DiskReport},
     hooks::Hook,
     nbd::bitmap::Announced,
     progress::{self, Progress},
-    reading::{Heard, Policy, Reading},
-    source::Source,
+    reading::{Heard, Reading},
     state::MachineState,
-    survey::Choice,
     transfer::{Gate, stream::ScanSettings},
 };
 
@@ -44,17 +31,12 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     }
     settings.checked_urls()?;
     let specs = settings.disk_specs()?;
-    let folder = settings.cache_path.clone();
     // Before any hook: what another backup has frozen is not ours to thaw.
-    let state = tokio::task::spawn_blocking(move || MachineState::lock(&folder));
-    let state = state.await.map_err(Failure::failed)??;
-    if matches.get_flag("dry-run") {
-        return between_hooks(true, server, state, None, context).await;
-    }
-    let folder = settings.cache_path.clone();
+    let state = lock(settings).await?;
     let bitmaps = match settings.pre_backup.is_empty() {
         true => None,
         false => {
+            let folder = settings.cache_path.clone();
             let announcing = tokio::task::spawn_blocking(move || Announced::new(&specs, &folder));
             Some(announcing.await.map_err(Failure::failed)??)
         }
@@ -68,7 +50,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let made = match context.stop.run_until_cancelled(pre.run(&told)).await {
         None => Err(Failure::interrupted()),
         Some(Err(error)) => Err(Failure::failed(error)),
-        Some(Ok(())) => between_hooks(false, server, state, bitmaps.as_ref(), context).await,
+        Some(Ok(())) => between_hooks(server, state, bitmaps.as_ref(), context).await,
     };
     let (result, message) = match &made {
         Ok(_) => ("ok", ""),
@@ -86,9 +68,8 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     }
 }
 
-/// Makes the snapshots that are needed, and removes them whatever comes of the backup; a dry run makes none.
+/// Makes the snapshots that are needed, and removes them whatever comes of the backup.
 async fn between_hooks(
-    dry: bool,
     server: Option<ServerId>,
     state: MachineState,
     bitmaps: Option<&Announced>,
@@ -98,14 +79,13 @@ async fn between_hooks(
     let stop = context.stop.clone();
     let making = move || match wish {
         None => Ok(Stillness::default()),
-        Some(_) if dry => Stillness::of_dry_run(&specs),
         Some(wish) => Stillness::make(&specs, &wish, &stop),
     };
     // Not to be abandoned, whoever wants to go: it leaves nothing behind.
     let mut still = tokio::task::spawn_blocking(making).await.map_err(Failure::failed)??;
     still.bitmap = bitmaps.map(|announced| announced.new.clone());
     let still = Arc::new(still);
-    let mut made = read(dry, server, state, still.clone(), context).await;
+    let mut made = read(server, state, still.clone(), context).await;
     let has_failed = made.is_err();
     let ending = tokio::task::spawn_blocking(move || {
         let overflowed = if has_failed { still.snapshots.overflowed() } else { None };
@@ -122,41 +102,8 @@ async fn between_hooks(
     made
 }
 
-/// How disks that are mounted writable are held still.
-#[derive(Default)]
-struct Stillness {
-    snapshots: Snapshots,
-    /// A backup would make snapshots of these; nothing is kept of what a dry run reads.
-    possible: Vec<PathBuf>,
-    /// The dirty bitmap that a hook was asked to begin in each NBD export.
-    bitmap: Option<String>,
-}
-
-impl Stillness {
-    fn make(
-        specs: &[DiskSpec],
-        wish: &Wish,
-        stop: &CancellationToken,
-    ) -> Result<Self, SnapshotError> {
-        let paths = specs.iter().map(|spec| spec.path.as_path());
-        let snapshots = Snapshots::make(paths, wish, stop)?;
-        Ok(Self { snapshots, ..Self::default() })
-    }
-
-    fn of_dry_run(specs: &[DiskSpec]) -> Result<Self, SnapshotError> {
-        let mut possible = Vec::new();
-        for spec in specs {
-            if frozen::is_possible(&spec.path)? {
-                possible.push(spec.path.clone());
-            }
-        }
-        Ok(Self { snapshots: Snapshots::default(), possible, bitmap: None })
-    }
-}
-
-/// Opens the disks and backs them up, or only says what that would do.
+/// Opens the disks and backs them up.
 async fn read(
-    dry: bool,
     server: Option<ServerId>,
     state: MachineState,
     still: Arc<Stillness>,
@@ -165,20 +112,7 @@ async fn read(
     let settings = &context.settings;
     let urls = settings.checked_urls()?.to_vec();
     let encoding = settings.encoding()?;
-    let specs = settings.disk_specs()?;
-    let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
-    let (policy, choice) = (settings.policy()?, settings.choice()?);
-    let opening = tokio::task::spawn_blocking({
-        let still = still.clone();
-        move || open(&specs, &still, allow_live, &choice, policy, &folder)
-    });
-    // A disk that hangs must not keep a user who wants to go.
-    let opened =
-        context.stop.run_until_cancelled(opening).await.ok_or_else(Failure::interrupted)?;
-    let disks = opened.map_err(Failure::failed)??;
-    if dry {
-        return dry_run(disks, &still.possible, settings.threads(), context).await;
-    }
+    let disks = open_all(settings, still, &context.stop).await?;
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show("backup", &progress);
     let gate = Gate {
@@ -193,82 +127,6 @@ async fn read(
     let report = backup.run().await?;
     drop(display);
     Ok(Outcome { json: report_json(&report), text: report_text(&report) })
-}
-
-/// Reads all disks, and sends nothing.
-async fn dry_run(
-    disks: Vec<Disk>,
-    live: &[PathBuf],
-    threads: usize,
-    context: &Context,
-) -> Result<Outcome, Failure> {
-    let stop = context.stop.clone();
-    let reading = tokio::task::spawn_blocking(move || {
-        let forecast =
-            |disk: &Disk| Ok((disk.source.disk_id().clone(), forecast(disk, threads, &stop)?));
-        disks.iter().map(forecast).collect::<Result<Vec<_>, DryRunError>>()
-    });
-    let forecasts = reading.await.map_err(Failure::failed)??;
-    let mut text = "dry run: nothing was sent\n".to_owned();
-    for path in live {
-        let path = path.display();
-        let _ = writeln!(text, "  {path}: read as it changes; a backup makes a snapshot of it");
-    }
-    for (disk, forecast) in &forecasts {
-        let (read, changed) = (amount(forecast.read_bytes), amount(forecast.changed_bytes));
-        let _ = writeln!(text, "  {disk}: {read} read, {changed} changed");
-        reading_text(&mut text, &forecast.reading);
-        if let Some(reason) = &forecast.reading.distrust
-            && forecast.reading.heard.is_empty()
-        {
-            let _ = writeln!(text, "    full compare: {reason}");
-        }
-        if let Some(bytes) = forecast.first_bytes {
-            let _ = writeln!(text, "    first backup: {} to send", amount(bytes));
-        }
-        for (server, bytes) in &forecast.servers {
-            let _ = writeln!(text, "    to {server}: up to {}", amount(*bytes));
-        }
-    }
-    let json = |(disk, forecast): &(DiskId, Forecast)| {
-        let servers = forecast.servers.iter();
-        let servers = servers.map(|(server, bytes)| json!({ "server": server, "bytes": bytes }));
-        json!({
-            "disk_id": disk,
-            "read_bytes": forecast.read_bytes,
-            "changed_bytes": forecast.changed_bytes,
-            "first_bytes": forecast.first_bytes,
-            "servers": servers.collect::<Vec<_>>(),
-            "reading": reading_json(&forecast.reading),
-        })
-    };
-    let json = json!({ "ok": true, "dry_run": true, "disks": forecasts.iter().map(json).collect::<Vec<_>>() });
-    Ok(Outcome { json, text })
-}
-
-fn open(
-    specs: &[DiskSpec],
-    still: &Stillness,
-    allow_live: bool,
-    choice: &Choice,
-    policy: Policy,
-    folder: &Path,
-) -> Result<Vec<Disk>, Failure> {
-    let may_live = |spec: &DiskSpec| allow_live || still.possible.contains(&spec.path);
-    let sources = Source::open_all(specs, &still.snapshots, may_live)?;
-    let mut disks = Vec::with_capacity(sources.len());
-    for mut source in sources {
-        if let Some(bitmap) = &still.bitmap {
-            source.bitmap_begun(bitmap);
-        }
-        let cache = DiskCache::open(folder, source.disk_id(), source.size_bytes())?;
-        if let Some(reason) = cache.fresh_reason() {
-            tracing::debug!(disk = %source.disk_id(), ?reason, "the hash cache starts empty");
-        }
-        let reading = choice.plan(&source, &cache, policy)?;
-        disks.push(Disk { source: Arc::new(source), cache, reading: Arc::new(reading) });
-    }
-    Ok(disks)
 }
 
 fn kind(disk: &DiskReport) -> &'static str {
@@ -312,7 +170,7 @@ fn report_json(report: &BackupReport) -> Value {
     })
 }
 
-fn reading_json(reading: &Reading) -> Value {
+pub(super) fn reading_json(reading: &Reading) -> Value {
     let journal = |heard: &Heard| {
         json!({
             "name": heard.name,
@@ -328,7 +186,7 @@ fn reading_json(reading: &Reading) -> Value {
     })
 }
 
-fn reading_text(text: &mut String, reading: &Reading) {
+pub(super) fn reading_text(text: &mut String, reading: &Reading) {
     if reading.zero_bytes() > 0 {
         let _ = writeln!(text, "    {} skipped: they count as zeros", amount(reading.zero_bytes()));
     }

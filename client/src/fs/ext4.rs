@@ -2,7 +2,8 @@
 //!
 //! Believed only when the file system was unmounted or frozen (no journal to be replayed, no errors noted), knows no feature
 //! that isn't known here, and all of this agrees: checksums of superblock, group descriptors and bitmaps where it has them,
-//! and each group's count of free blocks with its bitmap. Superblocks, descriptors, bitmaps and inode tables are used,
+//! and each group's count of free blocks with its bitmap. (Without `metadata_csum` nothing else witnesses a bitmap: wrong
+//! bits that cancel out are believed.) Superblocks, descriptors, bitmaps and inode tables are used,
 //! whatever a bitmap says. Layout: Documentation/filesystems/ext4 of Linux.
 
 use super::{Free, FsError, zero_bits};
@@ -13,6 +14,7 @@ use crate::source::view::ReadAt;
 mod group;
 mod superblock;
 
+pub(crate) use self::superblock::crc;
 use self::{group::Group, superblock::Superblock};
 
 /// The bytes of `volume` that nothing uses.

@@ -4,13 +4,15 @@
 //! The whole MFT is read, record by record, so no index or attribute list has to be followed: an extension record names its
 //! base record.
 
+use std::{collections::BTreeMap, ops::Range};
+
 use super::{FsError, zero_bits};
 use janus_proto::ranges::Ranges;
 
 use crate::source::view::ReadAt;
 
 mod boot;
-mod fixups;
+pub(crate) mod fixups;
 mod logfile;
 mod record;
 mod runs;
@@ -93,26 +95,30 @@ impl<'a> Ntfs<'a> {
         Ok(ntfs)
     }
 
+    /// Adds the parts that the MFT's extension records name. Each record is looked at once, however many parts there are.
     fn extend_mft(&mut self) -> Result<(), FsError> {
+        let mut parts: BTreeMap<u64, Vec<Run>> = BTreeMap::new();
+        let mut looked = 0;
         loop {
             let reached = self.mft.last().map_or(0, |run| run.vcn + run.count);
+            if reached > self.boot.clusters {
+                return Err(FsError::damaged("the MFT has more clusters than the volume"));
+            }
             let known =
                 (reached * self.boot.cluster_bytes / self.boot.record_bytes).min(self.records());
-            let mut next = None;
-            self.each_record_below(known, |record| {
+            self.each_record_of(looked..known, |record| {
                 let is_ours = record.base == numbers::MFT && record.number != numbers::MFT;
-                let parts =
-                    record.attributes.iter().filter(|one| is_ours && one.is(types::DATA, ""));
-                for part in parts {
-                    if let Body::Mapped(mapped) = &part.body
-                        && mapped.first_vcn == reached
-                    {
-                        next = Some(mapped.runs.clone());
+                for part in
+                    record.attributes.iter().filter(|one| is_ours && one.is(types::DATA, ""))
+                {
+                    if let Body::Mapped(mapped) = &part.body {
+                        parts.insert(mapped.first_vcn, mapped.runs.clone());
                     }
                 }
                 Ok(())
             })?;
-            let Some(next) = next else { return Ok(()) };
+            looked = known.max(looked);
+            let Some(next) = parts.remove(&reached) else { return Ok(()) };
             if next.is_empty() {
                 return Err(FsError::damaged("a part of the MFT is empty"));
             }
@@ -142,20 +148,21 @@ impl<'a> Ntfs<'a> {
         &self,
         each: impl FnMut(Record) -> Result<(), FsError>,
     ) -> Result<(), FsError> {
-        self.each_record_below(self.records(), each)
+        self.each_record_of(0..self.records(), each)
     }
 
-    fn each_record_below(
+    fn each_record_of(
         &self,
-        end: u64,
+        numbers: Range<u64>,
         mut each: impl FnMut(Record) -> Result<(), FsError>,
     ) -> Result<(), FsError> {
+        let Range { start: mut number, end } = numbers;
         if end > MAX_RECORDS {
             return Err(FsError::unsupported(format!("{end} files")));
         }
         let size = self.boot.record_bytes;
-        let mut bytes = vec![0; BATCH_BYTES as usize];
-        let mut number = 0;
+        let most = end.saturating_sub(number).saturating_mul(size).min(BATCH_BYTES);
+        let mut bytes = vec![0; most as usize];
         while number < end {
             let count = (BATCH_BYTES / size).min(end - number);
             let bytes = &mut bytes[..(count * size) as usize];
@@ -210,42 +217,42 @@ impl<'a> Ntfs<'a> {
         self.checked(stream.runs.clone())
     }
 
-    /// Runs that lie on the volume.
+    /// Runs that lie on the volume and are not longer than it: whoever reads them all reads no more than that.
     fn checked(&self, runs: Vec<Run>) -> Result<Vec<Run>, FsError> {
-        let is_inside = |run: &Run| {
-            run.first.checked_add(run.count).is_some_and(|end| end <= self.boot.clusters)
-        };
-        match runs.iter().all(is_inside) {
-            true => Ok(runs),
-            false => Err(FsError::damaged("a file has clusters behind the end of the volume")),
+        let mut left = self.boot.clusters;
+        for run in &runs {
+            if run.first.checked_add(run.count).is_none_or(|end| end > self.boot.clusters) {
+                return Err(FsError::damaged("a file has clusters behind the end of the volume"));
+            }
+            left = left
+                .checked_sub(run.count)
+                .ok_or_else(|| FsError::damaged("a file has more clusters than the volume"))?;
         }
+        Ok(runs)
     }
 
-    /// All bytes of a small stream of a record that has it in one piece.
-    fn whole_stream(&self, number: u64, name: &str) -> Result<Vec<u8>, FsError> {
+    /// The first bytes of a small stream of a record that has it in one piece.
+    fn small_stream(&self, number: u64, name: &str, bytes: u64) -> Result<Vec<u8>, FsError> {
         let missing = || FsError::damaged(format!("record {number} lacks its data"));
         let record = self.record(number)?.ok_or_else(missing)?;
         if record.attributes.iter().any(|one| one.kind == record::ATTRIBUTE_LIST) {
             return Err(FsError::unsupported(format!("record {number} in many parts")));
         }
         let stream = record.stream(types::DATA, name).ok_or_else(missing)?;
-        if stream.size_bytes > MAX_STREAM_BYTES || stream.size_bytes > self.volume.len() {
+        if bytes > MAX_STREAM_BYTES || bytes > stream.size_bytes.min(stream.initialised_bytes) {
             return Err(FsError::damaged(format!(
-                "record {number} claims {} bytes",
+                "record {number} has {} bytes and should have {bytes}",
                 stream.size_bytes
             )));
         }
-        let mut bytes = vec![0; stream.size_bytes as usize];
-        self.read_stream(&self.mapped(stream)?, 0, &mut bytes)?;
-        Ok(bytes)
+        let mut content = vec![0; bytes as usize];
+        self.read_stream(&self.mapped(stream)?, 0, &mut content)?;
+        Ok(content)
     }
 
     /// Clusters that `$Bitmap` calls free.
     pub(crate) fn free_clusters(&self) -> Result<Ranges, FsError> {
-        let bitmap = self.whole_stream(numbers::BITMAP, "")?;
-        if (bitmap.len() as u64).saturating_mul(8) < self.boot.clusters {
-            return Err(FsError::damaged("$Bitmap is too short"));
-        }
+        let bitmap = self.small_stream(numbers::BITMAP, "", self.boot.clusters.div_ceil(8))?;
         Ok(zero_bits(&bitmap, self.boot.clusters))
     }
 

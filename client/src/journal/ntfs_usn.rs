@@ -10,8 +10,12 @@
 //! Always read are folders, the system's own files (`$MFT`, `$LogFile`, `$Extend/…`), page files, and `System Volume
 //! Information`, where shadow copies are written below the file system; and every cluster that no file has. The cursor
 //! keeps 8 bytes for each MFT record.
+//!
+//! NTFS has no checksums. Damage of the MFT or of `$Bitmap` is noticed where these contradict each other, and damage of one of
+//! them never makes a changed file look unchanged. A journal's record that still looks like one after damage may name another file; then
+//! only the times in the changed file's MFT record, which Windows writes, tell of it.
 
-use std::collections::BTreeSet;
+use std::{cell::OnceCell, collections::BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -33,17 +37,33 @@ mod files;
 mod record;
 mod stream;
 
+pub(crate) use self::record::{UsnRecord, placed};
+
 const FORMAT: u32 = 1;
 
-/// The journal of one volume.
+/// The journal of one volume. Its MFT is read once, for whoever asks first.
 pub struct NtfsUsn<'a> {
     volume: &'a dyn ReadAt,
+    looked: OnceCell<Result<Looked<'a>, FsError>>,
 }
 
 impl<'a> NtfsUsn<'a> {
     /// Of this volume.
     pub fn new(volume: &'a dyn ReadAt) -> Self {
-        Self { volume }
+        Self { volume, looked: OnceCell::new() }
+    }
+
+    /// The bytes of the volume that nothing uses, as [`ntfs::free`] tells them.
+    ///
+    /// # Errors
+    /// When that can't be proven.
+    pub fn free(&self) -> Result<Ranges, &FsError> {
+        let looked = self.looked()?;
+        Ok(looked.free.scaled(looked.ntfs.boot.cluster_bytes))
+    }
+
+    fn looked(&self) -> Result<&Looked<'a>, &FsError> {
+        self.looked.get_or_init(|| Looked::look(self.volume)).as_ref()
     }
 }
 
@@ -53,7 +73,7 @@ impl Journal for NtfsUsn<'_> {
     }
 
     fn changes(&self, cursor: Option<&[u8]>) -> Answer {
-        match Now::look(self.volume) {
+        match self.looked().map_err(Distrust::from).and_then(Now::look) {
             Ok(now) => {
                 let old = cursor.and_then(Cursor::parse).ok_or(Distrust::NoCursor);
                 let open = old.as_ref().map(|old| old.head.open.clone()).unwrap_or_default();
@@ -109,18 +129,41 @@ impl Cursor {
     }
 }
 
-/// A volume as it is now, at rest and with a journal.
-struct Now<'a> {
+/// A volume as it is now, at rest.
+struct Looked<'a> {
     ntfs: Ntfs<'a>,
-    lsn: u64,
+    log: LogState,
     files: Files,
+    /// Clusters that no file has.
+    free: Ranges,
+}
+
+impl<'a> Looked<'a> {
+    fn look(volume: &'a dyn ReadAt) -> Result<Self, FsError> {
+        let ntfs = Ntfs::open(volume)?;
+        let log = ntfs.state_at_rest()?;
+        let files = Files::look(&ntfs)?;
+        let free = ntfs.free_clusters()?;
+        if let Some(what) = ntfs::contradiction(&free, &files.clusters()) {
+            return Err(FsError::Damaged { what });
+        }
+        Ok(Self { ntfs, log, files, free })
+    }
+}
+
+/// Such a volume with a journal.
+struct Now<'a> {
+    ntfs: &'a Ntfs<'a>,
+    lsn: u64,
+    files: &'a Files,
+    free: &'a Ranges,
     journal: UsnJournal,
 }
 
 impl<'a> Now<'a> {
-    fn look(volume: &'a dyn ReadAt) -> Result<Self, Distrust> {
-        let ntfs = Ntfs::open(volume)?;
-        let lsn = match ntfs.state_at_rest()? {
+    fn look(looked: &'a Looked<'a>) -> Result<Self, Distrust> {
+        let Looked { ntfs, log, files, free } = looked;
+        let lsn = match *log {
             LogState::Closed { lsn } => lsn,
             LogState::Empty => return Err(Distrust::ForeignDriver),
         };
@@ -128,13 +171,12 @@ impl<'a> Now<'a> {
         if ntfs.flags()? & 0x0010 != 0 {
             return Err(Distrust::Deleted);
         }
-        let files = Files::look(&ntfs)?;
-        let journal = UsnJournal::open(&ntfs, &files)?;
-        Ok(Self { ntfs, lsn, files, journal })
+        let journal = UsnJournal::open(ntfs, files)?;
+        Ok(Self { ntfs, lsn, files, free, journal })
     }
 
     fn stream(&self) -> Stream<'_> {
-        Stream { ntfs: &self.ntfs, journal: &self.journal }
+        Stream { ntfs: self.ntfs, journal: &self.journal }
     }
 
     /// What may have changed since a cursor, and the files that are open now as far as the journal says.
@@ -171,21 +213,16 @@ impl<'a> Now<'a> {
                 open.insert(record.file)
             };
         })?;
-        Ok((self.changes(&touched, &old.records)?, open))
+        Ok((self.changes(&touched, &old.records), open))
     }
 
-    fn changes(&self, touched: &BTreeSet<u64>, old: &[u64]) -> Result<Changes, Distrust> {
+    fn changes(&self, touched: &BTreeSet<u64>, old: &[u64]) -> Changes {
         let (still, others) = self.files.divide(touched, old);
-        let free = self.ntfs.free_clusters()?;
-        let used = still.union(&others);
-        if let Some(what) = ntfs::contradiction(&free, &used) {
-            return Err(Distrust::Damaged { what });
-        }
         let unchanged = still.subtract(&others);
         let all = Ranges::from(0..self.ntfs.volume_bytes());
         let cluster = self.ntfs.boot.cluster_bytes;
-        let unread = unchanged.union(&free).scaled(cluster);
-        Ok(Changes { changed: all.subtract(&unread), free: free.scaled(cluster) })
+        let unread = unchanged.union(self.free).scaled(cluster);
+        Changes { changed: all.subtract(&unread), free: self.free.scaled(cluster) }
     }
 
     /// Files that the whole journal leaves open, with those of an older cursor.
@@ -219,12 +256,41 @@ impl<'a> Now<'a> {
     }
 }
 
-impl From<FsError> for Distrust {
-    fn from(error: FsError) -> Self {
+/// Reads a cursor: for fuzzers.
+pub(crate) fn read_cursor(bytes: &[u8]) {
+    if let Some(cursor) = Cursor::parse(bytes) {
+        assert!(cursor.records.len() * 8 <= bytes.len());
+    }
+}
+
+/// A cursor: for fuzzers.
+pub(crate) fn a_cursor() -> Vec<u8> {
+    let head = Head {
+        format: FORMAT,
+        serial: 1,
+        clusters: 2,
+        cluster_bytes: 4096,
+        lsn: 3,
+        journal: 4,
+        next_usn: 5,
+        last: (6, 7),
+        open: BTreeSet::from([8, 9]),
+    };
+    Cursor { head, records: vec![1, 0, 2] }.to_bytes()
+}
+
+impl From<&FsError> for Distrust {
+    fn from(error: &FsError) -> Self {
         match error {
-            FsError::NotClean { what } => Self::NotAtRest { what },
+            FsError::NotClean { what } => Self::NotAtRest { what: what.clone() },
             error => Self::Damaged { what: error.to_string() },
         }
+    }
+}
+
+impl From<FsError> for Distrust {
+    fn from(error: FsError) -> Self {
+        Self::from(&error)
     }
 }
 

@@ -34,6 +34,11 @@ pub fn is_ours(name: &str) -> bool {
     digits.len() == 32 && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
+/// The bitmap that a cursor speaks of.
+pub fn remembered(cursor: &[u8]) -> Option<String> {
+    Cursor::parse(cursor).map(|cursor| cursor.bitmap)
+}
+
 /// The bitmaps of a run, as told to whoever freezes its exports: `pre_backup`, and `post_backup` when all is over.
 #[derive(Debug)]
 pub struct Announced {
@@ -54,8 +59,8 @@ impl Announced {
             let memory = Memory::parse(&DiskCache::peek_cursor(folder, disk)?).unwrap_or_default();
             let is_it = |volume: &&VolumeCursor| volume.kind == JournalKind::QemuBitmap;
             let cursor = memory.volumes.iter().find(is_it);
-            let bitmap = cursor.and_then(|volume| Cursor::parse(&volume.cursor));
-            old.extend(bitmap.map(|cursor| (disk.clone(), cursor.bitmap)));
+            let bitmap = cursor.and_then(|volume| remembered(&volume.cursor));
+            old.extend(bitmap.map(|bitmap| (disk.clone(), bitmap)));
         }
         Ok(Self { new: new_name(), old })
     }

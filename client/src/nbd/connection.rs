@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    os::unix::net::UnixStream,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -53,7 +54,19 @@ struct Shared {
 impl Connection {
     /// Connects and agrees on an export.
     pub(super) fn open(uri: &Uri, patience: Duration) -> Result<Self, NbdError> {
-        let stream = Stream::connect(&uri.place, patience)?;
+        Self::agree(Stream::connect(&uri.place, patience)?, uri, patience)
+    }
+
+    /// The same where the connection is there already.
+    pub(super) fn over(
+        socket: UnixStream,
+        uri: &Uri,
+        patience: Duration,
+    ) -> Result<Self, NbdError> {
+        Self::agree(Stream::over(socket, patience)?, uri, patience)
+    }
+
+    fn agree(stream: Stream, uri: &Uri, patience: Duration) -> Result<Self, NbdError> {
         let agreed = agree(&stream, &uri.export, Instant::now() + patience)?;
         // A stray reply of some other connection must not fit.
         let next_cookie = uuid::Uuid::new_v4().as_u64_pair().1;

@@ -165,6 +165,9 @@ impl Talk<'_> {
         }
         let (size_bytes, flags) =
             about.ok_or_else(|| NbdError::Protocol("it does not tell the export's size".into()))?;
+        if size_bytes > i64::MAX as u64 {
+            return Err(NbdError::Protocol(format!("an export of {size_bytes} bytes")));
+        }
         let (min_block, max_block) = units(sizes.unwrap_or((1, DEFAULT_MAX_BLOCK)))?;
         if !size_bytes.is_multiple_of(u64::from(min_block)) {
             return Err(NbdError::Refused(format!(

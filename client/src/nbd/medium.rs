@@ -2,6 +2,8 @@
 
 use std::{
     io,
+    os::unix::net::UnixStream,
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -48,16 +50,30 @@ impl NbdMedium {
     /// When the server can't be reached, or hasn't the export.
     pub fn open(uri: Uri, limits: Limits) -> Result<Self, NbdError> {
         let connection = Connection::open(&uri, limits.patience)?;
+        Ok(Self::over(connection, uri, limits))
+    }
+
+    /// The default export of the server at the other end of `socket`; when that breaks, it can't be made anew.
+    ///
+    /// # Errors
+    /// When the server hasn't got it.
+    pub fn of_socket(socket: UnixStream, limits: Limits) -> Result<Self, NbdError> {
+        let uri = Uri::of_socket(PathBuf::new());
+        let connection = Connection::over(socket, &uri, limits.patience)?;
+        Ok(Self::over(connection, uri, limits))
+    }
+
+    fn over(connection: Connection, uri: Uri, limits: Limits) -> Self {
         let agreed = connection.agreed.clone();
         let tells_holes = agreed.contexts.iter().any(|(_, name)| name == ALLOCATION);
-        Ok(Self {
+        Self {
             uri,
             limits,
             agreed,
             connection: Mutex::new(Arc::new(connection)),
             region: Mutex::default(),
             tells_holes: AtomicBool::new(tells_holes),
-        })
+        }
     }
 
     /// True when the server promises that nobody writes through it.

@@ -34,6 +34,13 @@ impl Stream {
         Ok(stream)
     }
 
+    /// A connection that was made by somebody else.
+    pub(super) fn over(socket: UnixStream, patience: Duration) -> Result<Self, NbdError> {
+        let stream = Self::Unix(socket);
+        stream.set_patience(patience).map_err(NbdError::Connect)?;
+        Ok(stream)
+    }
+
     fn set_patience(&self, patience: Duration) -> io::Result<()> {
         match self {
             Self::Tcp(tcp) => {

@@ -31,7 +31,7 @@ fn nothing() -> Result<Changes, Distrust> {
 }
 
 fn known(memory: Option<Memory>, now: i64) -> Known<'static> {
-    Known { disk: "d", memory, zeros: Ranges::new(), now }
+    Known { disk: "d", memory, zeros: Ranges::new(), volumes: Vec::new(), now }
 }
 
 /// What a first run leaves.
@@ -123,8 +123,8 @@ fn audits_reach_every_promised_piece_once_in_their_turns() {
         pieces.iter().for_each(|piece| read[*piece as usize] += 1);
         memory = reading.memory;
     }
-    // 40 turns are one whole cycle of 20 at least, and three begun ones at most.
-    assert!(read.iter().all(|times| (1..=3).contains(times)), "{read:?}");
+    // Wherever one begins to count.
+    assert!(read.iter().all(|times| *times == 2), "{read:?}");
 }
 
 #[test]

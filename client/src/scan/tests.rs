@@ -182,7 +182,7 @@ fn a_sparse_terabyte_is_scanned_in_no_time() {
     let started = std::time::Instant::now();
     let scanned = run(&job(&source, &table, SessionContent::Zeros));
     assert_eq!(scanned.len(), 262_144);
-    assert!(scanned.iter().map(|s| s.read_bytes).sum::<u64>() <= 2 << 20);
+    assert!(scanned.iter().map(|s| s.read.total()).sum::<u64>() <= 2 << 20);
     assert!(started.elapsed().as_secs() < 10, "{:?}", started.elapsed());
 }
 
@@ -291,7 +291,8 @@ mod readings {
         let journal =
             Journalled { start: 0, len: SIZE, name: "d".into(), journal: Box::new(Says(changes)) };
         let memory = Some(Memory { skipped, ..Memory::default() });
-        let known = Known { disk: "d", memory, zeros: bytes_of(kinds, Kind::Zeros), now: 0 };
+        let zeros = bytes_of(kinds, Kind::Zeros);
+        let known = Known { disk: "d", memory, zeros, volumes: Vec::new(), now: 0 };
         Reading::plan(known, &[journal], Policy { audit_percent: 10, ..Policy::default() })
     }
 

@@ -156,7 +156,7 @@ impl<'a> Worker<'a> {
             let buffer = self.read.get_or_insert_with(Buffer::take);
             let part = &mut buffer[(from - first.offset) as usize..(to - first.offset) as usize];
             self.job.source.read_at(from, part)?;
-            scanned.read_bytes += part.len() as u64;
+            scanned.read.push(from..to);
         }
         Ok(())
     }

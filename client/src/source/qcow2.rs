@@ -5,9 +5,15 @@
 //! ends `qemu-nbd` then. While that runs, QEMU's own locks keep writers away.
 
 use std::{
-    fs::DirBuilder,
-    io::{self, Write},
-    os::unix::fs::DirBuilderExt,
+    fs::{DirBuilder, File},
+    io::{self, PipeWriter, Read, Seek, Write},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::DirBuilderExt,
+            net::{UnixListener, UnixStream},
+        },
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::{
@@ -17,11 +23,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::fs::MemfdFlags;
 use serde::Deserialize;
 
 use crate::{
     journal::Distrust,
-    nbd::{Limits, NbdError, NbdMedium, Uri, bitmap},
+    nbd::{Limits, NbdError, NbdMedium, bitmap},
 };
 
 /// What `disks` calls such an image.
@@ -30,12 +37,17 @@ pub const SCHEME: &str = "qcow2:";
 const QEMU_IMG: &str = "qemu-img";
 const QEMU_NBD: &str = "qemu-nbd";
 /// `qemu-nbd`, and beside it a watchdog that kills it when our end of the pipe closes without a word before: we were killed.
-const WATCHED: &str = "exec 3<&0 </dev/null
-{ read -r _ <&3 || kill -9 $$; } &
-exec 3<&-
+/// Its standard input is the socket to serve, which systemd's protocol wants as number 3; the pipe is its standard output.
+const WATCHED: &str = "exec 3<&0 4<&1 </dev/null >/dev/null
+{ exec 3<&-; read -r _ <&4 || kill -9 $$; } &
+exec 4<&-
+LISTEN_FDS=1 LISTEN_PID=$$
+export LISTEN_FDS LISTEN_PID
 exec \"$0\" \"$@\"";
-/// How long `qemu-nbd` may take until it serves.
-const START: Duration = Duration::from_secs(20);
+/// How long `qemu-nbd` may be silent, also until it serves.
+const START: Duration = Duration::from_secs(60);
+/// How long it may take to end, once it has left the connection.
+const PATIENCE: Duration = Duration::from_secs(2);
 const PAUSE: Duration = Duration::from_millis(20);
 /// Bytes of one bit of our bitmaps.
 const GRANULARITY: u64 = 64 << 10;
@@ -72,9 +84,9 @@ pub enum Qcow2Error {
     /// `qemu-nbd` serves nothing.
     #[error("qemu-nbd: {0}")]
     Nbd(#[from] NbdError),
-    /// No place for the socket.
-    #[error("a folder for a socket cannot be made: {0}")]
-    Folder(io::Error),
+    /// There can't be a socket.
+    #[error("a socket for qemu-nbd cannot be made: {0}")]
+    Socket(io::Error),
 }
 
 /// The image, held still by a `qemu-nbd` until it is dropped.
@@ -126,6 +138,25 @@ impl Qcow2 {
         let good: Vec<String> = good.into_iter().map(|(name, _)| name).collect();
         let (serving, medium) = Serving::start(path, &good)?;
         *image.serving.lock().unwrap_or_else(PoisonError::into_inner) = Some(serving);
+        Ok((image, medium))
+    }
+
+    /// Serves the image as it is, and begins nothing: only to look into it.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn look(path: &Path) -> Result<(Self, NbdMedium), Qcow2Error> {
+        let path = &std::fs::canonicalize(path).map_err(Qcow2Error::Open)?;
+        Info::of(path)?;
+        let (serving, medium) = Serving::start(path, &[])?;
+        let image = Self {
+            path: path.clone(),
+            begun: None,
+            old: Vec::new(),
+            bad: Vec::new(),
+            serving: Mutex::new(Some(serving)),
+            is_committed: AtomicBool::new(false),
+        };
         Ok((image, medium))
     }
 
@@ -203,6 +234,13 @@ fn words(stderr: &[u8]) -> String {
     text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
+/// Reads what `qemu-img info` says: for fuzzers.
+pub(crate) fn read_info(bytes: &[u8]) {
+    if let Ok(info) = Info::parse(bytes) {
+        info.bitmaps.iter().for_each(|bitmap| drop(bitmap.doubt(&info.untracked)));
+    }
+}
+
 struct Info {
     bitmaps: Vec<Bitmap>,
     /// Why no bitmap tells all changes.
@@ -243,7 +281,11 @@ struct Specific {
 impl Info {
     fn of(path: &Path) -> Result<Self, Qcow2Error> {
         let output = run(Command::new(QEMU_IMG).args(["info", "--output=json"]).arg(path))?;
-        let info: ImageInfo = serde_json::from_slice(&output.stdout).map_err(|error| {
+        Self::parse(&output.stdout)
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Self, Qcow2Error> {
+        let info: ImageInfo = serde_json::from_slice(bytes).map_err(|error| {
             Qcow2Error::Failed { program: QEMU_IMG, words: format!("info says: {error}") }
         })?;
         if info.format != "qcow2" {
@@ -277,77 +319,73 @@ impl Bitmap {
     }
 }
 
-/// A `qemu-nbd` of ours.
+/// A `qemu-nbd` of ours. It gets a socket that listens already and that we are connected to, so nothing of it stays on disk.
 #[derive(Debug)]
 struct Serving {
     child: Child,
-    folder: PathBuf,
+    /// Ends the watchdog; dropped without a word, it kills `qemu-nbd`.
+    watchdog: Option<PipeWriter>,
 }
 
 impl Serving {
     fn start(path: &Path, bitmaps: &[String]) -> Result<(Self, NbdMedium), Qcow2Error> {
-        let folder =
-            std::env::temp_dir().join(format!("janus-nbd-{}", uuid::Uuid::new_v4().simple()));
-        DirBuilder::new().mode(0o700).create(&folder).map_err(Qcow2Error::Folder)?;
-        let socket = folder.join("socket");
+        let (listener, socket) = connected().map_err(Qcow2Error::Socket)?;
+        let memory = rustix::fs::memfd_create("qemu-nbd", MemfdFlags::CLOEXEC);
+        let mut log = File::from(memory.map_err(|error| Qcow2Error::Socket(error.into()))?);
+        let pipes = || io::Result::Ok((io::pipe()?, log.try_clone()?));
+        let ((watched, watchdog), stderr) = pipes().map_err(Qcow2Error::Socket)?;
         let mut command = Command::new("/bin/sh");
-        command
-            .args([
-                "-c",
-                WATCHED,
-                QEMU_NBD,
-                "--read-only",
-                "--format=qcow2",
-                "--shared=1",
-                "--socket",
-            ])
-            .arg(&socket);
-        bitmaps.iter().for_each(|name| {
-            command.arg(format!("--bitmap={name}"));
-        });
-        command.arg("--").arg(path).stdin(Stdio::piped()).stdout(Stdio::null());
-        let log = folder.join("log");
-        let spawned = std::fs::File::create(&log).and_then(|log| command.stderr(log).spawn());
-        let child = match spawned {
-            Ok(child) => child,
-            Err(source) => {
-                // Nothing else is in it.
-                let _ = std::fs::remove_dir_all(&folder);
-                return Err(Qcow2Error::Run { program: QEMU_NBD, source });
-            }
-        };
-        let mut serving = Self { child, folder };
-        let medium = serving.connect(&socket, &log)?;
-        Ok((serving, medium))
+        command.args(["-c", WATCHED, QEMU_NBD, "--read-only", "--format=qcow2", "--shared=1"]);
+        command.args(bitmaps.iter().map(|name| format!("--bitmap={name}"))).arg("--").arg(path);
+        command.stdin(OwnedFd::from(listener)).stdout(watched).stderr(stderr);
+        let child = command.spawn();
+        // The socket must close when qemu-nbd ends: the command holds it, too.
+        drop(command);
+        let child = child.map_err(|source| Qcow2Error::Run { program: QEMU_NBD, source })?;
+        let mut serving = Self { child, watchdog: Some(watchdog) };
+        // It serves one connection and ends.
+        let limits = Limits { patience: START, reconnect: Duration::ZERO };
+        match NbdMedium::of_socket(socket, limits) {
+            Ok(medium) => Ok((serving, medium)),
+            Err(error) => Err(serving.why(&mut log).unwrap_or(Qcow2Error::Nbd(error))),
+        }
     }
 
-    fn connect(&mut self, socket: &Path, log: &Path) -> Result<NbdMedium, Qcow2Error> {
-        let until = Instant::now() + START;
-        // It serves one connection and ends.
-        let limits = Limits { reconnect: Duration::ZERO, ..Limits::default() };
-        loop {
-            match NbdMedium::open(Uri::of_socket(socket.to_path_buf()), limits) {
-                Err(NbdError::Connect(_)) if Instant::now() < until => {}
-                done => return Ok(done?),
-            }
-            if let Ok(Some(_)) = self.child.try_wait() {
-                let words = words(&std::fs::read(log).unwrap_or_default());
-                return Err(Qcow2Error::Failed { program: QEMU_NBD, words });
+    /// What `qemu-nbd` said, if it has ended.
+    fn why(&mut self, log: &mut File) -> Option<Qcow2Error> {
+        let until = Instant::now() + PATIENCE;
+        while let Ok(None) = self.child.try_wait() {
+            if Instant::now() > until {
+                return None;
             }
             std::thread::sleep(PAUSE);
         }
+        let mut said = Vec::new();
+        let read = log.rewind().and_then(|()| log.take(MAX_SHOWN as u64).read_to_end(&mut said));
+        let words = if read.is_ok() { words(&said) } else { String::new() };
+        Some(Qcow2Error::Failed { program: QEMU_NBD, words })
     }
+}
+
+/// A listening socket with our connection waiting in it. Its name is gone again: nobody else can connect, and a kill leaves
+/// nothing but in the moment between.
+fn connected() -> io::Result<(UnixListener, UnixStream)> {
+    let folder = std::env::temp_dir().join(format!("janus-nbd-{}", uuid::Uuid::new_v4().simple()));
+    DirBuilder::new().mode(0o700).create(&folder)?;
+    let name = folder.join("socket");
+    let made = UnixListener::bind(&name).and_then(|it| Ok((it, UnixStream::connect(&name)?)));
+    // Nothing else is in it.
+    std::fs::remove_dir_all(&folder).and(made)
 }
 
 impl Drop for Serving {
     fn drop(&mut self) {
         // The watchdog goes first: it must not kill a process that has the same number later.
-        if let Some(mut watchdog) = self.child.stdin.take() {
+        if let Some(mut watchdog) = self.watchdog.take() {
             let _ = watchdog.write_all(b"end\n");
         }
         // It only reads: nothing is lost. It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = std::fs::remove_dir_all(&self.folder);
     }
 }

@@ -204,7 +204,7 @@ impl DiskTransfer {
     /// When the cache can't take it.
     pub fn note(&mut self, scanned: &Scanned) -> Result<(), CacheError> {
         let size = self.source.size_bytes();
-        self.figures.read_bytes += scanned.read_bytes;
+        self.figures.read_bytes += scanned.read.total();
         if scanned.segment == self.scanned {
             self.scanned += 1;
         }

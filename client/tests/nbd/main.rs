@@ -3,7 +3,7 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
-use std::{fs, path::PathBuf};
+use std::{collections::BTreeSet, fs, path::PathBuf};
 
 use serde_json::Value;
 use xtask::{
@@ -183,7 +183,8 @@ fn failed_runs_leave_the_bitmap_of_the_last_committed_one() {
     assert_eq!(full_compare(&forecast["disks"][0]), None, "{forecast}");
     assert_eq!(qemu::bitmaps(&scene.image), committed);
 
-    // Killed: its bitmap stays, its qemu-nbd doesn't.
+    // Killed: its bitmap stays, its qemu-nbd doesn't, nor does the folder of its socket.
+    let before = folders();
     scene.write(&["write -q -P 2 20M 1M"]);
     for _ in 0..6 {
         let running = scene.client.start(&["backup", "--json"]).unwrap();
@@ -193,6 +194,7 @@ fn failed_runs_leave_the_bitmap_of_the_last_committed_one() {
         running.wait().unwrap();
         qemu::await_that("qemu-nbd is gone", || qemu::processes_with(&scene.image).is_empty());
     }
+    qemu::await_that("no folder is left", || folders().is_subset(&before));
     let left = qemu::bitmaps(&scene.image);
     assert!(left.len() <= 6 && left.contains(&committed[0]), "{left:?}");
     scene.write(&["write -q -P 3 30M 1M"]);
@@ -202,6 +204,38 @@ fn failed_runs_leave_the_bitmap_of_the_last_committed_one() {
     let is_fine = |why: &str| why.contains("server") || why.contains("remembered");
     assert!(known.is_none_or(is_fine), "{taken}");
     assert_eq!(qemu::bitmaps(&scene.image).len(), 1);
+}
+
+/// Of sockets for `qemu-nbd`.
+fn folders() -> BTreeSet<std::ffi::OsString> {
+    let names = std::fs::read_dir(std::env::temp_dir()).unwrap();
+    let names = names.map(|entry| entry.unwrap().file_name());
+    names.filter(|name| name.to_string_lossy().starts_with("janus-nbd-")).collect()
+}
+
+#[test]
+fn sources_look_into_an_image_and_begin_no_bitmap() {
+    let scene = Scene::new(&["server-a"]);
+    scene.backup();
+    let before = qemu::bitmaps(&scene.image);
+    let sources = || -> Value {
+        let found: Value = scene.client.answer(&["sources"]).unwrap();
+        found["disks"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|one| one["configured"] == true)
+            .unwrap()
+            .clone()
+    };
+    let found = sources();
+    assert_eq!((&found["error"], &found["frozen"]), (&Value::Null, &"unmounted".into()), "{found}");
+    assert!(found["size_bytes"] == SIZE, "{found}");
+    assert_eq!(qemu::bitmaps(&scene.image), before);
+    assert!(qemu::processes_with(&scene.image).is_empty());
+    std::fs::remove_file(&scene.image).unwrap();
+    let error = sources()["error"].as_str().unwrap().to_owned();
+    assert!(error.contains("cannot be opened"), "{error}");
 }
 
 #[test]

@@ -161,30 +161,3 @@ fn free_space_is_skipped_and_told() {
     let mut check = std::process::Command::new("ntfsfix");
     assert!(check.arg("-n").arg(scene.volume.path()).status().unwrap().success());
 }
-
-#[test]
-fn a_volume_that_is_left_out_is_zeros_and_its_disk_still_has_its_table() {
-    let plan = Plan { servers: vec!["server-a".into()], ..Plan::default() };
-    let site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();
-    let path = site.folder().join("disk.raw");
-    disk::blank(&path, 64 << 20).unwrap();
-    let mut sgdisk = std::process::Command::new("sgdisk");
-    sgdisk.args(["-n1:0:+16M", "-n2:0:+16M", "-n3:0:0"]).arg(&path);
-    assert!(sgdisk.stdout(std::process::Stdio::null()).status().unwrap().success());
-    disk::write_noise(&path, 2 << 20..60 << 20, 3).unwrap();
-    let mut client = site.client("machine", &[format!("disk={}", path.display())]).unwrap();
-    site.await_ready(&client).unwrap();
-    client.settings.set("skip_volumes", ["disk/4"].as_slice());
-    let failure = client.failure(&["backup"]).unwrap();
-    assert_eq!(failure.exit_code, 2);
-    assert!(failure.error.contains("no volume 4; it has 1, 2, 3"), "{}", failure.error);
-    client.settings.set("skip_volumes", ["disk/2"].as_slice());
-    let taken = client.backup().unwrap().disks[0].clone();
-    assert_eq!(taken.reading["zero_bytes"], 16 << 20);
-    let to = site.folder().join("restored");
-    client.restore(&taken.snapshot_id, &to).unwrap();
-    let (mut expected, restored) = (fs::read(&path).unwrap(), fs::read(&to).unwrap());
-    // Volume 1 begins at 1 MiB.
-    expected[17 << 20..33 << 20].fill(0);
-    assert!(expected == restored);
-}

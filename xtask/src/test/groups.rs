@@ -44,6 +44,7 @@ const PLACED: &[(&str, &str)] = &[
     ("damage", "restore"),
     ("frozen", "sources"),
     ("vhd", "restore"),
+    ("hostile", "sources"),
     ("links", "client"),
     ("nbd", "sources"),
     ("reasons", "security"),

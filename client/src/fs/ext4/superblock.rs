@@ -22,6 +22,7 @@ const BIGALLOC: u32 = 0x200;
 const METADATA_CSUM: u32 = 0x400;
 /// All up to orphan_present but has_snapshot, replica and shared_blocks.
 const KNOWN_RO: u32 = 0x1_B77F;
+const CHECKSUM_TYPE: usize = 0x175;
 const SPARSE_SUPER2: u32 = 0x200;
 
 /// How group descriptors and bitmaps are summed.
@@ -220,6 +221,12 @@ fn check(head: Head<'_>, incompat: u32, ro: u32) -> Result<(), FsError> {
     if ro & METADATA_CSUM != 0 && crc(!0, &head.0[..BYTES - 4]) != field(head.u32(BYTES - 4))? {
         return Err(FsError::damaged("checksum of the superblock"));
     }
+    // A flag that is lost must not turn the sums off. (Their sum may stay where tune2fs took them away, but not their type.)
+    if ro & METADATA_CSUM == 0 && head.u8(CHECKSUM_TYPE) != Some(0) {
+        return Err(FsError::damaged(
+            "the superblock names a kind of checksum and says it has none",
+        ));
+    }
     if incompat & !KNOWN_INCOMPAT != 0 || ro & !KNOWN_RO != 0 {
         return Err(FsError::unsupported(format!("features {incompat:#x} and {ro:#x} of ext4")));
     }
@@ -234,6 +241,6 @@ fn check(head: Head<'_>, incompat: u32, ro: u32) -> Result<(), FsError> {
 }
 
 /// CRC-32C without its usual first and last inversion, as ext4 chains it.
-pub(super) fn crc(seed: u32, bytes: &[u8]) -> u32 {
+pub(crate) fn crc(seed: u32, bytes: &[u8]) -> u32 {
     !crc32c::crc32c_append(!seed, bytes)
 }

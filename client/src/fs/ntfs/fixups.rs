@@ -40,3 +40,12 @@ pub(super) fn place(structure: &[u8]) -> Option<std::ops::Range<usize>> {
     let (at, count) = (usize::from(head.u16(4).ok()?), usize::from(head.u16(6).ok()?));
     Some(at..at + count * 2)
 }
+
+/// Puts the check word at the end of each 512 bytes, as one who writes the structure does: for fuzzers.
+pub(crate) fn make_right(structure: &mut [u8]) {
+    let check = place(structure).and_then(|words| structure.get(words.start..words.start + 2));
+    let Some([first, second]) = check.map(|check| [check[0], check[1]]) else { return };
+    for stride in structure.chunks_exact_mut(STRIDE) {
+        stride[STRIDE - 2..].copy_from_slice(&[first, second]);
+    }
+}

@@ -9,6 +9,9 @@ use crate::fs::Head;
 
 pub(super) const ATTRIBUTE_LIST: u32 = 0x20;
 const END: u32 = 0xFFFF_FFFF;
+/// Bytes before the content of an attribute, and before the list of its clusters.
+const RESIDENT_HEAD: u16 = 24;
+const MAPPED_HEAD: u16 = 64;
 
 /// A record in use.
 #[derive(Debug, Clone)]
@@ -67,7 +70,7 @@ impl Attribute {
 
 impl Record {
     /// A record from the MFT; `None` when it isn't in use. Its check words are put back in place.
-    pub(super) fn parse(
+    pub(crate) fn parse(
         number: u64,
         bytes: &mut [u8],
         boot: &Boot,
@@ -131,6 +134,10 @@ fn attribute(kind: u32, bytes: Bytes<'_>, boot: &Boot) -> Result<Attribute, FsEr
     let name = bytes.part(usize::from(bytes.u16(10)?), usize::from(bytes.u8(9)?) * 2)?;
     let name = text(name.0);
     if bytes.u8(8)? == 0 {
+        // Else a lost flag would make a stream in clusters an empty one.
+        if bytes.u16(20)? < RESIDENT_HEAD {
+            return Err(FsError::damaged("an attribute without room for its head"));
+        }
         let content = bytes.part(usize::from(bytes.u16(20)?), bytes.u32(16)? as usize)?;
         return Ok(Attribute { kind, name, body: Body::Resident(content.0.to_vec()) });
     }
@@ -140,6 +147,9 @@ fn attribute(kind: u32, bytes: Bytes<'_>, boot: &Boot) -> Result<Attribute, FsEr
     let most = u64::MAX / boot.cluster_bytes;
     if first_vcn > end || end > most {
         return Err(FsError::damaged("a stream of impossible length"));
+    }
+    if bytes.u16(32)? < MAPPED_HEAD {
+        return Err(FsError::damaged("an attribute without room for its head"));
     }
     let pairs = bytes.0.get(usize::from(bytes.u16(32)?)..).unwrap_or_default();
     let runs = runs::parse(pairs, first_vcn, end)?;

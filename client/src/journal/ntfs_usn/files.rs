@@ -2,8 +2,10 @@
 
 use std::{collections::BTreeSet, ops::Range};
 
-use super::Distrust;
-use crate::fs::ntfs::{Attribute, Body, Bytes, Ntfs, Record, numbers, text, types};
+use crate::fs::{
+    FsError,
+    ntfs::{Attribute, Body, Bytes, Ntfs, Record, numbers, text, types},
+};
 use janus_proto::ranges::Ranges;
 
 const NUMBER: u64 = 0xFFFF_FFFF_FFFF;
@@ -36,7 +38,7 @@ pub(super) struct Files {
 
 impl Files {
     /// Reads all of the MFT.
-    pub(super) fn look(ntfs: &Ntfs<'_>) -> Result<Self, Distrust> {
+    pub(super) fn look(ntfs: &Ntfs<'_>) -> Result<Self, FsError> {
         let mut files =
             Self { entries: Vec::new(), clusters: Vec::new(), parents: Vec::new(), journal: None };
         ntfs.each_record(|record| {
@@ -107,6 +109,11 @@ impl Files {
                 }
             }
         }
+    }
+
+    /// Clusters that any file has.
+    pub(super) fn clusters(&self) -> Ranges {
+        self.clusters.iter().map(|(_, clusters)| clusters.clone()).collect::<Vec<_>>().into()
     }
 
     /// The journal's records, its base first.

@@ -9,7 +9,7 @@ pub(super) const MAX_BYTES: usize = 4096;
 
 /// One record, as far as it is needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct UsnRecord {
+pub(crate) struct UsnRecord {
     /// Its place in the stream.
     pub(super) usn: u64,
     /// Of which file: number of its MFT record, and in the upper 16 bits how often that was used.
@@ -17,7 +17,7 @@ pub(super) struct UsnRecord {
     /// What happened.
     reason: u32,
     /// Its bytes.
-    pub(super) len: u64,
+    pub(crate) len: u64,
     /// Tells contents apart.
     pub(super) digest: u64,
 }
@@ -29,7 +29,7 @@ impl UsnRecord {
     }
 
     /// The record that begins at `bytes`, which lies at `usn`; `None` where the page has no more.
-    pub(super) fn parse(bytes: &[u8], usn: u64) -> Result<Option<Self>, Distrust> {
+    pub(crate) fn parse(bytes: &[u8], usn: u64) -> Result<Option<Self>, Distrust> {
         let bad = |what: &str| Distrust::NotUnderstood { what: format!("{what} at {usn}") };
         let short = || bad("a record is cut off");
         let len = Head(bytes).u32(0).unwrap_or(0) as usize;
@@ -62,4 +62,14 @@ impl UsnRecord {
             digest: Head(hash.as_bytes()).u64(0).ok_or_else(short)?,
         }))
     }
+}
+
+/// The bytes of a record as they are at `usn`: for fuzzers.
+pub(crate) fn placed(bytes: &[u8], usn: u64) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    let at = if Head(&bytes).u16(4) == Some(2) { 24 } else { 40 };
+    if let Some(place) = bytes.get_mut(at..at + 8) {
+        place.copy_from_slice(&usn.to_le_bytes());
+    }
+    bytes
 }

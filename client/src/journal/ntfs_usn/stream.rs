@@ -60,7 +60,14 @@ impl UsnJournal {
         let first_usn = first.map_or(next_usn, |first| first.min(next_usn));
         let length = |_| bad("$Max is cut off");
         let (id, lowest_valid_usn) = (max.u64(16).map_err(length)?, max.u64(24).map_err(length)?);
-        if next_usn > i64::MAX as u64 || next_usn - first_usn > MAX_BYTES {
+        // Only what was deleted from its beginning has no place: a longer one would be read for nothing.
+        let clusters: u64 = runs.iter().map(|run| run.count).sum();
+        let mapped = clusters.saturating_mul(ntfs.boot.cluster_bytes);
+        let there = next_usn - first_usn;
+        if next_usn > i64::MAX as u64
+            || there > MAX_BYTES
+            || there > mapped.min(ntfs.volume_bytes())
+        {
             return Err(bad("it is too long"));
         }
         Ok(Self { id, first_usn, next_usn, lowest_valid_usn, runs })
