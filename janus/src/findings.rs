@@ -9,6 +9,8 @@ use janus_proto::{
 
 /// A certificate that expires in less than this is worth a warning.
 const CERTIFICATE: Duration = Duration::from_secs(14 * 86_400);
+/// Clocks of servers and janus may differ by so much.
+const CLOCK: Duration = Duration::from_secs(3600);
 /// A server with less than one part in so many free is nearly full.
 const NEARLY_FULL: u64 = 20;
 /// Machines that are named in one finding.
@@ -42,6 +44,8 @@ pub enum About {
     NoServer,
     /// This machine has no new backup.
     Overdue(String),
+    /// This machine's newest backup is dated in the future.
+    Clock(String),
     /// This server takes no backups.
     Server(String),
     /// This server doesn't report.
@@ -81,6 +85,14 @@ pub fn findings(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64
         let (name, since) = (machine.machine.clone(), date(machine.last_backup_ms));
         let text = format!("{name} has no backup since {since}");
         say(Verdict::Critical, About::Overdue(name), text);
+    }
+    let future = now_ms.saturating_add(millis(CLOCK));
+    for machine in status.machines.iter().filter(|machine| machine.last_backup_ms > future) {
+        let (name, at) = (machine.machine.clone(), date(machine.last_backup_ms));
+        let text = format!(
+            "{name} has a backup of {at}, in the future: a clock was wrong, and nobody knows how old its newest is"
+        );
+        say(Verdict::Warning, About::Clock(name), text);
     }
     for server in &status.servers {
         let name = name_of(server);
@@ -219,6 +231,22 @@ mod tests {
         let seen = found(vec![server("a"), down], vec![both, one]);
         assert_eq!(seen.len(), 1);
         assert_eq!(seen[0].about, About::Server("b".into()));
+    }
+
+    #[test]
+    fn a_backup_of_the_future_hides_nothing() {
+        let machine = |last_backup_ms| MachineStatus {
+            machine: "u/m".into(),
+            last_backup_ms,
+            ..Default::default()
+        };
+        let seen = found(vec![server("a")], vec![machine(NOW_MS + 2 * 3_600_000)]);
+        assert_eq!(seen.len(), 1, "{seen:?}");
+        assert_eq!(
+            (seen[0].verdict, &seen[0].about),
+            (Verdict::Warning, &About::Clock("u/m".into()))
+        );
+        assert!(found(vec![server("a")], vec![machine(NOW_MS + 60_000)]).is_empty());
     }
 
     #[test]

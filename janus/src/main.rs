@@ -95,11 +95,22 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
 }
 
 /// The settings, and the runtime for one call.
-fn for_one_call(matches: &ArgMatches) -> Result<(config::Settings, Runtime), ExitCode> {
+/// `monitored`: a monitoring system reads one line of standard output, whatever happens.
+fn for_one_call(
+    matches: &ArgMatches,
+    monitored: bool,
+) -> Result<(config::Settings, Runtime), ExitCode> {
+    let failed = |error: &dyn std::fmt::Display, code: u8| match monitored {
+        true => {
+            print(&format!("JANUS CRITICAL - {error}"));
+            ExitCode::from(status::Verdict::Critical as u8)
+        }
+        false => fail(error, code),
+    };
     let settings = config::loader().load(matches, std::env::vars_os());
-    let settings = settings.map_err(|error| fail(error, USAGE))?;
+    let settings = settings.map_err(|error| failed(&error, USAGE))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    Ok((settings, runtime.map_err(|error| fail(error, 1))?))
+    Ok((settings, runtime.map_err(|error| failed(&error, 1))?))
 }
 
 fn failed_call(error: &str, json: bool) -> ExitCode {
@@ -110,7 +121,7 @@ fn failed_call(error: &str, json: bool) -> ExitCode {
 }
 
 fn forget_command(matches: &ArgMatches) -> ExitCode {
-    let (settings, runtime) = match for_one_call(matches) {
+    let (settings, runtime) = match for_one_call(matches, false) {
         Ok(ready) => ready,
         Err(code) => return code,
     };
@@ -131,13 +142,13 @@ fn forget_command(matches: &ArgMatches) -> ExitCode {
 }
 
 fn status_command(matches: &ArgMatches) -> ExitCode {
-    let (settings, runtime) = match for_one_call(matches) {
+    let (check, json) = (matches.get_flag("check"), matches.get_flag("json"));
+    let (settings, runtime) = match for_one_call(matches, check) {
         Ok(ready) => ready,
         Err(code) => return code,
     };
     let url = matches.get_one::<String>("url").map(String::as_str);
     let answer = runtime.block_on(status::ask(&settings, url));
-    let (check, json) = (matches.get_flag("check"), matches.get_flag("json"));
     match answer {
         Ok(status) if check => {
             let (verdict, line) = status::check(&status, settings.overdue());

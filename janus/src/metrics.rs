@@ -10,8 +10,6 @@ use prometheus_client::{
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
     registry::Registry,
 };
-use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     agreement::differences,
@@ -35,22 +33,14 @@ pub struct Figures {
     pub overdue: Duration,
 }
 
-/// Serves `/metrics`, and a page for people at `/`, until `shutdown`.
-///
-/// # Errors
-/// When the listener fails for good.
-pub async fn serve(
-    listener: TcpListener,
-    figures: Figures,
-    shutdown: CancellationToken,
-) -> std::io::Result<()> {
+/// `/metrics`, and a page for people at `/`.
+pub fn routes(figures: Figures) -> Router {
     let page_for_people = dashboard::routes(figures.clone());
     let answer = move || {
         let text = page(&figures);
         async move { ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response() }
     };
-    let routes = Router::new().route("/metrics", get(answer)).merge(page_for_people);
-    axum::serve(listener, routes).with_graceful_shutdown(shutdown.cancelled_owned()).await
+    Router::new().route("/metrics", get(answer)).merge(page_for_people)
 }
 
 /// All figures, as text.

@@ -6,7 +6,7 @@ use janus_proto::{
     channel::{Dialer, Target},
     ids::ServerId,
     listener::{Door, Limits},
-    pb, plain_health, program,
+    pb, plain_health, plain_http, program,
     settings::changed_keys,
     tls::{Identity, Role, TlsError},
 };
@@ -229,14 +229,8 @@ impl Janus {
         if let Some(metrics) = self.metrics {
             let overdue = self.settings.overdue();
             let figures = Figures { info, latencies: latencies.clone(), overdue };
-            let (shutdown, stop) = (shutdown.clone(), stop.clone());
-            tasks.spawn(async move {
-                let serving = metrics::serve(metrics, figures, shutdown);
-                // A reader that holds its connection may do so until the drain is over.
-                if let Some(Err(error)) = stop.run_until_cancelled(serving).await {
-                    error!(%error, "metrics are no longer served");
-                }
-            });
+            let routes = metrics::routes(figures);
+            tasks.spawn(plain_http::serve(metrics, routes, "metrics", shutdown.clone()));
         }
         let (rule, bulk) = (self.settings.start_rule(), self.settings.bulk_limit());
         let router = Router::new(self.id.clone(), fleet, rule, bulk, local, drain, latencies);

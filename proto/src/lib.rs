@@ -27,6 +27,7 @@ pub mod memory;
 pub mod metadata;
 pub mod model;
 pub mod plain_health;
+pub mod plain_http;
 pub mod program;
 pub mod ranges;
 pub mod settings;

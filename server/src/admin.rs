@@ -26,7 +26,7 @@ mod wire;
 use std::sync::Arc;
 
 use clap::Subcommand;
-use janus_proto::ids::{MachineKey, SnapshotId};
+use janus_proto::ids::{DiskId, MachineKey, SnapshotId};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
@@ -98,6 +98,14 @@ pub enum AdminError {
     UnknownMachine {
         /// As given.
         machine: MachineKey,
+    },
+    /// The machine has no snapshot of such a disk here.
+    #[error("no disk {disk} of machine {machine} here: `janus-server usage` lists them")]
+    UnknownDisk {
+        /// As given.
+        machine: MachineKey,
+        /// As given.
+        disk: DiskId,
     },
     /// No such snapshot here.
     #[error("no snapshot {snapshot} here: `janus-server usage --snapshots` lists them")]

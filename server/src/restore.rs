@@ -218,9 +218,12 @@ impl RestoreService for Restore {
             .filter(|held| caller.may_read(&held.run.machine))
             .ok_or_else(unknown)?;
         let runs = self.runs.clone();
-        let opened = Arc::new(
-            blocking(move || runs.open_for_reading(&held)).await?.map_err(RestoreError::Open)?,
-        );
+        let opened = blocking(move || runs.open_for_reading(&held)).await?;
+        let opened = Arc::new(opened.map_err(|error| match self.runs.snapshot(id) {
+            // Deleted or thinned since we looked.
+            None => unknown(),
+            Some(_) => RestoreError::Open(error),
+        })?);
         let snapshot = self.runs.to_wire(&opened.held, &self.server);
         tracing::info!(machine = %opened.held.run.machine, snapshot_id = %id, "snapshot opened");
         let handle = self.keep(opened)?.to_string();

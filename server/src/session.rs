@@ -45,7 +45,7 @@ const PAYLOAD_BLOCKS: u64 = PAYLOAD_BYTES / BLOCK_BYTES;
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// The disk that holds the store is full.
-    #[error("cannot {action}; `janus-server retention run --now` there drops what no rule keeps; free space below {} or enlarge it, then run the backup again", path.display())]
+    #[error("cannot {action}: free space below {} or enlarge it, then run the backup again", path.display())]
     Full {
         /// What was tried.
         action: &'static str,

@@ -18,7 +18,7 @@ use self::image::ImageCheck;
 use crate::{
     chain::{
         Held,
-        health::{Damage, OpenCheck},
+        health::{Damage, ImageHealth, OpenCheck},
         opened::OpenError,
     },
     runs::{Runs, now_ms},
@@ -53,23 +53,30 @@ pub fn check_image(
         Err(_) => open(runs, held)?,
         image => image,
     };
+    let mut suspected = Damage::default();
     let found = match opened {
         Ok(image) => {
             run(runs, held, &image, way, &mut check, pace)?;
-            confirmed(runs, held, check.found, pace)?
+            // Also what others have met meanwhile, perhaps where this check had been before.
+            suspected = known(runs, held).map(|known| known.damage).unwrap_or_default();
+            suspected.extend(&check.found);
+            confirmed(runs, held, &suspected, pace)?
         }
         Err(damage) => damage,
     };
     if is_current(runs, held) {
-        runs.note_checked(held, check.began_ms, found.clone());
+        runs.note_checked(held, check.began_ms, found.clone(), &suspected);
     }
     Ok(found)
 }
 
+fn known(runs: &Runs, held: &Held) -> Option<ImageHealth> {
+    runs.machine(&held.run.machine)?.health().image(held.snapshot()).cloned()
+}
+
 fn begun(runs: &Runs, held: &Held, way: Way) -> OpenCheck {
-    let machine = runs.machine(&held.run.machine).filter(|_| way == Way::GoOn);
-    let known = machine.and_then(|machine| machine.health().image(held.snapshot()).cloned());
     let fresh = OpenCheck { began_ms: now_ms(), next_segment: 0, found: Damage::default() };
+    let known = known(runs, held).filter(|_| way == Way::GoOn);
     known.and_then(|known| known.check).unwrap_or(fresh)
 }
 
@@ -112,14 +119,14 @@ fn run(
 fn confirmed(
     runs: &Runs,
     held: &Held,
-    found: Damage,
+    suspected: &Damage,
     pace: &dyn Pace,
 ) -> Result<Damage, CheckError> {
-    if found.is_none() {
-        return Ok(found);
+    if suspected.is_none() {
+        return Ok(Damage::default());
     }
     match open(runs, held)? {
-        Ok(image) => image.confirm(&found, pace),
+        Ok(image) => image.confirm(suspected, pace),
         Err(damage) => Ok(damage),
     }
 }

@@ -7,7 +7,7 @@ use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use janus_proto::ids::BackupId;
 use janus_server::{
-    chain::store::Store,
+    chain::store::{Store, StoreError},
     runs::{RunError, Runs, WantedDisk},
 };
 
@@ -54,4 +54,30 @@ fn names_that_some_file_systems_take_for_one_are_refused() {
         assert!(!folder.path().join(machine).exists());
     }
     start(&runs, "alice/mail", "disk").unwrap();
+}
+
+#[test]
+fn a_store_of_the_other_setting_is_told_apart() {
+    for separate in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let (store, machines) = Store::open(folder.path(), separate).unwrap();
+        let runs = Runs::new(store, machines, Duration::from_secs(60));
+        start(&runs, "alice/web", "disk").unwrap();
+        drop(runs);
+        let error = Store::open(folder.path(), !separate).unwrap_err();
+        assert!(matches!(error, StoreError::OtherLayout { .. }), "{error}");
+        assert!(error.to_string().contains("rebuild"), "{error}");
+        Store::open(folder.path(), separate).unwrap();
+    }
+}
+
+#[test]
+fn what_file_systems_keep_in_their_root_is_not_looked_into() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = folder.path().join("lost+found/alice");
+    fs::create_dir_all(&kept).unwrap();
+    fs::write(kept.join(".machine.json"), "not ours").unwrap();
+    let (_, machines) = Store::open(folder.path(), true).unwrap();
+    assert!(machines.is_empty());
+    assert_eq!(fs::read_to_string(kept.join(".machine.json")).unwrap(), "not ours");
 }

@@ -235,6 +235,39 @@ async fn scrape(address: SocketAddr) -> String {
     answer
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_holds_connections_to_the_metrics_takes_nothing_from_backups() {
+    let keys = Keys::new();
+    let a = Backend::new(&keys, "a").await;
+    let listen = |settings: &mut Settings| settings.metrics_listen = "127.0.0.1:0".into();
+    let janus = janus_with(&keys, &[a.address()], listen).await;
+    let metrics = janus.metrics.unwrap();
+    let mut held = Vec::new();
+    for _ in 0..300 {
+        held.push(TcpStream::connect(metrics).await.unwrap());
+    }
+    // All but those that have a place are closed at once.
+    let closed = async {
+        let mut closed = 0;
+        for tcp in &mut held {
+            let mut byte = [0];
+            let read = tcp.read(&mut byte);
+            closed += usize::from(timeout(Duration::from_millis(20), read).await.is_ok());
+        }
+        closed
+    };
+    assert!(closed.await >= 300 - 128);
+    client(&keys, &janus.url).await.start_backup(start_request()).await.unwrap();
+    drop(held);
+    until("there is a place again", || async {
+        let mut tcp = TcpStream::connect(metrics).await.unwrap();
+        let mut byte = [0];
+        let asked = tcp.write_all(b"GET /metrics HTTP/1.1\r\nhost: janus\r\n\r\n").await;
+        asked.is_ok() && tcp.read(&mut byte).await.is_ok_and(|read| read == 1)
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn prometheus_sees_the_servers_and_a_slow_reader_does_not_keep_janus() {
     let keys = Keys::new();

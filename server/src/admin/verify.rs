@@ -107,8 +107,13 @@ fn select(admin: &Admin, what: Option<&What>) -> Result<Vec<Held>, AdminError> {
     for machine in machines {
         found.extend(machine.snapshots().into_iter().rev().filter(is_wanted));
     }
-    match what.and_then(|what| what.snapshot) {
-        Some(snapshot) if found.is_empty() => Err(AdminError::UnknownSnapshot { snapshot }),
+    match what.filter(|_| found.is_empty()) {
+        Some(What { snapshot: Some(snapshot), .. }) => {
+            Err(AdminError::UnknownSnapshot { snapshot: *snapshot })
+        }
+        Some(What { machine, disk: Some(disk), .. }) => {
+            Err(AdminError::UnknownDisk { machine: machine.clone(), disk: disk.clone() })
+        }
         _ => Ok(found),
     }
 }

@@ -100,6 +100,14 @@ pub enum StoreError {
         /// The new one.
         path: PathBuf,
     },
+    /// Machines' folders are where the other setting has them.
+    #[error("{} is a machine's folder as with separate_folders_by_user = {}: set that back, or `janus-server rebuild` brings all folders where this setting has them", path.display(), !separate)]
+    OtherLayout {
+        /// One of them.
+        path: PathBuf,
+        /// The setting.
+        separate: bool,
+    },
     /// A run's manifest is there, but the disk has failed to make it durable, and to remove it.
     #[error("whether {} is on the disk is unknown, the disk has failed: {source}", path.display())]
     InDoubt {
@@ -314,6 +322,7 @@ impl Store {
     ) -> Result<(Self, HashMap<MachineKey, MachineState>), StoreError> {
         storage.make_folder(root).map_err(StoreError::io("make the image path", root))?;
         let lock = StoreLock::of_store(&storage, root)?;
+        check_layout(&storage, root, separate_folders_by_user)?;
         Self::open_locked(storage, root, separate_folders_by_user, lock)
     }
 
@@ -642,13 +651,34 @@ fn is_folder(storage: &Disk, path: &Path) -> Result<bool, StoreError> {
 }
 
 /// Folders of users, machines or disks: our own start with a dot.
+/// Backups that nobody sees any more would begin anew beside the old ones.
+fn check_layout(storage: &Disk, root: &Path, separate: bool) -> Result<(), StoreError> {
+    let misplaced = |path: PathBuf| Err(StoreError::OtherLayout { path, separate });
+    for first in folders_in(storage, root)? {
+        if separate {
+            if exists(storage, &first.join(MACHINE))? {
+                return misplaced(first);
+            }
+        } else if !exists(storage, &first.join(MACHINE))? {
+            for second in folders_in(storage, &first)? {
+                if exists(storage, &second.join(MACHINE))? {
+                    return misplaced(second);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 fn folders_in(storage: &Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
-    let is_own = |path: &Path| {
-        path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
+    // Our own, and what file systems make in their root, which only root may read.
+    let is_none = |path: &Path| {
+        path.file_name()
+            .is_some_and(|name| name.as_encoded_bytes().starts_with(b".") || name == "lost+found")
     };
     let mut folders = Vec::new();
     for path in list(storage, folder)? {
-        if !is_own(&path) && is_folder(storage, &path)? {
+        if !is_none(&path) && is_folder(storage, &path)? {
             folders.push(path);
         }
     }

@@ -201,15 +201,20 @@ impl Runs {
         }
     }
 
-    /// All of an image was read and compared, beginning at this time.
-    pub fn note_checked(&self, held: &Held, began_ms: i64, damage: Damage) {
+    /// All of an image was read and compared, beginning at this time, and what was `suspected` once more at the end. Other
+    /// damage that is known by now was met after that.
+    pub fn note_checked(&self, held: &Held, began_ms: i64, damage: Damage, suspected: &Damage) {
         let Some(machine) = self.machine(&held.run.machine) else { return };
         let keep = if damage.is_none() { Keep::Later } else { Keep::Now };
         if !damage.is_none() {
             tracing::error!(machine = %machine.key, image = held.snapshot().image, blocks = damage.blocks.blocks(), reason = damage.unusable, "a check found damage");
         }
         self.change(&machine, held, keep, |known| {
+            let mut met = std::mem::take(&mut known.damage);
+            suspected.blocks.iter().for_each(|range| met.blocks.remove(range));
+            met.unusable = met.unusable.filter(|_| suspected.unusable.is_none());
             *known = ImageHealth { proven_ms: began_ms, damage, check: None };
+            known.damage.extend(&met);
         });
     }
 

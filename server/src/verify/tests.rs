@@ -7,6 +7,8 @@ mod scene;
 
 use std::{collections::BTreeMap, fs};
 
+use janus_proto::ids::SEGMENT_BLOCKS;
+
 use self::{
     places::{Place, places},
     scene::{BLOCK, Scene},
@@ -121,6 +123,24 @@ fn a_stopped_check_goes_on_where_it_was() {
     let rest = scene.scrub_some(u64::MAX);
     assert!(first > 0 && rest < scene.data_bytes() + (8 << 20) - first, "{first} + {rest}");
     assert!(scene.wire(&scene.snapshots()[2]).verified_ms > 0);
+}
+
+#[test]
+fn damage_that_others_meet_during_a_check_outlives_it() {
+    let made = Scene::with_three_backups();
+    let scene = made.reopened(made.copy());
+    assert!(scene.scrub_some(1) > 0);
+    // Some of them where the check has been.
+    for place in places(&made, 8).iter().filter(|place| place.kind == "data of the base") {
+        place.damage(scene.root());
+    }
+    let newest = scene.newest();
+    let lost = scene.meet_damage(&newest);
+    assert!(lost.iter().any(|range| range.start < SEGMENT_BLOCKS), "{lost:?}");
+    let met = scene.damaged_blocks(&newest);
+    scene.scrub_some(u64::MAX);
+    assert_eq!(scene.damaged_blocks(&newest), met);
+    assert_eq!(met, lost.blocks());
 }
 
 #[test]

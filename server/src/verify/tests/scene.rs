@@ -264,6 +264,18 @@ impl Scene {
         }
     }
 
+    /// Where the store is.
+    pub fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// What is lost of a snapshot, which is noted as the restore service does.
+    pub fn meet_damage(&self, held: &Held) -> BlockRanges {
+        let lost = self.restore(held).unwrap().lost;
+        self.runs.note_lost(&self.runs.open_for_reading(held).unwrap(), &lost);
+        lost
+    }
+
     /// Reads a snapshot as the restore service does.
     pub fn restore(&self, held: &Held) -> Result<Restored, OpenError> {
         let opened = self.runs.open_for_reading(held)?;
