@@ -4,7 +4,7 @@
 use std::{
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use janus_proto::{
@@ -15,7 +15,7 @@ use janus_proto::{
         BlockRange, CloseSnapshotRequest, Encoding, ErrorReason, HashLevel, OpenSnapshotRequest,
         ReadBlocksRequest, ReadHashesRequest, Snapshot, read_hashes_request::Of,
     },
-    show::amount,
+    show::{amount, date},
     tls::Identity,
 };
 use tokio_util::sync::CancellationToken;
@@ -52,6 +52,19 @@ pub enum RestoreError {
         wanted: String,
         /// Servers that could not be asked.
         hint: String,
+    },
+    /// A server's clock was wrong: which snapshot is the newest can't be told by their times.
+    #[error(
+        "snapshot {snapshot} on server {server} is of {}, in the future: a clock was wrong, and a snapshot of another server may be newer; choose by `janus-client list`: --snapshot ID or --server NAME",
+        date(*committed_ms)
+    )]
+    Future {
+        /// The newest by its time.
+        snapshot: String,
+        /// Its server.
+        server: String,
+        /// Its time, in Unix milliseconds.
+        committed_ms: i64,
     },
     /// It exists where nobody answers.
     #[error("snapshot {snapshot} of {disk} is on server {server}, which can't be reached now")]
@@ -185,6 +198,24 @@ pub struct RestoreReport {
     pub seconds: f64,
 }
 
+/// Servers' clocks may differ from ours by so much.
+const CLOCK: Duration = Duration::from_secs(3600);
+
+/// Snapshots, newest first, are in order of their times only where no clock was ahead, or one server has them all.
+fn check_clock(snapshots: &[Snapshot], now: SystemTime) -> Result<(), RestoreError> {
+    let Some(first) = snapshots.first() else { return Ok(()) };
+    let latest = (now + CLOCK).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let is_ahead = u128::try_from(first.committed_ms).is_ok_and(|ms| ms > latest.as_millis());
+    match is_ahead && snapshots.iter().any(|other| other.server_id != first.server_id) {
+        false => Ok(()),
+        true => Err(RestoreError::Future {
+            snapshot: first.snapshot_id.clone(),
+            server: first.server_id.clone(),
+            committed_ms: first.committed_ms,
+        }),
+    }
+}
+
 impl Restore {
     /// Restores.
     ///
@@ -238,6 +269,7 @@ impl Restore {
             Wanted::Newest(disk) => {
                 let query = query(Some(disk.clone()));
                 let listing = catalog::list(&self.urls, &self.identity, &query).await?;
+                check_clock(&listing.snapshots, SystemTime::now())?;
                 let found = self.newest(listing.snapshots).map(|snapshot| {
                     let own =
                         listing.addresses.into_iter().find(|a| a.server_id == snapshot.server_id);
@@ -516,5 +548,26 @@ async fn keep_open(link: &Link, address: &Address, handle: &str, lease: Duration
             let mut answers = answers.into_inner();
             while let Ok(Some(_)) = answers.message().await {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_of_the_future_is_believed_only_where_nothing_else_can_be_newer() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 30);
+        let of = |server: &str, seconds: i64| Snapshot {
+            server_id: server.into(),
+            committed_ms: ((1 << 30) + seconds) * 1000,
+            ..Snapshot::default()
+        };
+        let check = |snapshots: &[Snapshot]| check_clock(snapshots, now);
+        assert!(check(&[]).is_ok());
+        assert!(check(&[of("a", 60), of("b", 0)]).is_ok());
+        assert!(check(&[of("a", 90_000), of("a", 0)]).is_ok());
+        let error = check(&[of("a", 90_000), of("a", 1), of("b", 0)]).unwrap_err();
+        assert!(error.to_string().contains("--server NAME"), "{error}");
     }
 }

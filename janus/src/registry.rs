@@ -31,6 +31,8 @@ use self::{
 
 /// Servers remembered, reporting or used.
 const MAX_SERVERS: usize = 64;
+/// How long a second store of a server is told of: while both servers run they take turns, within a minute or so.
+const RIVAL_KEPT: Duration = Duration::from_secs(300);
 
 /// A report that isn't taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -215,7 +217,8 @@ impl Registry {
         let is_other = state.version.generation != hello.store_generation;
         match state.last_message {
             Some(_) if is_other => {
-                state.rival = Some(std::mem::take(&mut state.version.generation))
+                let other = std::mem::take(&mut state.version.generation);
+                state.rival = Some((other, Instant::now()));
             }
             Some(_) => {}
             None => state.rival = None,
@@ -275,10 +278,11 @@ impl Registry {
         let mut warnings = differences(&self.settings());
         let inner = self.lock();
         let rivals = inner.servers.iter().filter_map(|(server, state)| {
-            let (own, other) = (&state.version.generation, state.rival.as_ref()?);
-            Some(format!(
+            let (own, (other, seen)) = (&state.version.generation, state.rival.as_ref()?);
+            let warning = format!(
                 "server {server} reports two stores, {own} and {other}: two servers run with its certificate"
-            ))
+            );
+            (seen.elapsed() < RIVAL_KEPT).then_some(warning)
         });
         warnings.extend(rivals);
         warnings

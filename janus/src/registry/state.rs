@@ -98,8 +98,8 @@ pub(super) struct ServerState {
     pub staged: Option<Told>,
     /// Last message of the stream; none while there is no stream.
     pub last_message: Option<Instant>,
-    /// Generation of another store that reported under this name while this one did.
-    pub rival: Option<String>,
+    /// Generation of another store that reported under this name while this one did, and when it last did.
+    pub rival: Option<(String, Instant)>,
     pub settings: Option<pb::SharedSettings>,
     pub vitals: Option<pb::Vitals>,
     pub urls: Vec<String>,

@@ -147,3 +147,18 @@ async fn first_backups_under_way_are_counted() {
     assert_eq!(known(&registry, "u/other", "a").initial_runs, 0, "it has a chain now");
     drop(call);
 }
+
+#[tokio::test(start_paused = true)]
+async fn two_servers_of_one_name_are_told_of_as_long_as_both_are_heard() {
+    let registry = Registry::new();
+    let _real = registry.open_report(&id("a"), &hello("real", 1)).unwrap();
+    let _other = registry.open_report(&id("a"), &hello("other", 1)).unwrap();
+    tokio::time::advance(RIVAL_KEPT / 2).await;
+    assert_eq!(registry.warnings().len(), 1);
+    let _real = registry.open_report(&id("a"), &hello("real", 2)).unwrap();
+    tokio::time::advance(RIVAL_KEPT / 2).await;
+    assert_eq!(registry.warnings().len(), 1);
+    // The other one never came back.
+    tokio::time::advance(RIVAL_KEPT / 2).await;
+    assert_eq!(registry.warnings(), Vec::<String>::new());
+}
