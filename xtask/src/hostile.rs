@@ -13,6 +13,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::noise::Noise;
+
 /// A reader of foreign bytes, as the `fuzz` module of its crate has it.
 #[derive(Clone, Copy)]
 pub struct Target {
@@ -50,73 +52,52 @@ const EXTREMES: &[u64] = &[
     u64::MAX,
 ];
 
-/// Numbers that a seed gives again.
-pub struct Chance(pub u64);
-
-impl Chance {
-    /// The next one.
-    #[allow(clippy::should_implement_trait)] // it has no end
-    pub fn next(&mut self) -> u64 {
-        // SplitMix64.
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    /// One below `end`.
-    pub fn below(&mut self, end: usize) -> usize {
-        (self.next() % end.max(1) as u64) as usize
-    }
-}
-
 /// Changes an input in one way. Places near its beginning are likelier: there the structures are.
-fn mutate(bytes: &mut Vec<u8>, chance: &mut Chance) {
+fn mutate(bytes: &mut Vec<u8>, chance: &mut Noise) {
     if bytes.is_empty() {
-        bytes.push(chance.next() as u8);
+        bytes.push(chance.number() as u8);
         return;
     }
-    let reach = match chance.below(3) {
+    let reach = match chance.index(3) {
         0 => bytes.len(),
         1 => bytes.len().min(2048),
         _ => bytes.len().min(128),
     };
-    let at = chance.below(reach);
-    match chance.below(9) {
-        0 => bytes[at] ^= 1 << chance.below(8),
-        1 => bytes[at] = chance.next() as u8,
-        2 | 3 => overwrite(bytes, at, EXTREMES[chance.below(EXTREMES.len())], chance),
+    let at = chance.index(reach);
+    match chance.index(9) {
+        0 => bytes[at] ^= 1 << chance.index(8),
+        1 => bytes[at] = chance.number() as u8,
+        2 | 3 => overwrite(bytes, at, EXTREMES[chance.index(EXTREMES.len())], chance),
         4 => {
-            let near = EXTREMES[chance.below(EXTREMES.len())].wrapping_sub(chance.next() % 3);
+            let near = EXTREMES[chance.index(EXTREMES.len())].wrapping_sub(chance.number() % 3);
             overwrite(bytes, at, near, chance);
         }
         5 => bytes.truncate(at),
         6 => {
-            let end = (at + chance.below(64)).min(bytes.len());
-            bytes[at..end].fill(if chance.below(2) == 0 { 0 } else { 0xff });
+            let end = (at + chance.index(64)).min(bytes.len());
+            bytes[at..end].fill(if chance.index(2) == 0 { 0 } else { 0xff });
         }
         7 => {
-            let (len, from) = (chance.below(128), chance.below(bytes.len()));
+            let (len, from) = (chance.index(128), chance.index(bytes.len()));
             let part: Vec<u8> = bytes[from..].iter().take(len).copied().collect();
             let end = (at + part.len()).min(bytes.len());
             bytes[at..end].copy_from_slice(&part[..end - at]);
         }
         _ => {
-            let more = chance.below(600);
-            bytes.resize(bytes.len() + more, chance.next() as u8);
+            let more = chance.index(600);
+            bytes.resize(bytes.len() + more, chance.number() as u8);
         }
     }
 }
 
 /// Puts a number where some field may be, in either order of bytes.
-fn overwrite(bytes: &mut [u8], at: usize, value: u64, chance: &mut Chance) {
-    let width = [1, 2, 4, 8][chance.below(4)];
-    let number = match chance.below(2) {
+fn overwrite(bytes: &mut [u8], at: usize, value: u64, chance: &mut Noise) {
+    let width = [1, 2, 4, 8][chance.index(4)];
+    let number = match chance.index(2) {
         0 => value.to_le_bytes()[..width].to_vec(),
         _ => value.to_be_bytes()[8 - width..].to_vec(),
     };
-    let at = if chance.below(4) == 0 { at } else { at - at % width };
+    let at = if chance.index(4) == 0 { at } else { at - at % width };
     let end = (at + width).min(bytes.len());
     bytes[at..end].copy_from_slice(&number[..end - at]);
 }
@@ -169,12 +150,12 @@ pub fn hammer(package: &str, target: &Target) {
     let most = number("JANUS_FUZZ_ROUNDS").unwrap_or(ROUNDS);
     let soak = std::env::var_os("JANUS_SOAK").is_some();
     println!("{name}: {} inputs, JANUS_FUZZ_SEED={seed}", inputs.len());
-    let (mut chance, begun, mut rounds) = (Chance(seed), Instant::now(), 0);
+    let (mut chance, begun, mut rounds) = (Noise::new(seed), Instant::now(), 0);
     inputs.iter().for_each(|input| run_once(target, input));
     let before = peak_bytes();
     while if soak { begun.elapsed() < SOAK } else { rounds < most } {
-        let mut input = inputs[chance.below(inputs.len())].clone();
-        (0..=chance.below(4)).for_each(|_| mutate(&mut input, &mut chance));
+        let mut input = inputs[chance.index(inputs.len())].clone();
+        (0..=chance.index(4)).for_each(|_| mutate(&mut input, &mut chance));
         run_once(target, &input);
         rounds += 1;
     }

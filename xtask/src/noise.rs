@@ -31,6 +31,11 @@ impl Noise {
         if limit == 0 { 0 } else { self.number() % limit }
     }
 
+    /// A place in a list of so many; 0 when it is empty.
+    pub fn index(&mut self, len: usize) -> usize {
+        self.below(len as u64) as usize
+    }
+
     /// Fills `bytes`.
     pub fn fill(&mut self, bytes: &mut [u8]) {
         for piece in bytes.chunks_mut(8) {

@@ -41,8 +41,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
             Some(announcing.await.map_err(Failure::failed)??)
         }
     };
-    let told = bitmaps.as_ref().map(Announced::variables).into_iter().flatten();
-    let told: Vec<_> = told.collect();
+    let told: Vec<_> = bitmaps.iter().flat_map(Announced::variables).collect();
     let mut told: Vec<_> = told.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let limit = Duration::from_secs(settings.hook_seconds);
     let pre = Hook { setting: "pre_backup", words: &settings.pre_backup, limit };

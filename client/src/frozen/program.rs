@@ -26,7 +26,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// Bytes of output that are taken; a listing of 10,000 volumes has about 2 MiB.
 const MAX_OUTPUT: u64 = 16 << 20;
 /// Bytes of an error that are shown.
-const MAX_SHOWN: usize = 400;
+pub(crate) const MAX_SHOWN: usize = 400;
 
 /// Why a program has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -163,7 +163,7 @@ fn wait_until(child: &mut Child, until: Instant) -> io::Result<Option<ExitStatus
 }
 
 /// What a program said, in one line.
-fn words(stderr: &[u8]) -> String {
+pub(crate) fn words(stderr: &[u8]) -> String {
     let text = String::from_utf8_lossy(&stderr[..stderr.len().min(MAX_SHOWN)]);
     text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
 }

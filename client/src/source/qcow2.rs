@@ -27,6 +27,7 @@ use rustix::fs::MemfdFlags;
 use serde::Deserialize;
 
 use crate::{
+    frozen::program::{MAX_SHOWN, words},
     journal::Distrust,
     nbd::{Limits, NbdError, NbdMedium, bitmap},
 };
@@ -53,8 +54,6 @@ const PAUSE: Duration = Duration::from_millis(20);
 const GRANULARITY: u64 = 64 << 10;
 /// Older bitmaps that are kept and looked at; the last committed run's is the oldest of them.
 const MAX_OLD: usize = 4;
-/// Bytes of an answer that are shown.
-const MAX_SHOWN: usize = 400;
 
 /// Why such an image can't be read.
 #[derive(Debug, thiserror::Error)]
@@ -226,12 +225,6 @@ fn run(command: &mut Command) -> Result<Output, Qcow2Error> {
         return Ok(output);
     }
     Err(Qcow2Error::Failed { program: QEMU_IMG, words: words(&output.stderr) })
-}
-
-/// What a program said, in one line.
-fn words(stderr: &[u8]) -> String {
-    let text = String::from_utf8_lossy(&stderr[..stderr.len().min(MAX_SHOWN)]);
-    text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
 /// Reads what `qemu-img info` says: for fuzzers.

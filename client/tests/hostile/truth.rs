@@ -12,7 +12,7 @@ use janus_client::{
     source::view::ReadAt,
 };
 use janus_proto::ranges::Ranges;
-use xtask::hostile::Chance;
+use xtask::noise::Noise;
 
 use super::{images, targets};
 
@@ -57,19 +57,19 @@ fn damage<'a>(
     image: &'a [u8],
     structures: &[Range<u64>],
     is_ntfs: bool,
-    chance: &mut Chance,
+    chance: &mut Noise,
 ) -> Damaged<'a> {
     let mut bytes = BTreeMap::new();
-    let one = chance.below(structures.len());
-    for _ in 0..=chance.below(8) {
+    let one = chance.index(structures.len());
+    for _ in 0..=chance.index(8) {
         // Short ones have their share: a log is long.
-        let place = &structures[if is_ntfs { one } else { chance.below(structures.len()) }];
-        let at = place.start + chance.below((place.end - place.start) as usize) as u64;
+        let place = &structures[if is_ntfs { one } else { chance.index(structures.len()) }];
+        let at = place.start + chance.index((place.end - place.start) as usize) as u64;
         let old = image[at as usize];
-        let new = match chance.below(4) {
-            0 => old ^ 1 << chance.below(8),
-            1 => [0, 0xFF, 1, 0x80][chance.below(4)],
-            _ => chance.next() as u8,
+        let new = match chance.index(4) {
+            0 => old ^ 1 << chance.index(8),
+            1 => [0, 0xFF, 1, 0x80][chance.index(4)],
+            _ => chance.number() as u8,
         };
         bytes.insert(at, new);
     }
@@ -77,7 +77,7 @@ fn damage<'a>(
 }
 
 /// Plays rounds; `round` says whether the damage was refused.
-fn play(name: &str, mut round: impl FnMut(&mut Chance) -> bool) {
+fn play(name: &str, mut round: impl FnMut(&mut Noise) -> bool) {
     let number = |name| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap());
     let usual = if std::env::var_os("JANUS_SOAK").is_some() { SOAK_ROUNDS } else { ROUNDS };
     let rounds = number("JANUS_FUZZ_ROUNDS").unwrap_or(usual);
@@ -85,7 +85,7 @@ fn play(name: &str, mut round: impl FnMut(&mut Chance) -> bool) {
     let first = first.unwrap_or_else(|| u64::from(std::process::id()) << 32);
     println!("{name}: JANUS_FUZZ_SEED={first}");
     let refused = (first..first + rounds).filter(|seed| {
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| round(&mut Chance(*seed))))
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| round(&mut Noise::new(*seed))))
             .unwrap_or_else(|_| panic!("{name}: JANUS_FUZZ_SEED={seed} JANUS_FUZZ_ROUNDS=1"))
     });
     println!("{name}: {} of {rounds} refused, the others true", refused.count());
