@@ -27,7 +27,7 @@ pub mod vhd;
 pub mod vhdx;
 
 pub use any::{Absorber, Format, Image, Layout, set_identity};
-pub use layers::Layers;
+pub use layers::{Layers, Places};
 pub use payload::{PAYLOAD_BYTES, Payload, UNIT_BYTES};
 
 /// Size and sectors of a disk.

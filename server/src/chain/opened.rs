@@ -4,6 +4,7 @@
 //! must hold it. The second needs no image but that one, so a chain with a lost image still gives what the others hold.
 
 use std::{
+    collections::VecDeque,
     io,
     ops::Range,
     path::{Path, PathBuf},
@@ -21,7 +22,7 @@ use super::{
     table::{Table, TableError, TableStack},
 };
 use crate::{
-    image::{Format, Image, ImageError, Layers, Parent, Source},
+    image::{Format, Image, ImageError, Layers, Parent, Places, Source},
     storage::{Access, Disk, File},
 };
 
@@ -203,9 +204,9 @@ impl OpenedSnapshot {
         Some(image.as_parent(name.rsplit('/').next().unwrap_or(name)))
     }
 
-    /// A reader's look ahead.
+    /// A reader that looks ahead.
     pub fn ahead(&self) -> Ahead<'_> {
-        Ahead { opened: self, known: 0..0 }
+        Ahead { opened: self, structures: 0..0, segments: VecDeque::new() }
     }
 
     /// Fills `buffer` from byte `offset` of the disk on, through the images.
@@ -218,29 +219,60 @@ impl OpenedSnapshot {
     }
 }
 
-/// Lets the disk begin with what is read next: a chain lies in many places, and one after another each costs the disk's
-/// latency.
+/// Reads in order, looks up where each segment is just once, and lets the disk begin with what is read next: a chain lies in
+/// many places, and one after another each costs the disk's latency.
 pub struct Ahead<'a> {
     opened: &'a OpenedSnapshot,
-    /// Bytes of the disk whose places are being read.
-    known: Range<u64>,
+    /// Bytes of the disk whose structures are being read.
+    structures: Range<u64>,
+    /// Segments that were looked up last.
+    segments: VecDeque<Places>,
 }
 
 impl Ahead<'_> {
     /// Bytes of the disk whose structures are asked for at once: 32 KiB of each image.
     const STRUCTURES: u64 = 128 << 20;
+    /// Of one segment the last message is in the making while the next is looked up.
+    const SEGMENTS: usize = 3;
 
-    /// A segment is read soon.
+    /// A segment is read soon. What can't be looked up is left to its reader.
     pub fn segment(&mut self, segment: u64) {
         let Some(layers) = &self.opened.layers else { return };
         let disk_bytes = self.opened.tables.disk_bytes();
         let bytes = segment * SEGMENT_BYTES..((segment + 1) * SEGMENT_BYTES).min(disk_bytes);
-        if !self.known.contains(&bytes.start) {
-            let end = (bytes.start / Self::STRUCTURES + 1) * Self::STRUCTURES;
-            self.known = bytes.start..end.min(disk_bytes);
-            layers.will_need_structures(&self.known);
+        if bytes.is_empty() || self.segments.iter().any(|places| places.range() == bytes) {
+            return;
         }
-        layers.will_need(bytes);
+        if !self.structures.contains(&bytes.start) {
+            let end = (bytes.start / Self::STRUCTURES + 1) * Self::STRUCTURES;
+            self.structures = bytes.start..end.min(disk_bytes);
+            layers.will_need_structures(&self.structures);
+        }
+        let Ok(places) = layers.look_up(bytes) else { return };
+        if self.segments.len() == Self::SEGMENTS {
+            self.segments.pop_front();
+        }
+        self.segments.push_back(places);
+    }
+
+    /// Fills `buffer` from byte `offset` of the disk on.
+    ///
+    /// # Errors
+    /// As [`OpenedSnapshot::read_at`].
+    pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ImageError> {
+        let (mut at, mut rest) = (offset, buffer);
+        while !rest.is_empty() {
+            let until_end = SEGMENT_BYTES - at % SEGMENT_BYTES;
+            let (piece, after) = rest.split_at_mut(rest.len().min(until_end as usize));
+            let places = self.segments.iter().find(|places| places.range().contains(&at));
+            match (places, &self.opened.layers) {
+                (Some(places), Some(layers)) => layers.read_places(places, at, piece)?,
+                _ => self.opened.read_at(at, piece)?,
+            }
+            at += piece.len() as u64;
+            rest = after;
+        }
+        Ok(())
     }
 }
 

@@ -69,28 +69,49 @@ impl Layers {
         }
     }
 
-    /// Lets the disk begin with a range that is read soon, where it lies in many places. What can't be looked up is left to
-    /// its reader.
-    pub fn will_need(&self, range: Range<u64>) {
-        if range.is_empty() {
-            return;
+    /// Where a range is that is read soon, and lets the disk begin with it where it lies in many places. Ask for large ranges
+    /// in pieces.
+    ///
+    /// # Errors
+    /// When an image is damaged or can't be read.
+    pub fn look_up(&self, range: Range<u64>) -> Result<Places, ImageError> {
+        let places = Places(self.stretches(range)?);
+        self.tell(&places.0);
+        Ok(places)
+    }
+
+    /// Fills `buffer` from byte `offset` of the disk on, all of which `places` know.
+    ///
+    /// # Errors
+    /// As [`Self::read_at`].
+    pub fn read_places(
+        &self,
+        places: &Places,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), ImageError> {
+        let end = offset + buffer.len() as u64;
+        let first = places.0.partition_point(|stretch| stretch.range.end <= offset);
+        let mut at = offset;
+        for stretch in places.0[first..].iter().take_while(|stretch| stretch.range.start < end) {
+            let range = at..stretch.range.end.min(end);
+            let part = &mut buffer[(range.start - offset) as usize..(range.end - offset) as usize];
+            match stretch.from {
+                Some((image, start)) => self.images[image]
+                    .read_file_at(part, start + (range.start - stretch.range.start))?,
+                None => part.fill(0),
+            }
+            at = range.end;
         }
-        if let Ok(stretches) = self.stretches(range) {
-            self.tell(&stretches);
+        if at == end {
+            return Ok(());
         }
+        Err(ImageError::impossible(format!("byte {at} of the disk was not looked up")))
     }
 
     fn read_piece(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ImageError> {
-        let stretches = self.stretches(offset..offset + buffer.len() as u64)?;
-        self.tell(&stretches);
-        for Stretch { range, from } in stretches {
-            let part = &mut buffer[(range.start - offset) as usize..(range.end - offset) as usize];
-            match from {
-                Some((image, at)) => self.images[image].read_file_at(part, at)?,
-                None => part.fill(0),
-            }
-        }
-        Ok(())
+        let places = self.look_up(offset..offset + buffer.len() as u64)?;
+        self.read_places(&places, offset, buffer)
     }
 
     /// Short stretches one after another cost the disk's latency each; told of all, it reads them side by side.
@@ -104,33 +125,79 @@ impl Layers {
         }
     }
 
-    /// Where a range is: goes down layer by layer with the stretches that no layer above had.
+    /// Where a range is, in order: goes down layer by layer with the stretches that no layer above had. Each image is asked
+    /// once, for all of them together.
     fn stretches(&self, range: Range<u64>) -> Result<Vec<Stretch>, ImageError> {
         let (mut found, mut open) = (Vec::new(), vec![range]);
         for (number, image) in self.images.iter().enumerate() {
+            let (Some(first), Some(last)) = (open.first(), open.last()) else { break };
+            let extents = image.extents(first.start..last.end)?;
             let mut below = Vec::new();
-            for range in open {
-                for (range, source) in image.extents(range)? {
-                    match source {
-                        Source::File(at) => {
-                            found.push(Stretch { range, from: Some((number, at)) });
-                        }
-                        Source::Zero => found.push(Stretch { range, from: None }),
-                        Source::Parent => below.push(range),
+            for (range, source) in common(&open, &extents) {
+                let from = match source {
+                    Source::Parent => {
+                        below.push(range);
+                        continue;
                     }
-                }
-            }
-            if below.is_empty() {
-                return Ok(found);
+                    Source::File(at) => Some((number, at)),
+                    Source::Zero => None,
+                };
+                found.push(Stretch { range, from });
             }
             open = below;
         }
-        // A base never answers `Parent`, and `new` saw to it that the last image is one.
-        Err(ImageError::BrokenChain { reason: "its oldest image refers to a parent" })
+        if !open.is_empty() {
+            // A base never answers `Parent`, and `new` saw to it that the last image is one.
+            return Err(ImageError::BrokenChain { reason: "its oldest image refers to a parent" });
+        }
+        found.sort_unstable_by_key(|stretch| stretch.range.start);
+        Ok(found)
+    }
+}
+
+/// The parts of `extents` that lie in the ranges of `open`; both ascend.
+fn common<'a>(
+    open: &'a [Range<u64>],
+    extents: &'a [(Range<u64>, Source)],
+) -> impl Iterator<Item = (Range<u64>, Source)> + 'a {
+    let (mut wanted, mut known) = (0, 0);
+    std::iter::from_fn(move || {
+        loop {
+            let (open, (extent, source)) = (open.get(wanted)?, extents.get(known)?);
+            let range = open.start.max(extent.start)..open.end.min(extent.end);
+            if open.end <= extent.end {
+                wanted += 1;
+            } else {
+                known += 1;
+            }
+            if range.is_empty() {
+                continue;
+            }
+            let source = match *source {
+                Source::File(at) => Source::File(at + (range.start - extent.start)),
+                other => other,
+            };
+            return Some((range, source));
+        }
+    })
+}
+
+/// Where the stretches of a range of the disk are, in order and without gaps.
+#[derive(Debug)]
+pub struct Places(Vec<Stretch>);
+
+impl Places {
+    /// The range, in bytes of the disk.
+    pub fn range(&self) -> Range<u64> {
+        match (self.0.first(), self.0.last()) {
+            (Some(first), Some(last)) => first.range.start..last.range.end,
+            _ => 0..0,
+        }
     }
 }
 
 /// A piece of the disk, and where it is: in which image and where in its file, or nowhere, for zeros.
+#[derive(Debug)]
 struct Stretch {
     range: Range<u64>,
     from: Option<(usize, u64)>,
@@ -153,4 +220,24 @@ pub(super) fn check_link(child: &Image, parent: &Image) -> Result<(), ImageError
         return Err(ImageError::damaged("parent and child have different sector sizes"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stretches_are_cut_to_what_no_layer_above_had() {
+        let open = [2..4, 6..9, 20..30];
+        let extents = [(0..3, Source::File(100)), (3..8, Source::Parent), (8..25, Source::Zero)];
+        let found: Vec<_> = common(&open, &extents).collect();
+        let expected = [
+            (2..3, Source::File(102)),
+            (3..4, Source::Parent),
+            (6..8, Source::Parent),
+            (8..9, Source::Zero),
+            (20..25, Source::Zero),
+        ];
+        assert_eq!(found, expected);
+    }
 }

@@ -21,7 +21,7 @@ use super::{
     too_short,
 };
 use crate::chain::{
-    opened::{OpenedSnapshot, Salvage},
+    opened::{Ahead, OpenedSnapshot, Salvage},
     ranges::BlockRanges,
 };
 
@@ -38,6 +38,7 @@ pub(crate) fn send_blocks(
 ) -> BlockRanges {
     let mut message = Message {
         opened,
+        ahead: opened.ahead(),
         encoding,
         name_damaged,
         answers,
@@ -56,6 +57,7 @@ pub(crate) fn send_blocks(
 /// One message in the making.
 struct Message<'a> {
     opened: &'a OpenedSnapshot,
+    ahead: Ahead<'a>,
     encoding: pb::Encoding,
     name_damaged: bool,
     answers: &'a Answers<pb::ReadBlocksResponse>,
@@ -73,17 +75,17 @@ impl Message<'_> {
         let (opened, size) = (self.opened, self.size_bytes());
         let is_zero =
             |segment| digests.get(segment as usize) == Some(&zero_segment_of(size, segment));
-        let mut ahead = opened.ahead();
         let mut parts = ranges.iter().cloned().flat_map(by_segment).peekable();
         while let Some(part) = parts.next() {
             let segment = part.start / SEGMENT_BLOCKS;
             let next = parts.peek().map(|part| part.start / SEGMENT_BLOCKS);
-            if let Some(next) = next.filter(|next| *next != segment && !is_zero(*next)) {
-                ahead.segment(next);
-            }
             if is_zero(segment) {
                 self.add(part.start, part.end - part.start, true);
                 continue;
+            }
+            self.ahead.segment(segment);
+            if let Some(next) = next.filter(|next| !is_zero(*next)) {
+                self.ahead.segment(next);
             }
             match opened.tables.segment(segment) {
                 Ok(all) => self.add_blocks(part, &all)?,
@@ -184,7 +186,7 @@ impl Message<'_> {
             let end = (extent.end() * BLOCK_BYTES).min(self.size_bytes());
             let len = (end - extent.first * BLOCK_BYTES) as usize;
             let piece = &mut data[at..at + len];
-            self.opened.read_at(extent.first * BLOCK_BYTES, piece).ok()?;
+            self.ahead.read_at(extent.first * BLOCK_BYTES, piece).ok()?;
             hash_blocks(piece, &mut found);
             at += len;
         }
