@@ -303,6 +303,15 @@ fn as_root_a_full_disk_takes_backups_again_after_retention() {
     let all: Vec<usize> = (0..kept.copies.len()).collect();
     kept.assert_listed(&all);
 
+    // Others take the rest to the last block: the server starts all the same.
+    let mut filler = fs::File::create(store.folder().join("filler")).unwrap();
+    let error = std::io::copy(&mut std::io::repeat(7), &mut filler).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    filler.sync_all().unwrap();
+    fs::write(store.folder().join("more"), [7; 4096]).unwrap_err();
+    kept.site.stop_server(SERVER).unwrap();
+    kept.site.start_server(SERVER).unwrap();
+
     let done = kept.json(&["retention", "run", "--now", "--force"]);
     println!("{done}");
     let kept_now = &all[all.len() - 2..];

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use janus_proto::{
     channel::Target,
     log::{LogFormat, LogPlan},
-    settings::Loader,
+    settings::{Loader, check_listen},
 };
 use serde::{Deserialize, Serialize};
 
@@ -171,6 +171,15 @@ impl Settings {
     /// Names the key and the way out.
     pub fn check(&self) -> Result<(), ConfigError> {
         let invalid = |key, reason: &str| Err(ConfigError { key, reason: reason.to_string() });
+        for (key, address) in [
+            ("listen", &self.listen),
+            ("health_listen", &self.health_listen),
+            ("metrics_listen", &self.metrics_listen),
+        ] {
+            if key == "listen" || !address.is_empty() {
+                check_listen(address).map_err(|reason| ConfigError { key, reason })?;
+            }
+        }
         if !(10..=60_000).contains(&self.probe_ms) {
             return invalid("probe_ms", "must be 10 to 60000");
         }

@@ -82,6 +82,7 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     memory::keep_large_blocks();
+    program::allow_open_files();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(error, 1),
@@ -107,7 +108,8 @@ fn for_one_call(
         }
         false => fail(error, code),
     };
-    let settings = config::loader().load(matches, std::env::vars_os());
+    // A janus in the process of a server has its settings in that one's file.
+    let settings = config::loader().or_section("janus").load(matches, std::env::vars_os());
     let settings = settings.map_err(|error| failed(&error, USAGE))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     Ok((settings, runtime.map_err(|error| failed(&error, 1))?))

@@ -8,6 +8,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 use crate::tls::Identity;
 
 /// Listens for SIGTERM and SIGINT from now on; the future ends at the first of them. Needs a tokio runtime.
@@ -23,6 +25,18 @@ pub fn stop_signal() -> io::Result<impl Future<Output = ()> + Send + 'static> {
             _ = interrupt.recv() => {}
         }
     })
+}
+
+/// Allows this process as many open files as the system lets it: of each chain that is read, every link's files are open, and
+/// systemd and shells start with 1024.
+pub fn allow_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// Reads certificate, key and CA again, and says in the log what came of it. Blocks on the file system.

@@ -6,7 +6,10 @@
 //! An `Option` key must serialize as null, not be skipped, or it is unknown here. A key whose default is an empty table takes a
 //! table of any names, in the file alone: it has neither variable nor flag.
 
-use std::{collections::BTreeMap, ffi::OsString, fmt, fs, marker::PhantomData, path::PathBuf};
+use std::{
+    collections::BTreeMap, ffi::OsString, fmt, fs, marker::PhantomData, net::Ipv6Addr,
+    path::PathBuf,
+};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use serde::{Serialize, de::DeserializeOwned};
@@ -86,12 +89,29 @@ impl fmt::Display for Place {
     }
 }
 
+/// Checks what a program is to listen on: `HOST:PORT`, where an IPv6 address stands in brackets.
+///
+/// # Errors
+/// Says what is expected.
+pub fn check_listen(address: &str) -> Result<(), String> {
+    let is_host = |host: &str| match host.strip_prefix('[') {
+        Some(rest) => rest.strip_suffix(']').is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok()),
+        None => !host.is_empty() && !host.contains([':', '/', ' ']),
+    };
+    match address.rsplit_once(':') {
+        Some((host, port)) if is_host(host) && port.parse::<u16>().is_ok() => Ok(()),
+        _ => Err(format!("{address:?} is not HOST:PORT, such as 0.0.0.0:7420 or [::]:7420")),
+    }
+}
+
 /// Makes a `T` of all layers.
 pub struct Loader<T> {
     prefix: &'static str,
     texts: BTreeMap<String, &'static str>,
     defaults: Value,
     keys: Vec<Key>,
+    /// Section of a larger program's file that may hold all keys instead.
+    section: Option<&'static str>,
     settings: PhantomData<fn() -> T>,
 }
 
@@ -108,7 +128,21 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         // A settings struct that can't be shown as JSON has no keys: every test of its program would fail.
         let defaults = serde_json::to_value(T::default()).unwrap_or(Value::Null);
         let keys = known_keys(&defaults);
-        Self { prefix, texts: BTreeMap::new(), defaults, keys, settings: PhantomData }
+        Self {
+            prefix,
+            texts: BTreeMap::new(),
+            defaults,
+            keys,
+            section: None,
+            settings: PhantomData,
+        }
+    }
+
+    /// Takes also the file of a larger program, which has these settings in a section.
+    #[must_use]
+    pub fn or_section(mut self, section: &'static str) -> Self {
+        self.section = Some(section);
+        self
     }
 
     /// One line of help for keys, by dotted name.
@@ -189,9 +223,12 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
     fn parse(&self, path: PathBuf, text: &str) -> Result<Vec<Override<'_>>, SettingsError> {
         let is_table =
             |name: &str| self.keys.iter().any(|key| key.kind == Kind::Table && key.name == name);
-        let found = keys::toml_values(text, &is_table).map_err(|(line, reason)| {
+        let mut found = keys::toml_values(text, &is_table).map_err(|(line, reason)| {
             SettingsError::Syntax { place: Place::File { path: path.clone(), line }, reason }
         })?;
+        if let Some(section) = self.section {
+            keys::only_section(&mut found, section);
+        }
         let mut overrides = Vec::new();
         for (name, line, value) in found {
             let place = Place::File { path: path.clone(), line: Some(line) };

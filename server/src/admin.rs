@@ -215,6 +215,9 @@ impl Admin {
     /// # Errors
     /// As [`AdminError`] says.
     pub fn run(&self, command: Command, task: &Task<'_>) -> Result<Answer, AdminError> {
+        if !matches!(command, Command::Usage(_) | Command::Verify(_)) {
+            self.runs.store().give_spare();
+        }
         match command {
             Command::Usage(arguments) => usage::run(self, &arguments, task),
             Command::Retention(action) => retention::run(self, &action, task),

@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use janus_proto::{
     ids::check_name,
     log::{LogFormat, LogPlan},
+    settings::check_listen,
 };
 use serde::{Deserialize, Serialize};
 
@@ -158,6 +159,11 @@ impl Settings {
     pub fn check(&self) -> Result<(), ConfigError> {
         let invalid =
             |key, reason: &str| Err(ConfigError::Invalid { key, reason: reason.to_owned() });
+        for (key, address) in [("listen", &self.listen), ("health_listen", &self.health_listen)] {
+            if key == "listen" || !address.is_empty() {
+                check_listen(address).map_err(|reason| ConfigError::Invalid { key, reason })?;
+            }
+        }
         if self.lease_seconds == 0 || self.lease_seconds > 3600 {
             return invalid("lease_seconds", "must be 1 to 3600");
         }

@@ -182,6 +182,7 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
     if settings.router().is_some() {
         memory::keep_large_blocks();
     }
+    program::allow_open_files();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(error, 1),

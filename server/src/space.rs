@@ -84,7 +84,11 @@ pub async fn watch(
 ) {
     loop {
         let runs = runs.clone();
-        let asked = crate::blocking(move || Space::ask(runs.store(), reserve)).await;
+        let asked = crate::blocking(move || {
+            runs.store().keep_spare();
+            Space::ask(runs.store(), reserve)
+        });
+        let asked = asked.await;
         if let Ok(Some(space)) = asked {
             is_low.send_if_modified(|is_low| {
                 let was_low = std::mem::replace(is_low, space.is_low(*is_low));

@@ -132,6 +132,18 @@ fn a_manifest_that_can_be_read_again_counts_again_and_one_that_cannot_is_named()
 }
 
 #[test]
+fn images_whose_manifests_are_gone_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, _) = chain(folder.path(), 3);
+    model.close();
+    for sequence in [2, 3] {
+        fs::remove_file(machine(&model).join(format!(".runs/{sequence:08}.json"))).unwrap();
+    }
+    let plan = unlocked(|| rebuild::plan(&Disk::default(), &model.folder, true));
+    assert_eq!(plan.images_of_nobody(), 2, "{:?}", plan.steps);
+}
+
+#[test]
 fn an_open_run_ends_and_its_files_are_kept() {
     let folder = tempfile::tempdir().unwrap();
     let (mut model, runs) = chain(folder.path(), 3);

@@ -216,6 +216,14 @@ pub(super) fn toml_values(
     Ok(found)
 }
 
+/// Takes the values of a section for all, where the file has it.
+pub(super) fn only_section(found: &mut Vec<TomlValue>, section: &str) {
+    let own = |name: &str| Some(name.strip_prefix(section)?.strip_prefix('.')?.to_owned());
+    if found.iter().any(|(name, ..)| own(name).is_some()) {
+        found.retain_mut(|(name, ..)| own(name).map(|own| *name = own).is_some());
+    }
+}
+
 fn collect_values(
     spans: &DeTable<'_>,
     values: &Value,

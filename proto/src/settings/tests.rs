@@ -172,3 +172,30 @@ fn changes_are_named_also_in_tables() {
     new.users.insert("alice/web".into(), Limits { probe_ms: 1 });
     assert_eq!(changed_keys(&old, &new, &["listen"]), ["limits.probe_ms", "users.alice/web"]);
 }
+
+#[test]
+fn a_file_of_a_larger_program_has_them_in_a_section() {
+    let loader = Loader::<Settings>::new("JANUS_ROUTER").or_section("janus");
+    let listen = |text: &str| {
+        let overrides = loader.parse("all.toml".into(), text)?;
+        loader.merge(overrides).map(|settings| settings.listen)
+    };
+    assert_eq!(
+        listen("other = 1\n[janus]\nlisten = \"in\"\n[janus.limits]\nprobe_ms = 1").unwrap(),
+        "in"
+    );
+    assert_eq!(listen("listen = \"own\"").unwrap(), "own");
+    let error = listen("[janus]\nlistn = 1").unwrap_err().to_string();
+    assert!(error.starts_with("all.toml line 2: unknown key \"listn\""), "{error}");
+}
+
+#[test]
+fn addresses_to_listen_on_have_a_port() {
+    for right in ["0.0.0.0:7420", "[::]:7420", "[::1]:0", "localhost:1"] {
+        check_listen(right).unwrap();
+    }
+    for wrong in ["", "7420", ":7420", "::1:7420", "[x]:1", "0.0.0.0:99999", "https://a:1", "a b:1"]
+    {
+        check_listen(wrong).unwrap_err();
+    }
+}

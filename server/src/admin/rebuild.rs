@@ -24,9 +24,13 @@ pub(super) fn run(
 ) -> Result<Answer, AskError> {
     if dry_run {
         let plan = rebuild::plan(storage, root, separate)?;
+        let nameless = plan.images_of_nobody();
         let steps = plan_text(&plan, root);
-        let text = format!("{steps}Nothing was changed: this is what a rebuild would do.\n");
-        let is_bad = !plan.unread.is_empty();
+        let text = format!(
+            "{steps}{}Nothing was changed: this is what a rebuild would do.\n",
+            nameless_text(nameless)
+        );
+        let is_bad = nameless > 0 || !plan.unread.is_empty();
         return Ok(Answer { is_bad, ..Answer::new(text, plan_json(&plan, root, true)) });
     }
     let rebuilt = rebuild::rebuild(storage, root, separate)?;
@@ -45,14 +49,16 @@ pub(super) fn run(
     json["store_generation"] = json!(generation);
     json["snapshots"] = snapshots.iter().map(Looked::json).collect();
     let bad = snapshots.iter().filter(|one| one.wrong.is_some()).count();
+    let nameless = rebuilt.plan.images_of_nobody();
     let text = format!(
-        "{}{}{} snapshots, {bad} of them can't be read as a whole; the store is {generation} from now on.\n\
+        "{}{}{}{} snapshots, {bad} of them can't be read as a whole; the store is {generation} from now on.\n\
          `janus-server verify` compares all blocks with their hashes.\n",
         plan_text(&rebuilt.plan, root),
         snapshots_text(&snapshots),
+        nameless_text(nameless),
         snapshots.len(),
     );
-    let is_bad = bad > 0 || !rebuilt.plan.unread.is_empty();
+    let is_bad = bad > 0 || nameless > 0 || !rebuilt.plan.unread.is_empty();
     Ok(Answer { is_bad, ..Answer::new(text, json) })
 }
 
@@ -116,6 +122,17 @@ fn snapshots_text(snapshots: &[Looked]) -> String {
         rows.push(vec![snapshot.id.to_string(), date(one.held.run.committed_ms), disk, readable]);
     }
     table(&rows)
+}
+
+/// A rebuild that loses snapshots must not look like one that finds all.
+fn nameless_text(images: usize) -> String {
+    match images {
+        0 => String::new(),
+        images => format!(
+            "{images} images belong to no snapshot, since no manifest (.runs/*.json) names them: bring the manifests back and \
+             rebuild again, or open the images with other programs.\n"
+        ),
+    }
 }
 
 fn plan_text(plan: &Plan, root: &Path) -> String {

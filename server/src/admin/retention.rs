@@ -30,7 +30,7 @@ pub enum Action {
 }
 
 /// Arguments of `retention run`.
-#[derive(Debug, Clone, PartialEq, Eq, Args, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args, Serialize, Deserialize)]
 pub struct RunArguments {
     /// Only this machine
     #[arg(value_name = "USER/MACHINE")]
@@ -59,11 +59,19 @@ pub(super) fn run(admin: &Admin, action: &Action, task: &Task<'_>) -> Result<Ans
 fn plan(admin: &Admin, only: Option<&MachineKey>, task: &Task<'_>) -> Result<Answer, AdminError> {
     let mut rows = vec![["MACHINE", "COMMITTED", "RUN", "", "WHY"].map(String::from).to_vec()];
     let (mut machines, mut notes) = (Vec::new(), String::new());
-    let (mut drops, mut runs) = (0, 0);
+    let (mut drops, mut runs, mut is_bad) = (0, 0, false);
     for machine in admin.machines(only)? {
         task.check()?;
-        let plan = admin.retention().plan(&machine)?;
         let name = machine.key.to_string();
+        let plan = match admin.retention().plan(&machine) {
+            Ok(plan) => plan,
+            Err(error) => {
+                notes.push_str(&format!("{name}: {error}\n"));
+                machines.push(json!({ "machine": name, "error": error.to_string() }));
+                is_bad = true;
+                continue;
+            }
+        };
         rows.extend(plan.runs.iter().map(|planned| row(&name, planned)));
         drops += plan.drops().count();
         runs += plan.runs.len();
@@ -73,7 +81,8 @@ fn plan(admin: &Admin, only: Option<&MachineKey>, task: &Task<'_>) -> Result<Ans
         machines.push(plan_json(&name, &plan));
     }
     let text = format!("{}{notes}{drops} of {runs} runs would go\n", table(&rows));
-    Ok(Answer::new(text, json!({ "machines": machines, "drops": drops, "runs": runs })))
+    let answer = json!({ "machines": machines, "drops": drops, "runs": runs });
+    Ok(Answer { is_bad, ..Answer::new(text, answer) })
 }
 
 fn row(machine: &str, planned: &Planned) -> Vec<String> {
@@ -121,7 +130,8 @@ fn plan_json(machine: &str, plan: &Plan) -> Value {
 /// What became of one machine.
 struct Done {
     machine: MachineKey,
-    carried: Carried,
+    /// What was dropped, or why that can't be told: one machine's damaged file keeps no other's backups.
+    carried: Result<Carried, String>,
     purge: PurgeReport,
 }
 
@@ -134,10 +144,13 @@ fn carry_out(
     let mut all = Vec::new();
     for machine in admin.machines(arguments.machine.as_ref())? {
         task.check()?;
-        let carried = admin.retention().carry_out(&machine, arguments.force)?;
-        if !carried.dropped.is_empty() {
-            task.tell(format!("{}: {} runs dropped, purging", machine.key, carried.dropped.len()));
+        let carried = admin.retention().carry_out(&machine, arguments.force);
+        if let Ok(Carried { dropped, .. }) = &carried
+            && !dropped.is_empty()
+        {
+            task.tell(format!("{}: {} runs dropped, purging", machine.key, dropped.len()));
         }
+        let carried = carried.map_err(|error| error.to_string());
         let purge = admin.retention().purge(&machine.key, false, task.token());
         all.push(Done { machine: machine.key.clone(), carried, purge });
     }
@@ -155,23 +168,28 @@ fn carry_out(
 
 impl Done {
     fn is_stopped(&self, force: bool) -> bool {
-        self.carried.plan.stop.is_some() && !force
+        self.carried.as_ref().map_or(true, |carried| carried.plan.stop.is_some() && !force)
     }
 
     fn text(&self) -> String {
         let machine = &self.machine;
         let mut text = String::new();
-        match &self.carried.plan.stop {
-            Some(stop) if self.carried.dropped.is_empty() => {
-                text.push_str(&format!("{machine}: nothing goes without --force: {stop}\n"));
+        let purged = self.purge.purged.len();
+        match &self.carried {
+            Err(error) => {
+                text.push_str(&format!("{machine}: nothing dropped, {purged} purged: {error}\n"));
             }
-            _ => text.push_str(&format!(
-                "{machine}: {} runs dropped, {} purged\n",
-                self.carried.dropped.len(),
-                self.purge.purged.len()
-            )),
+            Ok(Carried { plan, dropped, .. }) => match &plan.stop {
+                Some(stop) if dropped.is_empty() => {
+                    text.push_str(&format!("{machine}: nothing goes without --force: {stop}\n"));
+                }
+                _ => text.push_str(&format!(
+                    "{machine}: {} runs dropped, {purged} purged\n",
+                    dropped.len()
+                )),
+            },
         }
-        for (run, why) in &self.carried.waiting {
+        for (run, why) in self.carried.iter().flat_map(|carried| &carried.waiting) {
             text.push_str(&format!("  run {run} waits: {why}\n"));
         }
         for (snapshot, why) in &self.purge.waiting {
@@ -183,11 +201,14 @@ impl Done {
     fn json(&self) -> Value {
         let ids = |runs: &[BackupId]| runs.iter().map(ToString::to_string).collect::<Vec<_>>();
         let waiting = self.purge.waiting.iter().map(|(id, why)| (id.to_string(), why.to_string()));
-        let blocked = self.carried.waiting.iter().map(|(id, why)| (id.to_string(), why.clone()));
+        let carried = self.carried.as_ref().ok();
+        let blocked = carried.iter().flat_map(|carried| &carried.waiting);
+        let blocked = blocked.map(|(id, why)| (id.to_string(), why.clone()));
         json!({
             "machine": self.machine,
-            "stop": self.carried.plan.stop.as_ref().map(ToString::to_string),
-            "dropped": ids(&self.carried.dropped),
+            "error": self.carried.as_ref().err(),
+            "stop": carried.and_then(|carried| carried.plan.stop.as_ref()).map(ToString::to_string),
+            "dropped": carried.map(|carried| ids(&carried.dropped)).unwrap_or_default(),
             "purged": ids(&self.purge.purged),
             "waiting": blocked.chain(waiting).map(|(id, why)| json!({ "id": id, "why": why })).collect::<Vec<_>>(),
         })

@@ -18,7 +18,7 @@ use super::{
     socket::AdminSocket,
     *,
 };
-use crate::chain::store::Store;
+use crate::chain::store::{Counters, Store};
 
 fn settings(image_path: &Path) -> Settings {
     Settings { image_path: image_path.to_owned(), ..Settings::default() }
@@ -126,4 +126,27 @@ async fn unknown_machines_and_nonsense_get_an_answer() {
     }
     asked(&path, usage()).await.unwrap();
     holder.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_machines_damaged_pins_stop_no_others_retention() {
+    let (_folder, path) = folder_for(0);
+    let (store, _) = Store::open(&path, true).unwrap();
+    for key in ["alice/bad", "alice/good"] {
+        store.save_counters(&key.parse().unwrap(), Counters::default()).unwrap();
+    }
+    let pins = store.machine_folder(&"alice/bad".parse().unwrap()).join(".pins.json");
+    fs::write(&pins, "{}").unwrap();
+    drop(store);
+    for action in [
+        retention::Action::Run(retention::RunArguments::default()),
+        retention::Action::Plan { machine: None },
+    ] {
+        let answer = asked(&path, Command::Retention(action)).await.unwrap();
+        assert!(answer.is_bad && answer.text.contains("remove it and pin again"), "{answer:?}");
+        let machines = answer.json["machines"].as_array().unwrap();
+        assert_eq!(machines.len(), 2);
+        assert!(machines[0]["error"].is_string() && machines[1]["error"].is_null(), "{machines:?}");
+    }
+    assert!(pins.exists());
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! <image_path>/.moved.json, .moving.json               see [`relocate`]
 //! <image_path>/.store.json                             id of the store, count of starts; .store.lock is held while in use
+//! <image_path>/.spare                                  space for a full disk: see [`spare`]
 //! <image_path>/<user>/<machine>/.machine.json          use counter
 //! <image_path>/<user>/<machine>/.pins.json             pinned snapshots
 //! <image_path>/<user>/<machine>/.health.json           what is known of the images: see [`super::health`]
@@ -18,12 +19,14 @@
 //! of what stands before it. A crash leaves each file old or new. Images that no manifest and no open run names are
 //! moved to `<disk>/set-aside/` at start, never deleted.
 
+mod folders;
 mod merges;
 mod pins;
 mod publish;
 pub mod rebuild;
 mod records;
 pub mod relocate;
+mod spare;
 mod trash;
 
 use std::{
@@ -39,6 +42,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::records::{parse, with_sum};
 pub(super) use self::records::{read, read_or_put_aside, write};
 use self::{
+    folders::{check_layout, exists, files_in, folders_in, free_name, is_folder, list},
     publish::take_back,
     records::{DAMAGED, put_aside},
 };
@@ -333,6 +337,7 @@ impl Store {
         separate_folders_by_user: bool,
         lock: StoreLock,
     ) -> Result<(Self, HashMap<MachineKey, MachineState>), StoreError> {
+        spare::give_if_full(&storage, root);
         let file_path = root.join(STORE);
         let mut file = match read_or_put_aside::<StoreFile>(&storage, &file_path)? {
             Some(file) => file,
@@ -354,6 +359,7 @@ impl Store {
                 machines.insert(key, state);
             }
         }
+        store.keep_spare();
         Ok((store, machines))
     }
 
@@ -626,67 +632,4 @@ fn set_aside_unknown(
         }
     }
     Ok(())
-}
-
-/// This name, or one like it that nothing has.
-fn free_name(storage: &Disk, path: &Path) -> Result<PathBuf, StoreError> {
-    if !exists(storage, path)? {
-        return Ok(path.to_owned());
-    }
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}", uuid::Uuid::now_v7().simple()));
-    Ok(path.with_file_name(name))
-}
-
-fn list(storage: &Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
-    storage.list(folder).map_err(StoreError::io("list", folder))
-}
-
-fn exists(storage: &Disk, path: &Path) -> Result<bool, StoreError> {
-    storage.exists(path).map_err(StoreError::io("look for", path))
-}
-
-fn is_folder(storage: &Disk, path: &Path) -> Result<bool, StoreError> {
-    storage.is_folder(path).map_err(StoreError::io("look at", path))
-}
-
-/// Folders of users, machines or disks: our own start with a dot.
-/// Backups that nobody sees any more would begin anew beside the old ones.
-fn check_layout(storage: &Disk, root: &Path, separate: bool) -> Result<(), StoreError> {
-    let misplaced = |path: PathBuf| Err(StoreError::OtherLayout { path, separate });
-    for first in folders_in(storage, root)? {
-        if separate {
-            if exists(storage, &first.join(MACHINE))? {
-                return misplaced(first);
-            }
-        } else if !exists(storage, &first.join(MACHINE))? {
-            for second in folders_in(storage, &first)? {
-                if exists(storage, &second.join(MACHINE))? {
-                    return misplaced(second);
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-fn folders_in(storage: &Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
-    // Our own, and what file systems make in their root, which only root may read.
-    let is_none = |path: &Path| {
-        path.file_name()
-            .is_some_and(|name| name.as_encoded_bytes().starts_with(b".") || name == "lost+found")
-    };
-    let mut folders = Vec::new();
-    for path in list(storage, folder)? {
-        if !is_none(&path) && is_folder(storage, &path)? {
-            folders.push(path);
-        }
-    }
-    Ok(folders)
-}
-
-fn files_in(storage: &Disk, folder: &Path, extension: &str) -> Result<Vec<PathBuf>, StoreError> {
-    let mut paths = list(storage, folder)?;
-    paths.retain(|path| path.extension().is_some_and(|found| found == extension));
-    Ok(paths)
 }

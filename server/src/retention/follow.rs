@@ -70,6 +70,7 @@ fn day(now_ms: i64, at: Time) -> i64 {
 
 /// Carries the plan of one machine or of all out, and purges what is due. What fails is logged and tried again next time.
 fn look_after(retention: &Retention, only: Option<&MachineKey>, stop: &CancellationToken) {
+    retention.runs.store().give_spare();
     let machines = match only {
         Some(key) => retention.runs.machine(key).into_iter().collect(),
         None => retention.runs.machines(),

@@ -2,8 +2,9 @@
 
 use std::{
     collections::HashSet,
-    fs, io,
-    os::unix::fs::DirBuilderExt as _,
+    fs::{self, OpenOptions},
+    io,
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -12,6 +13,7 @@ use std::{
 };
 
 use janus_proto::direct::DirectFile;
+use rustix::fs::{FallocateFlags, fallocate};
 
 use super::{Access, File, Handle, Metadata, Op, Verdict, Watcher};
 
@@ -245,6 +247,20 @@ impl Disk {
     pub fn space(&self, path: &Path) -> io::Result<(u64, u64)> {
         let stat = rustix::fs::statvfs(path)?;
         Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
+    }
+
+    /// Makes a file that takes this much space, unless it is there. Only ever a help: what fails leaves nothing, and no watcher
+    /// is asked.
+    pub fn allocate(&self, path: &Path, bytes: u64) {
+        let is_there = || fs::metadata(path).is_ok_and(|file| file.len() >= bytes);
+        if self.watcher.is_some() || is_there() {
+            return;
+        }
+        let made =
+            OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+        if !made.is_ok_and(|file| fallocate(&file, FallocateFlags::empty(), 0, bytes).is_ok()) {
+            let _ = fs::remove_file(path);
+        }
     }
 
     /// Does `work` on a thread of its own, which ends by itself; in place when somebody watches.

@@ -24,7 +24,15 @@ impl Store {
     /// # Errors
     /// When the file is there and can't be read.
     pub fn pins(&self, machine: &MachineKey) -> Result<BTreeSet<SnapshotId>, StoreError> {
-        let file = read::<PinsFile>(&self.storage, &self.machine_folder(machine).join(PINS))?;
+        let path = self.machine_folder(machine).join(PINS);
+        let file = read::<PinsFile>(&self.storage, &path).map_err(|error| match error {
+            StoreError::Damaged { path, reason } => {
+                let out =
+                    "what it pinned isn't known: bring the file back, or remove it and pin again";
+                StoreError::Damaged { path, reason: format!("{reason}; {out}") }
+            }
+            other => other,
+        })?;
         Ok(file.map(|file| file.snapshots).unwrap_or_default())
     }
 

@@ -18,9 +18,9 @@ use std::{
 use janus_proto::ids::{MachineKey, StoreGeneration};
 
 pub use self::steps::Step;
-use self::survey::Folders;
+use self::survey::{Folders, NOBODYS};
 use super::{FORMAT, MachineState, Store, StoreError, StoreFile, StoreLock, read, write};
-use crate::storage::Disk;
+use crate::{image::Format, storage::Disk};
 
 /// What was or would be done.
 #[derive(Debug, Default)]
@@ -37,6 +37,13 @@ impl Plan {
         let renew = Step::Renew(root.to_owned());
         let steps = [renew].into_iter().chain(folders.steps.clone()).collect();
         Self { steps, unread: Vec::new() }
+    }
+
+    /// Finished images that no manifest names.
+    pub fn images_of_nobody(&self) -> usize {
+        let is_image = |path: &Path| path.to_str().and_then(Format::of_name).is_some();
+        let moved = |step: &&Step| matches!(step, Step::Move { from, why, .. } if *why == NOBODYS && is_image(from));
+        self.steps.iter().filter(moved).count()
     }
 }
 

@@ -319,12 +319,15 @@ impl Survey<'_> {
                     continue;
                 }
                 let to = free_name(self.storage, &aside(&from))?;
-                plan.steps.push(Step::Move { from, to, why: "no manifest names it" });
+                plan.steps.push(Step::Move { from, to, why: NOBODYS });
             }
         }
         Ok(())
     }
 }
+
+/// Why a file goes out of the way that nothing names.
+pub(super) const NOBODYS: &str = "no manifest names it";
 
 /// Number that a manifest's name begins with.
 fn number_of(path: &Path) -> Option<u64> {
