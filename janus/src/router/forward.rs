@@ -122,7 +122,8 @@ impl Router {
         }
     }
 
-    /// A pinned call: this server or UNAVAILABLE.
+    /// A pinned call: this server or UNAVAILABLE, soon where the server has died; an upload waits for its own time-outs, since
+    /// on a slow line its blocks may be all that travels.
     async fn to_owner(
         &self,
         route: Route,
@@ -151,26 +152,28 @@ impl Router {
         let run = self.run_call(&caller, &server);
         let meter = run.as_ref().map(|run| run.meter().clone());
         let asked = out.headers.get(metadata::USE).cloned();
-        let place = out.place.clone();
-        match wire(&link, route).send(out.request(&upstream, meter)).await {
-            Ok(response) => {
+        let (place, is_stream) = (out.place.clone(), matches!(out.payload, Payload::Stream(_)));
+        let sent = wire(&link, route).send(out.request(&upstream, meter));
+        let answer = match is_stream {
+            true => Ok(sent.await),
+            false => while_alive(&upstream, &link, sent).await,
+        };
+        let failed = match answer {
+            Ok(Ok(response)) => {
                 let stopwatch = self.stopwatch(route, true, &caller);
                 let mut response = returning(response, &upstream, run, place, stopwatch);
                 self.note_end(&response, route, true, &caller);
                 self.note_start(&caller, &mut response, &upstream, claim, asked);
-                Ok(response)
+                return Ok(response);
             }
-            Err(error) => {
-                let status = match error {
-                    SendError::Unsent(_, error) => {
-                        unreachable(&janus_proto::channel::explain_error(&error))
-                    }
-                    SendError::Lost(error) => broken(&upstream.name(), &error),
-                };
-                upstream.counters().errors.note_status(&status);
-                Err(status)
+            Ok(Err(SendError::Unsent(_, error))) => {
+                unreachable(&janus_proto::channel::explain_error(&error))
             }
-        }
+            Ok(Err(SendError::Lost(error))) => broken(&upstream.name(), &error),
+            Err(silence) => unreachable(&silence),
+        };
+        upstream.counters().errors.note_status(&failed);
+        Err(failed)
     }
 
     /// An unpinned call: the servers in order, until one takes it.

@@ -395,6 +395,22 @@ async fn an_upload_on_a_frozen_server_ends_after_a_while() {
 }
 
 #[tokio::test]
+async fn a_pinned_call_to_a_frozen_server_ends_soon() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let janus = janus(&keys, &[a.address(), b.address()]).await;
+    let mut client = client(&keys, &janus.url).await;
+    let on_a = || pinned(start_request().into_inner());
+    client.start_backup(on_a()).await.unwrap();
+    a.line.freeze();
+    let begun = Instant::now();
+    let lost = client.start_backup(on_a()).await.unwrap_err();
+    assert_eq!(reason(&lost), Some(ErrorReason::ServerUnreachable), "{lost}");
+    assert!(lost.message().contains("no answer for"), "{lost}");
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
 async fn methods_from_the_future_are_forwarded_and_foreign_ones_are_not() {
     let keys = Keys::new();
     let a = Backend::new(&keys, "a").await;
