@@ -25,7 +25,7 @@ use std::{
 };
 
 use janus_proto::{
-    hash::{segment_digest, zero_segment_of},
+    hash::{segment_digest, table_digest, zero_segment_of},
     ids::{
         BLOCK_BYTES, BlockHash, DiskId, SEGMENT_BLOCKS, ServerId, SnapshotId, StoreGeneration,
         block_count, segment_count,
@@ -38,6 +38,7 @@ mod compact;
 mod cursor;
 mod engine;
 mod layer;
+mod look;
 mod manifest;
 mod place;
 mod segment_set;
@@ -46,7 +47,11 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use self::{block_set::MustSend, stage::Stage};
+pub use self::{
+    block_set::MustSend,
+    look::{KnownServer, Summary, summaries},
+    stage::Stage,
+};
 
 use self::{block_set::BlockSet, cursor::Cursor, engine::Engine, place::Place, state::State};
 use crate::delta::SEGMENT_WORDS;
@@ -309,6 +314,36 @@ impl DiskCache {
     /// `Io` or `Damaged`.
     pub fn forget_cursor(&self) -> Result<(), CacheError> {
         self.shared.change(|next| std::mem::take(&mut next.cursor).digest().is_some())
+    }
+
+    /// Reads all that is stored and compares it with its sums; where a server has exactly T, the whole with that snapshot's table
+    /// digest, too. Returns how many servers that proved.
+    ///
+    /// # Errors
+    /// `Damaged`, as [`DiskCache::segment`] or when the whole is another.
+    pub fn verify(&self) -> Result<usize, CacheError> {
+        let digest = table_digest(self.shared.size_bytes, &self.segment_digests()?);
+        let mut proven = 0;
+        for server in self.servers() {
+            let Some(head) = self.head(&server).filter(|_| self.must_send(&server).is_same())
+            else {
+                continue;
+            };
+            if head.table_digest != digest {
+                let what = format!("its hashes are not those of snapshot {}", head.snapshot_id);
+                return Err(CacheError::Damaged { path: self.shared.place.path().into(), what });
+            }
+            proven += 1;
+        }
+        Ok(proven)
+    }
+
+    /// Removes all that is known of `disk` in folder `dir`.
+    ///
+    /// # Errors
+    /// `Busy` when another process has it, `Io` when it can't be removed.
+    pub fn remove(dir: &Path, disk: &DiskId) -> Result<(), CacheError> {
+        Place::lock(dir.join(disk.as_str()))?.clear()
     }
 
     /// Forgets what `server` has: its next backup compares first. Durable when it returns.

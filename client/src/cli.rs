@@ -1,6 +1,7 @@
 //! Commands of `janus-client`: arguments, output, exit codes. One file per command.
 
 mod backup;
+mod cache;
 mod dry_run;
 mod failure;
 mod list;
@@ -22,7 +23,12 @@ use janus_proto::{
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-pub use self::{dry_run::dry_run, failure::Failure, sources::sources};
+pub use self::{
+    cache::{cache_here, needs_server},
+    dry_run::dry_run,
+    failure::Failure,
+    sources::sources,
+};
 use crate::{
     config::Settings,
     frozen::watchdog,
@@ -137,6 +143,23 @@ pub fn command() -> Command {
                 .arg(Arg::new("disk").required(true).value_name("DISK").help("Its id")),
         ))
         .subcommand(with_flags(
+            Command::new("cache")
+                .about("Show, check, make anew or forget what is remembered of disks and servers")
+                .arg(
+                    Arg::new("action")
+                        .required(true)
+                        .value_parser(cache::ACTIONS)
+                        .help("What to do; only rebuild asks servers"),
+                )
+                .arg(Arg::new("disk").value_name("DISK").help("Only this disk, by its id"))
+                .arg(
+                    Arg::new("server")
+                        .long("server")
+                        .value_name("NAME")
+                        .help("For forget: only what this server has"),
+                ),
+        ))
+        .subcommand(with_flags(
             Command::new("sources").about("List disks, their volumes, and how each can be backed up"),
         ))
         .subcommand(with_flags(Command::new("status").about("Show the servers as janus sees them")))
@@ -202,6 +225,7 @@ pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<
     }
     match name {
         "backup" => backup::run(matches, context).await,
+        "cache" => cache::rebuild(matches, context).await,
         "list" => list::run(matches, context).await,
         "restore" => restore::run(matches, context).await,
         "trust-journal" => trust::run(matches, context).await,

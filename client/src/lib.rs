@@ -17,6 +17,7 @@ pub mod nbd;
 pub mod progress;
 pub mod reading;
 pub mod reconcile;
+pub mod relearn;
 pub mod restore;
 pub mod scan;
 pub mod source;

@@ -54,6 +54,9 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     if name == "sources" {
         return cli::sources(&settings);
     }
+    if name == "cache" && !cli::needs_server(matches) {
+        return cli::cache_here(&settings, matches);
+    }
     let is_dry = name == "backup" && matches.get_flag("dry-run");
     let load = || Identity::load(&settings.cert, &settings.key, &settings.ca);
     let identity = if is_dry { None } else { Some(load()?) };

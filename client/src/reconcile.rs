@@ -1,9 +1,9 @@
-//! Hashes of what a session holds, read from its server: segment digests first, block hashes only where they differ.
+//! Hashes of what a session or a snapshot holds, read from its server: segment digests first, block hashes only where they differ.
 
 use futures::{Stream, StreamExt, TryStreamExt, future, stream};
 use janus_proto::{
     error::WireError,
-    ids::{BlockHash, SEGMENT_BLOCKS, ServerId, SessionId, block_count, segment_count},
+    ids::{BlockHash, SEGMENT_BLOCKS, ServerId, block_count, segment_count},
     model::{MAX_HASHES, MAX_RANGES},
     pb::{BlockRange, HashLevel, ReadHashesRequest, ReadHashesResponse, read_hashes_request::Of},
 };
@@ -30,30 +30,29 @@ pub enum ReconcileError {
     Ended,
 }
 
-/// A session to be read from.
+/// Content to be read from a server: a session's, or an opened snapshot's.
 #[derive(Debug, Clone)]
-pub struct SessionReader {
+pub struct HashReader {
     /// Connection.
     pub link: Link,
-    /// The session's run and server.
+    /// The server, and the session's run.
     pub address: Address,
-    /// The session.
-    pub session: SessionId,
+    /// What.
+    pub of: Of,
     /// Size of its disk.
     pub size_bytes: u64,
 }
 
-impl SessionReader {
+impl HashReader {
     /// Digests of all segments, as a commit would store them now.
     ///
     /// # Errors
     /// When the call fails or the answer isn't complete.
     pub async fn segment_digests(&self) -> Result<Vec<BlockHash>, LinkError> {
-        let of = Of::SessionId(self.session.to_string());
-        read_segment_digests(&self.link, &self.address, of, self.size_bytes).await
+        read_segment_digests(&self.link, &self.address, self.of.clone(), self.size_bytes).await
     }
 
-    /// Makes the cache's table equal to the session's content; returns how many segments differed. `head` when that
+    /// Makes the cache's table equal to this content; returns how many segments differed. `head` when that
     /// is the content of the server's head.
     ///
     /// # Errors
@@ -145,8 +144,7 @@ impl SessionReader {
         ranges: Vec<BlockRange>,
     ) -> Result<impl Stream<Item = Result<(u64, Vec<BlockHash>), LinkError>> + use<>, LinkError>
     {
-        let of = Of::SessionId(self.session.to_string());
-        read(&self.link, &self.address, of, level, ranges).await
+        read(&self.link, &self.address, self.of.clone(), level, ranges).await
     }
 }
 

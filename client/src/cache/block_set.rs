@@ -175,6 +175,11 @@ impl MustSend {
         self.set.tail == 0
     }
 
+    /// The server's head is T, size and all.
+    pub fn is_same(&self) -> bool {
+        self.set.is_empty()
+    }
+
     /// No block has to go but those that differ from T.
     pub fn is_nothing(&self) -> bool {
         self.set.is_empty() || (self.set.pages.is_empty() && self.set.tail >= self.blocks)

@@ -368,7 +368,8 @@ fn sync_tree(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-fn allocated(folder: &Path) -> io::Result<u64> {
+/// What a folder takes on the file system.
+pub(super) fn allocated(folder: &Path) -> io::Result<u64> {
     let mut bytes = 0;
     for entry in fs::read_dir(folder)? {
         let entry = entry?;

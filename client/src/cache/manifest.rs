@@ -46,6 +46,9 @@ pub(super) struct StoredLayer {
 pub(super) struct StoredServer {
     pub(super) head: Head,
     pub(super) changed: StoredSet,
+    /// For people.
+    #[serde(default)]
+    pub(super) changed_blocks: Option<u64>,
 }
 
 /// Where a set of blocks is.

@@ -11,7 +11,8 @@ use super::CacheError;
 
 const CURRENT: &str = "CURRENT";
 const CURRENT_NEW: &str = "CURRENT.new";
-const LOCK: &str = "lock";
+/// Held while a cache is open.
+pub(super) const LOCK: &str = "lock";
 const DATABASE: &str = "db-";
 const CURSOR: &str = "cursor-";
 /// A larger file isn't read.
@@ -51,12 +52,7 @@ impl Place {
     }
 
     pub(super) fn read_current(&self) -> Result<Option<Vec<u8>>, CacheError> {
-        let path = self.path.join(CURRENT);
-        match fs::read(&path) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(CacheError::Io { path, source }),
-        }
+        read_current(&self.path)
     }
 
     /// Replaces `CURRENT`: a crash leaves the old one or the new one. Durable when it returns.
@@ -147,21 +143,60 @@ impl Place {
     }
 
     fn entries(&self, prefix: &str) -> Result<Vec<PathBuf>, CacheError> {
-        let read = || -> io::Result<Vec<PathBuf>> {
-            let mut found = Vec::new();
-            for entry in fs::read_dir(&self.path)? {
-                let entry = entry?;
-                if entry.file_name().to_string_lossy().starts_with(prefix) {
-                    found.push(entry.path());
+        entries(&self.path, prefix)
+    }
+
+    /// Removes everything but the lock.
+    pub(super) fn clear(&self) -> Result<(), CacheError> {
+        // CURRENT first: without it the rest is nobody's, whenever a crash comes.
+        for path in [self.path.join(CURRENT), self.path.join(CURRENT_NEW)] {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(at(&path)(error));
                 }
+                _ => {}
             }
-            Ok(found)
-        };
-        read().map_err(at(&self.path))
+        }
+        for path in self.entries(CURSOR)? {
+            fs::remove_file(&path).map_err(at(&path))?;
+        }
+        for path in [self.entries(DATABASE)?, self.entries(QUARANTINE)?].concat() {
+            fs::remove_dir_all(&path).map_err(at(&path))?;
+        }
+        Ok(())
     }
 }
 
-fn at(path: &Path) -> impl Fn(io::Error) -> CacheError + use<> {
+/// The bytes of a folder's `CURRENT`, which is always whole.
+pub(super) fn read_current(folder: &Path) -> Result<Option<Vec<u8>>, CacheError> {
+    let path = folder.join(CURRENT);
+    match fs::read(&path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(CacheError::Io { path, source }),
+    }
+}
+
+/// Whether a database was moved aside.
+pub(super) fn has_quarantine(folder: &Path) -> Result<bool, CacheError> {
+    entries(folder, QUARANTINE).map(|found| !found.is_empty())
+}
+
+fn entries(folder: &Path, prefix: &str) -> Result<Vec<PathBuf>, CacheError> {
+    let read = || -> io::Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(prefix) {
+                found.push(entry.path());
+            }
+        }
+        Ok(found)
+    };
+    read().map_err(at(folder))
+}
+
+pub(super) fn at(path: &Path) -> impl Fn(io::Error) -> CacheError + use<> {
     let path = path.to_path_buf();
     move |source| CacheError::Io { path: path.clone(), source }
 }

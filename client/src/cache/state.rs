@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use janus_proto::{
     hash::{zero_block, zero_hash},
-    ids::{BlockHash, SEGMENT_BLOCKS, ServerId, block_len},
+    ids::{BlockHash, SEGMENT_BLOCKS, ServerId, block_count, block_len},
 };
 
 use super::{
     CacheError, Head, Servers,
-    block_set::BlockSet,
+    block_set::{BlockSet, MustSend},
     blocks_in,
     cursor::Cursor,
     engine::{BLOCKS, Engine, HASHES, Key, SEGMENTS},
@@ -88,7 +88,7 @@ impl State {
         for layer in stored.layers {
             state.layers.push(load_layer(engine, &layer)?);
         }
-        for (server, StoredServer { head, changed }) in stored.servers {
+        for (server, StoredServer { head, changed, .. }) in stored.servers {
             let known = Known {
                 head: Some(head),
                 changed: load_set(engine, changed)?,
@@ -188,7 +188,9 @@ impl State {
 
     fn manifest(&self, database: u64) -> Manifest {
         let server = |(id, known): (&ServerId, &Known)| {
-            Some((id.clone(), StoredServer { head: known.head?, changed: known.stored? }))
+            let count = MustSend::new(known.changed.clone(), block_count(self.size_bytes)).count();
+            let (head, changed) = (known.head?, known.stored?);
+            Some((id.clone(), StoredServer { head, changed, changed_blocks: Some(count) }))
         };
         Manifest {
             format: FORMAT,

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use janus_proto::{
     hash,
     ids::{BlockHash, SEGMENT_BLOCKS, block_count, segment_count},
+    pb::read_hashes_request::Of,
 };
 
 use super::{Run, Session, TransferError};
@@ -14,7 +15,7 @@ use crate::{
     delta::SegmentBits,
     progress::Progress,
     reading::{Planned, Reading},
-    reconcile::SessionReader,
+    reconcile::HashReader,
     scan::{HashTable, Scanned, SessionContent},
     source::Source,
 };
@@ -136,11 +137,11 @@ impl DiskTransfer {
     }
 
     /// Reads the session's hashes.
-    pub fn reader(&self, run: &Run, session: &Session) -> SessionReader {
-        SessionReader {
+    pub fn reader(&self, run: &Run, session: &Session) -> HashReader {
+        HashReader {
             link: run.link.clone(),
             address: run.address(),
-            session: session.id,
+            of: Of::SessionId(session.id.to_string()),
             size_bytes: self.source.size_bytes(),
         }
     }

@@ -41,6 +41,7 @@ const SOURCE_MODULES: &[&str] = &[
 /// Whole-system tests that belong to another group than `main-job`. Some stand where minutes are left, not where their subject is.
 const PLACED: &[(&str, &str)] = &[
     ("admin", "store"),
+    ("caches", "restore"),
     ("damage", "restore"),
     ("frozen", "sources"),
     ("vhd", "restore"),

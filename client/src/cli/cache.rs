@@ -1,0 +1,257 @@
+//! `janus-client cache show|verify|rebuild|forget`.
+
+use std::{fmt::Write, path::Path};
+
+use clap::ArgMatches;
+use janus_proto::{
+    ids::{DiskId, SEGMENT_BYTES, ServerId},
+    show::amount,
+};
+use serde_json::json;
+
+use super::{Context, Failure, Outcome, opening};
+use crate::{
+    cache::{self, CacheError, DiskCache, FreshReason, Summary},
+    catalog::{self, Query},
+    config::Settings,
+    frozen::Snapshots,
+    relearn::{self, Learnt},
+    source::Source,
+    state::MachineState,
+};
+
+/// What can be done, as the command line names it.
+pub(super) const ACTIONS: [&str; 4] = ["show", "verify", "rebuild", "forget"];
+
+/// Whether servers have to be asked.
+pub fn needs_server(matches: &ArgMatches) -> bool {
+    action(matches) == "rebuild"
+}
+
+fn action(matches: &ArgMatches) -> &str {
+    matches.get_one::<String>("action").map_or("show", String::as_str)
+}
+
+fn wanted(matches: &ArgMatches) -> Result<Option<DiskId>, Failure> {
+    Ok(matches.get_one::<String>("disk").map(|disk| disk.parse()).transpose()?)
+}
+
+/// What needs neither a server nor a certificate. Blocks.
+///
+/// # Errors
+/// When the folder can't be used, a cache is in use, or a disk has none.
+pub fn cache_here(settings: &Settings, matches: &ArgMatches) -> Result<Outcome, Failure> {
+    let (folder, disk) = (settings.cache_path.as_path(), wanted(matches)?);
+    let mut found = cache::summaries(folder)?;
+    if let Some(disk) = &disk {
+        found.retain(|summary| summary.disk_id == *disk);
+        if found.is_empty() {
+            let message = format!("{} holds no hash cache of disk {disk}", folder.display());
+            return Err(Failure::usage(message));
+        }
+    }
+    match action(matches) {
+        "verify" => verify(folder, &found),
+        "forget" => {
+            let server = matches.get_one::<String>("server");
+            let server = server.map(|name| name.parse()).transpose()?;
+            forget(folder, disk.as_ref(), server.as_ref(), &found)
+        }
+        _ => Ok(show(folder, &found)),
+    }
+}
+
+fn show(folder: &Path, found: &[Summary]) -> Outcome {
+    let mut text = String::new();
+    for summary in found {
+        show_one(&mut text, summary);
+    }
+    if found.is_empty() {
+        let _ = writeln!(text, "{}: no hash caches", folder.display());
+    }
+    Outcome { json: json!({ "ok": true, "cache_path": folder, "disks": found }), text }
+}
+
+fn show_one(text: &mut String, summary: &Summary) {
+    let Summary { disk_id, size_bytes, generation, layers, .. } = summary;
+    let takes = amount(summary.allocated_bytes);
+    match &summary.problem {
+        Some(problem) => {
+            let _ = writeln!(text, "{disk_id}: {problem}; takes {takes}");
+        }
+        None => {
+            let (size, hashes) = (amount(*size_bytes), amount(summary.hash_bytes));
+            let _ = writeln!(
+                text,
+                "{disk_id}: a disk of {size}, {hashes} of hashes in {layers} layers, generation {generation}; takes {takes}"
+            );
+            let journal = if summary.has_cursor { "can be asked" } else { "everything is read" };
+            let _ = writeln!(text, "  change journals: {journal}");
+        }
+    }
+    if summary.was_damaged {
+        let _ = writeln!(
+            text,
+            "  a damaged one was moved aside (quarantine-*, removed by `cache forget {disk_id}`)"
+        );
+    }
+    for known in &summary.servers {
+        let changed = known.changed_blocks.map_or("?".into(), |blocks| {
+            amount(blocks.saturating_mul(janus_proto::ids::BLOCK_BYTES))
+        });
+        let (server, snapshot) = (&known.server, known.head.snapshot_id);
+        let _ = writeln!(text, "  {server}: snapshot {snapshot}, changed since: {changed}");
+    }
+}
+
+/// Reads all values; a damaged cache is moved aside as a backup would.
+fn verify(folder: &Path, found: &[Summary]) -> Result<Outcome, Failure> {
+    let (mut text, mut disks, mut bad) = (String::new(), Vec::new(), Vec::new());
+    for summary in
+        found.iter().filter(|summary| summary.size_bytes > 0 || summary.problem.is_some())
+    {
+        let (disk, size) = (&summary.disk_id, summary.size_bytes.max(SEGMENT_BYTES));
+        let cache = DiskCache::open(folder, disk, size)?;
+        let damage = match cache.fresh_reason() {
+            Some(FreshReason::New) => None,
+            Some(reason) => Some(reason.to_string()),
+            None => match cache.verify() {
+                Ok(proven) => {
+                    let hashes = amount(summary.hash_bytes);
+                    let _ = writeln!(
+                        text,
+                        "{disk}: {hashes} of hashes are as they were written{}",
+                        match proven {
+                            0 => String::new(),
+                            _ => format!(
+                                ", and are those of the newest snapshot on {proven} servers"
+                            ),
+                        }
+                    );
+                    disks.push(json!({ "disk_id": disk, "damage": null, "proven_by": proven }));
+                    continue;
+                }
+                Err(error @ CacheError::Damaged { .. }) => {
+                    cache.reset(&error)?;
+                    Some(error.to_string())
+                }
+                Err(error) => return Err(error.into()),
+            },
+        };
+        if let Some(damage) = &damage {
+            bad.push(format!("{disk}: {damage}"));
+        }
+        disks.push(json!({ "disk_id": disk, "damage": damage, "proven_by": 0 }));
+    }
+    if bad.is_empty() {
+        return Ok(Outcome { json: json!({ "ok": true, "disks": disks }), text });
+    }
+    let way_out = "moved aside; the next backup compares with the server instead, or `janus-client cache rebuild` does now";
+    Err(Failure::failed(format!("{}: {way_out}", bad.join("; "))))
+}
+
+fn forget(
+    folder: &Path,
+    disk: Option<&DiskId>,
+    server: Option<&ServerId>,
+    found: &[Summary],
+) -> Result<Outcome, Failure> {
+    // A run under way would bring back what is forgotten.
+    let _lock = MachineState::lock(folder)?;
+    let forgotten: Vec<&DiskId> = match (disk, server) {
+        (None, None) => {
+            return Err(Failure::usage("name what to forget: DISK, --server NAME, or both"));
+        }
+        (Some(disk), None) => {
+            DiskCache::remove(folder, disk)?;
+            vec![disk]
+        }
+        (_, Some(server)) => {
+            let has = |summary: &&Summary| summary.servers.iter().any(|one| one.server == *server);
+            let mut forgotten = Vec::new();
+            for summary in found.iter().filter(has) {
+                let cache = DiskCache::open(folder, &summary.disk_id, summary.size_bytes)?;
+                cache.forget(server)?;
+                forgotten.push(&summary.disk_id);
+            }
+            forgotten
+        }
+    };
+    let what = server.map_or("everything".into(), |server| format!("what {server} has"));
+    let mut text = String::new();
+    for disk in &forgotten {
+        let _ = writeln!(text, "{disk}: forgot {what}; the next backup compares first");
+    }
+    if forgotten.is_empty() {
+        let _ = writeln!(text, "nothing was known of it");
+    }
+    Ok(Outcome { json: json!({ "ok": true, "forgotten": forgotten, "server": server }), text })
+}
+
+/// Makes the caches of the settings' disks anew, by what the servers have.
+pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
+    let (settings, wanted) = (&context.settings, wanted(matches)?);
+    let _lock = opening::lock(settings).await?;
+    let disks = disks(settings, wanted).await?;
+    let urls = settings.checked_urls()?;
+    let listing = catalog::list(urls, &context.identity, &Query::default()).await?;
+    let link = context.connect().await?;
+    let (mut text, mut answers, mut is_bad) = (String::new(), Vec::new(), false);
+    for (disk, size) in disks {
+        let folder = settings.cache_path.clone();
+        let opening = tokio::task::spawn_blocking({
+            let disk = disk.clone();
+            move || {
+                DiskCache::remove(&folder, &disk)?;
+                DiskCache::open(&folder, &disk, size)
+            }
+        });
+        let cache = opening.await.map_err(Failure::failed)??;
+        let learnt = relearn::learn(&link, &cache, &disk, &listing).await;
+        if learnt.is_empty() {
+            let _ = writeln!(text, "{disk}: no server that answers has a snapshot of it");
+        }
+        for one in &learnt {
+            is_bad |= one.outcome.is_err();
+            let _ = writeln!(text, "{disk}: {}", said(one));
+        }
+        let rows = learnt.iter().map(|one| {
+            json!({ "server": one.server, "snapshot_id": one.snapshot, "error": one.outcome.as_ref().err() })
+        });
+        answers.push(json!({ "disk_id": disk, "servers": rows.collect::<Vec<_>>() }));
+    }
+    for away in &listing.unreachable {
+        is_bad = true;
+        let _ = writeln!(text, "{}: {}", away.server_id, away.reason);
+    }
+    if is_bad {
+        text.push_str("what could not be learnt is compared by the next backup there\n");
+    }
+    Ok(Outcome { json: json!({ "ok": true, "complete": !is_bad, "disks": answers }), text })
+}
+
+fn said(learnt: &Learnt) -> String {
+    match &learnt.outcome {
+        Ok(_) => format!("knows snapshot {} on {}", learnt.snapshot, learnt.server),
+        Err(reason) => format!("knows nothing of {}: {reason}", learnt.server),
+    }
+}
+
+/// The settings' disks with their sizes now.
+async fn disks(settings: &Settings, wanted: Option<DiskId>) -> Result<Vec<(DiskId, u64)>, Failure> {
+    let specs = settings.disk_specs()?;
+    // Nothing is read of them.
+    let opening = tokio::task::spawn_blocking(move || {
+        Source::open_all(&specs, &Snapshots::default(), |_| true)
+    });
+    let sources = opening.await.map_err(Failure::failed)??;
+    let all = sources.iter().map(|source| (source.disk_id().clone(), source.size_bytes()));
+    let found: Vec<_> =
+        all.filter(|(disk, _)| wanted.as_ref().is_none_or(|wanted| wanted == disk)).collect();
+    match (found.is_empty(), wanted) {
+        (true, Some(disk)) => {
+            Err(Failure::usage(format!("the settings name no disk with the id {disk}")))
+        }
+        _ => Ok(found),
+    }
+}

@@ -1,0 +1,98 @@
+//! A hash cache filled from the servers: what each has as a disk's newest snapshot, by its hashes.
+//!
+//! A backup does the same by itself for its own server. Done before, for all servers that can be reached, it costs the
+//! backups no time.
+
+use janus_proto::{
+    error::WireError,
+    ids::{BlockHash, DiskId, ServerId},
+    pb::{
+        CloseSnapshotRequest, GetServerInfoRequest, OpenSnapshotRequest, Snapshot,
+        read_hashes_request::Of,
+    },
+};
+
+use crate::{
+    cache::{DiskCache, Head},
+    catalog::Listing,
+    link::{Address, Link, LinkError, QUICK},
+    reconcile::{HashReader, ReconcileError},
+};
+
+/// What came of one server.
+#[derive(Debug)]
+pub struct Learnt {
+    /// The server.
+    pub server: String,
+    /// Its newest snapshot of the disk.
+    pub snapshot: String,
+    /// Segments that differed from what the cache had by then, or why nothing was learnt.
+    pub outcome: Result<usize, String>,
+}
+
+/// Fills the cache with what every server of the listing has as newest snapshot of the disk.
+pub async fn learn(
+    link: &Link,
+    cache: &DiskCache,
+    disk: &DiskId,
+    listing: &Listing,
+) -> Vec<Learnt> {
+    let mut learnt: Vec<Learnt> = Vec::new();
+    // Newest first.
+    for snapshot in listing.snapshots.iter().filter(|snapshot| snapshot.disk_id == disk.as_str()) {
+        if learnt.iter().any(|one| one.server == snapshot.server_id) {
+            continue;
+        }
+        let outcome = match (snapshot.reachable, snapshot.size_bytes == cache.size_bytes()) {
+            (false, _) => Err("the server can't be reached now".into()),
+            (_, false) => Err(format!(
+                "its newest snapshot is of a disk of {} bytes, now it has {}",
+                snapshot.size_bytes,
+                cache.size_bytes()
+            )),
+            (true, true) => learn_one(link, cache, snapshot).await.map_err(|e| e.to_string()),
+        };
+        let (server, snapshot) = (snapshot.server_id.clone(), snapshot.snapshot_id.clone());
+        learnt.push(Learnt { server, snapshot, outcome });
+    }
+    learnt
+}
+
+async fn learn_one(
+    link: &Link,
+    cache: &DiskCache,
+    snapshot: &Snapshot,
+) -> Result<usize, ReconcileError> {
+    let invalid = LinkError::answer("listing snapshots");
+    let server: ServerId = snapshot.server_id.parse().map_err(invalid)?;
+    let address = Address { server: Some(server.clone()), ..Address::default() };
+    let asked = address.request(GetServerInfoRequest {}, Some(QUICK));
+    let info = link
+        .info()
+        .get_server_info(asked)
+        .await
+        .map_err(LinkError::call("asking the server for its store"))?
+        .into_inner();
+    let head = || {
+        Ok::<_, WireError>(Head {
+            snapshot_id: snapshot.snapshot_id.parse()?,
+            table_digest: BlockHash::from_wire("table_digest", &snapshot.table_digest)?,
+            store_generation: info.store_generation.parse()?,
+        })
+    };
+    let head = head().map_err(LinkError::answer("asking the server for its store"))?;
+    let message = OpenSnapshotRequest { snapshot_id: snapshot.snapshot_id.clone() };
+    let opened = link.restore().open_snapshot(address.request(message, Some(QUICK))).await;
+    let handle = opened.map_err(LinkError::call("opening the snapshot"))?.into_inner().handle;
+    let reader = HashReader {
+        link: link.clone(),
+        address: address.clone(),
+        of: Of::Handle(handle.clone()),
+        size_bytes: snapshot.size_bytes,
+    };
+    let adopted = reader.adopt_into(cache, &server, Some(head)).await;
+    // The handle expires by itself where this fails.
+    let close = address.request(CloseSnapshotRequest { handle }, Some(QUICK));
+    let _ = link.restore().close_snapshot(close).await;
+    adopted
+}
