@@ -5,7 +5,7 @@ use std::{io::Write, process::ExitCode, time::Duration};
 use clap::ArgMatches;
 use janus_client::cli::{self, Context, Failure, Outcome};
 use janus_client::{frozen::watchdog, link};
-use janus_proto::{log, program, tls::Identity};
+use janus_proto::{log, memory, program, tls::Identity};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
@@ -49,6 +49,7 @@ fn print(matches: &ArgMatches, json: &serde_json::Value, text: &str) {
 }
 
 fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
+    memory::one_heap();
     let settings = cli::loader().load(matches, std::env::vars_os()).map_err(Failure::usage)?;
     let _log = log::start(settings.log_plan()).map_err(Failure::usage)?;
     if name == "sources" {

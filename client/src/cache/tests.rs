@@ -5,3 +5,4 @@ mod invariant;
 mod kill;
 mod measure;
 mod model;
+mod size;

@@ -13,7 +13,7 @@ use janus_proto::{
 
 use crate::cache::{DiskCache, Head, tests::model::server};
 
-fn hash(block: u64, salt: u64) -> BlockHash {
+pub(super) fn hash(block: u64, salt: u64) -> BlockHash {
     // Not hashed: the figure is the database's, and hashes must only look random.
     let mut bytes = [0; 32];
     for (at, word) in bytes.chunks_exact_mut(8).enumerate() {
@@ -26,7 +26,7 @@ fn hash(block: u64, salt: u64) -> BlockHash {
     BlockHash(bytes)
 }
 
-fn rss_mib() -> [u64; 2] {
+pub(super) fn rss_mib() -> [u64; 2] {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     ["VmRSS:", "VmHWM:"].map(|name| {
         let line = status.lines().find(|line| line.starts_with(name)).unwrap_or_default();
@@ -46,7 +46,7 @@ fn timed<T>(what: &str, payload_bytes: u64, run: impl FnOnce() -> T) -> T {
     result
 }
 
-fn head() -> Head {
+pub(super) fn head() -> Head {
     Head {
         snapshot_id: SnapshotId::new(),
         table_digest: hash_block(b""),
@@ -106,7 +106,7 @@ fn put_all(stage: &crate::cache::Stage, segment: u64, salt: u64) {
     stage.put(segment, &blocks).unwrap();
 }
 
-fn first_write(cache: &DiskCache, segments: u64) {
+pub(super) fn first_write(cache: &DiskCache, segments: u64) {
     let stage = cache.stage();
     let next = AtomicU64::new(0);
     std::thread::scope(|scope| {
