@@ -11,4 +11,5 @@ mod bandwidth;
 mod full;
 mod lines;
 mod programs;
+mod resumes;
 mod scene;

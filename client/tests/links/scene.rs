@@ -27,7 +27,7 @@ const SLOW_KBIT: u32 = 8_000;
 const DISK_MIB: u64 = 16;
 const FILLER: &str = "filler";
 /// Less than the default, so that tests need not wait for a minute.
-const FAILOVER_SECONDS: u64 = 5;
+pub const FAILOVER_SECONDS: u64 = 5;
 /// A silent peer is noticed after 15 s, and then there is the failover; starts and lists are far quicker.
 const LONGEST: Duration = Duration::from_secs(60);
 const QUICK: Duration = Duration::from_secs(12);
@@ -166,7 +166,7 @@ impl Scene {
         disk::write_noise(&self.disk, 0..mib * MIB, self.noise.number()).unwrap();
     }
 
-    fn inject(&mut self, faults: &[Fault]) {
+    pub fn inject(&mut self, faults: &[Fault]) {
         for fault in faults {
             match *fault {
                 Fault::Line(place, how) => self.sites.network().cut(place, how).unwrap(),
@@ -190,8 +190,18 @@ impl Scene {
     }
 
     fn lines_as_at_first(&self) {
+        self.rate_lines(LINE_KBIT);
+    }
+
+    /// All lines are whole again, with this rate.
+    pub fn heal_lines(&self, kbit: u32) {
+        self.sites.network().heal().unwrap();
+        self.rate_lines(kbit);
+    }
+
+    fn rate_lines(&self, kbit: u32) {
         for place in SITES.into_iter().chain([OFFICE]) {
-            self.sites.network().slow(place, LINE_KBIT).unwrap();
+            self.sites.network().slow(place, kbit).unwrap();
         }
     }
 
@@ -241,7 +251,7 @@ pub fn fill(folder: &Path) {
     file.sync_all().unwrap();
 }
 
-fn await_that(running: &Running, mut is_so: impl FnMut() -> bool) {
+pub fn await_that(running: &Running, mut is_so: impl FnMut() -> bool) {
     let until = Instant::now() + Duration::from_secs(30);
     while !is_so() {
         assert!(Instant::now() < until, "it does not get there: {}", running.log());
