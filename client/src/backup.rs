@@ -448,7 +448,7 @@ impl Backup {
         // What the sessions held when this process began, and whom the start passed over, stays as it was.
         let (sessions, skipped) =
             (std::mem::take(&mut run.sessions), std::mem::take(&mut run.skipped));
-        *run = Run { sessions, skipped, ..resumed };
+        *run = Run { sessions, skipped, begun: run.begun, ..resumed };
         Ok(received)
     }
 

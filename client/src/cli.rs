@@ -64,6 +64,10 @@ pub fn loader() -> Loader<Settings> {
             "failover_after_seconds",
             "A lost server is waited for so long, then another takes the backup",
         ),
+        (
+            "failover_wait_seconds",
+            "The longest such wait, by backups that have taken longer already",
+        ),
         ("direct", "Data straight to the server where it answers at once: never, or prefer"),
         ("log", "Log filter, such as info or janus_client=debug"),
         ("log_format", "Log lines for people or programs: text, or json"),

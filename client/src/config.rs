@@ -56,6 +56,8 @@ pub struct Settings {
     pub encoding: String,
     /// How long a lost server is waited for before the backup starts again elsewhere.
     pub failover_after_seconds: u64,
+    /// The longest that it is waited for where the backup has taken longer than that already.
+    pub failover_wait_seconds: u64,
     /// `never`: all data goes through janus; `prefer`: straight to the server where it can be reached at once.
     pub direct: Direct,
     /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter as of `RUST_LOG`.
@@ -89,6 +91,7 @@ impl Default for Settings {
             audit_percent: Policy::default().audit_percent,
             encoding: "none".into(),
             failover_after_seconds: 60,
+            failover_wait_seconds: 600,
             direct: Direct::Never,
             log: "info".into(),
             log_format: LogFormat::Text,

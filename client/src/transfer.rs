@@ -102,8 +102,10 @@ pub struct Gate {
     pub urls: Vec<String>,
     /// Who we are.
     pub identity: Identity,
-    /// How long a lost server is waited for.
+    /// How long a lost server is waited for in any case ...
     pub failover_after: Duration,
+    /// ... and at most, where the run has taken long: see [`Gate::patience`].
+    pub failover_wait: Duration,
     /// Whether streams may go past janus.
     pub direct: Direct,
 }
@@ -143,6 +145,8 @@ pub struct Session {
 pub struct Run {
     /// What was started.
     pub plan: StartPlan,
+    /// When this process began it.
+    pub begun: Instant,
     /// Connection it was started through.
     pub link: Link,
     /// Where its server can be reached without janus, as it says.
@@ -207,12 +211,19 @@ impl Gate {
         Err(failed.unwrap_or(LinkError::Unreachable(unreachable)).into())
     }
 
-    /// Takes a run over after `cause`, with pauses, for as long as [`Gate::failover_after`].
+    /// How long a lost server is waited for by a run that has taken so long: as long again. To begin anew elsewhere would
+    /// cost about that much, so whatever becomes of the server, at most twice of what was best is spent.
+    pub fn patience(&self, taken: Duration) -> Duration {
+        patience(self.failover_after, self.failover_wait, taken)
+    }
+
+    /// Takes a run over after `cause`, with pauses, for as long as [`Gate::patience`] allows.
     ///
     /// # Errors
     /// `Lost` when the server stays away or doesn't know the run any more.
     pub async fn resume(&self, run: &Run, cause: LinkError) -> Result<Run, TransferError> {
         let lost_at = Instant::now();
+        let patience = self.patience(run.begun.elapsed());
         let mut pause = PAUSES.0;
         let mut cause = cause;
         tracing::warn!(server = %run.server, error = %cause, "connection lost; going on as soon as the server answers");
@@ -228,7 +239,7 @@ impl Gate {
                 }
                 Err(other) => return Err(other),
             }
-            if lost_at.elapsed() + pause > self.failover_after {
+            if lost_at.elapsed() + pause > patience {
                 break;
             }
             tokio::time::sleep(pause).await;
@@ -267,6 +278,10 @@ impl Gate {
         }
         Err(last)
     }
+}
+
+fn patience(least: Duration, most: Duration, taken: Duration) -> Duration {
+    least.max(taken.min(most))
 }
 
 async fn start_through(
@@ -324,6 +339,7 @@ fn parse_start(
     let counter = headers.get(metadata::USE).and_then(|value| value.to_str().ok()?.parse().ok());
     Ok(Run {
         plan: plan.clone(),
+        begun: Instant::now(),
         link,
         server_urls: answer.server_urls.clone(),
         server,
@@ -365,4 +381,23 @@ fn skipped(headers: &MetadataMap) -> Vec<(String, String)> {
 
 fn values<'a>(headers: &'a MetadataMap, name: &str) -> impl Iterator<Item = &'a str> {
     headers.get_all(name).iter().filter_map(|value| value.to_str().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longer_a_run_has_taken_the_longer_its_server_is_waited_for() {
+        let seconds = Duration::from_secs;
+        let wait = |after, most, taken| patience(seconds(after), seconds(most), seconds(taken));
+        assert_eq!(wait(60, 600, 0), seconds(60));
+        assert_eq!(wait(60, 600, 300), seconds(300));
+        assert_eq!(wait(60, 600, 86_400), seconds(600));
+        assert_eq!(
+            wait(60, 10, 86_400),
+            seconds(60),
+            "the shorter setting is the least in any case"
+        );
+    }
 }

@@ -118,6 +118,7 @@ async fn read(
         urls,
         identity: context.identity.clone(),
         failover_after: settings.failover_after(),
+        failover_wait: Duration::from_secs(settings.failover_wait_seconds),
         direct: settings.direct,
     };
     let scan = ScanSettings { threads: settings.threads() };

@@ -68,9 +68,8 @@ pub async fn commit(
             return Ok(Committed::Done(done));
         }
         // Open: the commit never arrived. The takeover also brings the epoch up to date.
-        let sessions = run.sessions.clone();
-        *run = gate.resume(run, error).await?;
-        run.sessions = sessions;
+        let (sessions, begun) = (run.sessions.clone(), run.begun);
+        *run = Run { sessions, begun, ..gate.resume(run, error).await? };
     }
     let status = Status::unavailable("the answer was lost again and again");
     Err(TransferError::Lost {
@@ -88,7 +87,8 @@ async fn ask(
     tracing::warn!(server = %run.server, error = %cause, "the answer of the commit was lost; asking after it");
     let mut heard = Instant::now();
     let mut last = LinkError::call(COMMITTING)(Status::unavailable(cause.to_string()));
-    while heard.elapsed() <= gate.failover_after {
+    let patience = gate.patience(run.begun.elapsed());
+    while heard.elapsed() <= patience {
         match state_of(gate, run).await {
             Ok((RunState::Committed, Some(result))) => return Ok(Some(result)),
             Ok((RunState::Open, _)) => return Ok(None),

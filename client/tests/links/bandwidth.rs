@@ -99,7 +99,8 @@ fn other_machine(sites: &Sites) -> Gate {
     let url = |site: &str| format!("https://{}:7420", sites.network().address(site));
     let urls = SITES.iter().map(|site| url(site)).collect();
     let (failover_after, direct) = (Duration::from_secs(5), Direct::Never);
-    Gate { urls, identity, failover_after, direct }
+    let failover_wait = failover_after;
+    Gate { urls, identity, failover_after, failover_wait, direct }
 }
 
 /// Time until a start of a machine at `place` is answered, the connection included.
