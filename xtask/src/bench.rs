@@ -3,7 +3,10 @@
 //! All rows of a run use the same image. Figures of different runs don't compare: the image is made of this machine's
 //! programs, and other work on the machine counts.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -44,6 +47,9 @@ pub struct Args {
     /// What clients read: an NTFS disk with and without its change journal, a large image from memory and from the disk
     #[arg(long, conflicts_with_all = ["against", "encoding", "proxies", "store"])]
     sources: bool,
+    /// The clients' hash cache alone, beside a flat file
+    #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies", "store", "sources"])]
+    cache: bool,
     /// How clients pack blocks: none, lz4 or zstd
     #[arg(long, default_value = "none")]
     encoding: String,
@@ -106,6 +112,9 @@ pub fn run(args: &Args) -> Result<()> {
     if args.store {
         return store(args);
     }
+    if args.cache {
+        return cache(args);
+    }
     let programs = Programs::build(Profile::Release)?;
     let folder = target().join("bench");
     if args.proxies {
@@ -152,14 +161,30 @@ fn store(args: &Args) -> Result<()> {
     let work = tempfile::Builder::new().prefix("run-").tempdir_in(&place)?;
     let restore = chains::measure(&Programs::build(Profile::Release)?, work.path())?;
     drop(work);
-    let mut command = std::process::Command::new(env!("CARGO"));
-    command.args(["run", "--release", "--quiet", "-p", "janus-server", "--example", "bench_store"]);
-    command.arg("--").arg("--place").arg(&place).arg("--json").arg(&json);
-    ensure!(command.status()?.success(), "the measurement failed");
+    example("janus-server", "bench_store", &place, &json)?;
     let mut rows: Vec<serde_json::Value> = serde_json::from_slice(&fs::read(&json)?)?;
     rows.push(restore);
     fs::write(&json, serde_json::to_vec_pretty(&rows)?)?;
     println!("\nfigures: {}", json.display());
+    Ok(())
+}
+
+/// `client/examples/bench_cache.rs`.
+fn cache(args: &Args) -> Result<()> {
+    let place = target().join("bench");
+    fs::create_dir_all(&place)?;
+    let json = args.json.clone().unwrap_or_else(|| place.join("cache.json"));
+    example("janus-client", "bench_cache", &place, &json)?;
+    println!("\nfigures: {}", json.display());
+    Ok(())
+}
+
+/// Runs an example that measures a library.
+fn example(package: &str, name: &str, place: &Path, json: &Path) -> Result<()> {
+    let mut command = std::process::Command::new(env!("CARGO"));
+    command.args(["run", "--release", "--quiet", "-p", package, "--example", name]);
+    command.arg("--").arg("--place").arg(place).arg("--json").arg(json);
+    ensure!(command.status()?.success(), "the measurement failed");
     Ok(())
 }
 

@@ -3,6 +3,5 @@
 mod facts;
 mod invariant;
 mod kill;
-mod measure;
 mod model;
 mod size;

@@ -9,10 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use janus_proto::ids::{DiskId, SEGMENT_BLOCKS, SEGMENT_BYTES};
+use janus_proto::{
+    hash::hash_block,
+    ids::{BlockHash, DiskId, SEGMENT_BLOCKS, SEGMENT_BYTES, SnapshotId, StoreGeneration},
+};
 
-use super::measure::{first_write, hash, head, rss_mib};
-use crate::cache::{DiskCache, engine::allocated, tests::model::server};
+use crate::cache::{DiskCache, Head, Stage, engine::allocated, tests::model::server};
 
 const FOLDER: &str = "JANUS_CACHE_SIZE_FOLDER";
 const GENERATIONS: u64 = 100;
@@ -27,6 +29,39 @@ fn segments() -> u64 {
     (gib << 30) / SEGMENT_BYTES
 }
 
+/// Not hashed: hashes must only look random.
+fn hash(block: u64, salt: u64) -> BlockHash {
+    let mut bytes = [0; BlockHash::LEN];
+    for (at, word) in bytes.chunks_exact_mut(8).enumerate() {
+        let mixed =
+            (block ^ salt << 40).wrapping_add(at as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        word.copy_from_slice(
+            &(mixed ^ mixed >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9).to_le_bytes(),
+        );
+    }
+    BlockHash(bytes)
+}
+
+fn put(stage: &Stage, segment: u64, salt: u64, is_changed: impl Fn(u64) -> bool) {
+    let blocks = (0..SEGMENT_BLOCKS).filter(|at| is_changed(*at));
+    let hashes = blocks.map(|at| (at as u16, hash(segment * SEGMENT_BLOCKS + at, salt)));
+    stage.put(segment, &hashes.collect::<Vec<_>>()).unwrap();
+}
+
+fn head() -> Head {
+    Head {
+        snapshot_id: SnapshotId::new(),
+        table_digest: hash_block(b""),
+        store_generation: StoreGeneration::new(),
+    }
+}
+
+fn peak_mib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+}
+
 fn open(folder: &Path) -> DiskCache {
     let disk: DiskId = "disk".parse().unwrap();
     DiskCache::open(folder, &disk, segments() * SEGMENT_BYTES).unwrap()
@@ -39,24 +74,24 @@ fn process_of_many_backups() {
     for generation in 0..GENERATIONS {
         let cache = open(folder.as_ref());
         if generation == 0 {
-            first_write(&cache, segments());
+            let stage = cache.stage();
+            for segment in 0..segments() {
+                put(&stage, segment, generation, |_| true);
+            }
+            cache.commit(stage, &server(0), head(), vec![]).unwrap();
             continue;
         }
         let stage = cache.stage();
         // Every 25th segment, another each time, a quarter of its blocks.
         for segment in (generation % 25..segments()).step_by(25) {
-            let first = segment * SEGMENT_BLOCKS;
-            let blocks = (0..SEGMENT_BLOCKS).filter(|at| at % 8 < 2);
-            let blocks: Vec<_> =
-                blocks.map(|at| (at as u16, hash(first + at, generation))).collect();
-            stage.put(segment, &blocks).unwrap();
+            put(&stage, segment, generation, |at| at % 8 < 2);
         }
         cache.commit(stage, &server((generation % SERVERS) as usize), head(), vec![]).unwrap();
     }
     let cache = open(folder.as_ref());
     let stage = cache.stage();
     stage.put(0, &[(0, hash(0, 0))]).unwrap();
-    println!("\npeak {}", rss_mib()[1]);
+    println!("\npeak {}", peak_mib());
     // Killed with all of it open.
     loop {
         std::thread::sleep(Duration::from_secs(1));
