@@ -27,12 +27,13 @@ use crate::{
     config::Settings,
     frozen::watchdog,
     link::{Address, Link},
+    ways::Ways,
 };
 
 /// Loads settings from file, environment and flags.
 pub fn loader() -> Loader<Settings> {
     Loader::new("JANUS_CLIENT").describe(&[
-        ("urls", "URLs of janus or servers, tried in order"),
+        ("urls", "URLs of janus or servers, tried together, earlier ones with a head start"),
         ("cert", "This machine's certificate, PEM"),
         ("key", "Its private key, PEM"),
         ("ca", "The CA's certificate, PEM"),
@@ -178,7 +179,16 @@ pub struct Context {
 
 impl Context {
     async fn connect(&self) -> Result<Link, Failure> {
-        Ok(Link::connect_any(self.settings.checked_urls()?, &self.identity).await?)
+        Ok(self.ways().await?.connect().await?)
+    }
+
+    /// The ways to janus and the servers, with what is remembered of them.
+    async fn ways(&self) -> Result<Ways, Failure> {
+        let urls = self.settings.checked_urls()?.to_vec();
+        let ways = Ways::direct(urls, self.identity.clone());
+        let folder = self.settings.cache_path.clone();
+        let reading = tokio::task::spawn_blocking(move || ways.remembering(&folder));
+        reading.await.map_err(Failure::failed)
     }
 }
 

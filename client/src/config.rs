@@ -16,7 +16,7 @@ use crate::{frozen::Wish, link::Direct, nbd, reading::Policy, survey::Choice};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// Where to find janus or a server, tried in order.
+    /// Where to find janus or a server, tried together, earlier ones with a head start.
     pub urls: Vec<String>,
     /// This machine's certificate (PEM).
     pub cert: PathBuf,

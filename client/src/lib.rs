@@ -25,3 +25,4 @@ pub mod state;
 pub mod survey;
 pub mod transfer;
 pub mod volume;
+pub mod ways;

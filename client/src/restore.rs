@@ -16,7 +16,6 @@ use janus_proto::{
         ReadBlocksRequest, ReadHashesRequest, Snapshot, read_hashes_request::Of,
     },
     show::{amount, date},
-    tls::Identity,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -26,6 +25,7 @@ use crate::{
     link::{Address, Direct, Link, LinkError, PATIENCE, QUICK, Remedy},
     progress::Progress,
     reconcile,
+    ways::Ways,
 };
 
 mod assembly;
@@ -153,10 +153,8 @@ pub enum Wanted {
 
 /// A restore to do.
 pub struct Restore {
-    /// URLs of janus or servers.
-    pub urls: Vec<String>,
-    /// Who we are.
-    pub identity: Identity,
+    /// The ways to janus or servers.
+    pub ways: Ways,
     /// What to restore.
     pub wanted: Wanted,
     /// Whose; `None`: our own.
@@ -263,12 +261,10 @@ impl Restore {
         let query =
             |disk| Query { machine: self.machine.clone(), disk, server: self.server.clone() };
         let (found, unreachable) = match &self.wanted {
-            Wanted::Snapshot(id) => {
-                (catalog::find(&self.urls, &self.identity, *id, &query(None)).await?, vec![])
-            }
+            Wanted::Snapshot(id) => (catalog::find(&self.ways, *id, &query(None)).await?, vec![]),
             Wanted::Newest(disk) => {
                 let query = query(Some(disk.clone()));
-                let listing = catalog::list(&self.urls, &self.identity, &query).await?;
+                let listing = catalog::list(&self.ways, &query).await?;
                 check_clock(&listing.snapshots, SystemTime::now())?;
                 let found = self.newest(listing.snapshots).map(|snapshot| {
                     let own =
@@ -340,11 +336,9 @@ impl Restore {
         let mut fetched = 0;
         let (mut lost_at, mut reached) = (None::<Instant>, 0);
         loop {
-            let first = at % self.urls.len().max(1);
-            let urls = [&self.urls[first..], &self.urls[..first]].concat();
-            let through = match Link::connect_any(&urls, &self.identity).await {
+            let through = match self.ways.beginning_with(at).connect().await {
                 Ok(link) if self.direct == Direct::Prefer => {
-                    Ok(link.prefer_direct(&server, server_urls, &self.identity).await)
+                    Ok(link.prefer_direct(&server, server_urls, self.ways.dialer()).await)
                 }
                 other => other,
             };

@@ -109,21 +109,24 @@ async fn read(
     context: &Context,
 ) -> Result<Outcome, Failure> {
     let settings = &context.settings;
-    let urls = settings.checked_urls()?.to_vec();
+    let ways = context.ways().await?;
     let encoding = settings.encoding()?;
     let disks = open_all(settings, still, &context.stop).await?;
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show("backup", &progress);
     let gate = Gate {
-        urls,
-        identity: context.identity.clone(),
+        ways: ways.clone(),
         failover_after: settings.failover_after(),
         direct: settings.direct,
     };
     let scan = ScanSettings { threads: settings.threads() };
     let stop = context.stop.clone();
     let mut backup = Backup { gate, server, disks, state, encoding, scan, progress, stop };
-    let report = backup.run().await?;
+    let made = backup.run().await;
+    // Also of a failed one: which URL worked counts for the next.
+    let remembering = tokio::task::spawn_blocking(move || ways.memory().write());
+    remembering.await.map_err(Failure::failed)?;
+    let report = made?;
     drop(display);
     Ok(Outcome { json: report_json(&report), text: report_text(&report) })
 }

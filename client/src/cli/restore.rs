@@ -25,8 +25,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let progress = Progress::new(0);
     let display = progress::show("restore", &progress);
     let restore = Restore {
-        urls: settings.checked_urls()?.to_vec(),
-        identity: context.identity.clone(),
+        ways: context.ways().await?,
         wanted,
         machine,
         server: address(matches)?.server,

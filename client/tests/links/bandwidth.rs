@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use janus_client::{
     link::Direct,
     transfer::{Gate, StartPlan},
+    ways::Ways,
 };
 use janus_proto::{
     ids::{BackupId, ServerId},
@@ -99,7 +100,7 @@ fn other_machine(sites: &Sites) -> Gate {
     let url = |site: &str| format!("https://{}:7420", sites.network().address(site));
     let urls = SITES.iter().map(|site| url(site)).collect();
     let (failover_after, direct) = (Duration::from_secs(5), Direct::Never);
-    Gate { urls, identity, failover_after, direct }
+    Gate { ways: Ways::direct(urls, identity), failover_after, direct }
 }
 
 /// Time until a start of a machine at `place` is answered, the connection included.

@@ -47,6 +47,7 @@ const PLACED: &[(&str, &str)] = &[
     ("hostile", "sources"),
     ("links", "client"),
     ("nbd", "sources"),
+    ("networks", "client"),
     ("reasons", "security"),
     ("ntfs", "sources"),
     ("reading", "sources"),

@@ -1,0 +1,8 @@
+//! Machines that travel: URLs that lead nowhere, or to strangers.
+//!
+//! Tests called `as_root_*` make network namespaces.
+
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
+mod urls;
