@@ -10,10 +10,11 @@ mod sources;
 mod status;
 mod trust;
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus_proto::{
+    channel::Proxied,
     ids::MachineKey,
     settings::Loader,
     tls::{Identity, Role},
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::{dry_run::dry_run, failure::Failure, sources::sources};
 use crate::{
+    bandwidth,
     config::Settings,
     frozen::watchdog,
     link::{Address, Link},
@@ -54,12 +56,14 @@ pub fn loader() -> Loader<Settings> {
             "audit_percent",
             "Share of what a change journal calls unchanged that is read all the same",
         ),
-        ("encoding", "Packing of blocks on their way: none, lz4 or zstd"),
+        ("encoding", "Packing of blocks on their way: auto, none, lz4 or zstd"),
         (
             "failover_after_seconds",
             "A lost server is waited for so long, then another takes the backup",
         ),
         ("direct", "Data straight to the server where it answers at once: never, or prefer"),
+        ("bandwidth", "Limits by local time: 20 Mbit/s, 08:00-18:00 20 Mbit/s"),
+        ("proxy", "HTTP proxy: http://HOST:PORT, or none; empty: as the environment says"),
         ("log", "Log filter, such as info or janus_client=debug"),
         ("log_format", "Log lines for people or programs: text, or json"),
         ("otlp_endpoint", "Collector that gets the spans of runs by OTLP over gRPC; empty: none"),
@@ -185,7 +189,9 @@ impl Context {
     /// The ways to janus and the servers, with what is remembered of them.
     async fn ways(&self) -> Result<Ways, Failure> {
         let urls = self.settings.checked_urls()?.to_vec();
-        let ways = Ways::direct(urls, self.identity.clone());
+        let (identity, proxies) = (self.identity.clone(), self.settings.proxies()?);
+        let dialer = Arc::new(Proxied { identity, proxies });
+        let ways = Ways::new(urls, bandwidth::limited(dialer, self.settings.limits()?));
         let folder = self.settings.cache_path.clone();
         let reading = tokio::task::spawn_blocking(move || ways.remembering(&folder));
         reading.await.map_err(Failure::failed)

@@ -1,6 +1,7 @@
 //! The client of Janus Backup: reads disks, decides what has to travel, and brings disks back.
 
 pub mod backup;
+pub mod bandwidth;
 pub mod cache;
 pub mod catalog;
 pub mod cli;
@@ -14,6 +15,7 @@ pub mod hooks;
 pub mod journal;
 pub mod link;
 pub mod nbd;
+pub mod packing;
 pub mod progress;
 pub mod reading;
 pub mod reconcile;

@@ -113,8 +113,6 @@ pub struct StartPlan {
     pub backup_id: BackupId,
     /// Its disks.
     pub disks: Vec<pb::DiskStart>,
-    /// How data will be packed, if the server can read that.
-    pub encoding: Encoding,
     /// Highest use counter known + 1.
     pub use_counter: u64,
 }
@@ -153,8 +151,8 @@ pub struct Run {
     pub lease: Duration,
     /// Counter of this start.
     pub use_counter: u64,
-    /// Packing that both ends know.
-    pub encoding: Encoding,
+    /// Encodings that both ends know.
+    pub encodings: Vec<Encoding>,
     /// Servers that were passed over: name and reason.
     pub skipped: Vec<(String, String)>,
     /// One for each disk of the plan, in its order.
@@ -305,7 +303,6 @@ fn parse_start(
         });
     }
     sessions.sort_by_key(|session| place(&session.disk_id));
-    let known = answer.encodings.contains(&plan.encoding.into());
     let counter = headers.get(metadata::USE).and_then(|value| value.to_str().ok()?.parse().ok());
     Ok(Run {
         plan: plan.clone(),
@@ -315,7 +312,7 @@ fn parse_start(
         epoch: answer.epoch,
         lease: Duration::from_secs(answer.lease_seconds.clamp(3, 3600).into()),
         use_counter: answer.use_counter.max(counter.unwrap_or(0)),
-        encoding: if known { plan.encoding } else { Encoding::None },
+        encodings: answer.encodings().collect(),
         skipped: skipped(headers),
         sessions,
     })

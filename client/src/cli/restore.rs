@@ -32,7 +32,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         to: to.clone(),
         force: matches.get_flag("force"),
         partial: matches.get_one::<String>("partial").map(PathBuf::from),
-        encoding: settings.encoding()?,
+        packing: settings.encoding()?,
         threads: settings.threads(),
         failover_after: settings.failover_after(),
         direct: settings.direct,

@@ -9,7 +9,7 @@ use janus_client::{
 };
 use janus_proto::{
     ids::{BackupId, ServerId},
-    pb::{DiskStart, Encoding},
+    pb::DiskStart,
     tls::Identity,
 };
 use xtask::{
@@ -106,12 +106,7 @@ fn other_machine(sites: &Sites) -> Gate {
 /// Time until a start of a machine at `place` is answered, the connection included.
 fn start(sites: &Sites, place: &str, gate: &Gate, server: Option<&str>) -> Duration {
     let disk = DiskStart { disk_id: "disk".into(), size_bytes: MIB, logical_sector_bytes: 512 };
-    let plan = StartPlan {
-        backup_id: BackupId::new(),
-        disks: vec![disk],
-        encoding: Encoding::None,
-        use_counter: 1,
-    };
+    let plan = StartPlan { backup_id: BackupId::new(), disks: vec![disk], use_counter: 1 };
     let server: Option<ServerId> = server.map(|server| server.parse().unwrap());
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| {

@@ -73,6 +73,12 @@ impl Target {
         Ok(Self { host: host.to_string(), port })
     }
 
+    /// A host and port that need not be of our own kind.
+    pub(super) fn at(host: &str, port: u16) -> Self {
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_string();
+        Self { host, port }
+    }
+
     /// Host name or address, without brackets.
     pub fn host(&self) -> &str {
         &self.host
@@ -108,6 +114,16 @@ pub async fn connect_tls(
     options: &ConnectOptions,
 ) -> Result<(TlsStream, Principal), ConnectError> {
     let tcp = connect_tcp(target, options.connect_timeout).await?;
+    greet_within(target, identity, options, tcp).await
+}
+
+/// The part of [`connect_tls`] after TCP.
+pub(super) async fn greet_within(
+    target: &Target,
+    identity: &Identity,
+    options: &ConnectOptions,
+    tcp: TcpStream,
+) -> Result<(TlsStream, Principal), ConnectError> {
     let limit = options.connect_timeout;
     let late = |_| target.timed_out("it accepted the connection and then said nothing", limit);
     timeout(limit, greet(target, identity, options, tcp)).await.map_err(late)?
