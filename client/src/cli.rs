@@ -8,6 +8,7 @@ mod opening;
 mod restore;
 mod sources;
 mod status;
+mod test;
 mod trust;
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
@@ -29,6 +30,7 @@ use crate::{
     config::Settings,
     frozen::watchdog,
     link::{Address, Link},
+    wake,
     ways::Ways,
 };
 
@@ -63,6 +65,8 @@ pub fn loader() -> Loader<Settings> {
         ),
         ("direct", "Data straight to the server where it answers at once: never, or prefer"),
         ("bandwidth", "Limits by local time: 20 Mbit/s, 08:00-18:00 20 Mbit/s"),
+        ("wake", "Servers to wake before a backup or restore: MAC[@BROADCAST], or remembered"),
+        ("boot_seconds", "How long a server that was woken is waited for"),
         ("proxy", "HTTP proxy: http://HOST:PORT, or none; empty: as the environment says"),
         ("log", "Log filter, such as info or janus_client=debug"),
         ("log_format", "Log lines for people or programs: text, or json"),
@@ -144,6 +148,9 @@ pub fn command() -> Command {
         .subcommand(with_flags(
             Command::new("sources").about("List disks, their volumes, and how each can be backed up"),
         ))
+        .subcommand(with_flags(Command::new("test").about(
+            "Check each URL: connection, certificate, version, clock, space, throughput; exit with 0, 1 or 2",
+        )))
         .subcommand(with_flags(Command::new("status").about("Show the servers as janus sees them")))
         .subcommand(
             Command::new(watchdog::COMMAND)
@@ -186,6 +193,14 @@ impl Context {
         Ok(self.ways().await?.connect().await?)
     }
 
+    /// The same after servers that sleep were woken up.
+    async fn ways_awake(&self) -> Result<Ways, Failure> {
+        let (wishes, boot) = (self.settings.wishes()?, self.settings.boot());
+        let ways = self.ways().await?;
+        wake::wake_up(&wishes, boot, &ways, &self.stop).await;
+        Ok(ways)
+    }
+
     /// The ways to janus and the servers, with what is remembered of them.
     async fn ways(&self) -> Result<Ways, Failure> {
         let urls = self.settings.checked_urls()?.to_vec();
@@ -220,6 +235,7 @@ pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<
         "backup" => backup::run(matches, context).await,
         "list" => list::run(matches, context).await,
         "restore" => restore::run(matches, context).await,
+        "test" => test::run(context).await,
         "trust-journal" => trust::run(matches, context).await,
         _ => status::run(context).await,
     }

@@ -7,11 +7,12 @@ use janus_proto::{
     ids::DiskId,
     log::{LogFormat, LogPlan},
     pb,
+    wake::WakeError,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bandwidth, frozen::Wish, link::Direct, nbd, packing, reading::Policy, survey::Choice,
+    bandwidth, frozen::Wish, link::Direct, nbd, packing, reading::Policy, survey::Choice, wake,
 };
 
 /// Settings as they stand in the file; see `client.example.toml`.
@@ -62,6 +63,10 @@ pub struct Settings {
     pub direct: Direct,
     /// Limits of what is sent and received, by local time: `20 Mbit/s`, `08:00-18:00 20 Mbit/s`.
     pub bandwidth: Vec<String>,
+    /// Servers to wake before a backup or a restore: `MAC`, `MAC@BROADCAST`, `remembered`.
+    pub wake: Vec<String>,
+    /// How long a server that was woken is waited for.
+    pub boot_seconds: u64,
     /// HTTP proxy for all connections: a URL; `none`; empty: what the environment says.
     pub proxy: String,
     /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter as of `RUST_LOG`.
@@ -97,6 +102,8 @@ impl Default for Settings {
             failover_after_seconds: 60,
             direct: Direct::Never,
             bandwidth: Vec::new(),
+            wake: Vec::new(),
+            boot_seconds: 180,
             proxy: String::new(),
             log: "info".into(),
             log_format: LogFormat::Text,
@@ -141,6 +148,9 @@ pub enum ConfigError {
     /// Not a limit.
     #[error("bandwidth: {0}")]
     Bandwidth(bandwidth::LimitError),
+    /// Not a host to wake.
+    #[error("wake: {0}, or \"remembered\"")]
+    Wake(WakeError),
     /// Not a proxy.
     #[error("proxy: it {0}")]
     Proxy(NoProxy),
@@ -236,6 +246,19 @@ impl Settings {
     /// When one can't be understood.
     pub fn limits(&self) -> Result<Vec<bandwidth::Window>, ConfigError> {
         bandwidth::parse(&self.bandwidth).map_err(ConfigError::Bandwidth)
+    }
+
+    /// Servers to wake.
+    ///
+    /// # Errors
+    /// When one can't be understood.
+    pub fn wishes(&self) -> Result<Vec<wake::Wish>, ConfigError> {
+        wake::parse(&self.wake).map_err(ConfigError::Wake)
+    }
+
+    /// See [`Settings::boot_seconds`].
+    pub fn boot(&self) -> Duration {
+        Duration::from_secs(self.boot_seconds)
     }
 
     /// Which proxies carry connections.

@@ -34,6 +34,8 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let specs = settings.disk_specs()?;
     // Before any hook: what another backup has frozen is not ours to thaw.
     let state = lock(settings).await?;
+    // Nor may anything be frozen while a server boots.
+    context.ways_awake().await?;
     let bitmaps = match settings.pre_backup.is_empty() {
         true => None,
         false => {

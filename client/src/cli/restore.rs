@@ -25,7 +25,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let progress = Progress::new(0);
     let display = progress::show("restore", &progress);
     let restore = Restore {
-        ways: context.ways().await?,
+        ways: context.ways_awake().await?,
         wanted,
         machine,
         server: address(matches)?.server,

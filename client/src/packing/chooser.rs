@@ -204,10 +204,10 @@ mod tests {
         fn play(&self, chooser: &mut Chooser, stretches: usize) -> [usize; 3] {
             let mut used = [0; 3];
             for _ in 0..stretches {
-                for at in 1..3 {
+                for (at, encoding) in ENCODINGS.into_iter().enumerate().skip(1) {
                     let raw = 1 << 20;
                     let packed = (raw as f64 * self.share[at]) as usize;
-                    chooser.note(ENCODINGS[at], raw, packed, 1.0 / self.pack[at]);
+                    chooser.note(encoding, raw, packed, 1.0 / self.pack[at]);
                 }
                 used[chooser.current] += 1;
                 chooser.decide(self.stretch(chooser.current));

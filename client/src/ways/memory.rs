@@ -124,6 +124,9 @@ fn parse(file: &Path) -> Result<Option<Stored>, String> {
 }
 
 fn replace(file: &Path, stored: &Stored) -> io::Result<()> {
+    if let Some(folder) = file.parent() {
+        fs::create_dir_all(folder)?;
+    }
     let new = file.with_extension("json.new");
     let mut writing = File::create(&new)?;
     writing.write_all(&serde_json::to_vec_pretty(stored)?)?;
