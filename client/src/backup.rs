@@ -8,7 +8,7 @@ use std::{
 use janus_proto::{
     error::WireError,
     ids::{BackupId, BlockHash, SEGMENT_BLOCKS, ServerId},
-    pb::{self, CommitBackupResponse, DiskStart, Encoding, ErrorReason},
+    pb::{self, CommitBackupResponse, DiskStart, ErrorReason},
     trace,
 };
 use tokio_util::sync::CancellationToken;
@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     cache::{CacheError, DiskCache, Head},
     link::{LinkError, PATIENCE, Remedy},
+    packing,
     progress::Progress,
     reading::{Planned, Reading},
     scan::{ScanError, Segments},
@@ -69,9 +70,7 @@ pub struct Backup {
     pub disks: Vec<Disk>,
     /// What this machine remembers.
     pub state: MachineState,
-    /// How data is packed.
-    pub encoding: Encoding,
-    /// How disks are scanned.
+    /// How disks are scanned, and what is found is sent.
     pub scan: ScanSettings,
     /// What is shown meanwhile.
     pub progress: Arc<Progress>,
@@ -109,6 +108,8 @@ pub struct BackupReport {
     pub resumed: bool,
     /// How long it took.
     pub seconds: f64,
+    /// How what was sent was packed; of a backup that began again, all of it.
+    pub packing: packing::Summary,
     /// Its disks.
     pub disks: Vec<DiskReport>,
 }
@@ -155,6 +156,7 @@ impl Backup {
                         skipped,
                         resumed,
                         seconds: began.elapsed().as_secs_f64(),
+                        packing: self.scan.packing.summary(),
                         disks,
                     });
                 }
@@ -306,7 +308,6 @@ impl Backup {
         StartPlan {
             backup_id,
             disks: self.disks.iter().map(start).collect(),
-            encoding: self.encoding,
             use_counter: self.state.use_counter() + 1,
         }
     }
@@ -428,7 +429,7 @@ impl Backup {
         {
             return (Some(disk), Err(error));
         }
-        send(run, session, disk, segments.clone(), self.scan, &self.stop).await
+        send(run, session, disk, segments.clone(), &self.scan, &self.stop).await
     }
 
     /// Takes the run over after its connection broke; returns what the server has received of this disk.

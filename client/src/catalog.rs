@@ -8,10 +8,12 @@ use janus_proto::{
         self, ErrorReason, GetSnapshotRequest, ListSnapshotsRequest, ServerAddresses, Snapshot,
         UnreachableServer,
     },
-    tls::Identity,
 };
 
-use crate::link::{Address, Link, LinkError, QUICK, Remedy};
+use crate::{
+    link::{Address, Link, LinkError, QUICK, Remedy},
+    ways::Ways,
+};
 
 const LISTING: &str = "listing snapshots";
 /// Pages read before an endless list is no longer believed.
@@ -44,14 +46,9 @@ pub struct Query {
 ///
 /// # Errors
 /// When no URL leads to an answer.
-pub async fn list(
-    urls: &[String],
-    identity: &Identity,
-    query: &Query,
-) -> Result<Listing, LinkError> {
+pub async fn list(ways: &Ways, query: &Query) -> Result<Listing, LinkError> {
     let ask = async |link: Link| list_through(&link, query).await;
-    let answers =
-        ask_each(urls, identity, ask, |listing: &Listing| listing.unreachable.is_empty()).await?;
+    let answers = ask_each(ways, ask, |listing: &Listing| listing.unreachable.is_empty()).await?;
     Ok(merge(answers.into_iter().map(|(_, listing)| listing).collect()))
 }
 
@@ -70,17 +67,12 @@ pub struct Found {
 ///
 /// # Errors
 /// When no URL leads to an answer.
-pub async fn find(
-    urls: &[String],
-    identity: &Identity,
-    id: SnapshotId,
-    query: &Query,
-) -> Result<Option<Found>, LinkError> {
+pub async fn find(ways: &Ways, id: SnapshotId, query: &Query) -> Result<Option<Found>, LinkError> {
     let ask = async |link: Link| find_through(&link, id, query).await;
     let is_enough = |found: &Option<(Snapshot, ServerAddresses)>| {
         found.as_ref().is_some_and(|(snapshot, _)| snapshot.reachable)
     };
-    let answers = ask_each(urls, identity, ask, is_enough).await?;
+    let answers = ask_each(ways, ask, is_enough).await?;
     let found = answers.into_iter().filter_map(|(at, found)| {
         let (snapshot, addresses) = found?;
         Some(Found { at, snapshot, server_urls: addresses.urls })
@@ -90,20 +82,12 @@ pub async fn find(
 
 /// Asks through each URL in turn until an answer is enough.
 async fn ask_each<T>(
-    urls: &[String],
-    identity: &Identity,
+    ways: &Ways,
     ask: impl AsyncFn(Link) -> Result<T, LinkError>,
     is_enough: impl Fn(&T) -> bool,
 ) -> Result<Vec<(usize, T)>, LinkError> {
-    let (mut answers, mut unreachable, mut failed) = (Vec::new(), Vec::new(), None);
-    for (at, url) in urls.iter().enumerate() {
-        let link = match Link::connect(url, identity).await {
-            Ok(link) => link,
-            Err(error) => {
-                unreachable.push(error);
-                continue;
-            }
-        };
+    let (mut tries, mut answers, mut failed) = (ways.tries(), Vec::new(), None);
+    while let Some((at, link)) = tries.next().await {
         match ask(link).await {
             Ok(answer) => {
                 let done = is_enough(&answer);
@@ -119,7 +103,7 @@ async fn ask_each<T>(
         }
     }
     match answers.is_empty() {
-        true => Err(failed.unwrap_or(LinkError::Unreachable(unreachable))),
+        true => Err(failed.unwrap_or_else(|| tries.unreachable())),
         false => Ok(answers),
     }
 }

@@ -9,12 +9,14 @@ mod opening;
 mod restore;
 mod sources;
 mod status;
+mod test;
 mod trust;
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus_proto::{
+    channel::Proxied,
     ids::MachineKey,
     settings::Loader,
     tls::{Identity, Role},
@@ -30,15 +32,18 @@ pub use self::{
     sources::sources,
 };
 use crate::{
+    bandwidth,
     config::Settings,
     frozen::watchdog,
     link::{Address, Link},
+    wake,
+    ways::Ways,
 };
 
 /// Loads settings from file, environment and flags.
 pub fn loader() -> Loader<Settings> {
     Loader::new("JANUS_CLIENT").describe(&[
-        ("urls", "URLs of janus or servers, tried in order"),
+        ("urls", "URLs of janus or servers, tried together, earlier ones with a head start"),
         ("cert", "This machine's certificate, PEM"),
         ("key", "Its private key, PEM"),
         ("ca", "The CA's certificate, PEM"),
@@ -59,7 +64,7 @@ pub fn loader() -> Loader<Settings> {
             "audit_percent",
             "Share of what a change journal calls unchanged that is read all the same",
         ),
-        ("encoding", "Packing of blocks on their way: none, lz4 or zstd"),
+        ("encoding", "Packing of blocks on their way: auto, none, lz4 or zstd"),
         (
             "failover_after_seconds",
             "A lost server is waited for so long, then another takes the backup",
@@ -69,6 +74,10 @@ pub fn loader() -> Loader<Settings> {
             "The longest such wait, by backups that have taken longer already",
         ),
         ("direct", "Data straight to the server where it answers at once: never, or prefer"),
+        ("bandwidth", "Limits by local time: 20 Mbit/s, 08:00-18:00 20 Mbit/s"),
+        ("wake", "Servers to wake before a backup or restore: MAC[@BROADCAST], or remembered"),
+        ("boot_seconds", "How long a server that was woken is waited for"),
+        ("proxy", "HTTP proxy: http://HOST:PORT, or none; empty: as the environment says"),
         ("log", "Log filter, such as info or janus_client=debug"),
         ("log_format", "Log lines for people or programs: text, or json"),
         ("otlp_endpoint", "Collector that gets the spans of runs by OTLP over gRPC; empty: none"),
@@ -166,6 +175,9 @@ pub fn command() -> Command {
         .subcommand(with_flags(
             Command::new("sources").about("List disks, their volumes, and how each can be backed up"),
         ))
+        .subcommand(with_flags(Command::new("test").about(
+            "Check each URL: connection, certificate, version, clock, space, throughput; exit with 0, 1 or 2",
+        )))
         .subcommand(with_flags(Command::new("status").about("Show the servers as janus sees them")))
         .subcommand(
             Command::new(watchdog::COMMAND)
@@ -205,7 +217,26 @@ pub struct Context {
 
 impl Context {
     async fn connect(&self) -> Result<Link, Failure> {
-        Ok(Link::connect_any(self.settings.checked_urls()?, &self.identity).await?)
+        Ok(self.ways().await?.connect().await?)
+    }
+
+    /// The same after servers that sleep were woken up.
+    async fn ways_awake(&self) -> Result<Ways, Failure> {
+        let (wishes, boot) = (self.settings.wishes()?, self.settings.boot());
+        let ways = self.ways().await?;
+        wake::wake_up(&wishes, boot, &ways, &self.stop).await;
+        Ok(ways)
+    }
+
+    /// The ways to janus and the servers, with what is remembered of them.
+    async fn ways(&self) -> Result<Ways, Failure> {
+        let urls = self.settings.checked_urls()?.to_vec();
+        let (identity, proxies) = (self.identity.clone(), self.settings.proxies()?);
+        let dialer = Arc::new(Proxied { identity, proxies });
+        let ways = Ways::new(urls, bandwidth::limited(dialer, self.settings.limits()?));
+        let folder = self.settings.cache_path.clone();
+        let reading = tokio::task::spawn_blocking(move || ways.remembering(&folder));
+        reading.await.map_err(Failure::failed)
     }
 }
 
@@ -232,6 +263,7 @@ pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<
         "cache" => cache::rebuild(matches, context).await,
         "list" => list::run(matches, context).await,
         "restore" => restore::run(matches, context).await,
+        "test" => test::run(context).await,
         "trust-journal" => trust::run(matches, context).await,
         _ => status::run(context).await,
     }

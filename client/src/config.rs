@@ -3,20 +3,23 @@
 use std::{num::NonZero, path::PathBuf, time::Duration};
 
 use janus_proto::{
-    channel::Target,
+    channel::{NoProxy, Proxies, Target},
     ids::DiskId,
     log::{LogFormat, LogPlan},
     pb,
+    wake::WakeError,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{frozen::Wish, link::Direct, nbd, reading::Policy, survey::Choice};
+use crate::{
+    bandwidth, frozen::Wish, link::Direct, nbd, packing, reading::Policy, survey::Choice, wake,
+};
 
 /// Settings as they stand in the file; see `client.example.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// Where to find janus or a server, tried in order.
+    /// Where to find janus or a server, tried together, earlier ones with a head start.
     pub urls: Vec<String>,
     /// This machine's certificate (PEM).
     pub cert: PathBuf,
@@ -52,7 +55,7 @@ pub struct Settings {
     pub full_compare_days: u32,
     /// Share of what a change journal says is unchanged that each backup reads all the same, in percent.
     pub audit_percent: u32,
-    /// How data is packed on its way: `none`, `lz4` or `zstd`.
+    /// How data is packed on its way: `auto`, `none`, `lz4` or `zstd`.
     pub encoding: String,
     /// How long a lost server is waited for before the backup starts again elsewhere.
     pub failover_after_seconds: u64,
@@ -60,6 +63,14 @@ pub struct Settings {
     pub failover_wait_seconds: u64,
     /// `never`: all data goes through janus; `prefer`: straight to the server where it can be reached at once.
     pub direct: Direct,
+    /// Limits of what is sent and received, by local time: `20 Mbit/s`, `08:00-18:00 20 Mbit/s`.
+    pub bandwidth: Vec<String>,
+    /// Servers to wake before a backup or a restore: `MAC`, `MAC@BROADCAST`, `remembered`.
+    pub wake: Vec<String>,
+    /// How long a server that was woken is waited for.
+    pub boot_seconds: u64,
+    /// HTTP proxy for all connections: a URL; `none`; empty: what the environment says.
+    pub proxy: String,
     /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a filter as of `RUST_LOG`.
     pub log: String,
     /// How log lines look: `text`, or `json`.
@@ -89,10 +100,14 @@ impl Default for Settings {
             full_compare_runs: Policy::default().full_compare_runs,
             full_compare_days: Policy::default().full_compare_days,
             audit_percent: Policy::default().audit_percent,
-            encoding: "none".into(),
+            encoding: "auto".into(),
             failover_after_seconds: 60,
             failover_wait_seconds: 600,
             direct: Direct::Never,
+            bandwidth: Vec::new(),
+            wake: Vec::new(),
+            boot_seconds: 180,
+            proxy: String::new(),
             log: "info".into(),
             log_format: LogFormat::Text,
             otlp_endpoint: String::new(),
@@ -133,8 +148,17 @@ pub enum ConfigError {
         "snapshot_size: {0:?} is neither a share (10%ORIGIN, 10%FREE, 10%VG) nor a size (512M, 5G, 1T)"
     )]
     SnapshotSize(String),
+    /// Not a limit.
+    #[error("bandwidth: {0}")]
+    Bandwidth(bandwidth::LimitError),
+    /// Not a host to wake.
+    #[error("wake: {0}, or \"remembered\"")]
+    Wake(WakeError),
+    /// Not a proxy.
+    #[error("proxy: it {0}")]
+    Proxy(NoProxy),
     /// Not an encoding.
-    #[error("encoding: {0:?} is not none, lz4 or zstd")]
+    #[error("encoding: {0:?} is not auto, none, lz4 or zstd")]
     Encoding(String),
 }
 
@@ -208,13 +232,44 @@ impl Settings {
     ///
     /// # Errors
     /// When it isn't a known encoding.
-    pub fn encoding(&self) -> Result<pb::Encoding, ConfigError> {
+    pub fn encoding(&self) -> Result<packing::Wish, ConfigError> {
+        use packing::Wish::{Auto, Only};
         match self.encoding.as_str() {
-            "none" => Ok(pb::Encoding::None),
-            "lz4" => Ok(pb::Encoding::Lz4),
-            "zstd" => Ok(pb::Encoding::Zstd),
+            "auto" => Ok(Auto),
+            "none" => Ok(Only(pb::Encoding::None)),
+            "lz4" => Ok(Only(pb::Encoding::Lz4)),
+            "zstd" => Ok(Only(pb::Encoding::Zstd)),
             _ => Err(ConfigError::Encoding(self.encoding.clone())),
         }
+    }
+
+    /// Limits of what travels.
+    ///
+    /// # Errors
+    /// When one can't be understood.
+    pub fn limits(&self) -> Result<Vec<bandwidth::Window>, ConfigError> {
+        bandwidth::parse(&self.bandwidth).map_err(ConfigError::Bandwidth)
+    }
+
+    /// Servers to wake.
+    ///
+    /// # Errors
+    /// When one can't be understood.
+    pub fn wishes(&self) -> Result<Vec<wake::Wish>, ConfigError> {
+        wake::parse(&self.wake).map_err(ConfigError::Wake)
+    }
+
+    /// See [`Settings::boot_seconds`].
+    pub fn boot(&self) -> Duration {
+        Duration::from_secs(self.boot_seconds)
+    }
+
+    /// Which proxies carry connections.
+    ///
+    /// # Errors
+    /// When it isn't a proxy's URL.
+    pub fn proxies(&self) -> Result<Proxies, ConfigError> {
+        Proxies::parse(&self.proxy).map_err(ConfigError::Proxy)
     }
 
     /// What is left out.

@@ -5,7 +5,6 @@ use std::{ops::Range, sync::Arc};
 
 use janus_proto::{
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BYTES, ServerId, block_count},
-    pb::Encoding,
     ranges::Ranges,
 };
 use tokio_util::sync::CancellationToken;
@@ -14,6 +13,7 @@ use crate::{
     backup::Disk,
     cache::MustSend,
     delta::SegmentBits,
+    packing::Packing,
     reading::{Reading, Surveyed, Zeros},
     scan::{Event, ScanError, ScanJob, Scanned, Segments, SessionContent, scan},
     transfer::disk::{CacheTable, count_below},
@@ -126,6 +126,7 @@ fn read(
     let servers = disk.cache.servers();
     let musts: Vec<MustSend> = servers.iter().map(|server| disk.cache.must_send(server)).collect();
     let table = CacheTable::new(disk.cache.clone());
+    let packing = Packing::off();
     let job = ScanJob {
         source: &disk.source,
         table: &table,
@@ -133,7 +134,7 @@ fn read(
         reading: &reading,
         must: &|_| SegmentBits::default(),
         segments: Segments::From(0),
-        encoding: Encoding::None,
+        packing: &packing,
         threads,
     };
     let blocks = block_count(disk.source.size_bytes());

@@ -1,8 +1,10 @@
 //! The client of Janus Backup: reads disks, decides what has to travel, and brings disks back.
 
 pub mod backup;
+pub mod bandwidth;
 pub mod cache;
 pub mod catalog;
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod delta;
@@ -14,6 +16,7 @@ pub mod hooks;
 pub mod journal;
 pub mod link;
 pub mod nbd;
+pub mod packing;
 pub mod progress;
 pub mod reading;
 pub mod reconcile;
@@ -26,3 +29,5 @@ pub mod state;
 pub mod survey;
 pub mod transfer;
 pub mod volume;
+pub mod wake;
+pub mod ways;

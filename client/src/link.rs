@@ -2,9 +2,8 @@
 
 use std::{sync::OnceLock, time::Duration};
 
-use futures::future::select_ok;
 use janus_proto::{
-    channel::{self, ConnectError, ConnectOptions, Expect},
+    channel::{self, ConnectError, ConnectOptions, Dialer, Expect, race},
     error,
     ids::{BackupId, MachineKey, ServerId},
     metadata,
@@ -13,7 +12,7 @@ use janus_proto::{
         catalog_service_client::CatalogServiceClient, restore_service_client::RestoreServiceClient,
         server_info_service_client::ServerInfoServiceClient,
     },
-    tls::{Identity, Role},
+    tls::Role,
     trace::{TRACEPARENT, TraceContext},
 };
 use serde::{Deserialize, Serialize};
@@ -233,20 +232,16 @@ impl Link {
     ///
     /// # Errors
     /// When nobody of the right role answers there.
-    pub async fn connect(url: &str, identity: &Identity) -> Result<Self, ConnectError> {
-        let connection = channel::connect(url, identity, ConnectOptions::default()).await?;
+    pub async fn connect(url: &str, dialer: &Dialer) -> Result<Self, ConnectError> {
+        let options = ConnectOptions::default();
+        let connection = channel::connect_through(url, dialer.clone(), options).await?;
         let (channel, peer) = (connection.channel, connection.peer.role);
         Ok(Self { url: url.to_owned(), channel, peer, direct: None })
     }
 
     /// The same link, with its streams straight to `server` where one of `urls` leads to it at once. A peer that doesn't
     /// prove to be this server of our group is none. Otherwise nothing changes, and nobody has to know.
-    pub async fn prefer_direct(
-        self,
-        server: &ServerId,
-        urls: &[String],
-        identity: &Identity,
-    ) -> Self {
+    pub async fn prefer_direct(self, server: &ServerId, urls: &[String], dialer: &Dialer) -> Self {
         let wanted = Role::Server(server.clone());
         if self.peer == wanted {
             return self;
@@ -255,25 +250,22 @@ impl Link {
         let tries = urls.iter().take(MAX_DIRECT).map(|url| {
             let options = options.clone();
             let wanted = &wanted;
-            Box::pin(async move {
-                let connection =
-                    channel::connect(url, identity, options).await.map_err(|error| {
-                        tracing::debug!(%server, url, %error, "not reached directly");
-                    })?;
+            async move {
+                let connecting = channel::connect_through(url, dialer.clone(), options);
+                let connection = connecting.await.map_err(|error| {
+                    tracing::debug!(%server, url, %error, "not reached directly");
+                })?;
                 if connection.peer.role != *wanted {
                     tracing::debug!(%server, url, peer = %connection.peer, "another server");
                     return Err(());
                 }
                 tracing::info!(%server, url, "streams go straight to the server");
                 Ok(connection.channel)
-            })
+            }
         });
-        let tries: Vec<_> = tries.collect();
-        if tries.is_empty() {
-            return self;
-        }
-        let first = tokio::time::timeout(DIRECT, select_ok(tries)).await;
-        let direct = first.ok().and_then(Result::ok).map(|(channel, _)| channel);
+        // There is no time for head starts.
+        let first = tokio::time::timeout(DIRECT, race(tries, Duration::ZERO)).await;
+        let direct = first.ok().and_then(|raced| raced.won).map(|(_, channel)| channel);
         Self { direct, ..self }
     }
 
@@ -282,24 +274,14 @@ impl Link {
         self.direct.clone().unwrap_or_else(|| self.channel.clone())
     }
 
-    /// Connects to the first URL that answers.
-    ///
-    /// # Errors
-    /// When none does; it says why of each.
-    pub async fn connect_any(urls: &[String], identity: &Identity) -> Result<Self, LinkError> {
-        let mut errors = Vec::new();
-        for url in urls {
-            match Self::connect(url, identity).await {
-                Ok(link) => return Ok(link),
-                Err(error) => errors.push(error),
-            }
-        }
-        Err(LinkError::Unreachable(errors))
-    }
-
     /// Where it leads.
     pub fn url(&self) -> &str {
         &self.url
+    }
+
+    /// Who answered.
+    pub fn peer(&self) -> &Role {
+        &self.peer
     }
 
     /// Client of BackupService.

@@ -21,7 +21,9 @@ fn main() -> ExitCode {
     match run(name, matches) {
         Ok(outcome) => {
             print(matches, &outcome.json, &outcome.text);
-            ExitCode::SUCCESS
+            // Where a command checks something, what it found; else there is none.
+            let code = outcome.json["exit_code"].as_u64().unwrap_or(0);
+            ExitCode::from(u8::try_from(code).unwrap_or(1))
         }
         Err(failure) => {
             print(matches, &failure.json(), "");

@@ -12,11 +12,10 @@ use janus_proto::{
     hash::table_digest,
     ids::{BlockHash, DiskId, MAX_DISK_BYTES, MachineKey, ServerId, SnapshotId, block_count},
     pb::{
-        BlockRange, CloseSnapshotRequest, Encoding, ErrorReason, HashLevel, OpenSnapshotRequest,
+        BlockRange, CloseSnapshotRequest, ErrorReason, HashLevel, OpenSnapshotRequest,
         ReadBlocksRequest, ReadHashesRequest, Snapshot, read_hashes_request::Of,
     },
     show::{amount, date},
-    tls::Identity,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -24,18 +23,26 @@ use tonic::Status;
 use crate::{
     catalog::{self, Found, Query},
     link::{Address, Direct, Link, LinkError, PATIENCE, QUICK, Remedy},
+    packing::Wish,
     progress::Progress,
     reconcile,
+    ways::Ways,
 };
 
 mod assembly;
 mod lost;
+mod pieces;
 mod target;
 mod writers;
 
 pub use self::{lost::Lost, target::TargetError};
 
-use self::{assembly::Assembly, target::Target, writers::Writers};
+use self::{
+    assembly::Assembly,
+    pieces::{Pieces, Seen},
+    target::Target,
+    writers::Writers,
+};
 
 const READING: &str = "reading blocks";
 /// Longest silence of a stream that should be flowing.
@@ -153,10 +160,8 @@ pub enum Wanted {
 
 /// A restore to do.
 pub struct Restore {
-    /// URLs of janus or servers.
-    pub urls: Vec<String>,
-    /// Who we are.
-    pub identity: Identity,
+    /// The ways to janus or servers.
+    pub ways: Ways,
     /// What to restore.
     pub wanted: Wanted,
     /// Whose; `None`: our own.
@@ -170,7 +175,7 @@ pub struct Restore {
     /// Restore what is left of a damaged snapshot, with zeros for what is lost, and write a map of that here.
     pub partial: Option<PathBuf>,
     /// How data may be packed.
-    pub encoding: Encoding,
+    pub packing: Wish,
     /// Threads that check and write.
     pub threads: usize,
     /// How long a lost server is waited for.
@@ -263,12 +268,10 @@ impl Restore {
         let query =
             |disk| Query { machine: self.machine.clone(), disk, server: self.server.clone() };
         let (found, unreachable) = match &self.wanted {
-            Wanted::Snapshot(id) => {
-                (catalog::find(&self.urls, &self.identity, *id, &query(None)).await?, vec![])
-            }
+            Wanted::Snapshot(id) => (catalog::find(&self.ways, *id, &query(None)).await?, vec![]),
             Wanted::Newest(disk) => {
                 let query = query(Some(disk.clone()));
-                let listing = catalog::list(&self.urls, &self.identity, &query).await?;
+                let listing = catalog::list(&self.ways, &query).await?;
                 check_clock(&listing.snapshots, SystemTime::now())?;
                 let found = self.newest(listing.snapshots).map(|snapshot| {
                     let own =
@@ -340,11 +343,9 @@ impl Restore {
         let mut fetched = 0;
         let (mut lost_at, mut reached) = (None::<Instant>, 0);
         loop {
-            let first = at % self.urls.len().max(1);
-            let urls = [&self.urls[first..], &self.urls[..first]].concat();
-            let through = match Link::connect_any(&urls, &self.identity).await {
+            let through = match self.ways.beginning_with(at).connect().await {
                 Ok(link) if self.direct == Direct::Prefer => {
-                    Ok(link.prefer_direct(&server, server_urls, &self.identity).await)
+                    Ok(link.prefer_direct(&server, server_urls, self.ways.dialer()).await)
                 }
                 other => other,
             };
@@ -403,6 +404,43 @@ impl Restore {
         result
     }
 
+    /// Reads some blocks; says how fast they came.
+    async fn fetch_piece(
+        &self,
+        link: &Link,
+        request: tonic::Request<ReadBlocksRequest>,
+        snapshot: &Snapshot,
+        assembly: &mut Assembly,
+        writers: &Writers,
+    ) -> Result<Seen, RestoreError> {
+        let mut answers = link
+            .bulk_restore()
+            .read_blocks(request)
+            .await
+            .map_err(LinkError::call(READING))?
+            .into_inner();
+        let mut seen = Seen::default();
+        while let Some(answer) = next(&mut answers).await? {
+            for range in &answer.damaged {
+                let zeros = assembly.lose(range).map_err(|error| self.damaged(snapshot, error))?;
+                self.progress.advance(zeros.1 * janus_proto::ids::BLOCK_BYTES);
+                if !writers.give_zeros(zeros).await {
+                    return Err(RestoreError::Interrupted); // The writer says why.
+                }
+            }
+            let Some(batch) = answer.batch else { continue };
+            seen.message(batch.data.len() as u64);
+            let before = assembly.next_block();
+            let gaps = assembly.take(&batch).map_err(|error| self.damaged(snapshot, error))?;
+            self.progress.advance((assembly.next_block() - before) * janus_proto::ids::BLOCK_BYTES);
+            self.progress.sent(batch.data.len() as u64);
+            if !writers.give(gaps, batch).await {
+                return Err(RestoreError::Interrupted); // The writer says why.
+            }
+        }
+        Ok(seen)
+    }
+
     #[allow(clippy::too_many_arguments)]
     async fn fetch(
         &self,
@@ -415,43 +453,21 @@ impl Restore {
         fetched: &mut u64,
     ) -> Result<(), RestoreError> {
         let total = block_count(snapshot.size_bytes);
-        let first_block = assembly.next_block();
-        if first_block < total {
-            let ranges = vec![BlockRange { first_block, block_count: total - first_block }];
-            let encodings = vec![Encoding::None.into(), self.encoding.into()];
+        let mut pieces = Pieces::new(self.packing, total);
+        let mut first_block = assembly.next_block();
+        while first_block < total {
+            let end = pieces.end(first_block);
             let message = ReadBlocksRequest {
                 handle: handle.to_owned(),
-                ranges,
-                encodings,
+                ranges: vec![BlockRange { first_block, block_count: end - first_block }],
+                encodings: vec![pieces.encoding.into()],
                 name_damaged: true,
             };
             let request = address.request(message, None);
-            let mut answers = link
-                .bulk_restore()
-                .read_blocks(request)
-                .await
-                .map_err(LinkError::call(READING))?
-                .into_inner();
-            while let Some(answer) = next(&mut answers).await? {
-                for range in &answer.damaged {
-                    let zeros =
-                        assembly.lose(range).map_err(|error| self.damaged(snapshot, error))?;
-                    self.progress.advance(zeros.1 * janus_proto::ids::BLOCK_BYTES);
-                    if !writers.give_zeros(zeros).await {
-                        return Err(RestoreError::Interrupted); // The writer says why.
-                    }
-                }
-                let Some(batch) = answer.batch else { continue };
-                *fetched += batch.data.len() as u64;
-                let before = assembly.next_block();
-                let gaps = assembly.take(&batch).map_err(|error| self.damaged(snapshot, error))?;
-                self.progress
-                    .advance((assembly.next_block() - before) * janus_proto::ids::BLOCK_BYTES);
-                self.progress.sent(batch.data.len() as u64);
-                if !writers.give(gaps, batch).await {
-                    return Err(RestoreError::Interrupted); // The writer says why.
-                }
-            }
+            let seen = self.fetch_piece(link, request, snapshot, assembly, writers).await?;
+            *fetched += seen.bytes;
+            pieces.seen(&seen);
+            first_block = end;
         }
         let rest = assembly.finish();
         if !writers.give_zeros(rest).await {

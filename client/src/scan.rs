@@ -15,12 +15,12 @@ use std::{
 
 use janus_proto::{
     ids::{BlockHash, segment_count},
-    pb,
     ranges::Ranges,
 };
 
 use crate::{
     delta::SegmentBits,
+    packing::{Outgoing, Packing},
     reading::Reading,
     source::{Source, SourceError},
 };
@@ -97,18 +97,9 @@ pub struct ScanJob<'a> {
     /// Which segments.
     pub segments: Segments,
     /// How data is packed.
-    pub encoding: pb::Encoding,
+    pub packing: &'a Packing,
     /// Worker threads, at least one.
     pub threads: usize,
-}
-
-/// A message of blocks, ready to be sent.
-#[derive(Debug)]
-pub struct Outgoing {
-    /// The message.
-    pub batch: pb::BlockBatch,
-    /// Bytes of data before packing.
-    pub raw_bytes: u64,
 }
 
 /// One segment, scanned.

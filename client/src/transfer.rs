@@ -10,7 +10,6 @@ use janus_proto::{
     ids::{BackupId, BlockHash, DiskId, ServerId, SessionId},
     metadata,
     pb::{self, Encoding, StartBackupRequest, StartBackupResponse},
-    tls::Identity,
 };
 use tonic::metadata::MetadataMap;
 
@@ -19,6 +18,7 @@ use crate::{
     link::{Address, Direct, Link, LinkError, Remedy, START},
     reconcile::ReconcileError,
     scan::ScanError,
+    ways::Ways,
 };
 
 pub mod commit;
@@ -95,13 +95,11 @@ impl TransferError {
     }
 }
 
-/// Where runs are started: all URLs, in order.
+/// Where runs are started.
 #[derive(Debug, Clone)]
 pub struct Gate {
-    /// URLs of janus or servers.
-    pub urls: Vec<String>,
-    /// Who we are.
-    pub identity: Identity,
+    /// The ways to janus or servers.
+    pub ways: Ways,
     /// How long a lost server is waited for in any case ...
     pub failover_after: Duration,
     /// ... and at most, where the run has taken long: see [`Gate::patience`].
@@ -117,8 +115,6 @@ pub struct StartPlan {
     pub backup_id: BackupId,
     /// Its disks.
     pub disks: Vec<pb::DiskStart>,
-    /// How data will be packed, if the server can read that.
-    pub encoding: Encoding,
     /// Highest use counter known + 1.
     pub use_counter: u64,
 }
@@ -159,8 +155,8 @@ pub struct Run {
     pub lease: Duration,
     /// Counter of this start.
     pub use_counter: u64,
-    /// Packing that both ends know.
-    pub encoding: Encoding,
+    /// Encodings that both ends know.
+    pub encodings: Vec<Encoding>,
     /// Servers that were passed over: name and reason.
     pub skipped: Vec<(String, String)>,
     /// One for each disk of the plan, in its order.
@@ -185,30 +181,23 @@ impl Gate {
         plan: &StartPlan,
         server: Option<&ServerId>,
     ) -> Result<Run, TransferError> {
-        let mut unreachable = Vec::new();
+        let mut tries = self.ways.tries();
         let mut failed = None;
-        for url in &self.urls {
-            let link = match Link::connect(url, &self.identity).await {
-                Ok(link) => link,
-                Err(error) => {
-                    unreachable.push(error);
-                    continue;
-                }
-            };
+        while let Some((_, link)) = tries.next().await {
             match start_through(link, plan, server).await {
                 Err(TransferError::Link(error)) if error.remedy() == Remedy::Reconnect => {
                     failed.get_or_insert(error);
                 }
                 Ok(run) if self.direct == Direct::Prefer => {
                     let Run { link, server, server_urls, .. } = &run;
-                    let link =
-                        link.clone().prefer_direct(server, server_urls, &self.identity).await;
+                    let dialer = self.ways.dialer();
+                    let link = link.clone().prefer_direct(server, server_urls, dialer).await;
                     return Ok(Run { link, ..run });
                 }
                 other => return other,
             }
         }
-        Err(failed.unwrap_or(LinkError::Unreachable(unreachable)).into())
+        Err(failed.unwrap_or_else(|| tries.unreachable()).into())
     }
 
     /// How long a lost server is waited for by a run that has taken so long: as long again. To begin anew elsewhere would
@@ -254,15 +243,9 @@ impl Gate {
     /// When it can't be told through any URL.
     pub async fn abort(&self, backup_id: BackupId, server: &ServerId) -> Result<(), LinkError> {
         let address = Address { server: Some(server.clone()), run: Some(backup_id), machine: None };
-        let mut last = LinkError::Unreachable(vec![]);
-        for url in &self.urls {
-            let link = match Link::connect_any(std::slice::from_ref(url), &self.identity).await {
-                Ok(link) => link,
-                Err(error) => {
-                    last = error;
-                    continue;
-                }
-            };
+        let mut tries = self.ways.tries();
+        let mut last = None;
+        while let Some((_, link)) = tries.next().await {
             let message = pb::AbortBackupRequest { backup_id: backup_id.to_string() };
             let request = address.request(message, Some(crate::link::QUICK));
             match link
@@ -272,11 +255,11 @@ impl Gate {
                 .map_err(LinkError::call("giving the run up"))
             {
                 // NewRun: the server has no such run any more, or has committed it.
-                Err(error) if error.remedy() != Remedy::NewRun => last = error,
+                Err(error) if error.remedy() != Remedy::NewRun => last = Some(error),
                 _ => return Ok(()),
             }
         }
-        Err(last)
+        Err(last.unwrap_or_else(|| tries.unreachable()))
     }
 }
 
@@ -335,7 +318,6 @@ fn parse_start(
         });
     }
     sessions.sort_by_key(|session| place(&session.disk_id));
-    let known = answer.encodings.contains(&plan.encoding.into());
     let counter = headers.get(metadata::USE).and_then(|value| value.to_str().ok()?.parse().ok());
     Ok(Run {
         plan: plan.clone(),
@@ -346,7 +328,7 @@ fn parse_start(
         epoch: answer.epoch,
         lease: Duration::from_secs(answer.lease_seconds.clamp(3, 3600).into()),
         use_counter: answer.use_counter.max(counter.unwrap_or(0)),
-        encoding: if known { plan.encoding } else { Encoding::None },
+        encodings: answer.encodings().collect(),
         skipped: skipped(headers),
         sessions,
     })

@@ -14,6 +14,7 @@ use crate::{
     alert::{self, Way},
     router::{BulkLimit, StartRule},
     selection::InitialBackups,
+    wake::Alarm,
 };
 
 /// Below what one connection to a server takes (1024): probes travel on it, too.
@@ -67,6 +68,8 @@ pub struct Settings {
     pub alert_command: Vec<String>,
     /// A server that takes no backups for so long is worth an alert.
     pub alert_after_minutes: u64,
+    /// Servers to wake up, and when: `22:00 MAC`, `22:00 MAC@BROADCAST`.
+    pub wake: Vec<String>,
     /// Hard limit for calls in progress after SIGTERM.
     pub drain_seconds: u64,
     /// Log filter.
@@ -102,6 +105,7 @@ impl Default for Settings {
             alert_ca: PathBuf::new(),
             alert_command: Vec::new(),
             alert_after_minutes: 60,
+            wake: Vec::new(),
             drain_seconds: 10,
             log: "info".into(),
             log_format: LogFormat::Text,
@@ -153,6 +157,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ),
     ("alert_command", "Program and arguments that get each alert as a mail on stdin"),
     ("alert_after_minutes", "A server that takes no backups for so long is worth an alert"),
+    ("wake", "Servers to wake up, and when by local time: 22:00 MAC[@BROADCAST]"),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
     ("log", "Log filter, such as info or janus=debug"),
     ("log_format", "Log lines for people or programs: text, or json"),
@@ -198,6 +203,7 @@ impl Settings {
             }
         }
         self.alert_ways()?;
+        self.alarms()?;
         let targets = self.targets()?;
         if targets.is_empty() {
             return invalid(
@@ -259,6 +265,16 @@ impl Settings {
             (false, _) => Ok(Vec::new()),
             (true, false) => Ok(ways),
         }
+    }
+
+    /// Which servers are woken up, and when.
+    ///
+    /// # Errors
+    /// When one can't be understood.
+    pub fn alarms(&self) -> Result<Vec<Alarm>, ConfigError> {
+        let parse = |text: &String| text.parse();
+        let alarms: Result<_, String> = self.wake.iter().map(parse).collect();
+        alarms.map_err(|reason| ConfigError { key: "wake", reason })
     }
 
     /// When to alert.

@@ -27,3 +27,4 @@ pub mod status;
 pub mod traffic;
 pub mod upstream;
 mod view;
+pub mod wake;

@@ -29,7 +29,7 @@ use crate::{
     report::Reports,
     router::Router,
     traffic::Latencies,
-    view,
+    view, wake,
 };
 
 /// Between NOT_SERVING and the end of the streams that tell it.
@@ -213,6 +213,7 @@ impl Janus {
         let following =
             fleet.clone().follow(targets, self.dialer.clone(), drain_limit, stop.clone());
         tasks.spawn(following);
+        tasks.spawn(wake::follow(self.settings.alarms()?, shutdown.clone()));
         let (drain, latencies) = (CancellationToken::new(), Latencies::default());
         tasks.spawn(follow_health(fleet.clone(), reporter, shutdown.clone(), drain.clone()));
         if !self.settings.view_file.is_empty() {

@@ -16,10 +16,14 @@ use tonic::transport::{Channel, Endpoint};
 mod connect;
 mod dial;
 mod explain;
+mod proxy;
+mod race;
 
 pub use connect::{Target, TlsStream, connect_tls};
 pub use dial::{Dial, Dialer, Dialing, Stream};
 pub use explain::{ConnectError, explain, explain_error};
+pub use proxy::{NoProxy, Proxied, Proxies};
+pub use race::{HEAD_START, Raced, race};
 
 use crate::tls::{Identity, Principal, Role};
 

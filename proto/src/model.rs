@@ -13,6 +13,8 @@ use crate::{
 pub const MAX_BATCH_BYTES: usize = 1 << 20;
 /// Most extents in one message.
 pub const MAX_EXTENTS: usize = 4096;
+/// Data is packed when that saves one byte in so many.
+const WORTH: usize = 16;
 /// Most ranges in one request.
 pub const MAX_RANGES: usize = 4096;
 /// Most hashes in one message of hashes.
@@ -104,9 +106,9 @@ impl Batch {
         Self::new(size_bytes, extents, batch.hashes, data)
     }
 
-    /// The message, packed by `encoding` when that makes it shorter.
+    /// The message, packed by `encoding` when that makes it clearly shorter.
     pub fn into_wire(self, encoding: pb::Encoding) -> pb::BlockBatch {
-        let (encoding, data) = pack(encoding, self.data);
+        let (encoding, data) = pack_data(encoding, self.data);
         let extents = self
             .extents
             .iter()
@@ -219,16 +221,36 @@ fn unpack(encoding: pb::Encoding, data: Bytes, bytes: usize) -> Result<Bytes, Wi
         .map_err(|reason| WireError::invalid("data", format!("does not unpack: {reason}")))
 }
 
-fn pack(encoding: pb::Encoding, data: Bytes) -> (pb::Encoding, Bytes) {
-    let packed = match encoding {
-        pb::Encoding::Lz4 => Some(lz4_flex::block::compress(&data)),
-        pb::Encoding::Zstd => zstd::bulk::compress(&data, 1).ok(),
-        pb::Encoding::Unspecified | pb::Encoding::None => None,
-    };
-    match packed {
-        Some(packed) if packed.len() < data.len() => (encoding, packed.into()),
-        _ => (pb::Encoding::None, data),
+/// Packs a message that isn't packed yet, when that makes it clearly shorter.
+pub fn pack(batch: pb::BlockBatch, encoding: pb::Encoding) -> pb::BlockBatch {
+    if batch.encoding() != pb::Encoding::None {
+        return batch;
     }
+    let (encoding, data) = pack_data(encoding, batch.data);
+    pb::BlockBatch { encoding: encoding.into(), data, ..batch }
+}
+
+/// Bytes that travel for this data when `encoding` is tried on it.
+pub fn packed_len(encoding: pb::Encoding, data: &[u8]) -> usize {
+    compress(encoding, data).map_or(data.len(), |packed| packed.len())
+}
+
+fn pack_data(encoding: pb::Encoding, data: Bytes) -> (pb::Encoding, Bytes) {
+    match compress(encoding, &data) {
+        Some(packed) => (encoding, packed.into()),
+        None => (pb::Encoding::None, data),
+    }
+}
+
+/// `None` where it doesn't pay: the other end has to unpack it, too.
+fn compress(encoding: pb::Encoding, data: &[u8]) -> Option<Vec<u8>> {
+    let packed = match encoding {
+        pb::Encoding::Lz4 => lz4_flex::block::compress(data),
+        pb::Encoding::Zstd => zstd::bulk::compress(data, 1).ok()?,
+        pb::Encoding::Unspecified | pb::Encoding::None => return None,
+    };
+    let worth = data.len() - data.len() / WORTH;
+    (packed.len() < worth).then_some(packed)
 }
 
 #[cfg(test)]

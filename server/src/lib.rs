@@ -13,6 +13,7 @@ pub mod fuzz;
 pub mod image;
 pub mod info;
 pub mod pki;
+pub mod probe;
 pub mod report;
 pub mod restore;
 pub mod retention;

@@ -15,7 +15,8 @@ use janus_proto::{
     model::MAX_MESSAGE_BYTES,
     pb::{
         self, backup_service_server::BackupServiceServer,
-        catalog_service_server::CatalogServiceServer, restore_service_server::RestoreServiceServer,
+        catalog_service_server::CatalogServiceServer, probe_service_server::ProbeServiceServer,
+        restore_service_server::RestoreServiceServer,
         server_info_service_server::ServerInfoServiceServer,
     },
     plain_health, program,
@@ -35,6 +36,7 @@ use crate::{
     chain::store::{MachineState, Store, StoreError},
     config::{Settings, Size},
     info::Info,
+    probe::Probe,
     report::Reporter,
     restore::{HANDLE_LEASE, Restore},
     retention,
@@ -235,6 +237,10 @@ impl Server {
             )
             .add_service(CatalogServiceServer::new(Catalog::new(self.runs.clone(), here)))
             .add_service(ServerInfoServiceServer::new(Info::new(self.runs.clone(), name.clone())))
+            .add_service(
+                ProbeServiceServer::new(Probe::new(name.clone()))
+                    .max_decoding_message_size(MAX_MESSAGE_BYTES),
+            )
             .add_service(reflection().build_v1().map_err(wiring)?)
             .add_service(reflection().build_v1alpha().map_err(wiring)?)
             .prepare();

@@ -7,7 +7,8 @@ use prost::Message;
 
 const SCHEMA: &str = "proto/schema";
 const GENERATED: &str = "proto/src/gen";
-const FILES: [&str; 7] = ["types", "backup", "restore", "catalog", "report", "info", "maintenance"];
+const FILES: [&str; 8] =
+    ["types", "backup", "restore", "catalog", "report", "info", "maintenance", "probe"];
 
 /// Arguments of `cargo xtask bindings`.
 #[derive(Debug, clap::Args)]

@@ -29,6 +29,12 @@ pub const NETWORK_TOOLS: &[Tool] = &[
     Tool { program: "sysctl", package: "procps" },
 ];
 
+/// A proxy that knows CONNECT, and what is seen on a line.
+pub const PROXY_TOOLS: &[Tool] = &[
+    Tool { program: "tinyproxy", package: "tinyproxy-bin" },
+    Tool { program: "tcpdump", package: "tcpdump" },
+];
+
 /// What the whole test run needs, the lists above included.
 pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "sgdisk", package: "gdisk" },
@@ -42,6 +48,8 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "ip", package: "iproute2" },
     Tool { program: "tc", package: "iproute2" },
     Tool { program: "sysctl", package: "procps" },
+    Tool { program: "tinyproxy", package: "tinyproxy-bin" },
+    Tool { program: "tcpdump", package: "tcpdump" },
     Tool { program: "chromium", package: "chromium" },
     Tool { program: "chromedriver", package: "chromium-driver" },
 ];

@@ -3,7 +3,7 @@
 use std::{fmt::Write, sync::Arc, time::Duration};
 
 use clap::ArgMatches;
-use janus_proto::{ids::ServerId, show::amount, tls::Role};
+use janus_proto::{ids::ServerId, pb::Encoding, show::amount, tls::Role};
 use serde_json::{Value, json};
 
 use super::{
@@ -14,6 +14,7 @@ use crate::{
     backup::{Backup, BackupReport, DiskReport},
     hooks::Hook,
     nbd::bitmap::Announced,
+    packing::{self, Packing, Wish},
     progress::{self, Progress},
     reading::{Heard, Reading},
     state::MachineState,
@@ -33,6 +34,8 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let specs = settings.disk_specs()?;
     // Before any hook: what another backup has frozen is not ours to thaw.
     let state = lock(settings).await?;
+    // Nor may anything be frozen while a server boots.
+    context.ways_awake().await?;
     let bitmaps = match settings.pre_backup.is_empty() {
         true => None,
         false => {
@@ -109,22 +112,25 @@ async fn read(
     context: &Context,
 ) -> Result<Outcome, Failure> {
     let settings = &context.settings;
-    let urls = settings.checked_urls()?.to_vec();
-    let encoding = settings.encoding()?;
+    let ways = context.ways().await?;
+    let packing = Arc::new(Packing::new(settings.encoding()?));
     let disks = open_all(settings, still, &context.stop).await?;
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show("backup", &progress);
     let gate = Gate {
-        urls,
-        identity: context.identity.clone(),
+        ways: ways.clone(),
         failover_after: settings.failover_after(),
         failover_wait: Duration::from_secs(settings.failover_wait_seconds),
         direct: settings.direct,
     };
-    let scan = ScanSettings { threads: settings.threads() };
+    let scan = ScanSettings { threads: settings.threads(), packing };
     let stop = context.stop.clone();
-    let mut backup = Backup { gate, server, disks, state, encoding, scan, progress, stop };
-    let report = backup.run().await?;
+    let mut backup = Backup { gate, server, disks, state, scan, progress, stop };
+    let made = backup.run().await;
+    // Also of a failed one: which URL worked counts for the next.
+    let remembering = tokio::task::spawn_blocking(move || ways.memory().write());
+    remembering.await.map_err(Failure::failed)?;
+    let report = made?;
     drop(display);
     Ok(Outcome { json: report_json(&report), text: report_text(&report) })
 }
@@ -166,8 +172,43 @@ fn report_json(report: &BackupReport) -> Value {
         "skipped": skipped,
         "resumed": report.resumed,
         "seconds": report.seconds,
+        "packing": packing_json(&report.packing),
         "disks": report.disks.iter().map(disk).collect::<Vec<_>>(),
     })
+}
+
+fn packing_json(summary: &packing::Summary) -> Value {
+    let total = summary.total();
+    let setting = match summary.wish {
+        Wish::Auto => "auto",
+        Wish::Only(encoding) => packing::name(encoding),
+    };
+    let by = |(encoding, sent): &(Encoding, packing::Sent)| {
+        let counts = json!({ "raw_bytes": sent.raw_bytes, "wire_bytes": sent.wire_bytes });
+        (packing::name(*encoding).to_owned(), counts)
+    };
+    json!({
+        "setting": setting,
+        "mostly": packing::name(summary.mostly()),
+        "by": summary.by.iter().map(by).collect::<serde_json::Map<_, _>>(),
+        "saved_bytes": total.raw_bytes - total.wire_bytes,
+    })
+}
+
+fn packing_text(text: &mut String, summary: &packing::Summary) {
+    let total = summary.total();
+    let saved = total.raw_bytes - total.wire_bytes;
+    if saved == 0 {
+        return;
+    }
+    let _ = writeln!(
+        text,
+        "  packed with {}: {} travelled as {}, {} % less",
+        packing::name(summary.mostly()),
+        amount(total.raw_bytes),
+        amount(total.wire_bytes),
+        saved * 100 / total.raw_bytes.max(1),
+    );
 }
 
 pub(super) fn reading_json(reading: &Reading) -> Value {
@@ -226,5 +267,6 @@ fn report_text(report: &BackupReport) -> String {
         );
         reading_text(&mut text, &disk.reading);
     }
+    packing_text(&mut text, &report.packing);
     text
 }

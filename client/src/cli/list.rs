@@ -23,8 +23,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         return Err(Failure::usage("an operator must name a machine: --machine USER/MACHINE"));
     }
     let query = Query { machine, disk: None, server };
-    let listing =
-        catalog::list(context.settings.checked_urls()?, &context.identity, &query).await?;
+    let listing = catalog::list(&context.ways().await?, &query).await?;
     Ok(Outcome { json: listing_json(&listing), text: listing_text(&listing) })
 }
 

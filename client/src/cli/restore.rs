@@ -25,15 +25,14 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let progress = Progress::new(0);
     let display = progress::show("restore", &progress);
     let restore = Restore {
-        urls: settings.checked_urls()?.to_vec(),
-        identity: context.identity.clone(),
+        ways: context.ways_awake().await?,
         wanted,
         machine,
         server: address(matches)?.server,
         to: to.clone(),
         force: matches.get_flag("force"),
         partial: matches.get_one::<String>("partial").map(PathBuf::from),
-        encoding: settings.encoding()?,
+        packing: settings.encoding()?,
         threads: settings.threads(),
         failover_after: settings.failover_after(),
         direct: settings.direct,

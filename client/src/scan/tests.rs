@@ -4,10 +4,11 @@ use janus_proto::{
     hash,
     ids::{BLOCK_BYTES, SEGMENT_BYTES, block_count},
     model::Batch,
+    pb,
 };
 
 use super::*;
-use crate::config::DiskSpec;
+use crate::{config::DiskSpec, packing::Wish};
 use janus_proto::ranges::Ranges;
 
 #[derive(Default)]
@@ -49,6 +50,7 @@ fn none(_: u64) -> SegmentBits {
 
 /// Reads everything.
 static ALL: std::sync::LazyLock<Reading> = std::sync::LazyLock::new(Reading::everything);
+static UNPACKED: std::sync::LazyLock<Packing> = std::sync::LazyLock::new(Packing::off);
 
 fn job<'a>(source: &'a Source, table: &'a Table, content: SessionContent) -> ScanJob<'a> {
     ScanJob {
@@ -58,7 +60,7 @@ fn job<'a>(source: &'a Source, table: &'a Table, content: SessionContent) -> Sca
         reading: &ALL,
         must: &none,
         segments: Segments::From(0),
-        encoding: pb::Encoding::None,
+        packing: &UNPACKED,
         threads: 2,
     }
 }
@@ -116,7 +118,8 @@ fn a_first_backup_sends_exactly_the_blocks_that_hold_data() {
     let (_dir, source) = disk(size, &writes);
     for encoding in [pb::Encoding::None, pb::Encoding::Lz4, pb::Encoding::Zstd] {
         let table = Table::default();
-        let scanned = run(&ScanJob { encoding, ..job(&source, &table, SessionContent::Zeros) });
+        let packing = &Packing::new(Wish::Only(encoding));
+        let scanned = run(&ScanJob { packing, ..job(&source, &table, SessionContent::Zeros) });
         assert_eq!(scanned.iter().map(|s| s.segment).collect::<Vec<_>>(), [0, 1, 2, 3]);
         let digests: Vec<_> = scanned
             .iter()

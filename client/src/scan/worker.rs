@@ -8,7 +8,7 @@ use janus_proto::{
     model::{Batch, Extent, MAX_BATCH_BYTES},
 };
 
-use super::{Outgoing, ScanError, ScanJob, Scanned, SessionContent};
+use super::{ScanError, ScanJob, Scanned, SessionContent};
 use crate::{
     delta::{self, Known, SegmentBits, WORD_BLOCKS},
     reading::PieceReading,
@@ -230,9 +230,7 @@ impl<'a> Worker<'a> {
             _ => Bytes::new(),
         };
         let batch = Batch::new(self.size_bytes, extents, hashes.into(), data)?;
-        scanned
-            .messages
-            .push(Outgoing { batch: batch.into_wire(self.job.encoding), raw_bytes: used as u64 });
+        scanned.messages.push(self.job.packing.pack(batch));
         Ok(())
     }
 

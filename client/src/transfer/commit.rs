@@ -8,7 +8,7 @@ use janus_proto::pb::{
 use tonic::Status;
 
 use super::{Gate, Run, TransferError, disk::DiskTransfer};
-use crate::link::{COMMIT, Link, LinkError, QUICK, Remedy};
+use crate::link::{COMMIT, LinkError, QUICK, Remedy};
 
 const COMMITTING: &str = "committing the backup";
 const POLL: Duration = Duration::from_millis(500);
@@ -115,15 +115,9 @@ async fn state_of(
     gate: &Gate,
     run: &Run,
 ) -> Result<(RunState, Option<CommitBackupResponse>), LinkError> {
-    let mut last = LinkError::Unreachable(vec![]);
-    for url in &gate.urls {
-        let link = match Link::connect(url, &gate.identity).await {
-            Ok(link) => link,
-            Err(error) => {
-                last = LinkError::Unreachable(vec![error]);
-                continue;
-            }
-        };
+    let mut tries = gate.ways.tries();
+    let mut last = None;
+    while let Some((_, link)) = tries.next().await {
         let message = GetBackupRequest { backup_id: run.plan.backup_id.to_string() };
         let request = run.address().request(message, Some(QUICK));
         match link
@@ -136,9 +130,9 @@ async fn state_of(
                 let answer = answer.into_inner();
                 return Ok((answer.state(), answer.result));
             }
-            Err(error) if error.remedy() == Remedy::Reconnect => last = error,
+            Err(error) if error.remedy() == Remedy::Reconnect => last = Some(error),
             Err(error) => return Err(error),
         }
     }
-    Err(last)
+    Err(last.unwrap_or_else(|| tries.unreachable()))
 }

@@ -20,6 +20,7 @@ use tonic::Status;
 use super::{Run, Session, TransferError, disk::DiskTransfer};
 use crate::{
     link::LinkError,
+    packing::{Packing, Sent},
     scan::{Event, ScanError, ScanJob, Scanned, Segments, scan},
 };
 
@@ -29,11 +30,13 @@ const QUEUED: usize = 4;
 /// A stream on which nothing moves for this long is given up.
 const STALL: Duration = Duration::from_secs(90);
 
-/// How a scan is done.
-#[derive(Debug, Clone, Copy)]
+/// How a scan is done, and how what it finds is sent.
+#[derive(Debug, Clone)]
 pub struct ScanSettings {
     /// Threads that read and hash.
     pub threads: usize,
+    /// How data is packed.
+    pub packing: Arc<Packing>,
 }
 
 /// Scans `segments` of a disk and sends what has to travel. The disk comes back in any case.
@@ -45,7 +48,7 @@ pub async fn send(
     session: &Session,
     mut disk: DiskTransfer,
     segments: Segments,
-    settings: ScanSettings,
+    settings: &ScanSettings,
     stop: &CancellationToken,
 ) -> (Option<DiskTransfer>, Result<(), TransferError>) {
     let (sender, receiver) = mpsc::channel(QUEUED);
@@ -60,10 +63,12 @@ pub async fn send(
         settled: 0,
         heartbeat: run.lease / 3,
         last_sent: Instant::now(),
+        packing: settings.packing.clone(),
     };
-    let encoding = run.encoding;
+    settings.packing.begin(&run.encodings);
+    let threads = settings.threads;
     let scanning = tokio::task::spawn_blocking(move || {
-        let result = scan_into(&mut disk, segments, encoding, settings, &mut writer);
+        let result = scan_into(&mut disk, segments, threads, &mut writer);
         (disk, result)
     });
     let request = run.address().request(ReceiverStream::new(receiver), None);
@@ -117,8 +122,7 @@ async fn write(
 fn scan_into(
     disk: &mut DiskTransfer,
     segments: Segments,
-    encoding: janus_proto::pb::Encoding,
-    settings: ScanSettings,
+    threads: usize,
     writer: &mut Writer,
 ) -> Result<(), ScanError> {
     let whole = matches!(segments, Segments::From(_));
@@ -130,6 +134,7 @@ fn scan_into(
     // The bits as they are now: what this scan sends itself must not feed back into it.
     let must = disk.must();
     let must = move |segment| must.bits(segment);
+    let packing = writer.packing.clone();
     let job = ScanJob {
         source: &source,
         table: &table,
@@ -137,8 +142,8 @@ fn scan_into(
         reading: &reading,
         must: &must,
         segments,
-        encoding,
-        threads: settings.threads,
+        packing: &packing,
+        threads,
     };
     writer.heartbeat()?;
     let ended = scan(&job, |event| {
@@ -166,6 +171,7 @@ struct Writer {
     settled: u64,
     heartbeat: Duration,
     last_sent: Instant,
+    packing: Arc<Packing>,
 }
 
 impl Writer {
@@ -178,13 +184,18 @@ impl Writer {
     ) -> Result<(), ScanError> {
         let last = scanned.messages.len();
         for (index, message) in scanned.messages.into_iter().enumerate() {
-            disk.figures.sent_bytes += message.raw_bytes;
-            disk.figures.wire_bytes += message.batch.data.len() as u64;
-            disk.progress.sent(message.raw_bytes);
+            let message = self.packing.pack_late(message);
+            let (raw_bytes, wire_bytes) = (message.raw_bytes, message.batch.data.len() as u64);
+            disk.figures.sent_bytes += raw_bytes;
+            disk.figures.wire_bytes += wire_bytes;
+            disk.progress.sent(raw_bytes);
             if index + 1 == last {
                 self.settled = end;
             }
+            let began = Instant::now();
             self.send(Some(message.batch))?;
+            let sent = Sent { raw_bytes, wire_bytes };
+            self.packing.sent((message.tried, sent), began.elapsed());
         }
         self.settled = end;
         Ok(())

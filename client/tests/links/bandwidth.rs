@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use janus_client::{
     link::Direct,
     transfer::{Gate, StartPlan},
+    ways::Ways,
 };
 use janus_proto::{
     ids::{BackupId, ServerId},
-    pb::{DiskStart, Encoding},
+    pb::DiskStart,
     tls::Identity,
 };
 use xtask::{
@@ -100,18 +101,13 @@ fn other_machine(sites: &Sites) -> Gate {
     let urls = SITES.iter().map(|site| url(site)).collect();
     let (failover_after, direct) = (Duration::from_secs(5), Direct::Never);
     let failover_wait = failover_after;
-    Gate { urls, identity, failover_after, failover_wait, direct }
+    Gate { ways: Ways::direct(urls, identity), failover_after, failover_wait, direct }
 }
 
 /// Time until a start of a machine at `place` is answered, the connection included.
 fn start(sites: &Sites, place: &str, gate: &Gate, server: Option<&str>) -> Duration {
     let disk = DiskStart { disk_id: "disk".into(), size_bytes: MIB, logical_sector_bytes: 512 };
-    let plan = StartPlan {
-        backup_id: BackupId::new(),
-        disks: vec![disk],
-        encoding: Encoding::None,
-        use_counter: 1,
-    };
+    let plan = StartPlan { backup_id: BackupId::new(), disks: vec![disk], use_counter: 1 };
     let server: Option<ServerId> = server.map(|server| server.parse().unwrap());
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| {

@@ -10,7 +10,11 @@ use tokio::{
 };
 use tokio_rustls::TlsConnector;
 
-use super::{ConnectError, ConnectOptions, explain::tls_error};
+use super::{
+    ConnectError, ConnectOptions,
+    explain::tls_error,
+    race::{HEAD_START, race},
+};
 use crate::tls::{Identity, Principal};
 
 /// The connecting end of a TLS connection.
@@ -69,6 +73,12 @@ impl Target {
         Ok(Self { host: host.to_string(), port })
     }
 
+    /// A host and port that need not be of our own kind.
+    pub(super) fn at(host: &str, port: u16) -> Self {
+        let host = host.trim_start_matches('[').trim_end_matches(']').to_string();
+        Self { host, port }
+    }
+
     /// Host name or address, without brackets.
     pub fn host(&self) -> &str {
         &self.host
@@ -104,34 +114,62 @@ pub async fn connect_tls(
     options: &ConnectOptions,
 ) -> Result<(TlsStream, Principal), ConnectError> {
     let tcp = connect_tcp(target, options.connect_timeout).await?;
+    greet_within(target, identity, options, tcp).await
+}
+
+/// The part of [`connect_tls`] after TCP.
+pub(super) async fn greet_within(
+    target: &Target,
+    identity: &Identity,
+    options: &ConnectOptions,
+    tcp: TcpStream,
+) -> Result<(TlsStream, Principal), ConnectError> {
     let limit = options.connect_timeout;
     let late = |_| target.timed_out("it accepted the connection and then said nothing", limit);
     timeout(limit, greet(target, identity, options, tcp)).await.map_err(late)?
 }
 
-/// Tries every address of the host; each gets an equal share of the time left.
-async fn connect_tcp(target: &Target, limit: Duration) -> Result<TcpStream, ConnectError> {
+/// Tries every address of the host, IPv6 and IPv4 by turns, each with a head start over the next one.
+pub(super) async fn connect_tcp(
+    target: &Target,
+    limit: Duration,
+) -> Result<TcpStream, ConnectError> {
     let end = Instant::now() + limit;
-    let addresses = look_up(target, end, limit).await?;
-    let mut last = None;
-    for (tried, address) in addresses.iter().enumerate() {
-        let left = end.saturating_duration_since(Instant::now());
-        let share = left / u32::try_from(addresses.len() - tried).unwrap_or(1);
-        last = Some(match timeout(share, TcpStream::connect(address)).await {
-            Ok(Ok(stream)) => {
-                // Without it, small frames wait for acknowledgements: measured at half of the throughput.
-                stream.set_nodelay(true).map_err(|error| target.closed(error.to_string()))?;
-                return Ok(stream);
-            }
-            Ok(Err(error)) => tcp_error(target, &error),
-            Err(_) => target.timed_out("no answer to the TCP connect", limit),
-        });
+    let addresses = by_turns(look_up(target, end, limit).await?);
+    let tries = addresses.into_iter().map(TcpStream::connect);
+    let Ok(mut raced) = timeout_at(end, race(tries, HEAD_START)).await else {
+        return Err(target.timed_out("no answer to the TCP connect", limit));
+    };
+    match (raced.won, raced.failed.pop()) {
+        (Some((_, stream)), _) => {
+            // Without it, small frames wait for acknowledgements: measured at half of the throughput.
+            stream.set_nodelay(true).map_err(|error| target.closed(error.to_string()))?;
+            Ok(stream)
+        }
+        (None, Some((_, error))) => Err(tcp_error(target, &error)),
+        (None, None) => Err(ConnectError::NameNotFound {
+            target: target.to_string(),
+            host: target.host.clone(),
+            reason: "the name has no address".into(),
+        }),
     }
-    Err(last.unwrap_or_else(|| ConnectError::NameNotFound {
-        target: target.to_string(),
-        host: target.host.clone(),
-        reason: "the name has no address".into(),
-    }))
+}
+
+/// IPv6 and IPv4 by turns, beginning with the one that the system prefers: where one of them leads nowhere, it costs one
+/// head start, however many addresses there are.
+fn by_turns(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let first_is_v6 = addresses.first().is_some_and(SocketAddr::is_ipv6);
+    let (first, other): (Vec<_>, Vec<_>) =
+        addresses.into_iter().partition(|address| address.is_ipv6() == first_is_v6);
+    let (mut first, mut other) = (first.into_iter(), other.into_iter());
+    let mut ordered = Vec::new();
+    loop {
+        let pair = [first.next(), other.next()];
+        if pair == [None, None] {
+            return ordered;
+        }
+        ordered.extend(pair.into_iter().flatten());
+    }
 }
 
 async fn look_up(
@@ -198,6 +236,16 @@ fn check_peer(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_of_both_families_take_turns() {
+        let parse = |list: &str| -> Vec<SocketAddr> {
+            list.split(' ').map(|host| format!("{host}:1").parse().unwrap()).collect()
+        };
+        let ordered = by_turns(parse("[::1] [::2] [::3] 10.0.0.1"));
+        assert_eq!(ordered, parse("[::1] 10.0.0.1 [::2] [::3]"));
+        assert_eq!(by_turns(parse("10.0.0.1 [::1]")), parse("10.0.0.1 [::1]"));
+    }
 
     #[test]
     fn a_target_is_https_with_host_and_port() {

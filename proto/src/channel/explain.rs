@@ -103,6 +103,18 @@ pub enum ConnectError {
         /// Who it is.
         reason: String,
     },
+    /// The proxy on the way doesn't lead there.
+    #[error(
+        "{target}: proxy {proxy} {reason}; check `proxy` of the settings and https_proxy of the environment"
+    )]
+    Proxy {
+        /// The peer's URL.
+        target: String,
+        /// Host and port of the proxy.
+        proxy: String,
+        /// What it did.
+        reason: String,
+    },
     /// The connection ended while it was set up.
     #[error("{target}: connection lost: {reason}; it may be restarting or full, its log says more")]
     Closed {
@@ -114,6 +126,17 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
+    /// Why a host is not reached by TCP, without its name.
+    pub(super) fn reason(&self) -> String {
+        match self {
+            Self::NameNotFound { reason, .. } => format!("host not found ({reason})"),
+            Self::Refused { .. } => "connection refused".into(),
+            Self::Unreachable { reason, .. } => reason.clone(),
+            Self::TimedOut { after, .. } => format!("no answer within {after:?}"),
+            other => other.to_string(),
+        }
+    }
+
     /// The connect error among the causes of `error`, if there is one.
     pub fn in_chain(error: &(dyn Error + 'static)) -> Option<Self> {
         causes(error).find_map(|cause| cause.downcast_ref::<Self>().cloned())

@@ -65,7 +65,8 @@ impl Network {
         network.add(ROUTER)?;
         let router = network.namespace(ROUTER);
         ip_at(&router, "link set lo up")?;
-        run(&router, "sysctl", &["-q", "-w", "net.ipv4.ip_forward=1"])?;
+        let forward = ["net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"];
+        run(&router, "sysctl", &["-q", "-w", forward[0], forward[1]])?;
         for place in places {
             network.join(place)?;
         }
@@ -77,8 +78,10 @@ impl Network {
         ip(&format!("netns add {namespace}"))?;
         let etc = Path::new(ETC).join(&namespace);
         fs::create_dir_all(&etc).with_context(|| format!("make {}", etc.display()))?;
-        let host =
-            |place: &String| format!("{} {place}.example.org {place}\n", self.address(place));
+        let host = |place: &String| {
+            let (v4, v6) = (self.address(place), self.address6(place));
+            format!("{v4} {place}.example.org {place}\n{v6} {place}6.example.org\n")
+        };
         let hosts: String = self.places.iter().map(host).collect();
         fs::write(etc.join("hosts"), format!("127.0.0.1 localhost\n{hosts}"))?;
         Ok(())
@@ -92,6 +95,9 @@ impl Network {
         ip_at(&router, &format!("link set {place} up"))?;
         ip_at(&here, "link set lo up")?;
         ip_at(&here, &format!("address add {}/24 dev eth0", self.address(place)))?;
+        let [here6, gateway6] = [self.address6(place), self.gateway6(place)];
+        ip_at(&router, &format!("-6 address add {gateway6}/64 dev {place} nodad"))?;
+        ip_at(&here, &format!("-6 address add {here6}/64 dev eth0 nodad"))?;
         self.plug_in(place)
     }
 
@@ -102,7 +108,26 @@ impl Network {
     pub fn plug_in(&self, place: &str) -> Result<()> {
         let here = self.namespace(place);
         ip_at(&here, "link set eth0 up")?;
-        ip_at(&here, &format!("route replace default via {}", self.gateway(place)))
+        ip_at(&here, &format!("route replace default via {}", self.gateway(place)))?;
+        ip_at(&here, &format!("-6 route replace default via {} dev eth0", self.gateway6(place)))
+    }
+
+    /// Takes all IPv4 away, that of loopback too.
+    ///
+    /// # Errors
+    /// When a tool fails.
+    pub fn only_ipv6(&self) -> Result<()> {
+        for place in &self.places {
+            for device in ["eth0", "lo"] {
+                ip_at(&self.namespace(place), &format!("-4 address flush dev {device}"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A command that runs at the router what `command` would run here.
+    pub fn at_router(&self, command: &Command) -> Command {
+        inside(&self.namespace(ROUTER), command)
     }
 
     /// A command that runs at a place what `command` would run here.
@@ -118,6 +143,15 @@ impl Network {
     /// A place's address.
     pub fn address(&self, place: &str) -> String {
         format!("10.77.{}.2", self.number(place))
+    }
+
+    /// A place's IPv6 address; `<place>6.example.org` leads there.
+    pub fn address6(&self, place: &str) -> String {
+        format!("fd77:{}::2", self.number(place))
+    }
+
+    fn gateway6(&self, place: &str) -> String {
+        format!("fd77:{}::1", self.number(place))
     }
 
     fn gateway(&self, place: &str) -> String {

@@ -97,8 +97,15 @@ impl Sites {
     }
 
     fn issue(&self, role: &str, name: &str, site: &str) -> Result<Settings> {
-        let (host, address) = (format!("{site}.example.org"), self.network.address(site));
-        self.keys.issue(role, name, &["--host", &host, "--host", &address])
+        let hosts = [
+            format!("{site}.example.org"),
+            format!("{site}6.example.org"),
+            self.network.address(site),
+            self.network.address6(site),
+            "::1".to_owned(),
+        ];
+        let hosts: Vec<_> = hosts.iter().flat_map(|host| ["--host", host]).collect();
+        self.keys.issue(role, name, &hosts)
     }
 
     /// Starts a program with its settings.

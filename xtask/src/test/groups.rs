@@ -20,7 +20,7 @@ pub(super) const GROUPS: &[Group] = &[
     Group { name: "janus", budget_minutes: 5, run: janus },
     Group { name: "store", budget_minutes: 5, run: store },
     Group { name: "sources", budget_minutes: 4, run: sources },
-    Group { name: "client", budget_minutes: 4, run: client },
+    Group { name: "client", budget_minutes: 7, run: client },
     Group { name: "restore", budget_minutes: 3, run: restore },
     Group { name: "security", budget_minutes: 2, run: security },
 ];
@@ -50,6 +50,7 @@ const PLACED: &[(&str, &str)] = &[
     ("hostile", "sources"),
     ("links", "client"),
     ("nbd", "sources"),
+    ("networks", "client"),
     ("reasons", "security"),
     ("ntfs", "sources"),
     ("reading", "sources"),

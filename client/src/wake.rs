@@ -1,0 +1,116 @@
+//! Servers that sleep: a magic packet before the first probe, and then patience, but no longer than they take to boot.
+
+use std::time::{Duration, Instant};
+
+use janus_proto::wake::{self, EVERYBODY, Mac, Sleeper, WakeError, place};
+use tokio_util::sync::CancellationToken;
+
+use crate::ways::Ways;
+
+/// How often it is looked whether one answers.
+const LOOK: Duration = Duration::from_secs(1);
+/// How often the packets are sent again.
+const AGAIN: Duration = Duration::from_secs(10);
+/// What stands for the addresses that `janus-client test` has remembered.
+const REMEMBERED: &str = "remembered";
+
+/// Servers to wake.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wish {
+    /// This one.
+    Host(Sleeper),
+    /// Those whose addresses are remembered, by packets to this place.
+    Remembered(std::net::SocketAddr),
+}
+
+/// Reads the setting `wake`.
+///
+/// # Errors
+/// When one can't be understood.
+pub fn parse(texts: &[String]) -> Result<Vec<Wish>, WakeError> {
+    let parse = |text: &String| match text.strip_prefix(REMEMBERED) {
+        Some("") => Ok(Wish::Remembered(EVERYBODY)),
+        Some(to) => {
+            let to = to.strip_prefix('@').and_then(|to| place(to).ok());
+            to.map(Wish::Remembered).ok_or_else(|| WakeError(text.clone()))
+        }
+        None => text.parse().map(Wish::Host),
+    };
+    texts.iter().map(parse).collect()
+}
+
+/// Wakes the servers up; returns as soon as any way leads to an answer, after `boot` at the latest. What comes then says
+/// itself that nobody answers.
+pub async fn wake_up(wishes: &[Wish], boot: Duration, ways: &Ways, stop: &CancellationToken) {
+    let sleepers = sleepers(wishes, ways);
+    if sleepers.is_empty() {
+        return;
+    }
+    let began = Instant::now();
+    let mut sent: Option<Instant> = None;
+    while !stop.is_cancelled() {
+        if sent.is_none_or(|at| at.elapsed() >= AGAIN) {
+            send(&sleepers).await;
+            sent = Some(Instant::now());
+        }
+        if ways.connect().await.is_ok() {
+            tracing::debug!(seconds = began.elapsed().as_secs(), "somebody answers");
+            return;
+        }
+        if began.elapsed() + LOOK > boot {
+            tracing::warn!(
+                boot_seconds = boot.as_secs(),
+                "magic packets were sent, but nobody answers"
+            );
+            return;
+        }
+        let _ = stop.run_until_cancelled(tokio::time::sleep(LOOK)).await;
+    }
+}
+
+fn sleepers(wishes: &[Wish], ways: &Ways) -> Vec<Sleeper> {
+    let mut sleepers = Vec::new();
+    for wish in wishes {
+        match wish {
+            Wish::Host(sleeper) => sleepers.push(*sleeper),
+            Wish::Remembered(to) => {
+                let memory = ways.memory();
+                let known = memory.urls.values().filter_map(|known| known.mac.as_ref());
+                let known: Vec<Mac> = known.filter_map(|mac| mac.parse().ok()).collect();
+                if known.is_empty() {
+                    tracing::warn!(
+                        "wake: no hardware address is remembered; run `janus-client test` in the servers' network while they are on"
+                    );
+                }
+                sleepers.extend(known.into_iter().map(|mac| Sleeper { mac, to: *to }));
+            }
+        }
+    }
+    sleepers
+}
+
+async fn send(sleepers: &[Sleeper]) {
+    for sleeper in sleepers {
+        match wake::wake(sleeper).await {
+            Ok(()) => tracing::info!(mac = %sleeper.mac, to = %sleeper.to, "sent a magic packet"),
+            Err(error) => {
+                tracing::warn!(mac = %sleeper.mac, to = %sleeper.to, %error, "can't send a magic packet; name the broadcast address of the servers' network: MAC@ADDRESS");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wish_is_an_address_or_what_is_remembered() {
+        let parse = |text: &str| parse(&[text.to_owned()]);
+        assert_eq!(parse("remembered").unwrap(), [Wish::Remembered(EVERYBODY)]);
+        let to = "10.0.0.255:9".parse().unwrap();
+        assert_eq!(parse("remembered@10.0.0.255").unwrap(), [Wish::Remembered(to)]);
+        assert!(matches!(parse("00:11:22:33:44:55").unwrap()[..], [Wish::Host(_)]));
+        assert!(parse("remember").is_err() && parse("remembered@x").is_err());
+    }
+}

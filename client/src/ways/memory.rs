@@ -1,0 +1,186 @@
+//! What this machine remembers of its URLs: which one answered last, who it was, and how its host is woken up.
+//!
+//! A small file in the cache folder, replaced as a whole. It is worth some time, never a backup: one that is damaged, lost or
+//! of a newer version is as good as none. What was remembered of a URL goes when the URL leaves the settings.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use janus_proto::tls::Role;
+use serde::{Deserialize, Serialize};
+
+const VERSION: u32 = 1;
+const FILE: &str = "ways.json";
+/// A file that is larger was not written by us.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// What is known of one URL.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Known {
+    /// Who answered last: `server NAME` or `janus NAME`.
+    pub peer: String,
+    /// Hardware address of its host, where that is on a local link: `00:11:22:33:44:55`.
+    pub mac: Option<String>,
+}
+
+#[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Stored {
+    version: u32,
+    last: Option<String>,
+    urls: BTreeMap<String, Known>,
+}
+
+/// What is known of all URLs of the settings.
+#[derive(Debug, Default)]
+pub struct Memory {
+    /// URL that answered last.
+    pub last: Option<String>,
+    /// By URL.
+    pub urls: BTreeMap<String, Known>,
+    file: Option<PathBuf>,
+    is_new: bool,
+}
+
+impl Memory {
+    /// Reads what `folder` remembers of these URLs.
+    pub fn read(folder: &Path, urls: &[String]) -> Self {
+        let file = folder.join(FILE);
+        let stored = match parse(&file) {
+            Ok(stored) => stored.unwrap_or_default(),
+            Err(error) => {
+                tracing::warn!(path = %file.display(), error, "what was remembered of the URLs is lost; going on without it");
+                Stored::default()
+            }
+        };
+        let is_ours = |url: &String| urls.contains(url);
+        let known = stored.urls.len();
+        let kept: BTreeMap<_, _> =
+            stored.urls.into_iter().filter(|(url, _)| is_ours(url)).collect();
+        Self {
+            last: stored.last.filter(is_ours),
+            is_new: kept.len() != known,
+            urls: kept,
+            file: Some(file),
+        }
+    }
+
+    /// A URL has answered.
+    pub fn note(&mut self, url: &str, peer: &Role) {
+        let peer = peer.to_string();
+        let is_known = self.urls.get(url).is_some_and(|known| known.peer == peer);
+        if is_known && self.last.as_deref() == Some(url) {
+            return;
+        }
+        if !is_known {
+            // Another host has the address now.
+            self.urls.insert(url.to_owned(), Known { peer, mac: None });
+        }
+        self.last = Some(url.to_owned());
+        self.is_new = true;
+    }
+
+    /// The hardware address of the host that answers at a URL.
+    pub fn note_mac(&mut self, url: &str, mac: String) {
+        let known = self.urls.entry(url.to_owned()).or_default();
+        if known.mac.as_ref() != Some(&mac) {
+            known.mac = Some(mac);
+            self.is_new = true;
+        }
+    }
+
+    /// Writes it down if there is anything new. Failing costs a head start next time, so it is only logged.
+    pub fn write(&mut self) {
+        let Some(file) = self.file.as_ref().filter(|_| self.is_new) else { return };
+        let stored = Stored { version: VERSION, last: self.last.clone(), urls: self.urls.clone() };
+        match replace(file, &stored) {
+            Ok(()) => self.is_new = false,
+            Err(error) => {
+                tracing::warn!(path = %file.display(), %error, "which URL worked can't be remembered");
+            }
+        }
+    }
+}
+
+fn parse(file: &Path) -> Result<Option<Stored>, String> {
+    let length = match fs::metadata(file) {
+        Ok(about) => about.len(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error.to_string()),
+    };
+    if length > MAX_BYTES {
+        return Err(format!("{length} bytes are too many"));
+    }
+    let text = fs::read(file).map_err(|error| error.to_string())?;
+    let stored: Stored = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    match stored.version {
+        VERSION => Ok(Some(stored)),
+        other => Err(format!("version {other}, not {VERSION}")),
+    }
+}
+
+fn replace(file: &Path, stored: &Stored) -> io::Result<()> {
+    if let Some(folder) = file.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    let new = file.with_extension("json.new");
+    let mut writing = File::create(&new)?;
+    writing.write_all(&serde_json::to_vec_pretty(stored)?)?;
+    writing.sync_all()?;
+    fs::rename(&new, file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn server(name: &str) -> Role {
+        Role::Server(name.parse().unwrap())
+    }
+
+    fn urls(names: &[&str]) -> Vec<String> {
+        names.iter().map(|name| format!("https://{name}:1")).collect()
+    }
+
+    #[test]
+    fn what_is_written_is_read_for_the_urls_of_the_settings() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut memory = Memory::read(folder.path(), &urls(&["a", "b"]));
+        memory.note("https://a:1", &server("x"));
+        memory.note_mac("https://a:1", "00:11:22:33:44:55".into());
+        memory.note("https://b:1", &server("y"));
+        memory.write();
+
+        let mut same = Memory::read(folder.path(), &urls(&["a", "b"]));
+        assert_eq!((&same.last, &same.urls), (&memory.last, &memory.urls));
+        same.note("https://a:1", &server("x"));
+        assert!(same.urls["https://a:1"].mac.is_some(), "the same host keeps its address");
+        same.note("https://a:1", &server("z"));
+        assert_eq!(same.urls["https://a:1"].mac, None, "another host has another address");
+
+        let mut changed = Memory::read(folder.path(), &urls(&["a", "c"]));
+        assert_eq!(changed.last, None);
+        assert!(changed.urls.contains_key("https://a:1") && changed.urls.len() == 1);
+        changed.write();
+        let back = Memory::read(folder.path(), &urls(&["a", "b"]));
+        assert_eq!(back.urls.len(), 1, "what went doesn't come back with the old URL");
+    }
+
+    #[test]
+    fn a_damaged_file_is_as_good_as_none() {
+        let folder = tempfile::tempdir().unwrap();
+        for text in ["", "{\"version\": 1, \"urls", "{\"version\": 2, \"urls\": {}}", "[]", "\u{0}"]
+        {
+            fs::write(folder.path().join(FILE), text).unwrap();
+            let mut memory = Memory::read(folder.path(), &urls(&["a"]));
+            assert!(memory.urls.is_empty() && memory.last.is_none(), "{text:?}");
+            memory.note("https://a:1", &server("x"));
+            memory.write();
+            assert_eq!(Memory::read(folder.path(), &urls(&["a"])).urls.len(), 1);
+        }
+    }
+}

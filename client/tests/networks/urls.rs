@@ -1,0 +1,126 @@
+//! What a URL costs that leads nowhere.
+
+use std::{fs, path::Path, time::Instant};
+
+use serde_json::{Value, json};
+use xtask::{
+    disk,
+    site::{
+        Client,
+        Cut::{Drop, Reject},
+        MACHINES, Part, Plan, Programs, SITES, Site, Sites, url,
+    },
+};
+
+const NORTH: &str = SITES[0];
+const MIB: u64 = 1 << 20;
+
+/// Seconds until a list is answered: the shortest of some tries, so that a busy machine doesn't count as a slow line.
+fn answer(client: &Client, urls: &[String]) -> f64 {
+    let mut client = client.clone();
+    client.settings.set("urls", json!(urls));
+    let listed = |_| {
+        let began = Instant::now();
+        client.list().unwrap();
+        began.elapsed().as_secs_f64()
+    };
+    (0..5).map(listed).fold(f64::MAX, f64::min)
+}
+
+fn memory(client: &Client) -> Value {
+    let text = fs::read(client.cache().join("ways.json")).unwrap();
+    serde_json::from_slice(&text).unwrap()
+}
+
+fn noise(folder: &Path) -> String {
+    let path = folder.join("disk.raw");
+    disk::blank(&path, 4 * MIB).unwrap();
+    disk::write_noise(&path, 0..4 * MIB, 3).unwrap();
+    format!("disk={}", path.display())
+}
+
+#[test]
+fn as_root_a_home_url_that_leads_nowhere_costs_less_than_half_a_second() {
+    let mut sites = Sites::start(Programs::for_tests().unwrap()).unwrap();
+    let disk = noise(sites.folder());
+    let client = sites.client("laptop", &[disk]).unwrap();
+    sites.await_equal(&client, std::time::Duration::from_secs(30)).unwrap();
+    let both = SITES.map(|site| url(site, 7420));
+    let at_home = answer(&client, &both[..1]);
+    let only_away = answer(&client, &both[1..]);
+
+    sites.network().cut_between(MACHINES, NORTH, Drop).unwrap();
+    let silent = answer(&client, &both);
+    client.backup().unwrap();
+    assert_eq!(memory(&client)["last"], both[1]);
+    let remembered = answer(&client, &both);
+    sites.network().heal().unwrap();
+    sites.network().cut_between(MACHINES, NORTH, Reject).unwrap();
+    let unreachable = answer(&client, &both);
+    sites.network().heal().unwrap();
+    sites.kill(NORTH, Part::Janus).unwrap();
+    let refused = answer(&client, &both);
+    sites.start_part(NORTH, Part::Janus).unwrap();
+    let back = answer(&client, &both);
+
+    println!("seconds until a list is answered, by the state of the first URL:");
+    for (state, seconds) in [
+        ("answers", at_home),
+        ("(only the second one is set)", only_away),
+        ("silent", silent),
+        ("silent, the second one worked last", remembered),
+        ("unreachable", unreachable),
+        ("refused", refused),
+        ("answers again", back),
+    ] {
+        println!("  {state:<36} {seconds:.3}");
+    }
+    assert!(silent - only_away > 0.2, "it was not silent");
+    assert!(silent - only_away < 0.5 && remembered - only_away < 0.2);
+    assert!(unreachable - only_away < 0.2 && refused - only_away < 0.2);
+    // The home URL is preferred again as soon as it answers.
+    client.backup().unwrap();
+    assert_eq!(memory(&client)["last"], both[0]);
+
+    let mut moved = client.clone();
+    moved.settings.set("urls", json!([both[1]]));
+    moved.backup().unwrap();
+    let known = memory(&moved);
+    assert_eq!(known["urls"].as_object().unwrap().len(), 1, "{known}");
+}
+
+#[test]
+fn a_stranger_at_a_home_address_is_no_way() {
+    let plan = |name: &str| Plan { servers: vec![name.into()], janus: false, folder: None };
+    let programs = Programs::for_tests().unwrap();
+    let (ours, stranger) = (
+        Site::start(programs.clone(), &plan("ours")).unwrap(),
+        Site::start(programs, &plan("stranger")).unwrap(),
+    );
+    let disk = noise(ours.folder());
+    let mut client = ours.client("laptop", &[disk]).unwrap();
+    client.settings.set("urls", json!([stranger.url(), ours.url()]));
+    let backup = client.backup().unwrap();
+    assert_eq!(backup.server, "ours");
+    assert_eq!(memory(&client)["last"], ours.url());
+
+    client.settings.set("urls", json!([stranger.url()]));
+    let failure = client.failure(&["list"]).unwrap();
+    assert_eq!(failure.exit_code, 3, "{failure:?}");
+    assert!(failure.error.contains(&stranger.url()), "{failure:?}");
+    assert!(failure.error.contains("authority") || failure.error.contains("CA"), "{failure:?}");
+}
+
+#[test]
+fn a_damaged_memory_costs_nothing() {
+    let plan = Plan { servers: vec!["ours".into()], janus: false, folder: None };
+    let site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();
+    let disk = noise(site.folder());
+    let client = site.client("laptop", &[disk]).unwrap();
+    client.backup().unwrap();
+    fs::write(client.cache().join("ways.json"), "{\"version\": 1, \"la").unwrap();
+    let finished = client.run(&["backup", "--json"]).unwrap();
+    assert_eq!(finished.code, Some(0), "{finished:?}");
+    assert!(finished.stderr.contains("lost; going on without it"), "{}", finished.stderr);
+    assert_eq!(memory(&client)["last"], site.url());
+}
