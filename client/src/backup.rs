@@ -20,7 +20,7 @@ use crate::{
     reading::{Planned, Reading},
     scan::{ScanError, Segments},
     source::Source,
-    state::{MachineState, RunRecord, StateError},
+    state::{MachineState, RunRecord, StateError, Success},
     transfer::{
         Gate, Run, Session, StartPlan, TransferError,
         commit::{Committed, commit},
@@ -69,6 +69,8 @@ pub struct Backup {
     pub disks: Vec<Disk>,
     /// What this machine remembers.
     pub state: MachineState,
+    /// Unix milliseconds before anything of the disks was read or held still.
+    pub taken_ms: i64,
     /// How data is packed.
     pub encoding: Encoding,
     /// How disks are scanned.
@@ -107,6 +109,8 @@ pub struct BackupReport {
     pub skipped: Vec<(String, String)>,
     /// It went on with a run that an earlier process began.
     pub resumed: bool,
+    /// Unix milliseconds: its content is not older than that, by this machine's clock.
+    pub taken_ms: i64,
     /// How long it took.
     pub seconds: f64,
     /// Its disks.
@@ -154,6 +158,7 @@ impl Backup {
                         use_counter: run.use_counter,
                         skipped,
                         resumed,
+                        taken_ms: self.taken_ms,
                         seconds: began.elapsed().as_secs_f64(),
                         disks,
                     });
@@ -330,7 +335,9 @@ impl Backup {
         }
         let (transfers, committed) = self.commit(run, transfers).await?;
         // The backup is made: the next one finds out by itself that this run is over.
-        if let Err(error) = self.state.close_run() {
+        let (backup_id, server) = (run.plan.backup_id, run.server.clone());
+        let success = Success { taken_ms: self.taken_ms, backup_id, server };
+        if let Err(error) = self.state.succeeded(success) {
             tracing::warn!(%error, "can't note the end of the run");
         }
         let mut reports = Vec::with_capacity(transfers.len());

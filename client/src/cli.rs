@@ -1,11 +1,13 @@
 //! Commands of `janus-client`: arguments, output, exit codes. One file per command.
 
 mod backup;
+mod daemon;
 mod dry_run;
 mod failure;
 mod list;
 mod opening;
 mod restore;
+mod service;
 mod sources;
 mod status;
 mod trust;
@@ -22,7 +24,9 @@ use janus_proto::{
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-pub use self::{dry_run::dry_run, failure::Failure, sources::sources};
+pub use self::{
+    daemon::daemon, dry_run::dry_run, failure::Failure, service::service, sources::sources,
+};
 use crate::{
     config::Settings,
     frozen::watchdog,
@@ -62,6 +66,14 @@ pub fn loader() -> Loader<Settings> {
         ("log", "Log filter, such as info or janus_client=debug"),
         ("log_format", "Log lines for people or programs: text, or json"),
         ("otlp_endpoint", "Collector that gets the spans of runs by OTLP over gRPC; empty: none"),
+        ("schedule.days", "Days of backups: Mon to Sun"),
+        ("schedule.times", "Times of day: 22:00"),
+        ("schedule.random_delay_minutes", "Backups begin later by up to so much"),
+        ("schedule.catch_up", "Make up for backups missed while the machine was off"),
+        ("schedule.wake", "Wake the machine from suspend; only with systemd"),
+        ("schedule.on_battery", "Back up also on battery"),
+        ("schedule.on_metered", "Back up also over a metered link"),
+        ("schedule.retry_minutes", "A failed backup is tried again after so much, then twice that"),
     ])
 }
 
@@ -139,6 +151,14 @@ pub fn command() -> Command {
         .subcommand(with_flags(
             Command::new("sources").about("List disks, their volumes, and how each can be backed up"),
         ))
+        .subcommand(with_flags(
+            Command::new("daemon")
+                .about("Back up by the schedule of the settings, without systemd")
+                .arg(Arg::new("once").long("once").action(ArgAction::SetTrue).help(
+                    "Only what is due now, with its repetitions: what the systemd timer starts",
+                )),
+        ))
+        .subcommand(service::command().arg(json()))
         .subcommand(with_flags(Command::new("status").about("Show the servers as janus sees them")))
         .subcommand(
             Command::new(watchdog::COMMAND)
@@ -183,6 +203,7 @@ impl Context {
 }
 
 /// What a command prints when all went well.
+#[derive(Debug)]
 pub struct Outcome {
     /// For `--json`.
     pub json: Value,

@@ -10,7 +10,9 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{frozen::Wish, link::Direct, nbd, reading::Policy, survey::Choice};
+use crate::{
+    frozen::Wish, link::Direct, nbd, reading::Policy, schedule::ScheduleSettings, survey::Choice,
+};
 
 /// Settings as they stand in the file; see `client.example.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -64,6 +66,8 @@ pub struct Settings {
     pub log_format: LogFormat,
     /// URL of a collector that gets the spans of calls; empty: none.
     pub otlp_endpoint: String,
+    /// When the service and the daemon back up.
+    pub schedule: ScheduleSettings,
 }
 
 impl Default for Settings {
@@ -93,6 +97,7 @@ impl Default for Settings {
             log: "info".into(),
             log_format: LogFormat::Text,
             otlp_endpoint: String::new(),
+            schedule: ScheduleSettings::default(),
         }
     }
 }
@@ -280,15 +285,12 @@ mod tests {
         let settings: Settings = toml::from_str(text).unwrap();
         assert_eq!(settings.disk_specs().unwrap().len(), 2);
         settings.encoding().unwrap();
-        let serde_json::Value::Object(keys) = serde_json::to_value(Settings::default()).unwrap()
-        else {
-            panic!()
-        };
-        for key in keys.keys() {
-            assert!(
-                text.lines().any(|l| l.trim_start_matches("# ").starts_with(&format!("{key} = "))),
-                "{key}"
-            );
+        settings.schedule.check().unwrap();
+        let defaults = serde_json::to_value(Settings::default()).unwrap();
+        let tables = defaults.as_object().unwrap().values().filter_map(|value| value.as_object());
+        for (key, value) in defaults.as_object().unwrap().iter().chain(tables.flatten()) {
+            let line = if value.is_object() { format!("[{key}]") } else { format!("{key} = ") };
+            assert!(text.lines().any(|l| l.trim_start_matches("# ").starts_with(&line)), "{key}");
         }
     }
 

@@ -18,13 +18,18 @@ fn main() -> ExitCode {
     if name == watchdog::COMMAND {
         return cli::freeze(matches);
     }
-    match run(name, matches) {
+    let outcome = match name {
+        "service" => cli::service(matches),
+        _ => run(name, matches),
+    };
+    match outcome {
         Ok(outcome) => {
             print(matches, &outcome.json, &outcome.text);
             ExitCode::SUCCESS
         }
         Err(failure) => {
-            print(matches, &failure.json(), "");
+            let known = failure.known.as_ref().map_or("", |known| known.text.as_str());
+            print(matches, &failure.json(), known);
             eprintln!("janus-client: {}", failure.message);
             ExitCode::from(failure.exit_code)
         }
@@ -54,9 +59,10 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     if name == "sources" {
         return cli::sources(&settings);
     }
+    let is_daemon = name == "daemon";
     let is_dry = name == "backup" && matches.get_flag("dry-run");
     let load = || Identity::load(&settings.cert, &settings.key, &settings.ca);
-    let identity = if is_dry { None } else { Some(load()?) };
+    let identity = if is_dry || is_daemon { None } else { Some(load()?) };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -67,6 +73,8 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
         let span = tracing::info_span!("run", trace_id = link::trace().trace_id());
         let _ = link::trace().begin(&span);
         let outcome = match identity {
+            // Each backup has a span of its own.
+            None if is_daemon => cli::daemon(matches, &settings, &stop).await,
             None => cli::dry_run(&settings, &stop).instrument(span).await,
             Some(identity) => {
                 let context = Context { settings, identity, stop };

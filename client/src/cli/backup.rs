@@ -41,6 +41,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
             Some(announcing.await.map_err(Failure::failed)??)
         }
     };
+    let taken_ms = jiff::Timestamp::now().as_millisecond();
     let told: Vec<_> = bitmaps.iter().flat_map(Announced::variables).collect();
     let mut told: Vec<_> = told.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let limit = Duration::from_secs(settings.hook_seconds);
@@ -49,7 +50,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let made = match context.stop.run_until_cancelled(pre.run(&told)).await {
         None => Err(Failure::interrupted()),
         Some(Err(error)) => Err(Failure::failed(error)),
-        Some(Ok(())) => between_hooks(server, state, bitmaps.as_ref(), context).await,
+        Some(Ok(())) => between_hooks(server, (state, taken_ms), bitmaps.as_ref(), context).await,
     };
     let (result, message) = match &made {
         Ok(_) => ("ok", ""),
@@ -70,7 +71,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
 /// Makes the snapshots that are needed, and removes them whatever comes of the backup.
 async fn between_hooks(
     server: Option<ServerId>,
-    state: MachineState,
+    state: (MachineState, i64),
     bitmaps: Option<&Announced>,
     context: &Context,
 ) -> Result<Outcome, Failure> {
@@ -104,7 +105,7 @@ async fn between_hooks(
 /// Opens the disks and backs them up.
 async fn read(
     server: Option<ServerId>,
-    state: MachineState,
+    state: (MachineState, i64),
     still: Arc<Stillness>,
     context: &Context,
 ) -> Result<Outcome, Failure> {
@@ -122,7 +123,9 @@ async fn read(
     };
     let scan = ScanSettings { threads: settings.threads() };
     let stop = context.stop.clone();
-    let mut backup = Backup { gate, server, disks, state, encoding, scan, progress, stop };
+    let (state, taken_ms) = state;
+    let mut backup =
+        Backup { gate, server, disks, state, taken_ms, encoding, scan, progress, stop };
     let report = backup.run().await?;
     drop(display);
     Ok(Outcome { json: report_json(&report), text: report_text(&report) })
@@ -164,6 +167,7 @@ fn report_json(report: &BackupReport) -> Value {
         "use_counter": report.use_counter,
         "skipped": skipped,
         "resumed": report.resumed,
+        "taken_ms": report.taken_ms,
         "seconds": report.seconds,
         "disks": report.disks.iter().map(disk).collect::<Vec<_>>(),
     })

@@ -51,6 +51,7 @@ const PLACED: &[(&str, &str)] = &[
     ("ntfs", "sources"),
     ("reading", "sources"),
     ("resilience", "client"),
+    ("schedule", "client"),
     ("simulation", "janus"),
     ("thinning_kills", "restore"),
     ("spans", "client"),

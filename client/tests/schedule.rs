@@ -1,0 +1,154 @@
+//! Scheduled backups with real programs: the units as systemd reads them, and the daemon.
+
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use xtask::{
+    disk, packages,
+    site::{Plan, Programs, Running, Site},
+};
+
+fn wait_for(what: &str, mut is_true: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_true() {
+        assert!(began.elapsed() < Duration::from_secs(30), "{what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn signal(running: &Running, signal: Signal) {
+    let pid = Pid::from_raw(i32::try_from(running.pid()).unwrap()).unwrap();
+    kill_process(pid, signal).unwrap();
+}
+
+fn service(arguments: &[&str]) -> Value {
+    let mut client = Programs::for_tests().unwrap().client();
+    let output = client.arg("service").args(arguments).arg("--json").output().unwrap();
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
+}
+
+#[test]
+fn systemd_accepts_the_units_of_every_schedule() {
+    let folder = tempfile::tempdir().unwrap();
+    let schedules = [
+        "",
+        "days = [\"Mon\", \"Fri\"]\ntimes = [\"06:30\", \"22:00\"]\nwake = true",
+        "days = [\"Sun\"]\ncatch_up = false\nrandom_delay_minutes = 0",
+    ];
+    for (number, schedule) in schedules.iter().enumerate() {
+        // With all that a command line could misread.
+        let config = folder.path().join(format!("a b 50% $HOME {number}.toml"));
+        fs::write(&config, format!("[schedule]\n{schedule}\n")).unwrap();
+        let answer = service(&["install", "--print", "--config", config.to_str().unwrap()]);
+        let units = folder.path().join(number.to_string());
+        fs::create_dir(&units).unwrap();
+        let mut verify = Command::new("systemd-analyze");
+        verify.args(["verify", "--man=no"]);
+        for (name, text) in answer["units"].as_object().unwrap() {
+            fs::write(units.join(name), text.as_str().unwrap()).unwrap();
+            verify.arg(units.join(name));
+        }
+        let output = verify.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.trim().is_empty(), "{said}");
+        let timer = fs::read_to_string(units.join("janus-client.timer")).unwrap();
+        let calendars = timer.lines().filter_map(|line| line.strip_prefix("OnCalendar="));
+        let mut calendar = Command::new("systemd-analyze");
+        let said = packages::output(calendar.arg("calendar").args(calendars)).unwrap();
+        println!("{said}");
+        assert!(said.contains("Next elapse"), "{said}");
+    }
+    // The check finds what is wrong.
+    let wrong = folder.path().join("wrong.timer");
+    fs::write(&wrong, "[Timer]\nOnCalendar=Funday 25:00\n").unwrap();
+    let output = Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(wrong).output();
+    assert!(!output.unwrap().stderr.is_empty());
+}
+
+#[test]
+fn a_service_is_installed_shown_and_removed_below_a_root() {
+    let folder = tempfile::tempdir().unwrap();
+    let (config, root) = (folder.path().join("client.toml"), folder.path().join("root"));
+    fs::write(&config, "cache_path = \"/nonexistent\"\n").unwrap();
+    let (config_arg, root_arg) = (config.to_str().unwrap(), root.to_str().unwrap());
+    let act = |action| service(&[action, "--config", config_arg, "--root", root_arg]);
+    let states = || {
+        let shown = act("show");
+        let state = |unit: &Value| unit["state"].as_str().unwrap().to_owned();
+        shown["units"].as_array().unwrap().iter().map(state).collect::<Vec<_>>()
+    };
+    assert_eq!(states(), ["not installed", "not installed"]);
+    for _ in 0..2 {
+        assert_eq!(act("install")["ok"], true);
+        assert_eq!(states(), ["installed", "installed"]);
+    }
+    let units = root.join("etc/systemd/system");
+    let enabled = fs::read_link(units.join("timers.target.wants/janus-client.timer")).unwrap();
+    assert_eq!(enabled, Path::new("/etc/systemd/system/janus-client.timer"));
+    let unit = fs::read_to_string(units.join("janus-client.service")).unwrap();
+    assert!(unit.contains("ExecStart=\"/usr/bin/janus-client\" daemon --once"), "{unit}");
+    fs::write(&config, "[schedule]\ntimes = [\"03:00\"]\n").unwrap();
+    assert!(states()[1].contains("differs from the settings"), "{:?}", states());
+    assert_eq!(act("remove")["removed"], true);
+    assert_eq!(fs::read_dir(units.join("timers.target.wants")).unwrap().count(), 0);
+    assert_eq!(act("remove")["removed"], false);
+    let refused = service(&["install", "--root", root_arg]);
+    assert!(refused["error"].as_str().unwrap().contains("--config"), "{refused}");
+}
+
+#[test]
+fn the_daemon_catches_up_reloads_and_stops_and_status_needs_no_server() {
+    let mut site = Site::start(Programs::for_tests().unwrap(), &Plan::default()).unwrap();
+    let path = site.folder().join("disk.raw");
+    disk::blank(&path, 8 << 20).unwrap();
+    let mut client = site.client("machine", &[format!("disk={}", path.display())]).unwrap();
+    client.settings.set("schedule.on_battery", true);
+    client.settings.set("schedule.on_metered", true);
+    let status: Value = client.answer(&["status"]).unwrap();
+    assert_eq!(status["local"]["last_backup"], Value::Null);
+
+    let before = jiff::Timestamp::now().as_millisecond();
+    let mut daemon = client.start(&["daemon"]).unwrap();
+    wait_for("no backup", || daemon.log().contains("next backup"));
+    assert_eq!(client.list().unwrap().snapshots.len(), 1, "{}", daemon.log());
+    let status: Value = client.answer(&["status"]).unwrap();
+    let taken = status["local"]["last_backup"]["taken_ms"].as_i64().unwrap();
+    assert!((before..=jiff::Timestamp::now().as_millisecond()).contains(&taken));
+
+    // What was backed up is not due once more, and with --once that is all.
+    let once = client.run(&["daemon", "--once"]).unwrap();
+    assert_eq!((once.code, once.stdout.as_str()), (Some(0), "no backup is due\n"));
+
+    client.settings.set("schedule.times", vec!["25:00"]);
+    client.settings.write(&client.config()).unwrap();
+    signal(&daemon, Signal::HUP);
+    wait_for("nothing refused", || daemon.log().contains("25:00"));
+    client.settings.set("schedule.times", vec!["03:33"]);
+    client.settings.set("schedule.random_delay_minutes", 0);
+    client.settings.write(&client.config()).unwrap();
+    signal(&daemon, Signal::HUP);
+    wait_for("no new settings", || daemon.log().contains("03:33:00"));
+    assert!(!daemon.has_ended());
+    signal(&daemon, Signal::TERM);
+    let ended = daemon.wait().unwrap();
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+
+    site.kill_janus().unwrap();
+    let failure: Value =
+        serde_json::from_str(&client.run(&["status", "--json"]).unwrap().stdout).unwrap();
+    assert_eq!(
+        (&failure["exit_code"], &failure["local"]["last_backup"]["taken_ms"]),
+        (&3.into(), &taken.into())
+    );
+    let text = client.run(&["status"]).unwrap().stdout;
+    assert!(text.starts_with("last backup of 20"), "{text}");
+}
