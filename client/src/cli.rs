@@ -91,7 +91,7 @@ pub fn command() -> Command {
         Arg::new("json")
             .long("json")
             .action(ArgAction::SetTrue)
-            .help("Print one JSON object on stdout")
+            .help("Print JSON on stdout: the answer as the last line, events of progress before it")
     };
     let with_flags = |command: Command| loader.add_flags(command.arg(json()));
     Command::new("janus-client")
@@ -192,6 +192,8 @@ pub struct Context {
     pub settings: Settings,
     /// Who we are.
     pub identity: Identity,
+    /// Tells its progress as events on stdout.
+    pub events: bool,
     /// Asks it to stop.
     pub stop: CancellationToken,
 }

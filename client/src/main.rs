@@ -77,7 +77,8 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
             None if is_daemon => cli::daemon(matches, &settings, &stop).await,
             None => cli::dry_run(&settings, &stop).instrument(span).await,
             Some(identity) => {
-                let context = Context { settings, identity, stop };
+                let events = matches.get_flag("json");
+                let context = Context { settings, identity, events, stop };
                 cli::run(name, matches, &context).instrument(span).await
             }
         };

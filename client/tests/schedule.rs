@@ -1,4 +1,4 @@
-//! Scheduled backups with real programs: the units as systemd reads them, and the daemon.
+//! Scheduled backups with real programs: the units as systemd reads them, the daemon, and what is told of a run.
 
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
@@ -21,7 +21,7 @@ fn wait_for(what: &str, mut is_true: impl FnMut() -> bool) {
     let began = Instant::now();
     while !is_true() {
         assert!(began.elapsed() < Duration::from_secs(30), "{what}");
-        std::thread::sleep(Duration::from_millis(50));
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -151,4 +151,47 @@ fn the_daemon_catches_up_reloads_and_stops_and_status_needs_no_server() {
     );
     let text = client.run(&["status"]).unwrap().stdout;
     assert!(text.starts_with("last backup of 20"), "{text}");
+}
+
+#[test]
+fn with_json_progress_is_told_before_the_answer() {
+    let site = Site::start(Programs::for_tests().unwrap(), &Plan::default()).unwrap();
+    let path = site.folder().join("disk.raw");
+    fs::write(&path, vec![7; 128 << 20]).unwrap();
+    let client = site.client("machine", &[format!("disk={}", path.display())]).unwrap();
+    site.await_ready(&client).unwrap();
+    // A backup that stands still for a while once it has begun.
+    let backup = client.start(&["backup", "--json"]).unwrap();
+    let state = client.cache().join("state.json");
+    wait_for("not begun", || {
+        fs::read_to_string(&state).is_ok_and(|text| text.contains("\"server\": \"server-"))
+    });
+    site.janus().unwrap().freeze();
+    std::thread::sleep(Duration::from_millis(2500));
+    site.janus().unwrap().thaw();
+    let done = backup.wait().unwrap();
+    let lines: Vec<Value> =
+        done.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let (answer, events) = lines.split_last().unwrap();
+    assert_eq!((done.code, &answer["ok"]), (Some(0), &true.into()), "{}", done.stdout);
+    assert!(!events.is_empty(), "{}", done.stdout);
+    for event in events {
+        assert_eq!((&event["event"], &event["doing"]), (&"progress".into(), &"backup".into()));
+        assert_eq!(event["total_bytes"], 128 << 20);
+        for figure in ["done_bytes", "read_bytes", "changed_bytes", "sent_bytes"] {
+            assert!(event[figure].is_u64(), "{event}");
+        }
+    }
+    // Colours are for terminals, and for those who want them.
+    assert!(!done.stderr.contains('\x1b') && !done.stdout.contains('\x1b'), "{}", done.stderr);
+    let on_terminal = |no_color: &str| {
+        let program = site.programs().client().get_program().to_string_lossy().into_owned();
+        let line = format!("{program} status --log debug --config {}", client.config().display());
+        let mut script = Command::new("script");
+        script.args(["-qec", &line, "/dev/null"]).env("NO_COLOR", no_color);
+        packages::output(&mut script).unwrap()
+    };
+    assert!(on_terminal("").contains("\x1b[2m"));
+    let plain = on_terminal("1");
+    assert!(plain.contains("DEBUG") && !plain.contains('\x1b'), "{plain}");
 }

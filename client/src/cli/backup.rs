@@ -14,7 +14,7 @@ use crate::{
     backup::{Backup, BackupReport, DiskReport},
     hooks::Hook,
     nbd::bitmap::Announced,
-    progress::{self, Progress},
+    progress::{self, Doing, Progress},
     reading::{Heard, Reading},
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
@@ -114,7 +114,7 @@ async fn read(
     let encoding = settings.encoding()?;
     let disks = open_all(settings, still, &context.stop).await?;
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
-    let display = progress::show("backup", &progress);
+    let display = progress::show(Doing::Backup, &progress, context.events);
     let gate = Gate {
         urls,
         identity: context.identity.clone(),
