@@ -5,6 +5,7 @@ mod daemon;
 mod dry_run;
 mod failure;
 mod list;
+mod notice;
 mod opening;
 mod restore;
 mod service;
@@ -25,7 +26,8 @@ use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
-    daemon::daemon, dry_run::dry_run, failure::Failure, service::service, sources::sources,
+    daemon::daemon, dry_run::dry_run, failure::Failure, notice::tell, service::service,
+    sources::sources,
 };
 use crate::{
     config::Settings,
@@ -66,6 +68,11 @@ pub fn loader() -> Loader<Settings> {
         ("log", "Log filter, such as info or janus_client=debug"),
         ("log_format", "Log lines for people or programs: text, or json"),
         ("otlp_endpoint", "Collector that gets the spans of runs by OTLP over gRPC; empty: none"),
+        ("notify.when", "What is told of: failure, recovery, success"),
+        ("notify.webhook", "URL that gets JSON about it; empty: none"),
+        ("notify.ca", "Authority of the webhook's certificate; empty: the system's"),
+        ("notify.command", "Program, with its arguments, that gets the same on stdin"),
+        ("notify.seconds", "Longest time that each of both may take"),
         ("schedule.days", "Days of backups: Mon to Sun"),
         ("schedule.times", "Times of day: 22:00"),
         ("schedule.random_delay_minutes", "Backups begin later by up to so much"),

@@ -11,7 +11,8 @@ use janus_proto::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    frozen::Wish, link::Direct, nbd, reading::Policy, schedule::ScheduleSettings, survey::Choice,
+    frozen::Wish, link::Direct, nbd, notify::NotifySettings, reading::Policy,
+    schedule::ScheduleSettings, survey::Choice,
 };
 
 /// Settings as they stand in the file; see `client.example.toml`.
@@ -68,6 +69,8 @@ pub struct Settings {
     pub otlp_endpoint: String,
     /// When the service and the daemon back up.
     pub schedule: ScheduleSettings,
+    /// Who is told how backups ended.
+    pub notify: NotifySettings,
 }
 
 impl Default for Settings {
@@ -98,6 +101,7 @@ impl Default for Settings {
             log_format: LogFormat::Text,
             otlp_endpoint: String::new(),
             schedule: ScheduleSettings::default(),
+            notify: NotifySettings::default(),
         }
     }
 }
@@ -286,6 +290,7 @@ mod tests {
         assert_eq!(settings.disk_specs().unwrap().len(), 2);
         settings.encoding().unwrap();
         settings.schedule.check().unwrap();
+        assert_eq!(settings.notify, NotifySettings::default());
         let defaults = serde_json::to_value(Settings::default()).unwrap();
         let tables = defaults.as_object().unwrap().values().filter_map(|value| value.as_object());
         for (key, value) in defaults.as_object().unwrap().iter().chain(tables.flatten()) {

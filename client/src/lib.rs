@@ -15,6 +15,7 @@ pub mod hooks;
 pub mod journal;
 pub mod link;
 pub mod nbd;
+pub mod notify;
 pub mod progress;
 pub mod reading;
 pub mod reconcile;

@@ -4,16 +4,24 @@ use std::{io::Write, process::ExitCode, time::Duration};
 
 use clap::ArgMatches;
 use janus_client::cli::{self, Context, Failure, Outcome};
-use janus_client::{frozen::watchdog, link};
-use janus_proto::{log, program, tls::Identity};
+use janus_client::{config::Settings, frozen::watchdog, link};
+use janus_proto::{
+    log, manual, program,
+    tls::{Identity, TlsError},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 fn main() -> ExitCode {
-    let matches = match cli::command().try_get_matches() {
+    let command = manual::with_commands(cli::command());
+    let matches = match command.clone().try_get_matches() {
         Ok(matches) => matches,
         Err(error) => return refuse_usage(&error),
     };
+    if let Some(written) = manual::answer(&matches, command) {
+        let failed = |error| eprintln!("janus-client: {error}");
+        return written.map_err(failed).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     let Some((name, matches)) = matches.subcommand() else { return ExitCode::from(2) };
     if name == watchdog::COMMAND {
         return cli::freeze(matches);
@@ -62,7 +70,7 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     let is_daemon = name == "daemon";
     let is_dry = name == "backup" && matches.get_flag("dry-run");
     let load = || Identity::load(&settings.cert, &settings.key, &settings.ca);
-    let identity = if is_dry || is_daemon { None } else { Some(load()?) };
+    let identity = if is_dry || is_daemon { None } else { Some(load()) };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -77,9 +85,8 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
             None if is_daemon => cli::daemon(matches, &settings, &stop).await,
             None => cli::dry_run(&settings, &stop).instrument(span).await,
             Some(identity) => {
-                let events = matches.get_flag("json");
-                let context = Context { settings, identity, events, stop };
-                cli::run(name, matches, &context).instrument(span).await
+                let work = with_identity(name, matches, settings, identity, stop);
+                work.instrument(span).await
             }
         };
         signals.abort();
@@ -87,6 +94,29 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     });
     // A thread in a read that hangs must not keep the program.
     runtime.shutdown_timeout(Duration::from_secs(5));
+    outcome
+}
+
+async fn with_identity(
+    name: &str,
+    matches: &ArgMatches,
+    settings: Settings,
+    identity: Result<Identity, TlsError>,
+    stop: CancellationToken,
+) -> Result<Outcome, Failure> {
+    let told = (name == "backup").then(|| (settings.clone(), identity.as_ref().ok().cloned()));
+    let (events, stopped) = (matches.get_flag("json"), stop.clone());
+    let outcome = match identity {
+        Ok(identity) => {
+            let context = Context { settings, identity, events, stop };
+            cli::run(name, matches, &context).await
+        }
+        Err(error) => Err(error.into()),
+    };
+    if let Some((settings, identity)) = told {
+        let telling = cli::tell(&settings, identity.as_ref(), &outcome);
+        stopped.run_until_cancelled(telling).await;
+    }
     outcome
 }
 

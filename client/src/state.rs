@@ -82,6 +82,8 @@ pub struct Stored {
     pub last_success: Option<Success>,
     /// What came after it.
     pub failing: Option<Failing>,
+    /// Failures before the last success of whose end nobody was told yet.
+    recovered: Option<Failing>,
 }
 
 /// Reads the state in `folder` without taking the lock: for those who only want to know.
@@ -173,7 +175,21 @@ impl MachineState {
     pub fn succeeded(&mut self, success: Success) -> Result<(), StateError> {
         self.stored.open = None;
         self.stored.last_success = Some(success);
+        let failing = self.stored.failing.take();
+        self.stored.recovered = failing.or(self.stored.recovered.take());
         self.store()
+    }
+
+    /// The failures that have ended, once.
+    ///
+    /// # Errors
+    /// When it can't be stored that they were asked for.
+    pub fn take_recovered(&mut self) -> Result<Option<Failing>, StateError> {
+        let recovered = self.stored.recovered.take();
+        if recovered.is_some() {
+            self.store()?;
+        }
+        Ok(recovered)
     }
 
     /// What failed since the last success.
@@ -181,16 +197,13 @@ impl MachineState {
         self.stored.failing.as_ref()
     }
 
-    /// Notes that a backup failed, or that none does any more.
+    /// Notes that a backup failed.
     ///
     /// # Errors
     /// When it can't be stored durably.
-    pub fn set_failing(&mut self, failing: Option<Failing>) -> Result<(), StateError> {
-        if self.stored.failing != failing {
-            self.stored.failing = failing;
-            self.store()?;
-        }
-        Ok(())
+    pub fn set_failing(&mut self, failing: Failing) -> Result<(), StateError> {
+        self.stored.failing = Some(failing);
+        self.store()
     }
 
     /// There is no run to go on with any more: it is committed, or given up.
@@ -274,9 +287,13 @@ mod tests {
         state.set_open(record()).unwrap();
         let (taken_ms, backup_id) = (1_767_225_600_000, BackupId::new());
         let success = Success { taken_ms, backup_id, server: "a".parse().unwrap() };
-        state.succeeded(success.clone()).unwrap();
         let failing = Failing { since_ms: 1, count: 2, error: "full".into(), told_ms: None };
-        state.set_failing(Some(failing.clone())).unwrap();
+        state.set_failing(failing.clone()).unwrap();
+        state.succeeded(success.clone()).unwrap();
+        assert_eq!(state.failing(), None);
+        assert_eq!(state.take_recovered().unwrap(), Some(failing.clone()));
+        assert_eq!(state.take_recovered().unwrap(), None);
+        state.set_failing(failing.clone()).unwrap();
         let seen = look(dir.path()).unwrap();
         assert_eq!((seen.last_success, seen.failing), (Some(success), Some(failing)));
         assert_eq!((seen.open, state.use_counter()), (None, 3));

@@ -5,8 +5,11 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Read, Write},
+    net::TcpListener,
     path::Path,
     process::Command,
+    sync::mpsc,
     time::{Duration, Instant},
 };
 
@@ -194,4 +197,82 @@ fn with_json_progress_is_told_before_the_answer() {
     assert!(on_terminal("").contains("\x1b[2m"));
     let plain = on_terminal("1");
     assert!(plain.contains("DEBUG") && !plain.contains('\x1b'), "{plain}");
+}
+
+/// Takes one message for each connection and answers with `status`.
+fn webhook(status: &'static str) -> (String, mpsc::Receiver<Value>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/hook", listener.local_addr().unwrap());
+    let (told, heard) = mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = BufReader::new(stream.unwrap());
+            let mut length = 0;
+            for line in
+                (&mut stream).lines().map_while(Result::ok).take_while(|line| !line.is_empty())
+            {
+                if let Some(value) = line.to_lowercase().strip_prefix("content-length: ") {
+                    length = value.parse().unwrap();
+                }
+            }
+            let mut body = vec![0; length];
+            stream.read_exact(&mut body).unwrap();
+            let answer =
+                format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            stream.get_mut().write_all(answer.as_bytes()).unwrap();
+            let _ = told.send(serde_json::from_slice(&body).unwrap());
+        }
+    });
+    (url, heard)
+}
+
+#[test]
+fn failures_and_recoveries_are_told_once_and_who_does_not_listen_changes_nothing() {
+    let mut site = Site::start(Programs::for_tests().unwrap(), &Plan::default()).unwrap();
+    let (path, mailed) = (site.folder().join("disk.raw"), site.folder().join("mailed"));
+    disk::blank(&path, 8 << 20).unwrap();
+    let mut client = site.client("machine", &[format!("disk={}", path.display())]).unwrap();
+    let (url, heard) = webhook("204 No Content");
+    client.settings.set("notify.webhook", url);
+    let script = format!("cat >> {}", mailed.display());
+    client.settings.set("notify.command", vec!["/bin/sh".to_owned(), "-c".into(), script]);
+    client.backup().unwrap();
+    assert!(heard.try_recv().is_err() && !mailed.exists(), "a success is no news");
+
+    site.kill_janus().unwrap();
+    assert_eq!(client.failure(&["backup"]).unwrap().exit_code, 3);
+    let told = heard.recv_timeout(Duration::from_secs(5)).unwrap();
+    assert_eq!((&told["event"], &told["exit_code"]), (&"failure".into(), &3.into()), "{told}");
+    assert!(told["last_backup_ms"].is_i64(), "{told}");
+    assert!(told["text"].as_str().unwrap().contains("backup failed"), "{told}");
+    assert_eq!(client.failure(&["backup"]).unwrap().exit_code, 3);
+    assert!(heard.try_recv().is_err(), "the same failure is no news");
+
+    site.start_janus().unwrap();
+    site.await_ready(&client).unwrap();
+    client.backup().unwrap();
+    let told = heard.recv_timeout(Duration::from_secs(5)).unwrap();
+    assert_eq!((&told["event"], &told["failures"]), (&"recovery".into(), &2.into()), "{told}");
+    let mailed = fs::read_to_string(mailed).unwrap();
+    let events = mailed.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let events: Vec<_> = events.map(|told| told["event"].clone()).collect();
+    assert_eq!(events, ["failure", "recovery"]);
+
+    // With receivers that refuse, hang or aren't there.
+    client.settings.set("notify.when", vec!["failure", "recovery", "success"]);
+    client.settings.set("notify.seconds", 1);
+    for command in [vec!["/nonexistent"], vec!["/bin/sh", "-c", "exit 9"], vec!["sleep", "60"]] {
+        let (url, heard) = webhook("503 Service Unavailable");
+        client.settings.set("notify.webhook", url);
+        client.settings.set("notify.command", command);
+        let done = client.run(&["backup", "--json"]).unwrap();
+        assert_eq!(done.code, Some(0), "{done:?}");
+        assert!(
+            done.stderr.contains("answered 503") && done.stderr.contains("notify.command"),
+            "{}",
+            done.stderr
+        );
+        let told = heard.recv_timeout(Duration::from_secs(5)).unwrap();
+        assert_eq!(told["event"], "success");
+    }
 }

@@ -27,8 +27,8 @@ const USAGE: u8 = 2;
 const NO_SERVER: u8 = 3;
 const SOURCE: u8 = 4;
 const NOT_FOUND: u8 = 5;
-const BUSY: u8 = 6;
-const INTERRUPTED: u8 = 130;
+pub(super) const BUSY: u8 = 6;
+pub(super) const INTERRUPTED: u8 = 130;
 
 /// A command that failed.
 #[derive(Debug)]
