@@ -43,6 +43,9 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "tc", package: "iproute2" },
     Tool { program: "sysctl", package: "procps" },
     Tool { program: "chromium", package: "chromium" },
+    Tool { program: "debootstrap", package: "debootstrap" },
+    Tool { program: "dpkg-deb", package: "dpkg" },
+    Tool { program: "strip", package: "binutils" },
     Tool { program: "systemd-analyze", package: "systemd" },
     Tool { program: "chromedriver", package: "chromium-driver" },
 ];

@@ -47,6 +47,7 @@ const PLACED: &[(&str, &str)] = &[
     ("hostile", "sources"),
     ("links", "client"),
     ("nbd", "sources"),
+    ("packages", "security"),
     ("reasons", "security"),
     ("ntfs", "sources"),
     ("reading", "sources"),
