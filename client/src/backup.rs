@@ -21,7 +21,7 @@ use crate::{
     reading::{Planned, Reading},
     scan::{ScanError, Segments},
     source::Source,
-    state::{MachineState, RunRecord, StateError},
+    state::{MachineState, RunRecord, StateError, Success},
     transfer::{
         Gate, Run, Session, StartPlan, TransferError,
         commit::{Committed, commit},
@@ -70,6 +70,8 @@ pub struct Backup {
     pub disks: Vec<Disk>,
     /// What this machine remembers.
     pub state: MachineState,
+    /// Unix milliseconds before anything of the disks was read or held still.
+    pub taken_ms: i64,
     /// How disks are scanned, and what is found is sent.
     pub scan: ScanSettings,
     /// What is shown meanwhile.
@@ -106,6 +108,8 @@ pub struct BackupReport {
     pub skipped: Vec<(String, String)>,
     /// It went on with a run that an earlier process began.
     pub resumed: bool,
+    /// Unix milliseconds: its content is not older than that, by this machine's clock.
+    pub taken_ms: i64,
     /// How long it took.
     pub seconds: f64,
     /// How what was sent was packed; of a backup that began again, all of it.
@@ -155,6 +159,7 @@ impl Backup {
                         use_counter: run.use_counter,
                         skipped,
                         resumed,
+                        taken_ms: self.taken_ms,
                         seconds: began.elapsed().as_secs_f64(),
                         packing: self.scan.packing.summary(),
                         disks,
@@ -331,7 +336,9 @@ impl Backup {
         }
         let (transfers, committed) = self.commit(run, transfers).await?;
         // The backup is made: the next one finds out by itself that this run is over.
-        if let Err(error) = self.state.close_run() {
+        let (backup_id, server) = (run.plan.backup_id, run.server.clone());
+        let success = Success { taken_ms: self.taken_ms, backup_id, server };
+        if let Err(error) = self.state.succeeded(success) {
             tracing::warn!(%error, "can't note the end of the run");
         }
         let mut reports = Vec::with_capacity(transfers.len());

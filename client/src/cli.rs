@@ -2,11 +2,14 @@
 
 mod backup;
 mod cache;
+mod daemon;
 mod dry_run;
 mod failure;
 mod list;
+mod notice;
 mod opening;
 mod restore;
+mod service;
 mod sources;
 mod status;
 mod test;
@@ -27,8 +30,11 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::{
     cache::{cache_here, needs_server},
+    daemon::daemon,
     dry_run::dry_run,
     failure::Failure,
+    notice::tell,
+    service::service,
     sources::sources,
 };
 use crate::{
@@ -81,6 +87,19 @@ pub fn loader() -> Loader<Settings> {
         ("log", "Log filter, such as info or janus_client=debug"),
         ("log_format", "Log lines for people or programs: text, or json"),
         ("otlp_endpoint", "Collector that gets the spans of runs by OTLP over gRPC; empty: none"),
+        ("notify.when", "What is told of: failure, recovery, success"),
+        ("notify.webhook", "URL that gets JSON about it; empty: none"),
+        ("notify.ca", "Authority of the webhook's certificate; empty: the system's"),
+        ("notify.command", "Program, with its arguments, that gets the same on stdin"),
+        ("notify.seconds", "Longest time that each of both may take"),
+        ("schedule.days", "Days of backups: Mon to Sun"),
+        ("schedule.times", "Times of day: 22:00"),
+        ("schedule.random_delay_minutes", "Backups begin later by up to so much"),
+        ("schedule.catch_up", "Make up for backups missed while the machine was off"),
+        ("schedule.wake", "Wake the machine from suspend; only with systemd"),
+        ("schedule.on_battery", "Back up also on battery"),
+        ("schedule.on_metered", "Back up also over a metered link"),
+        ("schedule.retry_minutes", "A failed backup is tried again after so much, then twice that"),
     ])
 }
 
@@ -98,7 +117,7 @@ pub fn command() -> Command {
         Arg::new("json")
             .long("json")
             .action(ArgAction::SetTrue)
-            .help("Print one JSON object on stdout")
+            .help("Print JSON on stdout: the answer as the last line, events of progress before it")
     };
     let with_flags = |command: Command| loader.add_flags(command.arg(json()));
     Command::new("janus-client")
@@ -178,6 +197,14 @@ pub fn command() -> Command {
         .subcommand(with_flags(Command::new("test").about(
             "Check each URL: connection, certificate, version, clock, space, throughput; exit with 0, 1 or 2",
         )))
+        .subcommand(with_flags(
+            Command::new("daemon")
+                .about("Back up by the schedule of the settings, without systemd")
+                .arg(Arg::new("once").long("once").action(ArgAction::SetTrue).help(
+                    "Only what is due now, with its repetitions: what the systemd timer starts",
+                )),
+        ))
+        .subcommand(service::command().arg(json()))
         .subcommand(with_flags(Command::new("status").about("Show the servers as janus sees them")))
         .subcommand(
             Command::new(watchdog::COMMAND)
@@ -211,6 +238,8 @@ pub struct Context {
     pub settings: Settings,
     /// Who we are.
     pub identity: Identity,
+    /// Tells its progress as events on stdout.
+    pub events: bool,
     /// Asks it to stop.
     pub stop: CancellationToken,
 }
@@ -241,6 +270,7 @@ impl Context {
 }
 
 /// What a command prints when all went well.
+#[derive(Debug)]
 pub struct Outcome {
     /// For `--json`.
     pub json: Value,

@@ -12,7 +12,8 @@ use janus_proto::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bandwidth, frozen::Wish, link::Direct, nbd, packing, reading::Policy, survey::Choice, wake,
+    bandwidth, frozen::Wish, link::Direct, nbd, notify::NotifySettings, packing, reading::Policy,
+    schedule::ScheduleSettings, survey::Choice, wake,
 };
 
 /// Settings as they stand in the file; see `client.example.toml`.
@@ -77,6 +78,10 @@ pub struct Settings {
     pub log_format: LogFormat,
     /// URL of a collector that gets the spans of calls; empty: none.
     pub otlp_endpoint: String,
+    /// When the service and the daemon back up.
+    pub schedule: ScheduleSettings,
+    /// Who is told how backups ended.
+    pub notify: NotifySettings,
 }
 
 impl Default for Settings {
@@ -111,6 +116,8 @@ impl Default for Settings {
             log: "info".into(),
             log_format: LogFormat::Text,
             otlp_endpoint: String::new(),
+            schedule: ScheduleSettings::default(),
+            notify: NotifySettings::default(),
         }
     }
 }
@@ -338,15 +345,13 @@ mod tests {
         let settings: Settings = toml::from_str(text).unwrap();
         assert_eq!(settings.disk_specs().unwrap().len(), 2);
         settings.encoding().unwrap();
-        let serde_json::Value::Object(keys) = serde_json::to_value(Settings::default()).unwrap()
-        else {
-            panic!()
-        };
-        for key in keys.keys() {
-            assert!(
-                text.lines().any(|l| l.trim_start_matches("# ").starts_with(&format!("{key} = "))),
-                "{key}"
-            );
+        settings.schedule.check().unwrap();
+        assert_eq!(settings.notify, NotifySettings::default());
+        let defaults = serde_json::to_value(Settings::default()).unwrap();
+        let tables = defaults.as_object().unwrap().values().filter_map(|value| value.as_object());
+        for (key, value) in defaults.as_object().unwrap().iter().chain(tables.flatten()) {
+            let line = if value.is_object() { format!("[{key}]") } else { format!("{key} = ") };
+            assert!(text.lines().any(|l| l.trim_start_matches("# ").starts_with(&line)), "{key}");
         }
     }
 

@@ -112,20 +112,20 @@ impl Hook<'_> {
 }
 
 /// A child and its process group, which is killed unless it is released.
-struct Group {
-    child: Child,
+pub(crate) struct Group {
+    pub(crate) child: Child,
     leader: Option<rustix::process::Pid>,
 }
 
 impl Group {
-    fn of(child: Child) -> Self {
+    pub(crate) fn of(child: Child) -> Self {
         let leader = child.id().and_then(|id| i32::try_from(id).ok());
         let leader = leader.and_then(rustix::process::Pid::from_raw);
         Self { child, leader }
     }
 
     /// What a hook that succeeded has left running may stay: it may be a service.
-    fn release(&mut self) {
+    pub(crate) fn release(&mut self) {
         self.leader = None;
     }
 }

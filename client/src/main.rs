@@ -4,21 +4,33 @@ use std::{io::Write, process::ExitCode, time::Duration};
 
 use clap::ArgMatches;
 use janus_client::cli::{self, Context, Failure, Outcome};
-use janus_client::{frozen::watchdog, link};
-use janus_proto::{log, memory, program, tls::Identity};
+use janus_client::{config::Settings, frozen::watchdog, link};
+use janus_proto::{
+    log, manual, memory, program,
+    tls::{Identity, TlsError},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 fn main() -> ExitCode {
-    let matches = match cli::command().try_get_matches() {
+    let command = manual::with_commands(cli::command());
+    let matches = match command.clone().try_get_matches() {
         Ok(matches) => matches,
         Err(error) => return refuse_usage(&error),
     };
+    if let Some(written) = manual::answer(&matches, command) {
+        let failed = |error| eprintln!("janus-client: {error}");
+        return written.map_err(failed).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     let Some((name, matches)) = matches.subcommand() else { return ExitCode::from(2) };
     if name == watchdog::COMMAND {
         return cli::freeze(matches);
     }
-    match run(name, matches) {
+    let outcome = match name {
+        "service" => cli::service(matches),
+        _ => run(name, matches),
+    };
+    match outcome {
         Ok(outcome) => {
             print(matches, &outcome.json, &outcome.text);
             // Where a command checks something, what it found; else there is none.
@@ -26,7 +38,8 @@ fn main() -> ExitCode {
             ExitCode::from(u8::try_from(code).unwrap_or(1))
         }
         Err(failure) => {
-            print(matches, &failure.json(), "");
+            let known = failure.known.as_ref().map_or("", |known| known.text.as_str());
+            print(matches, &failure.json(), known);
             eprintln!("janus-client: {}", failure.message);
             ExitCode::from(failure.exit_code)
         }
@@ -60,9 +73,10 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     if name == "cache" && !cli::needs_server(matches) {
         return cli::cache_here(&settings, matches);
     }
+    let is_daemon = name == "daemon";
     let is_dry = name == "backup" && matches.get_flag("dry-run");
     let load = || Identity::load(&settings.cert, &settings.key, &settings.ca);
-    let identity = if is_dry { None } else { Some(load()?) };
+    let identity = if is_dry || is_daemon { None } else { Some(load()) };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -73,10 +87,12 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
         let span = tracing::info_span!("run", trace_id = link::trace().trace_id());
         let _ = link::trace().begin(&span);
         let outcome = match identity {
+            // Each backup has a span of its own.
+            None if is_daemon => cli::daemon(matches, &settings, &stop).await,
             None => cli::dry_run(&settings, &stop).instrument(span).await,
             Some(identity) => {
-                let context = Context { settings, identity, stop };
-                cli::run(name, matches, &context).instrument(span).await
+                let work = with_identity(name, matches, settings, identity, stop);
+                work.instrument(span).await
             }
         };
         signals.abort();
@@ -84,6 +100,29 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     });
     // A thread in a read that hangs must not keep the program.
     runtime.shutdown_timeout(Duration::from_secs(5));
+    outcome
+}
+
+async fn with_identity(
+    name: &str,
+    matches: &ArgMatches,
+    settings: Settings,
+    identity: Result<Identity, TlsError>,
+    stop: CancellationToken,
+) -> Result<Outcome, Failure> {
+    let told = (name == "backup").then(|| (settings.clone(), identity.as_ref().ok().cloned()));
+    let (events, stopped) = (matches.get_flag("json"), stop.clone());
+    let outcome = match identity {
+        Ok(identity) => {
+            let context = Context { settings, identity, events, stop };
+            cli::run(name, matches, &context).await
+        }
+        Err(error) => Err(error.into()),
+    };
+    if let Some((settings, identity)) = told {
+        let telling = cli::tell(&settings, identity.as_ref(), &outcome);
+        stopped.run_until_cancelled(telling).await;
+    }
     outcome
 }
 

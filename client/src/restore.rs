@@ -433,7 +433,7 @@ impl Restore {
             let before = assembly.next_block();
             let gaps = assembly.take(&batch).map_err(|error| self.damaged(snapshot, error))?;
             self.progress.advance((assembly.next_block() - before) * janus_proto::ids::BLOCK_BYTES);
-            self.progress.sent(batch.data.len() as u64);
+            self.progress.fetched(batch.data.len() as u64);
             if !writers.give(gaps, batch).await {
                 return Err(RestoreError::Interrupted); // The writer says why.
             }

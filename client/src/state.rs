@@ -44,13 +44,54 @@ pub struct RunRecord {
     pub disks: Vec<(DiskId, u64)>,
 }
 
+/// The last backup of this machine that was made, on whatever server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Success {
+    /// Unix milliseconds by this machine's clock: its content is not older than that.
+    pub taken_ms: i64,
+    /// The run.
+    pub backup_id: BackupId,
+    /// Who has it.
+    pub server: ServerId,
+}
+
+/// Backups that failed since the last success.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failing {
+    /// Unix milliseconds of the first one's end.
+    pub since_ms: i64,
+    /// How many.
+    pub count: u64,
+    /// What the last one said.
+    pub error: String,
+    /// Unix milliseconds when somebody was told of it last; none: nobody was yet.
+    #[serde(default)]
+    pub told_ms: Option<i64>,
+}
+
+/// What is kept.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
-struct Stored {
+pub struct Stored {
     use_counter: u64,
-    open: Option<RunRecord>,
+    /// The run to go on with.
+    pub open: Option<RunRecord>,
     /// The newest last.
     ours: Vec<BackupId>,
+    /// The last backup that was made.
+    pub last_success: Option<Success>,
+    /// What came after it.
+    pub failing: Option<Failing>,
+    /// Failures before the last success of whose end nobody was told yet.
+    recovered: Option<Failing>,
+}
+
+/// Reads the state in `folder` without taking the lock: for those who only want to know.
+///
+/// # Errors
+/// When there is a state that can't be read.
+pub fn look(folder: &Path) -> io::Result<Stored> {
+    read(&folder.join("state.json"))
 }
 
 /// The state of this machine; holding it holds the lock.
@@ -127,6 +168,44 @@ impl MachineState {
         self.store()
     }
 
+    /// A backup was made: there is no run to go on with any more.
+    ///
+    /// # Errors
+    /// When it can't be stored durably.
+    pub fn succeeded(&mut self, success: Success) -> Result<(), StateError> {
+        self.stored.open = None;
+        self.stored.last_success = Some(success);
+        let failing = self.stored.failing.take();
+        self.stored.recovered = failing.or(self.stored.recovered.take());
+        self.store()
+    }
+
+    /// The failures that have ended, once.
+    ///
+    /// # Errors
+    /// When it can't be stored that they were asked for.
+    pub fn take_recovered(&mut self) -> Result<Option<Failing>, StateError> {
+        let recovered = self.stored.recovered.take();
+        if recovered.is_some() {
+            self.store()?;
+        }
+        Ok(recovered)
+    }
+
+    /// What failed since the last success.
+    pub fn failing(&self) -> Option<&Failing> {
+        self.stored.failing.as_ref()
+    }
+
+    /// Notes that a backup failed.
+    ///
+    /// # Errors
+    /// When it can't be stored durably.
+    pub fn set_failing(&mut self, failing: Failing) -> Result<(), StateError> {
+        self.stored.failing = Some(failing);
+        self.store()
+    }
+
     /// There is no run to go on with any more: it is committed, or given up.
     ///
     /// # Errors
@@ -197,6 +276,27 @@ mod tests {
             state.set_open(record()).unwrap();
         }
         assert!(!state.is_ours(run.backup_id), "the oldest is forgotten");
+    }
+
+    #[test]
+    fn the_last_success_can_be_read_while_a_backup_runs_and_in_a_file_of_before() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(look(dir.path()).unwrap().last_success, None);
+        fs::write(dir.path().join("state.json"), "{\"use_counter\":3}").unwrap();
+        let mut state = MachineState::lock(dir.path()).unwrap();
+        state.set_open(record()).unwrap();
+        let (taken_ms, backup_id) = (1_767_225_600_000, BackupId::new());
+        let success = Success { taken_ms, backup_id, server: "a".parse().unwrap() };
+        let failing = Failing { since_ms: 1, count: 2, error: "full".into(), told_ms: None };
+        state.set_failing(failing.clone()).unwrap();
+        state.succeeded(success.clone()).unwrap();
+        assert_eq!(state.failing(), None);
+        assert_eq!(state.take_recovered().unwrap(), Some(failing.clone()));
+        assert_eq!(state.take_recovered().unwrap(), None);
+        state.set_failing(failing.clone()).unwrap();
+        let seen = look(dir.path()).unwrap();
+        assert_eq!((seen.last_success, seen.failing), (Some(success), Some(failing)));
+        assert_eq!((seen.open, state.use_counter()), (None, 3));
     }
 
     #[test]

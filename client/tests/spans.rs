@@ -65,7 +65,7 @@ fn a_backup_is_one_trace_through_all_three_programs() {
     let (mut site, client) = site(&collector.url);
     let run = client.run(&["backup", "--json"]).unwrap();
     assert_eq!(run.code, Some(0), "{run:?}");
-    let answer: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+    let answer: serde_json::Value = serde_json::from_str(run.answer_line()).unwrap();
     // What is sent last is sent at the end.
     site.stop_janus().unwrap();
     site.stop_server("server-a").unwrap();

@@ -4,7 +4,7 @@ use std::{io::Write, process::ExitCode};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus::{config, maintenance, serve::Janus, status};
-use janus_proto::{log, memory, program, settings::SettingsError, show};
+use janus_proto::{log, manual, memory, program, settings::SettingsError, show};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
@@ -46,7 +46,12 @@ fn main() -> ExitCode {
         .subcommand(serve)
         .subcommand(status)
         .subcommand(forget);
-    match command.get_matches().subcommand() {
+    let command = manual::with_commands(command);
+    let matches = command.clone().get_matches();
+    if let Some(written) = manual::answer(&matches, command) {
+        return written.map_or_else(|error| fail(error, 1), |()| ExitCode::SUCCESS);
+    }
+    match matches.subcommand() {
         Some(("serve", matches)) => serve_command(matches),
         Some(("status", matches)) => status_command(matches),
         Some(("forget", matches)) => forget_command(matches),

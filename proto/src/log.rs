@@ -49,7 +49,7 @@ pub enum LogError {
 #[must_use = "dropped, it sends no more spans"]
 pub struct Log(#[allow(dead_code)] Option<Spans>);
 
-/// Starts the log on stderr, in colours only on a terminal. Once in a process.
+/// Starts the log on stderr, in colours only on a terminal without `NO_COLOR`. Once in a process.
 ///
 /// # Errors
 /// When a setting can't be used.
@@ -61,7 +61,7 @@ pub fn start(plan: LogPlan<'_>) -> Result<Log, LogError> {
     };
     let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
     let lines: Box<dyn Layer<Registry> + Send + Sync> = match plan.format {
-        LogFormat::Text => lines.with_ansi(io::stderr().is_terminal()).with_filter(filter).boxed(),
+        LogFormat::Text => lines.with_ansi(is_coloured()).with_filter(filter).boxed(),
         LogFormat::Json => lines
             .json()
             .flatten_event(true)
@@ -73,4 +73,9 @@ pub fn start(plan: LogPlan<'_>) -> Result<Log, LogError> {
     let exported = spans.as_ref().map(Spans::layer);
     tracing_subscriber::registry().with(lines).with(exported).init();
     Ok(Log(spans))
+}
+
+/// See <https://no-color.org>.
+fn is_coloured() -> bool {
+    io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty())
 }

@@ -57,16 +57,7 @@ pub fn follow_signals(
     reload: impl Fn() + Send + Sync + 'static,
 ) -> io::Result<JoinHandle<()>> {
     let stop = stop_signal()?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    let reload = Arc::new(reload);
-    let reloads = async move {
-        while hangup.recv().await.is_some() {
-            let reload = reload.clone();
-            if let Err(error) = tokio::task::spawn_blocking(move || reload()).await {
-                tracing::error!(%error, "what was changed is not in use");
-            }
-        }
-    };
+    let reloads = hangups(reload)?;
     let stopping = async move {
         stop.await;
         tracing::info!("stopping: calls in progress may end");
@@ -75,4 +66,27 @@ pub fn follow_signals(
     Ok(tokio::spawn(async move {
         tokio::join!(stopping, reloads);
     }))
+}
+
+/// Follows SIGHUP alone, as [`follow_signals`] does.
+///
+/// # Errors
+/// When the system refuses to tell of signals.
+pub fn follow_hangups(reload: impl Fn() + Send + Sync + 'static) -> io::Result<JoinHandle<()>> {
+    Ok(tokio::spawn(hangups(reload)?))
+}
+
+fn hangups(
+    reload: impl Fn() + Send + Sync + 'static,
+) -> io::Result<impl Future<Output = ()> + Send + 'static> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    let reload = Arc::new(reload);
+    Ok(async move {
+        while hangup.recv().await.is_some() {
+            let reload = reload.clone();
+            if let Err(error) = tokio::task::spawn_blocking(move || reload()).await {
+                tracing::error!(%error, "what was changed is not in use");
+            }
+        }
+    })
 }

@@ -8,7 +8,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, Subcommand};
 use janus::serve::Janus;
 use janus_proto::{
     log::{self, LogPlan},
-    memory, program,
+    manual, memory, program,
     settings::{Loader, SettingsError},
 };
 use janus_server::{
@@ -33,7 +33,11 @@ fn main() -> ExitCode {
         .arg_required_else_help(true)
         .subcommand(serve)
         .subcommand(pki);
-    let matches = with_admin_commands(command).get_matches();
+    let command = manual::with_commands(with_admin_commands(command));
+    let matches = command.clone().get_matches();
+    if let Some(written) = manual::answer(&matches, command) {
+        return written.map_or_else(|error| fail(error, 1), |()| ExitCode::SUCCESS);
+    }
     match matches.subcommand() {
         Some(("serve", matches)) => serve_command(matches),
         Some(("pki", matches)) => pki_command(matches),

@@ -7,6 +7,7 @@ pub mod bench;
 pub mod bindings;
 pub mod demo;
 pub mod disk;
+pub mod dist;
 pub mod hostile;
 pub mod loopback;
 pub mod measure;

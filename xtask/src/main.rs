@@ -1,7 +1,7 @@
-//! Development commands: `cargo xtask demo|test|bench|bindings`.
+//! Development commands: `cargo xtask demo|test|bench|dist|bindings`.
 
 use clap::{Parser, Subcommand};
-use xtask::{bench, bindings, demo, site, test};
+use xtask::{bench, bindings, demo, dist, site, test};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Development commands of Janus Backup")]
@@ -18,6 +18,8 @@ enum Command {
     Test(test::Args),
     /// Measure speed, CPU time and memory, as a table and as JSON
     Bench(bench::Args),
+    /// Make Debian packages of client, server and janus in target/dist
+    Dist(dist::Args),
     /// Rebuild proto/src/gen from proto/schema
     Bindings(bindings::Args),
 }
@@ -29,6 +31,7 @@ fn main() -> anyhow::Result<()> {
         Command::Demo(args) => demo::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Dist(args) => dist::run(&args),
         Command::Bindings(args) => bindings::run(&args),
     }
 }

@@ -51,6 +51,10 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "tinyproxy", package: "tinyproxy-bin" },
     Tool { program: "tcpdump", package: "tcpdump" },
     Tool { program: "chromium", package: "chromium" },
+    Tool { program: "debootstrap", package: "debootstrap" },
+    Tool { program: "dpkg-deb", package: "dpkg" },
+    Tool { program: "strip", package: "binutils" },
+    Tool { program: "systemd-analyze", package: "systemd" },
     Tool { program: "chromedriver", package: "chromium-driver" },
 ];
 

@@ -15,7 +15,7 @@ use crate::{
     hooks::Hook,
     nbd::bitmap::Announced,
     packing::{self, Packing, Wish},
-    progress::{self, Progress},
+    progress::{self, Doing, Progress},
     reading::{Heard, Reading},
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
@@ -44,6 +44,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
             Some(announcing.await.map_err(Failure::failed)??)
         }
     };
+    let taken_ms = jiff::Timestamp::now().as_millisecond();
     let told: Vec<_> = bitmaps.iter().flat_map(Announced::variables).collect();
     let mut told: Vec<_> = told.iter().map(|(name, value)| (*name, value.as_str())).collect();
     let limit = Duration::from_secs(settings.hook_seconds);
@@ -52,7 +53,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let made = match context.stop.run_until_cancelled(pre.run(&told)).await {
         None => Err(Failure::interrupted()),
         Some(Err(error)) => Err(Failure::failed(error)),
-        Some(Ok(())) => between_hooks(server, state, bitmaps.as_ref(), context).await,
+        Some(Ok(())) => between_hooks(server, (state, taken_ms), bitmaps.as_ref(), context).await,
     };
     let (result, message) = match &made {
         Ok(_) => ("ok", ""),
@@ -73,7 +74,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
 /// Makes the snapshots that are needed, and removes them whatever comes of the backup.
 async fn between_hooks(
     server: Option<ServerId>,
-    state: MachineState,
+    state: (MachineState, i64),
     bitmaps: Option<&Announced>,
     context: &Context,
 ) -> Result<Outcome, Failure> {
@@ -107,7 +108,7 @@ async fn between_hooks(
 /// Opens the disks and backs them up.
 async fn read(
     server: Option<ServerId>,
-    state: MachineState,
+    state: (MachineState, i64),
     still: Arc<Stillness>,
     context: &Context,
 ) -> Result<Outcome, Failure> {
@@ -116,7 +117,7 @@ async fn read(
     let packing = Arc::new(Packing::new(settings.encoding()?));
     let disks = open_all(settings, still, &context.stop).await?;
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
-    let display = progress::show("backup", &progress);
+    let display = progress::show(Doing::Backup, &progress, context.events);
     let gate = Gate {
         ways: ways.clone(),
         failover_after: settings.failover_after(),
@@ -125,7 +126,8 @@ async fn read(
     };
     let scan = ScanSettings { threads: settings.threads(), packing };
     let stop = context.stop.clone();
-    let mut backup = Backup { gate, server, disks, state, scan, progress, stop };
+    let (state, taken_ms) = state;
+    let mut backup = Backup { gate, server, disks, state, taken_ms, scan, progress, stop };
     let made = backup.run().await;
     // Also of a failed one: which URL worked counts for the next.
     let remembering = tokio::task::spawn_blocking(move || ways.memory().write());
@@ -171,6 +173,7 @@ fn report_json(report: &BackupReport) -> Value {
         "use_counter": report.use_counter,
         "skipped": skipped,
         "resumed": report.resumed,
+        "taken_ms": report.taken_ms,
         "seconds": report.seconds,
         "packing": packing_json(&report.packing),
         "disks": report.disks.iter().map(disk).collect::<Vec<_>>(),

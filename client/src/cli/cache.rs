@@ -193,9 +193,9 @@ pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<O
     let (settings, wanted) = (&context.settings, wanted(matches)?);
     let _lock = opening::lock(settings).await?;
     let disks = disks(settings, wanted).await?;
-    let urls = settings.checked_urls()?;
-    let listing = catalog::list(urls, &context.identity, &Query::default()).await?;
-    let link = context.connect().await?;
+    let ways = context.ways().await?;
+    let listing = catalog::list(&ways, &Query::default()).await?;
+    let link = ways.connect().await?;
     let (mut text, mut answers, mut is_bad) = (String::new(), Vec::new(), false);
     for (disk, size) in disks {
         let folder = settings.cache_path.clone();

@@ -6,7 +6,7 @@ use janus_proto::{
 };
 use serde_json::{Value, json};
 
-use super::restore::lost_json;
+use super::{Outcome, restore::lost_json};
 use crate::{
     backup::BackupError,
     cache::CacheError,
@@ -27,8 +27,8 @@ const USAGE: u8 = 2;
 const NO_SERVER: u8 = 3;
 const SOURCE: u8 = 4;
 const NOT_FOUND: u8 = 5;
-const BUSY: u8 = 6;
-const INTERRUPTED: u8 = 130;
+pub(super) const BUSY: u8 = 6;
+pub(super) const INTERRUPTED: u8 = 130;
 
 /// A command that failed.
 #[derive(Debug)]
@@ -39,6 +39,8 @@ pub struct Failure {
     pub reason: Option<ErrorReason>,
     /// Parts of a snapshot that are lost.
     pub lost: Option<Lost>,
+    /// What is known all the same.
+    pub known: Option<Box<Outcome>>,
     /// Exit code of the program.
     pub exit_code: u8,
 }
@@ -46,7 +48,7 @@ pub struct Failure {
 impl Failure {
     fn new(exit_code: u8, error: impl std::fmt::Display) -> Self {
         let message = error.to_string().replace('\n', " ");
-        Self { message, reason: None, lost: None, exit_code }
+        Self { message, reason: None, lost: None, known: None, exit_code }
     }
 
     /// Wrong arguments or settings.
@@ -70,6 +72,9 @@ impl Failure {
         let mut json = json!({ "ok": false, "error": self.message, "reason": reason, "exit_code": self.exit_code });
         if let Some(lost) = &self.lost {
             json["lost"] = lost_json(lost);
+        }
+        if let Some(known) = &self.known {
+            json["local"] = known.json.clone();
         }
         json
     }

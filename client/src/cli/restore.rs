@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::{Context, Failure, Outcome, address};
 use crate::{
     catalog::consistency_name,
-    progress::{self, Progress},
+    progress::{self, Doing, Progress},
     restore::{Lost, Restore, Wanted},
 };
 
@@ -23,7 +23,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let settings = &context.settings;
     let to = PathBuf::from(text("to"));
     let progress = Progress::new(0);
-    let display = progress::show("restore", &progress);
+    let display = progress::show(Doing::Restore, &progress, context.events);
     let restore = Restore {
         ways: context.ways_awake().await?,
         wanted,

@@ -79,6 +79,8 @@ pub struct DiskTransfer {
     digests: Vec<BlockHash>,
     must_reconcile: bool,
     from_zeros: bool,
+    /// Segments from the first on that progress has shown: what is scanned again shows as standing still.
+    shown: u64,
     /// Segments from the first on that were compared with what the session holds.
     scanned: u64,
 }
@@ -102,6 +104,7 @@ impl DiskTransfer {
             stage: Some(cache.stage()),
             digests: (0..segments).map(|segment| hash::zero_segment_of(size, segment)).collect(),
             figures: DiskFigures::default(),
+            shown: 0,
             scanned: 0,
             planned: disk.reading.clone(),
             reading: Arc::new(Reading::everything()),
@@ -206,6 +209,9 @@ impl DiskTransfer {
     pub fn note(&mut self, scanned: &Scanned) -> Result<(), CacheError> {
         let size = self.source.size_bytes();
         self.figures.read_bytes += scanned.read.total();
+        self.progress.read(scanned.read.total());
+        self.progress.scanned((scanned.segment + 1).saturating_sub(self.shown));
+        self.shown = self.shown.max(scanned.segment + 1);
         if scanned.segment == self.scanned {
             self.scanned += 1;
         }

@@ -128,7 +128,6 @@ fn scan_into(
     let whole = matches!(segments, Segments::From(_));
     let blocks = block_count(disk.source.size_bytes());
     let source = disk.source.clone();
-    let progress = disk.progress.clone();
     let table = disk.table();
     let reading = disk.plan_scan();
     // The bits as they are now: what this scan sends itself must not feed back into it.
@@ -149,7 +148,6 @@ fn scan_into(
     let ended = scan(&job, |event| {
         if let Event::Scanned(scanned) = event {
             disk.note(&scanned).map_err(|error| ScanError::Table(error.to_string()))?;
-            progress.scanned(scanned.segment);
             let end = if whole { ((scanned.segment + 1) * SEGMENT_BLOCKS).min(blocks) } else { 0 };
             writer.segment(disk, *scanned, end)?;
         }
@@ -188,7 +186,7 @@ impl Writer {
             let (raw_bytes, wire_bytes) = (message.raw_bytes, message.batch.data.len() as u64);
             disk.figures.sent_bytes += raw_bytes;
             disk.figures.wire_bytes += wire_bytes;
-            disk.progress.sent(raw_bytes);
+            disk.progress.sent(raw_bytes, wire_bytes);
             if index + 1 == last {
                 self.settled = end;
             }

@@ -1,21 +1,12 @@
 //! The ways out of an alert: a webhook (POST of JSON), or a command that gets a mail on stdin. One attempt each, with a
 //! deadline.
 
-use std::{fmt::Display, path::Path, process::Stdio, time::Duration};
+use std::{path::Path, process::Stdio, time::Duration};
 
-use bytes::Bytes;
-use http::{Method, Request, Uri, header};
-use http_body_util::Full;
-use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
-    rt::TokioExecutor,
-};
-use janus_proto::{ids::ServerId, show::date};
-use rustls::{
-    ClientConfig, RootCertStore,
-    crypto::ring,
-    pki_types::{CertificateDer, pem::PemObject},
+use janus_proto::{
+    ids::ServerId,
+    show::date,
+    webhook::{Webhook, WebhookError},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy, sink},
@@ -46,19 +37,21 @@ pub enum DeliverError {
     Refused(String),
 }
 
-/// Posts to `http` and `https`.
-pub type HttpClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+impl From<WebhookError> for DeliverError {
+    fn from(error: WebhookError) -> Self {
+        match error {
+            WebhookError::Setup(why) => Self::Setup(why),
+            WebhookError::Lost(why) => Self::Lost(why),
+            WebhookError::Refused(why) => Self::Refused(why),
+        }
+    }
+}
 
 /// Where alerts go.
 #[derive(Debug, Clone)]
 pub enum Way {
     /// POST to a URL.
-    Webhook {
-        /// The URL.
-        url: Uri,
-        /// Keeps connections.
-        client: Box<HttpClient>,
-    },
+    Webhook(Box<Webhook>),
     /// A program with its arguments.
     Command(Vec<String>),
 }
@@ -69,39 +62,13 @@ impl Way {
     /// # Errors
     /// When the URL is none, or there is nobody to trust.
     pub fn webhook(url: &str, ca: Option<&Path>) -> Result<Self, DeliverError> {
-        let wrong = |why: &str| DeliverError::Setup(format!("{url:?} {why}"));
-        let uri: Uri = url.parse().map_err(|_| wrong("is not a URL"))?;
-        let is_http = matches!(uri.scheme_str(), Some("http" | "https"));
-        if !is_http || uri.host().is_none_or(str::is_empty) {
-            return Err(wrong("is not a URL: write https://HOST/PATH"));
-        }
-        let setup = |why: String| DeliverError::Setup(why);
-        let tls = ClientConfig::builder_with_provider(ring::default_provider().into())
-            .with_safe_default_protocol_versions()
-            .map_err(|error| setup(error.to_string()))?;
-        let tls = match (uri.scheme_str(), ca) {
-            (Some("https"), Some(ca)) => tls.with_root_certificates(roots(ca).map_err(setup)?),
-            (Some("https"), None) => tls.with_native_roots().map_err(|error| {
-                setup(format!(
-                    "this system's CA certificates can't be read (package ca-certificates): {error}"
-                ))
-            })?,
-            _ => tls.with_root_certificates(RootCertStore::empty()),
-        };
-        let tls = tls.with_no_client_auth();
-        let connector = HttpsConnectorBuilder::new()
-            .with_tls_config(tls)
-            .https_or_http()
-            .enable_http1()
-            .build();
-        let client = Box::new(Client::builder(TokioExecutor::new()).build(connector));
-        Ok(Self::Webhook { url: uri, client })
+        Ok(Self::Webhook(Box::new(Webhook::new(url, ca)?)))
     }
 
     /// For the log.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Webhook { .. } => "alert_webhook",
+            Self::Webhook(_) => "alert_webhook",
             Self::Command(_) => "alert_command",
         }
     }
@@ -113,7 +80,7 @@ impl Way {
     pub async fn deliver(&self, janus: &ServerId, alert: &Alert) -> Result<(), DeliverError> {
         let attempt = async {
             match self {
-                Self::Webhook { url, client } => post(client, url, janus, alert).await,
+                Self::Webhook(webhook) => Ok(webhook.post("janus", &message(janus, alert)).await?),
                 Self::Command(command) => run(command, &mail(janus, alert)).await,
             }
         };
@@ -122,45 +89,15 @@ impl Way {
     }
 }
 
-/// The certificates of a PEM file, at least one.
-fn roots(ca: &Path) -> Result<RootCertStore, String> {
-    let failed = |why: &dyn Display| format!("{}: {why}", ca.display());
-    let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(ca).map_err(|error| failed(&error))? {
-        roots.add(certificate.map_err(|error| failed(&error))?).map_err(|error| failed(&error))?;
-    }
-    if roots.is_empty() { Err(failed(&"holds no certificate")) } else { Ok(roots) }
-}
-
-async fn post(
-    client: &HttpClient,
-    url: &Uri,
-    janus: &ServerId,
-    alert: &Alert,
-) -> Result<(), DeliverError> {
-    let message = serde_json::json!({
+fn message(janus: &ServerId, alert: &Alert) -> serde_json::Value {
+    serde_json::json!({
         "text": format!("janus {janus}: {}", alert.text),
         "event": alert.event.name(),
         "kind": alert.kind,
         "subject": alert.subject,
         "janus": janus.as_str(),
         "at_ms": alert.at_ms,
-    });
-    let request = Request::builder()
-        .method(Method::POST)
-        .uri(url)
-        .header(header::CONTENT_TYPE, "application/json")
-        .header(header::USER_AGENT, concat!("janus/", env!("CARGO_PKG_VERSION")))
-        .body(Full::new(Bytes::from(message.to_string())))
-        .map_err(|error| DeliverError::Setup(error.to_string()))?;
-    let answer = client
-        .request(request)
-        .await
-        .map_err(|error| DeliverError::Lost(janus_proto::channel::explain_error(&error)))?;
-    match answer.status() {
-        status if status.is_success() => Ok(()),
-        status => Err(DeliverError::Refused(status.to_string())),
-    }
+    })
 }
 
 /// A mail as sendmail takes it. Names and reasons come from outside: no line of theirs may become a header.
@@ -233,14 +170,6 @@ mod tests {
         );
         assert_eq!(head.lines().filter(|line| line.starts_with("Bcc")).count(), 0);
         assert!(body.starts_with("a: x  Bcc: eve@example.org  ü\n\nFound by"), "{body}");
-    }
-
-    #[test]
-    fn only_urls_are_webhooks() {
-        for wrong in ["", "example.org", "ftp://example.org/", "https://"] {
-            assert!(Way::webhook(wrong, None).is_err(), "{wrong}");
-        }
-        assert!(Way::webhook("http://127.0.0.1:1/x", None).is_ok());
     }
 
     #[tokio::test]

@@ -165,7 +165,7 @@ impl Client {
         let arguments: Vec<_> = arguments.iter().copied().chain(["--json"]).collect();
         let finished = self.run(&arguments)?;
         ensure!(finished.code.is_some_and(|code| code != 0), "succeeded: {}", finished.stdout);
-        let failure: answers::Failure = serde_json::from_str(&finished.stdout)
+        let failure: answers::Failure = serde_json::from_str(finished.answer_line())
             .with_context(|| format!("not an answer: {finished:?}"))?;
         ensure!(
             Some(failure.exit_code) == finished.code,
@@ -238,6 +238,11 @@ impl Drop for Running {
 }
 
 impl Finished {
+    /// The last line that it printed: with `--json`, events may come before it.
+    pub fn answer_line(&self) -> &str {
+        self.stdout.lines().last().unwrap_or_default()
+    }
+
     /// The answer of a run that succeeded.
     ///
     /// # Errors
@@ -245,11 +250,11 @@ impl Finished {
     pub fn answer<T: DeserializeOwned>(&self) -> Result<T> {
         if self.code != Some(0) {
             let said = if self.stderr.is_empty() { &self.stdout } else { &self.stderr };
-            let failure: Option<answers::Failure> = serde_json::from_str(&self.stdout).ok();
+            let failure: Option<answers::Failure> = serde_json::from_str(self.answer_line()).ok();
             let why = failure.map_or_else(|| said.trim().to_owned(), |failure| failure.error);
             bail!("janus-client ended with code {:?}: {why}", self.code);
         }
-        serde_json::from_str(&self.stdout)
+        serde_json::from_str(self.answer_line())
             .with_context(|| format!("not the expected answer: {}", self.stdout.trim()))
     }
 }

@@ -1,0 +1,122 @@
+//! Messages to a webhook: a POST of JSON by HTTP/1.1, one attempt each. Deadlines are the caller's.
+
+use std::{fmt::Display, path::Path};
+
+use bytes::Bytes;
+use http::{Method, Request, Uri, header};
+use http_body_util::Full;
+use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::ring,
+    pki_types::{CertificateDer, pem::PemObject},
+};
+use serde_json::Value;
+
+/// Why a message wasn't taken.
+#[derive(Debug, thiserror::Error)]
+pub enum WebhookError {
+    /// It can't be set up like this.
+    #[error("{0}")]
+    Setup(String),
+    /// No answer.
+    #[error("{0}")]
+    Lost(String),
+    /// The receiver doesn't want it.
+    #[error("answered {0}")]
+    Refused(String),
+}
+
+/// A receiver of messages.
+#[derive(Debug, Clone)]
+pub struct Webhook {
+    url: Uri,
+    /// Keeps connections.
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+}
+
+impl Webhook {
+    /// At this URL. `https` is checked against the authorities in the file `ca`, or else those that this system trusts.
+    ///
+    /// # Errors
+    /// When the URL is none, or there is nobody to trust.
+    pub fn new(url: &str, ca: Option<&Path>) -> Result<Self, WebhookError> {
+        let wrong = |why: &str| WebhookError::Setup(format!("{url:?} {why}"));
+        let uri: Uri = url.parse().map_err(|_| wrong("is not a URL"))?;
+        let is_http = matches!(uri.scheme_str(), Some("http" | "https"));
+        if !is_http || uri.host().is_none_or(str::is_empty) {
+            return Err(wrong("is not a URL: write https://HOST/PATH"));
+        }
+        let setup = |why: String| WebhookError::Setup(why);
+        let tls = ClientConfig::builder_with_provider(ring::default_provider().into())
+            .with_safe_default_protocol_versions()
+            .map_err(|error| setup(error.to_string()))?;
+        let tls = match (uri.scheme_str(), ca) {
+            (Some("https"), Some(ca)) => tls.with_root_certificates(roots(ca).map_err(setup)?),
+            (Some("https"), None) => tls.with_native_roots().map_err(|error| {
+                setup(format!(
+                    "this system's CA certificates can't be read (package ca-certificates): {error}"
+                ))
+            })?,
+            _ => tls.with_root_certificates(RootCertStore::empty()),
+        };
+        let tls = tls.with_no_client_auth();
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls)
+            .https_or_http()
+            .enable_http1()
+            .build();
+        let client = Client::builder(TokioExecutor::new()).build(connector);
+        Ok(Self { url: uri, client })
+    }
+
+    /// One attempt to deliver; `agent` is the program's name.
+    ///
+    /// # Errors
+    /// When the receiver hasn't taken it for certain.
+    pub async fn post(&self, agent: &str, message: &Value) -> Result<(), WebhookError> {
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(&self.url)
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::USER_AGENT, format!("{agent}/{}", env!("CARGO_PKG_VERSION")))
+            .body(Full::new(Bytes::from(message.to_string())))
+            .map_err(|error| WebhookError::Setup(error.to_string()))?;
+        let answer = self
+            .client
+            .request(request)
+            .await
+            .map_err(|error| WebhookError::Lost(crate::channel::explain_error(&error)))?;
+        match answer.status() {
+            status if status.is_success() => Ok(()),
+            status => Err(WebhookError::Refused(status.to_string())),
+        }
+    }
+}
+
+/// The certificates of a PEM file, at least one.
+fn roots(ca: &Path) -> Result<RootCertStore, String> {
+    let failed = |why: &dyn Display| format!("{}: {why}", ca.display());
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_file_iter(ca).map_err(|error| failed(&error))? {
+        roots.add(certificate.map_err(|error| failed(&error))?).map_err(|error| failed(&error))?;
+    }
+    if roots.is_empty() { Err(failed(&"holds no certificate")) } else { Ok(roots) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_urls_are_webhooks() {
+        for wrong in ["", "example.org", "ftp://example.org/", "https://"] {
+            assert!(Webhook::new(wrong, None).is_err(), "{wrong}");
+        }
+        assert!(Webhook::new("http://127.0.0.1:1/x", None).is_ok());
+    }
+}
