@@ -16,6 +16,7 @@ use crate::{
 mod chains;
 mod janus;
 mod limits;
+mod networks;
 mod peers;
 mod proxies;
 mod sources;
@@ -44,7 +45,10 @@ pub struct Args {
     /// What clients read: an NTFS disk with and without its change journal, a large image from memory and from the disk
     #[arg(long, conflicts_with_all = ["against", "encoding", "proxies", "store"])]
     sources: bool,
-    /// How clients pack blocks: none, lz4 or zstd
+    /// Networks: URLs that lead nowhere, packing on slow lines; needs root
+    #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies", "store", "sources"])]
+    networks: bool,
+    /// How clients pack blocks: auto, none, lz4 or zstd
     #[arg(long, default_value = "none")]
     encoding: String,
 }
@@ -106,8 +110,13 @@ pub fn run(args: &Args) -> Result<()> {
     if args.store {
         return store(args);
     }
-    let programs = Programs::build(Profile::Release)?;
     let folder = target().join("bench");
+    if args.networks {
+        fs::create_dir_all(&folder)?;
+        let json = args.json.clone().unwrap_or_else(|| folder.join("networks.json"));
+        return networks::run(&Programs::built_or(Profile::Release)?, &json);
+    }
+    let programs = Programs::build(Profile::Release)?;
     if args.proxies {
         fs::create_dir_all(&folder)?;
         let json = args.json.clone().unwrap_or_else(|| folder.join("proxies.json"));
