@@ -28,8 +28,6 @@ const TRY_BYTES: usize = 64 << 10;
 const STRETCH: (Duration, u32) = (Duration::from_millis(500), 2);
 /// After a change, what is still on its way in queues and buffers says nothing of the new encoding.
 const ON_ITS_WAY: u64 = 12 << 20;
-/// A message that took longer waited for the line.
-const WAITED: Duration = Duration::from_millis(1);
 
 /// What the settings say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,30 +106,22 @@ struct State {
 #[derive(Debug)]
 struct Measured {
     began: Instant,
-    /// When the last message was gone.
-    last: Instant,
     messages: u32,
     raw_bytes: u64,
     waited: Duration,
-    /// Bytes of the messages that waited, and the time from one to the next.
-    line: (u64, Duration),
+    wire_bytes: u64,
 }
 
 impl Measured {
     fn new(now: Instant) -> Self {
-        let (messages, raw_bytes, waited, line) = (0, 0, Duration::ZERO, (0, Duration::ZERO));
-        Self { began: now, last: now, messages, raw_bytes, waited, line }
+        Self { began: now, messages: 0, raw_bytes: 0, waited: Duration::ZERO, wire_bytes: 0 }
     }
 
-    fn take(&mut self, sent: Sent, waited: Duration, now: Instant) {
+    fn take(&mut self, sent: Sent, waited: Duration) {
         self.messages += 1;
         self.raw_bytes += sent.raw_bytes;
+        self.wire_bytes += sent.wire_bytes;
         self.waited += waited;
-        if waited > WAITED {
-            self.line.0 += sent.wire_bytes;
-            self.line.1 += now - self.last;
-        }
-        self.last = now;
     }
 
     fn stretch(&self, now: Instant) -> Option<Stretch> {
@@ -139,12 +129,11 @@ impl Measured {
         if took < STRETCH.0 || self.messages < STRETCH.1 {
             return None;
         }
-        let (bytes, time) = self.line;
-        let line_rate = if time.is_zero() { 0.0 } else { bytes as f64 / time.as_secs_f64() };
         Some(Stretch {
             raw_rate: self.raw_bytes as f64 / took.as_secs_f64(),
             waiting: self.waited.as_secs_f64() / took.as_secs_f64(),
-            line_rate,
+            // Of single messages it would say too little: buffers empty in bursts.
+            line_rate: self.wire_bytes as f64 / took.as_secs_f64(),
         })
     }
 }
@@ -253,7 +242,7 @@ impl Packing {
             state.stretch = Measured::new(now);
             return;
         }
-        state.stretch.take(sent, waited, now);
+        state.stretch.take(sent, waited);
         let Some(stretch) = state.stretch.stretch(now) else { return };
         state.stretch = Measured::new(now);
         let before = state.current;

@@ -19,6 +19,7 @@ use crate::{
 mod chains;
 mod janus;
 mod limits;
+mod networks;
 mod peers;
 mod proxies;
 mod sources;
@@ -50,7 +51,10 @@ pub struct Args {
     /// The clients' hash cache alone, beside a flat file
     #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies", "store", "sources"])]
     cache: bool,
-    /// How clients pack blocks: none, lz4 or zstd
+    /// Networks: URLs that lead nowhere, packing on slow lines; needs root
+    #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies", "store", "sources"])]
+    networks: bool,
+    /// How clients pack blocks: auto, none, lz4 or zstd
     #[arg(long, default_value = "none")]
     encoding: String,
 }
@@ -115,8 +119,13 @@ pub fn run(args: &Args) -> Result<()> {
     if args.cache {
         return cache(args);
     }
-    let programs = Programs::build(Profile::Release)?;
     let folder = target().join("bench");
+    if args.networks {
+        fs::create_dir_all(&folder)?;
+        let json = args.json.clone().unwrap_or_else(|| folder.join("networks.json"));
+        return networks::run(&Programs::built_or(Profile::Release)?, &json);
+    }
+    let programs = Programs::build(Profile::Release)?;
     if args.proxies {
         fs::create_dir_all(&folder)?;
         let json = args.json.clone().unwrap_or_else(|| folder.join("proxies.json"));

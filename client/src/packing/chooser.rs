@@ -10,6 +10,8 @@ use janus_proto::pb::Encoding;
 pub(super) const ENCODINGS: [Encoding; 3] = [Encoding::None, Encoding::Lz4, Encoding::Zstd];
 /// A line as fast as this is never worth packing for: unpacking and checking cost the server as much.
 const FAST_LINE: f64 = 200.0 * MIB;
+/// One that looks no faster than this is worth packing for at once.
+const SLOW_LINE: f64 = 30.0 * MIB;
 /// What a byte costs besides packing: reading, hashing, TLS. Measured at about a second for a GiB.
 const OTHER_SECONDS: f64 = 1.0 / (1000.0 * MIB);
 /// A dearer encoding must promise this much more.
@@ -43,7 +45,7 @@ pub(super) struct Stretch {
     pub raw_rate: f64,
     /// Share of the time in which the line was waited for.
     pub waiting: f64,
-    /// Bytes for each second that the line took while it was waited for; 0: it wasn't.
+    /// Bytes for each second that went to the line.
     pub line_rate: f64,
 }
 
@@ -64,6 +66,7 @@ pub(super) struct Chooser {
     trial: Option<Trial>,
     pause: u32,
     next_pause: u32,
+    was_slow: bool,
 }
 
 impl Chooser {
@@ -80,6 +83,7 @@ impl Chooser {
             trial: None,
             pause: 0,
             next_pause: PAUSE.0,
+            was_slow: false,
         }
     }
 
@@ -112,9 +116,12 @@ impl Chooser {
     /// Decides after a stretch.
     pub(super) fn decide(&mut self, seen: Stretch) -> Encoding {
         let is_slow = seen.waiting >= WAITING && seen.line_rate > 0.0;
+        let was_slow = std::mem::replace(&mut self.was_slow, is_slow);
         if let Some(trial) = self.trial.take() {
             let kept = if trial.from < self.current { KEPT } else { KEPT_CHEAPER };
             if seen.raw_rate < kept * trial.raw_rate {
+                // Queues and bursts may have made the rate before look better than it was: the step back is on trial, too.
+                self.trial = Some(Trial { from: self.current, raw_rate: seen.raw_rate });
                 self.current = trial.from;
                 self.pause = self.next_pause;
                 self.next_pause = (self.next_pause * 2).min(PAUSE.1);
@@ -132,9 +139,12 @@ impl Chooser {
         }
         let best = self.best();
         let is_cheaper = best < self.current;
-        // What doesn't wait for the line has no use for a dearer one.
-        if best != self.current && (is_slow || is_cheaper) {
-            self.trial = Some(Trial { from: self.current, raw_rate: seen.raw_rate });
+        // What doesn't wait for the line has no use for a dearer one. At first the line fills buffers and looks faster than it
+        // is: that is no rate to compare with, but a line that looks slow even so is slow.
+        let is_sure = was_slow || seen.line_rate < SLOW_LINE;
+        if best != self.current && (is_slow && is_sure || is_cheaper) {
+            let trial = Trial { from: self.current, raw_rate: seen.raw_rate };
+            self.trial = (was_slow || is_cheaper).then_some(trial);
             self.current = best;
         }
         self.current()
@@ -207,7 +217,10 @@ mod tests {
                 for (at, encoding) in ENCODINGS.into_iter().enumerate().skip(1) {
                     let raw = 1 << 20;
                     let packed = (raw as f64 * self.share[at]) as usize;
-                    chooser.note(encoding, raw, packed, 1.0 / self.pack[at]);
+                    // A stretch is several messages.
+                    for _ in 0..4 {
+                        chooser.note(encoding, raw, packed, 1.0 / self.pack[at]);
+                    }
                 }
                 used[chooser.current] += 1;
                 chooser.decide(self.stretch(chooser.current));

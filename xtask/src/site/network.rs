@@ -214,6 +214,21 @@ impl Network {
         Ok(())
     }
 
+    /// Takes the limit of a place's line away, if there is one.
+    ///
+    /// # Errors
+    /// When a tool fails.
+    pub fn fast(&self, place: &str) -> Result<()> {
+        for (namespace, device) in
+            [(self.namespace(ROUTER), place), (self.namespace(place), "eth0")]
+        {
+            // There is always one to replace, and the one by default has no limit.
+            let words = format!("qdisc replace dev {device} root pfifo_fast");
+            output(packages::command("tc").arg("-n").arg(&namespace).args(words.split(' ')))?;
+        }
+        Ok(())
+    }
+
     /// Makes everything whole again: no cuts, all lines up. Slow lines stay slow.
     ///
     /// # Errors

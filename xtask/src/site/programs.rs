@@ -61,11 +61,20 @@ impl Programs {
     /// When the build fails.
     pub fn for_tests() -> Result<Self> {
         static BUILT: OnceLock<Result<Programs, String>> = OnceLock::new();
-        let built = BUILT.get_or_init(|| match std::env::var_os(PROGRAMS_VARIABLE) {
-            Some(folder) => Ok(Self { folder: folder.into(), namespace: None }),
-            None => Self::build(Profile::Dev).map_err(|error| format!("{error:#}")),
-        });
+        let built = BUILT
+            .get_or_init(|| Self::built_or(Profile::Dev).map_err(|error| format!("{error:#}")));
         built.clone().map_err(anyhow::Error::msg)
+    }
+
+    /// The programs in the folder that [`PROGRAMS_VARIABLE`] names, else built.
+    ///
+    /// # Errors
+    /// When the build fails.
+    pub fn built_or(profile: Profile) -> Result<Self> {
+        match std::env::var_os(PROGRAMS_VARIABLE) {
+            Some(folder) => Ok(Self { folder: folder.into(), namespace: None }),
+            None => Self::build(profile),
+        }
     }
 
     /// The same programs, run in a network namespace.
