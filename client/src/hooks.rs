@@ -6,9 +6,10 @@
 
 use std::{io, process::Stdio, time::Duration};
 
+use janus_proto::child::Group;
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader},
-    process::{Child, Command},
+    process::Command,
 };
 
 /// Bytes of a line of output that are logged at once.
@@ -107,34 +108,6 @@ impl Hook<'_> {
                 Ok(())
             }
             Ok(Ok(status)) => Err(HookError::Failed { setting, program: name, status }),
-        }
-    }
-}
-
-/// A child and its process group, which is killed unless it is released.
-pub(crate) struct Group {
-    pub(crate) child: Child,
-    leader: Option<rustix::process::Pid>,
-}
-
-impl Group {
-    pub(crate) fn of(child: Child) -> Self {
-        let leader = child.id().and_then(|id| i32::try_from(id).ok());
-        let leader = leader.and_then(rustix::process::Pid::from_raw);
-        Self { child, leader }
-    }
-
-    /// What a hook that succeeded has left running may stay: it may be a service.
-    pub(crate) fn release(&mut self) {
-        self.leader = None;
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        if let Some(leader) = self.leader {
-            // Gone already: nothing to do.
-            let _ = rustix::process::kill_process_group(leader, rustix::process::Signal::KILL);
         }
     }
 }

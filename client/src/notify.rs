@@ -3,25 +3,20 @@
 //! Failures that follow each other are told of at the first one, then daily; so a machine that tries again and again
 //! doesn't ring each time. What nobody has taken is told of at the next failure.
 
-use std::{io, path::PathBuf, process::Stdio, time::Duration};
+use std::{io, path::PathBuf, time::Duration};
 
-use janus_proto::webhook::{Webhook, WebhookError};
+use janus_proto::{
+    child::{TellError, tell},
+    webhook::{Webhook, WebhookError},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    process::Command,
-    time::timeout,
-};
+use tokio::time::timeout;
 
-use crate::{hooks::Group, state::Failing};
+use crate::state::Failing;
 
 /// Failures that last are told of again after this.
 const AGAIN_MS: i64 = 86_400_000;
-/// What a failed program said, at most.
-const MOST_SAID_BYTES: u64 = 1000;
-/// How long the output of a program that has ended is waited for.
-const OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What can be told of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,38 +138,16 @@ impl NotifySettings {
 
     async fn run(&self, message: &Value) -> Result<(), NotifyError> {
         let Some((program, arguments)) = self.command.split_first() else { return Ok(()) };
-        let lost = |source| NotifyError::Start { program: program.clone(), source };
-        let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut group = Group::of(command.process_group(0).spawn().map_err(lost)?);
-        let (stdin, stderr) = (group.child.stdin.take(), group.child.stderr.take());
-        let reading = tokio::spawn(async move {
-            let mut said = Vec::new();
-            if let Some(mut stderr) = stderr {
-                let _ = (&mut stderr).take(MOST_SAID_BYTES).read_to_end(&mut said).await;
-                let _ = tokio::io::copy(&mut stderr, &mut tokio::io::sink()).await;
+        let told = tell(program, arguments, &format!("{message}\n"), self.limit()).await;
+        told.map_err(|error| match error {
+            TellError::Start(source) => NotifyError::Start { program: program.clone(), source },
+            TellError::TooLong(_) => {
+                NotifyError::TooLong { what: "command", seconds: self.seconds }
             }
-            String::from_utf8_lossy(&said).trim().to_owned()
-        });
-        let text = format!("{message}\n");
-        let writing = async {
-            if let Some(mut stdin) = stdin {
-                // A program that doesn't read its stdin says by its exit code whether that was meant.
-                let _ = stdin.write_all(text.as_bytes()).await;
+            TellError::Failed { status, said } => {
+                NotifyError::Failed { program: program.clone(), status, said }
             }
-        };
-        let ended = async { tokio::join!(writing, group.child.wait()).1 };
-        let Ok(status) = timeout(self.limit(), ended).await else {
-            return Err(NotifyError::TooLong { what: "command", seconds: self.seconds });
-        };
-        let status = status.map_err(lost)?;
-        if status.success() {
-            group.release();
-            return Ok(());
-        }
-        let said = timeout(OUTPUT_PATIENCE, reading).await;
-        let said = said.ok().and_then(Result::ok).unwrap_or_default();
-        Err(NotifyError::Failed { program: program.clone(), status, said })
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 //! snapshot's digest before the result gets its name.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -230,6 +230,11 @@ impl Restore {
         let began = Instant::now();
         if let Some(path) = self.partial.clone().filter(|path| path.exists()) {
             let source = std::io::ErrorKind::AlreadyExists.into();
+            return Err(RestoreError::Map { path, source });
+        }
+        // Before the disk was restored for nothing.
+        if let Some(path) = self.partial.clone().filter(|path| !folder_of(path).is_dir()) {
+            let source = std::io::ErrorKind::NotADirectory.into();
             return Err(RestoreError::Map { path, source });
         }
         let found = self.find().await?;
@@ -565,6 +570,11 @@ async fn keep_open(link: &Link, address: &Address, handle: &str, lease: Duration
             while let Ok(Some(_)) = answers.message().await {}
         }
     }
+}
+
+/// The folder that a file is to be made in.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ mod cached;
 pub mod buffers;
 pub mod chance;
 pub mod channel;
+pub mod child;
 pub mod direct;
 pub mod error;
 pub mod hash;

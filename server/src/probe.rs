@@ -1,7 +1,7 @@
 //! How fast data gets through: takes bytes and throws them away, sends bytes that mean nothing. Both are bounded, in bytes and in
 //! time, so that a caller can do no more with them than with a small restore.
 
-use std::time::Duration;
+use std::{pin::Pin, time::Duration};
 
 use janus_proto::{
     pb::{
@@ -10,14 +10,12 @@ use janus_proto::{
     },
     probe::{MAX_PROBE_BYTES, PIECE_BYTES, noise},
 };
-use tokio::{sync::mpsc, time::Instant};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::time::Instant;
+use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
 /// Time of a call.
 const MOST_TIME: Duration = Duration::from_secs(10);
-/// Messages between us and the network.
-const QUEUE: usize = 2;
 
 /// The service; see `probe.proto`.
 pub struct Probe {
@@ -49,7 +47,7 @@ impl ProbeService for Probe {
         Ok(Response::new(UploadResponse { server_id: self.server.clone(), bytes }))
     }
 
-    type DownloadStream = ReceiverStream<Result<DownloadResponse, Status>>;
+    type DownloadStream = Pin<Box<dyn Stream<Item = Result<DownloadResponse, Status>> + Send>>;
 
     async fn download(
         &self,
@@ -59,18 +57,13 @@ impl ProbeService for Probe {
             0 => MAX_PROBE_BYTES,
             bytes => bytes.min(MAX_PROBE_BYTES),
         };
-        let (answers, stream) = mpsc::channel(QUEUE);
-        // It ends with the call, or at its time: nobody has to stop it.
-        tokio::spawn(tokio::time::timeout(MOST_TIME, async move {
-            let (data, mut left) = (noise(), wanted);
-            while left > 0 {
-                let part = data.slice(..left.min(PIECE_BYTES as u64) as usize);
-                left -= part.len() as u64;
-                if answers.send(Ok(DownloadResponse { data: part })).await.is_err() {
-                    return;
-                }
-            }
-        }));
-        Ok(Response::new(ReceiverStream::new(stream)))
+        let data = noise();
+        let parts = (0..wanted).step_by(PIECE_BYTES).map(move |at| {
+            let len = (wanted - at).min(PIECE_BYTES as u64) as usize;
+            Ok(DownloadResponse { data: data.slice(..len) })
+        });
+        let end = Instant::now() + MOST_TIME;
+        let in_time = tokio_stream::iter(parts).take_while(move |_| Instant::now() < end);
+        Ok(Response::new(Box::pin(in_time)))
     }
 }

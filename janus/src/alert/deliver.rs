@@ -1,25 +1,20 @@
 //! The ways out of an alert: a webhook (POST of JSON), or a command that gets a mail on stdin. One attempt each, with a
 //! deadline.
 
-use std::{path::Path, process::Stdio, time::Duration};
+use std::{path::Path, time::Duration};
 
 use janus_proto::{
+    child::{TellError, tell},
     ids::ServerId,
     show::date,
     webhook::{Webhook, WebhookError},
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, copy, sink},
-    process::Command,
-    time::timeout,
-};
+use tokio::time::timeout;
 
 use super::Alert;
 
 /// Deadline of one attempt.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// What a failed command said, at most.
-const MOST_SAID_BYTES: u64 = 1000;
 /// Longest subject of a mail.
 const MOST_SUBJECT: usize = 200;
 
@@ -78,14 +73,15 @@ impl Way {
     /// # Errors
     /// When the receiver hasn't taken it for certain.
     pub async fn deliver(&self, janus: &ServerId, alert: &Alert) -> Result<(), DeliverError> {
-        let attempt = async {
-            match self {
-                Self::Webhook(webhook) => Ok(webhook.post("janus", &message(janus, alert)).await?),
-                Self::Command(command) => run(command, &mail(janus, alert)).await,
+        match self {
+            Self::Webhook(webhook) => {
+                let message = message(janus, alert);
+                let late = |_| DeliverError::Lost(format!("no end after {} s", DEADLINE.as_secs()));
+                let posted = timeout(DEADLINE, webhook.post("janus", &message)).await;
+                Ok(posted.map_err(late)??)
             }
-        };
-        let late = |_| DeliverError::Lost(format!("no end after {} s", DEADLINE.as_secs()));
-        timeout(DEADLINE, attempt).await.map_err(late)?
+            Self::Command(command) => run(command, &mail(janus, alert)).await,
+        }
     }
 }
 
@@ -118,37 +114,12 @@ async fn run(command: &[String], message: &str) -> Result<(), DeliverError> {
     let [program, arguments @ ..] = command else {
         return Err(DeliverError::Setup("alert_command is empty".into()));
     };
-    let lost = |error: std::io::Error| DeliverError::Lost(format!("{program}: {error}"));
-    let mut child = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(lost)?;
-    let (stdin, stderr) = (child.stdin.take(), child.stderr.take());
-    let write = async {
-        if let Some(mut stdin) = stdin {
-            // A program that doesn't read its stdin says by its exit code whether that was meant.
-            let _ = stdin.write_all(message.as_bytes()).await;
+    tell(program, arguments, message, DEADLINE).await.map_err(|error| match error {
+        TellError::Failed { status, said } => {
+            DeliverError::Refused(format!("{status} of {program}: {said}"))
         }
-    };
-    let read = async {
-        let mut said = Vec::new();
-        if let Some(mut stderr) = stderr {
-            let _ = (&mut stderr).take(MOST_SAID_BYTES).read_to_end(&mut said).await;
-            let _ = copy(&mut stderr, &mut sink()).await;
-        }
-        said
-    };
-    let ((), said, status) = tokio::join!(write, read, child.wait());
-    let status = status.map_err(lost)?;
-    if status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&said);
-    Err(DeliverError::Refused(format!("{status} of {program}: {}", said.trim())))
+        other => DeliverError::Lost(format!("{program}: {other}")),
+    })
 }
 
 #[cfg(test)]
