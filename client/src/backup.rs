@@ -313,7 +313,7 @@ impl Backup {
         StartPlan {
             backup_id,
             disks: self.disks.iter().map(start).collect(),
-            use_counter: self.state.use_counter() + 1,
+            use_counter: self.state.use_counter().saturating_add(1),
         }
     }
 

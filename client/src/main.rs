@@ -1,6 +1,6 @@
 //! `janus-client`: backs disks up and brings them back.
 
-use std::{io::Write, process::ExitCode, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
 use clap::ArgMatches;
 use janus_client::cli::{self, Context, Failure, Outcome};
@@ -32,10 +32,11 @@ fn main() -> ExitCode {
     };
     match outcome {
         Ok(outcome) => {
-            print(matches, &outcome.json, &outcome.text);
+            let is_printed = print(matches, &outcome.json, &outcome.text);
             // Where a command checks something, what it found; else there is none.
             let code = outcome.json["exit_code"].as_u64().unwrap_or(0);
-            ExitCode::from(u8::try_from(code).unwrap_or(1))
+            let code = u8::try_from(code).unwrap_or(1);
+            ExitCode::from(if is_printed { code } else { code.max(1) })
         }
         Err(failure) => {
             let known = failure.known.as_ref().map_or("", |known| known.text.as_str());
@@ -57,10 +58,12 @@ fn refuse_usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
 }
 
-fn print(matches: &ArgMatches, json: &serde_json::Value, text: &str) {
-    let mut out = std::io::stdout().lock();
-    // A reader that has gone is no failure of the command.
-    let _ = if matches.get_flag("json") { writeln!(out, "{json}") } else { write!(out, "{text}") };
+fn print(matches: &ArgMatches, json: &serde_json::Value, text: &str) -> bool {
+    if matches.get_flag("json") {
+        program::print(&format!("{json}\n"))
+    } else {
+        program::print(text)
+    }
 }
 
 fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {

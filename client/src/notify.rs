@@ -110,15 +110,20 @@ impl NotifySettings {
         is_set && self.when.contains(&event)
     }
 
-    /// Tells all. True when all have taken it; who hasn't is in the log.
+    /// Tells all. True when somebody has taken it, so that one that is deaf doesn't make the others ring each time; who
+    /// hasn't is in the log.
     pub async fn tell(&self, message: &Value) -> bool {
         let (posted, run) = tokio::join!(self.post(message), self.run(message));
-        let mut all = true;
-        for error in [posted.err(), run.err()].into_iter().flatten() {
-            tracing::error!(%error, "nobody was told how the backup ended");
-            all = false;
+        let mut told = false;
+        for (is_set, result) in
+            [(!self.webhook.is_empty(), posted), (!self.command.is_empty(), run)]
+        {
+            match result {
+                Ok(()) => told |= is_set,
+                Err(error) => tracing::error!(%error, "not told how the backup ended"),
+            }
         }
-        all
+        told
     }
 
     fn limit(&self) -> Duration {

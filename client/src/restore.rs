@@ -417,6 +417,7 @@ impl Restore {
         snapshot: &Snapshot,
         assembly: &mut Assembly,
         writers: &Writers,
+        fetched: &mut u64,
     ) -> Result<Seen, RestoreError> {
         let mut answers = link
             .bulk_restore()
@@ -435,6 +436,7 @@ impl Restore {
             }
             let Some(batch) = answer.batch else { continue };
             seen.message(batch.data.len() as u64);
+            *fetched += batch.data.len() as u64;
             let before = assembly.next_block();
             let gaps = assembly.take(&batch).map_err(|error| self.damaged(snapshot, error))?;
             self.progress.advance((assembly.next_block() - before) * janus_proto::ids::BLOCK_BYTES);
@@ -469,8 +471,8 @@ impl Restore {
                 name_damaged: true,
             };
             let request = address.request(message, None);
-            let seen = self.fetch_piece(link, request, snapshot, assembly, writers).await?;
-            *fetched += seen.bytes;
+            let seen =
+                self.fetch_piece(link, request, snapshot, assembly, writers, fetched).await?;
             pieces.seen(&seen);
             first_block = end;
         }

@@ -17,20 +17,22 @@ pub const TIMER: &str = "janus-client.timer";
 /// A unit: its name and text.
 pub type Unit = (&'static str, String);
 
-/// Service and timer for `program` with the settings file `config`.
+/// Service and timer for `program` with the settings file `config`, whose relative paths count from `folder`.
 ///
 /// # Errors
 /// When the schedule can't be used.
 pub fn units(
     program: &Path,
     config: &Path,
+    folder: &Path,
     schedule: &ScheduleSettings,
 ) -> Result<[Unit; 2], ScheduleError> {
-    Ok([(SERVICE, service(program, config)), (TIMER, timer(config, schedule)?)])
+    Ok([(SERVICE, service(program, config, folder)), (TIMER, timer(config, schedule)?)])
 }
 
-fn service(program: &Path, config: &Path) -> String {
+fn service(program: &Path, config: &Path, folder: &Path) -> String {
     let (program, quoted) = (quote(program), quote(config));
+    let folder = specifiers(folder);
     let head = head(config);
     format!(
         "{head}[Unit]
@@ -42,6 +44,7 @@ After=network-online.target
 [Service]
 Type=exec
 # Backs up if a backup is due by the last success; waits for mains power and an unmetered link, and repeats what failed.
+WorkingDirectory={folder}
 ExecStart={program} daemon --once --config {quoted}
 # Ends the backup so that the next one goes on from there.
 KillMode=mixed
@@ -50,7 +53,6 @@ Nice=5
 IOSchedulingPriority=7
 UMask=0077
 # Raw disks, snapshots, freezing and hooks need root and the machine's own mounts: no ProtectSystem, PrivateTmp, PrivateDevices.
-NoNewPrivileges=yes
 CapabilityBoundingSet=~CAP_SYS_BOOT CAP_SYS_TIME CAP_SYS_PACCT CAP_SYSLOG CAP_WAKE_ALARM CAP_MAC_ADMIN CAP_MAC_OVERRIDE
 LockPersonality=yes
 ProtectHostname=yes
@@ -93,6 +95,11 @@ fn head(config: &Path) -> String {
     )
 }
 
+/// A folder as systemd reads it: all of the line, but for specifiers.
+fn specifiers(folder: &Path) -> String {
+    folder.display().to_string().replace(char::is_control, "?").replace('%', "%%")
+}
+
 /// A word of a command line as systemd reads it.
 fn quote(path: &Path) -> String {
     let mut quoted = "\"".to_owned();
@@ -116,8 +123,13 @@ mod tests {
     fn timer_of(change: impl FnOnce(&mut ScheduleSettings)) -> String {
         let mut schedule = ScheduleSettings::default();
         change(&mut schedule);
-        let [_, (_, timer)] =
-            units("/usr/bin/janus-client".as_ref(), "/etc/c.toml".as_ref(), &schedule).unwrap();
+        let [_, (_, timer)] = units(
+            "/usr/bin/janus-client".as_ref(),
+            "/etc/c.toml".as_ref(),
+            "/".as_ref(),
+            &schedule,
+        )
+        .unwrap();
         timer
     }
 
@@ -152,8 +164,14 @@ mod tests {
     #[test]
     fn no_path_becomes_another_word_or_line() {
         assert_eq!(quote("/a b/50%/$x\"\\\n".as_ref()), "\"/a b/50%%/$$x\\\"\\\\\\u000a\"");
-        let (_, text) =
-            &units("/p".as_ref(), "/x\nUser=eve".as_ref(), &Default::default()).unwrap()[0];
+        let (_, text) = &units(
+            "/p".as_ref(),
+            "/x\nUser=eve".as_ref(),
+            "/50%\nUser=eve".as_ref(),
+            &Default::default(),
+        )
+        .unwrap()[0];
+        assert!(text.contains("\nWorkingDirectory=/50%%?User=eve\n"), "{text}");
         assert!(!text.lines().any(|line| line.starts_with("User=")), "{text}");
     }
 }

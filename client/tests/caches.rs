@@ -48,7 +48,7 @@ fn known(client: &Client) -> Vec<(String, u64)> {
 
 #[test]
 fn a_cache_is_shown_checked_made_anew_and_forgotten() {
-    let (_site, path, client) = scene(&Plan::default());
+    let (mut site, path, client) = scene(&Plan::default());
     assert_eq!(cache(&client, &["show"])["disks"].as_array().unwrap().len(), 0);
     client.backup().unwrap();
     disk::change(&path, MIB, 2).unwrap();
@@ -71,6 +71,12 @@ fn a_cache_is_shown_checked_made_anew_and_forgotten() {
         assert_eq!(backup.disks[0].compare, "cache", "{backup:?}");
         assert!(backup.disks[0].sent_bytes <= 2 * MIB, "{backup:?}");
     }
+
+    // Where a server can't be asked, what is known of it stays.
+    site.kill_server(first).unwrap();
+    let finished = client.run(&["cache", "rebuild", "--json"]).unwrap();
+    assert_eq!(finished.code, Some(1), "{finished:?}");
+    assert_eq!(known(&client).len(), 2);
 
     let forgotten = cache(&client, &["forget", "--server", first]);
     assert_eq!(forgotten["forgotten"][0], "disk");

@@ -304,11 +304,7 @@ fn as_root_a_full_disk_takes_backups_again_after_retention() {
     kept.assert_listed(&all);
 
     // Others take the rest to the last block: the server starts all the same.
-    let mut filler = fs::File::create(store.folder().join("filler")).unwrap();
-    let error = std::io::copy(&mut std::io::repeat(7), &mut filler).unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
-    filler.sync_all().unwrap();
-    fs::write(store.folder().join("more"), [7; 4096]).unwrap_err();
+    fill(store.folder());
     kept.site.stop_server(SERVER).unwrap();
     kept.site.start_server(SERVER).unwrap();
 
@@ -322,6 +318,29 @@ fn as_root_a_full_disk_takes_backups_again_after_retention() {
     let to = kept.site.folder().join("restored");
     kept.client.restore(&backup.disks[0].snapshot_id, &to).unwrap();
     disk::compare(&kept.disk, &to).unwrap();
+
+    // Even where nothing was kept for that: what is there can be read.
+    kept.site.kill_server(SERVER).unwrap();
+    let _ = fs::remove_file(store.folder().join("images/.spare"));
+    fill(store.folder());
+    kept.site.start_server(SERVER).unwrap();
+    let again = kept.site.folder().join("restored again");
+    kept.client.restore(&backup.disks[0].snapshot_id, &again).unwrap();
+    disk::compare(&kept.disk, &again).unwrap();
     drop(kept);
     drop(store);
+}
+
+/// Fills a file system to its last block.
+fn fill(folder: &std::path::Path) {
+    let path = folder.join(format!("filler-{}", fs::read_dir(folder).unwrap().count()));
+    let mut filler = fs::File::create(path).unwrap();
+    let error = std::io::copy(&mut std::io::repeat(7), &mut filler).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    filler.sync_all().unwrap();
+    let count = fs::read_dir(folder).unwrap().count();
+    let more = |number| fs::write(folder.join(format!("more-{count}-{number}")), [7; 4096]);
+    let fits = (0..10_000).take_while(|number| more(*number).is_ok()).count();
+    println!("{fits} small files fit beside it");
+    assert!(fits < 10_000);
 }

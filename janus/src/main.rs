@@ -1,6 +1,6 @@
 //! `janus`: routes backups to the server used longest ago.
 
-use std::{io::Write, process::ExitCode};
+use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus::{config, maintenance, serve::Janus, status};
@@ -64,9 +64,9 @@ fn fail(error: impl std::fmt::Display, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// A reader that has gone is no failure of the command.
-fn print(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+/// Prints an answer; `code`, unless it can't be printed.
+fn print(text: &str, code: ExitCode) -> ExitCode {
+    if program::print(&format!("{text}\n")) { code } else { ExitCode::FAILURE }
 }
 
 fn serve_command(matches: &ArgMatches) -> ExitCode {
@@ -108,8 +108,8 @@ fn for_one_call(
 ) -> Result<(config::Settings, Runtime), ExitCode> {
     let failed = |error: &dyn std::fmt::Display, code: u8| match monitored {
         true => {
-            print(&format!("JANUS CRITICAL - {error}"));
-            ExitCode::from(status::Verdict::Critical as u8)
+            let code = ExitCode::from(status::Verdict::Critical as u8);
+            print(&format!("JANUS CRITICAL - {error}"), code)
         }
         false => fail(error, code),
     };
@@ -122,7 +122,8 @@ fn for_one_call(
 
 fn failed_call(error: &str, json: bool) -> ExitCode {
     if json {
-        print(&serde_json::json!({ "ok": false, "error": error, "exit_code": 1 }).to_string());
+        let answer = serde_json::json!({ "ok": false, "error": error, "exit_code": 1 });
+        print(&answer.to_string(), ExitCode::FAILURE);
     }
     fail(error, 1)
 }
@@ -138,11 +139,11 @@ fn forget_command(matches: &ArgMatches) -> ExitCode {
     match runtime.block_on(maintenance::forget(&settings, url, server)) {
         Ok(forgotten) => {
             let (snapshots, machines) = (forgotten.snapshots, forgotten.machines);
-            print(&match json {
+            let text = match json {
                 true => serde_json::json!({ "ok": true, "server": server, "snapshots": snapshots, "machines": machines }).to_string(),
                 false => format!("forgot {server}: {snapshots} snapshots of {machines} machines are no longer listed by this janus"),
-            });
-            ExitCode::SUCCESS
+            };
+            print(&text, ExitCode::SUCCESS)
         }
         Err(error) => failed_call(&error, json),
     }
@@ -159,19 +160,18 @@ fn status_command(matches: &ArgMatches) -> ExitCode {
     match answer {
         Ok(status) if check => {
             let (verdict, line) = status::check(&status, settings.overdue());
-            print(&line);
-            ExitCode::from(verdict as u8)
+            print(&line, ExitCode::from(verdict as u8))
         }
         Ok(status) => {
-            match json {
-                true => print(&show::router_status_json(&status).to_string()),
-                false => print(show::router_status(&status).trim_end()),
-            }
-            ExitCode::SUCCESS
+            let text = match json {
+                true => show::router_status_json(&status).to_string(),
+                false => show::router_status(&status),
+            };
+            print(text.trim_end(), ExitCode::SUCCESS)
         }
         Err(error) if check => {
-            print(&format!("JANUS CRITICAL - {error}"));
-            ExitCode::from(status::Verdict::Critical as u8)
+            let code = ExitCode::from(status::Verdict::Critical as u8);
+            print(&format!("JANUS CRITICAL - {error}"), code)
         }
         Err(error) => failed_call(&error, json),
     }

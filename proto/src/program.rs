@@ -1,6 +1,10 @@
 //! What every program does with its process: being asked to stop or to read its settings again.
 
-use std::{future::Future, io, sync::Arc};
+use std::{
+    future::Future,
+    io::{self, Write},
+    sync::Arc,
+};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -25,6 +29,19 @@ pub fn stop_signal() -> io::Result<impl Future<Output = ()> + Send + 'static> {
             _ = interrupt.recv() => {}
         }
     })
+}
+
+/// Writes an answer to standard output. False when it can't be written, which standard error then says; a reader that has gone
+/// is no failure.
+pub fn print(text: &str) -> bool {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            eprintln!("the answer can't be written: {error}");
+            false
+        }
+        _ => true,
+    }
 }
 
 /// Allows this process as many open files as the system lets it: of each chain that is read, every link's files are open, and

@@ -1,7 +1,7 @@
 //! `janus-server`: serves backups, and makes the certificates of a group. With a `[janus]` section in its settings the same
 //! process routes backups too; only this file knows of both.
 
-use std::{io::Write, process::ExitCode};
+use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, Subcommand};
@@ -93,26 +93,24 @@ fn admin_command(matches: &ArgMatches, of_command: &ArgMatches) -> ExitCode {
     };
     match answer.unwrap_or_else(|error| error.exit()) {
         Ok(answer) => {
-            print(&answer, is_json);
-            ExitCode::from(u8::from(answer.is_bad))
+            let is_printed = print(&answer, is_json);
+            ExitCode::from(u8::from(answer.is_bad || !is_printed))
         }
         Err(error) => failed(error.to_string(), 1),
     }
 }
 
-/// A reader that went away is no failure of the command.
-fn print(answer: &admin::Answer, is_json: bool) {
-    let mut out = std::io::stdout().lock();
-    let _ = match is_json {
+fn print(answer: &admin::Answer, is_json: bool) -> bool {
+    match is_json {
         true => {
             let mut json = answer.json.clone();
             if let Some(object) = json.as_object_mut() {
                 object.insert("ok".into(), (!answer.is_bad).into());
             }
-            writeln!(out, "{json}")
+            program::print(&format!("{json}\n"))
         }
-        false => write!(out, "{}", answer.text),
-    };
+        false => program::print(&answer.text),
+    }
 }
 
 fn fail(error: impl std::fmt::Display, code: u8) -> ExitCode {

@@ -206,7 +206,7 @@ fn packing_text(text: &mut String, summary: &packing::Summary) {
     }
     let _ = writeln!(
         text,
-        "  packed with {}: {} travelled as {}, {} % less",
+        "  packed mostly with {}: {} travelled as {}, {} % less",
         packing::name(summary.mostly()),
         amount(total.raw_bytes),
         amount(total.wire_bytes),

@@ -83,7 +83,7 @@ fn show_one(text: &mut String, summary: &Summary) {
             let (size, hashes) = (amount(*size_bytes), amount(summary.hash_bytes));
             let _ = writeln!(
                 text,
-                "{disk_id}: a disk of {size}, {hashes} of hashes in {layers} layers, generation {generation}; takes {takes}"
+                "{disk_id}: a disk of {size}, {hashes} of hashes, {layers} layers, generation {generation}; takes {takes}"
             );
             let journal = if summary.has_cursor { "can be asked" } else { "everything is read" };
             let _ = writeln!(text, "  change journals: {journal}");
@@ -188,7 +188,8 @@ fn forget(
     Ok(Outcome { json: json!({ "ok": true, "forgotten": forgotten, "server": server }), text })
 }
 
-/// Makes the caches of the settings' disks anew, by what the servers have.
+/// Fills the caches of the settings' disks by what the servers have. What is known and not damaged stays, where its server can't
+/// be asked.
 pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let (settings, wanted) = (&context.settings, wanted(matches)?);
     let _lock = opening::lock(settings).await?;
@@ -202,8 +203,12 @@ pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<O
         let opening = tokio::task::spawn_blocking({
             let disk = disk.clone();
             move || {
-                DiskCache::remove(&folder, &disk)?;
-                DiskCache::open(&folder, &disk, size)
+                let cache = DiskCache::open(&folder, &disk, size)?;
+                match cache.verify() {
+                    Err(error @ CacheError::Damaged { .. }) => cache.reset(&error)?,
+                    other => drop(other?),
+                }
+                Ok::<_, CacheError>(cache)
             }
         });
         let cache = opening.await.map_err(Failure::failed)??;
@@ -225,15 +230,20 @@ pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<O
         let _ = writeln!(text, "{}: {}", away.server_id, away.reason);
     }
     if is_bad {
-        text.push_str("what could not be learnt is compared by the next backup there\n");
+        text.push_str(
+            "what could not be learnt is as it was, or compared by the next backup there\n",
+        );
     }
-    Ok(Outcome { json: json!({ "ok": true, "complete": !is_bad, "disks": answers }), text })
+    let exit_code = u8::from(is_bad);
+    let json =
+        json!({ "ok": !is_bad, "complete": !is_bad, "exit_code": exit_code, "disks": answers });
+    Ok(Outcome { json, text })
 }
 
 fn said(learnt: &Learnt) -> String {
     match &learnt.outcome {
         Ok(_) => format!("knows snapshot {} on {}", learnt.snapshot, learnt.server),
-        Err(reason) => format!("knows nothing of {}: {reason}", learnt.server),
+        Err(reason) => format!("learnt nothing of {}: {reason}", learnt.server),
     }
 }
 

@@ -75,7 +75,13 @@ fn planned(matches: &ArgMatches, place: &Place) -> Result<(Settings, [Unit; 2]),
     let given = [(OsString::from("JANUS_CLIENT_CONFIG"), config.clone())];
     let settings = loader().load(matches, given).map_err(Failure::usage)?;
     let config = std::path::absolute(config).map_err(Failure::failed)?;
-    let units = units(&place.program()?, &config, &settings.schedule).map_err(Failure::usage)?;
+    // Relative paths in the settings count from where the service was installed; a root's from its own.
+    let folder = match place.root {
+        Some(_) => PathBuf::from("/"),
+        None => std::env::current_dir().map_err(Failure::failed)?,
+    };
+    let units = units(&place.program()?, &config, &folder, &settings.schedule);
+    let units = units.map_err(Failure::usage)?;
     Ok((settings, units))
 }
 

@@ -12,6 +12,9 @@ const WARNING: u8 = 1;
 const CRITICAL: u8 = 2;
 
 pub(super) async fn run(context: &Context) -> Result<Outcome, Failure> {
+    // What only a backup needs is checked too: this is asked before it runs unattended.
+    context.settings.encoding()?;
+    context.settings.wishes()?;
     let ways = context.ways().await?;
     let mut all = Vec::new();
     // One after another: they share the line whose throughput is measured.

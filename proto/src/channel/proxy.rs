@@ -22,7 +22,9 @@ use crate::tls::Identity;
 
 /// Why a proxy can't be used. The text doesn't repeat the setting: it may hold a password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("is not an HTTP proxy; write http://HOST:PORT, http://USER:PASSWORD@HOST:PORT, or none")]
+#[error(
+    "is not an HTTP proxy; write http://HOST:PORT, http://USER:PASSWORD@HOST:PORT with %40 for an @ in the password, or none"
+)]
 pub struct NoProxy;
 
 /// Which proxy carries a connection, by where it goes.
@@ -44,17 +46,23 @@ impl Proxies {
     pub fn parse(setting: &str) -> Result<Self, NoProxy> {
         match setting.trim() {
             "none" => Ok(Self::default()),
+            "" if no_proxy().trim() == "*" => Ok(Self::default()),
             "" => Ok(Self(Some(Arc::new(Matcher::from_env())))),
+            _ if no_proxy().trim() == "*" => Ok(Self::default()),
             url => Self::one(url, &no_proxy()),
         }
     }
 
     fn one(url: &str, except: &str) -> Result<Self, NoProxy> {
-        let has_scheme = url.starts_with("http://");
+        // One @, and no path: else a part of a password with such characters would be taken for the host.
+        let place = url.strip_prefix("http://").map(|rest| rest.strip_suffix('/').unwrap_or(rest));
+        let is_place = place.is_some_and(|place| {
+            place.matches('@').count() <= 1 && !place.contains(['/', '#', '?'])
+        });
         let anywhere = http::Uri::from_static("https://janus.invalid");
         let matcher = Matcher::builder().https(url.to_owned()).build();
         let port = matcher.intercept(&anywhere).and_then(|proxy| proxy.uri().port_u16());
-        if !has_scheme || port.is_none() {
+        if !is_place || port.is_none() {
             return Err(NoProxy);
         }
         let matcher = Matcher::builder().https(url.to_owned()).no(except.to_owned());
@@ -154,6 +162,9 @@ mod tests {
 
     #[test]
     fn a_setting_is_a_url_or_none() {
+        for wrong in ["http://us:se@cret@h:1", "http://h:1/path", "http://us:a#b@h:1", "h:1"] {
+            assert!(Proxies::one(wrong, "").is_err(), "{wrong}");
+        }
         let some =
             Proxies::one("http://alice:s3cret@proxy.example.org:3128", "10.0.0.0/8").unwrap();
         assert_eq!(by(&some, "https://a:7420").as_deref(), Some("proxy.example.org:3128"));

@@ -344,7 +344,7 @@ impl Store {
             None => StoreFile { format: FORMAT, generation: StoreGeneration::new(), starts: 0 },
         };
         file.starts += 1;
-        write(&storage, &file_path, &file)?;
+        spare::write_even_if_full(&storage, &file_path, &file)?;
         let store = Self {
             storage,
             root: root.to_owned(),

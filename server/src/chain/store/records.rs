@@ -16,11 +16,16 @@ pub(in crate::chain) fn write<T: Serialize>(
     path: &Path,
     value: &T,
 ) -> Result<(), StoreError> {
+    storage.replace(path, &text(path, value)?).map_err(StoreError::io("write", path))
+}
+
+/// All bytes of the file at `path` that holds this value.
+pub(super) fn text<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>, StoreError> {
     let damaged =
         |e: serde_json::Error| StoreError::Damaged { path: path.to_owned(), reason: e.to_string() };
     let mut bytes = serde_json::to_vec_pretty(value).map_err(damaged)?;
     bytes.push(b'\n');
-    storage.replace(path, &with_sum(bytes)).map_err(StoreError::io("write", path))
+    Ok(with_sum(bytes))
 }
 
 /// A file's text with the line that holds its sum.

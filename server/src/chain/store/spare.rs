@@ -3,20 +3,48 @@
 
 use std::path::Path;
 
-use super::Store;
-use crate::storage::Disk;
+use serde::Serialize;
+
+use super::{Store, StoreError, records::text, write};
+use crate::storage::{Access, Disk, is_full};
 
 const SPARE: &str = ".spare";
-/// Enough for the small files of a start and of a large retention run.
-const SPARE_BYTES: u64 = 4 << 20;
+/// Enough for the small files of a start and of a large retention run, and for merges, which write tables before they free blocks:
+/// those of changes of about half a gibibyte.
+const SPARE_BYTES: u64 = 16 << 20;
 /// Free space of which so much may be taken.
-const PLENTY_BYTES: u64 = 16 * SPARE_BYTES;
+const PLENTY_BYTES: u64 = 8 * SPARE_BYTES;
 
 /// Gives the spare space up when nothing else is left.
 pub(super) fn give_if_full(storage: &Disk, root: &Path) {
     let is_full = storage.space(root).is_ok_and(|(free_bytes, _)| free_bytes < SPARE_BYTES);
-    if is_full && storage.remove(&root.join(SPARE)).is_ok() {
+    let spare = root.join(SPARE);
+    let is_there = || storage.exists(&spare).unwrap_or(false);
+    if is_full && is_there() && storage.remove(&spare).is_ok() {
         tracing::warn!(path = %root.display(), "the disk is full: what was kept for that is free now");
+    }
+}
+
+/// Replaces a small file as ever; without a block for another one it is written over, where a file system that doesn't copy on
+/// writes needs none. Power that goes in that moment leaves a damaged file: one that can be made again.
+pub(super) fn write_even_if_full<T: Serialize>(
+    storage: &Disk,
+    path: &Path,
+    value: &T,
+) -> Result<(), StoreError> {
+    match write(storage, path, value) {
+        Err(StoreError::Io { source, .. }) if is_full(&source) => {
+            let over = || {
+                let bytes = text(path, value)?;
+                let file =
+                    storage.open(path, Access::Write).map_err(StoreError::io("open", path))?;
+                let written = file.write_all_at(&bytes, 0);
+                let written = written.and_then(|()| file.set_len(bytes.len() as u64));
+                written.and_then(|()| file.sync_all()).map_err(StoreError::io("write", path))
+            };
+            over()
+        }
+        other => other,
     }
 }
 
