@@ -38,6 +38,8 @@ const BREAKS: usize = 5;
 const RESETS: usize = 2;
 /// Pause after a lost run was told to end, while it is being committed.
 const HOLDER_PAUSE: Duration = Duration::from_millis(500);
+/// Pause before the server of an open run is looked for again, when nobody could be reached.
+const REACH_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why there is no backup.
 #[derive(Debug, thiserror::Error)]
@@ -241,7 +243,17 @@ impl Backup {
         // A run whose StartBackup was never answered may be anywhere, and nothing is lost with it: see `start_new`.
         let Some(server) = &open.server else { return Ok(None) };
         let plan = self.plan(open.backup_id);
-        match self.cancellable(self.gate.start(&plan, Some(server))).await {
+        let mut started = self.cancellable(self.gate.start(&plan, Some(server))).await;
+        if let Err(TransferError::Link(LinkError::Unreachable(_))) = &started {
+            // A line that has just come back refuses for a moment. What is there already is worth a second look.
+            let pause = async {
+                tokio::time::sleep(REACH_PAUSE).await;
+                Ok(())
+            };
+            self.cancellable(pause).await?;
+            started = self.cancellable(self.gate.start(&plan, Some(server))).await;
+        }
+        match started {
             Ok(run) => {
                 self.state.raise_use_counter(run.use_counter)?;
                 tracing::info!(server = %run.server, run = %open.backup_id, "going on with the open backup");

@@ -92,22 +92,27 @@ impl Network {
         let (here, router) = (self.namespace(place), self.namespace(ROUTER));
         ip(&format!("link add eth0 netns {here} type veth peer name {place} netns {router}"))?;
         ip_at(&router, &format!("address add {}/24 dev {place}", self.gateway(place)))?;
-        ip_at(&router, &format!("link set {place} up"))?;
         ip_at(&here, "link set lo up")?;
         ip_at(&here, &format!("address add {}/24 dev eth0", self.address(place)))?;
-        let [here6, gateway6] = [self.address6(place), self.gateway6(place)];
-        ip_at(&router, &format!("-6 address add {gateway6}/64 dev {place} nodad"))?;
-        ip_at(&here, &format!("-6 address add {here6}/64 dev eth0 nodad"))?;
+        self.router_up(place)?;
         self.plug_in(place)
     }
 
-    /// Brings a place's own end up, with the routes that a host's network manager brings back.
+    /// The router's end of a line. A device that went down has lost its IPv6 address.
+    fn router_up(&self, place: &str) -> Result<()> {
+        let (router, gateway6) = (self.namespace(ROUTER), self.gateway6(place));
+        ip_at(&router, &format!("link set {place} up"))?;
+        ip_at(&router, &format!("-6 address replace {gateway6}/64 dev {place} nodad"))
+    }
+
+    /// Brings a place's own end up, with the addresses and routes that a host's network manager brings back.
     ///
     /// # Errors
     /// When that fails.
     pub fn plug_in(&self, place: &str) -> Result<()> {
         let here = self.namespace(place);
         ip_at(&here, "link set eth0 up")?;
+        ip_at(&here, &format!("-6 address replace {}/64 dev eth0 nodad", self.address6(place)))?;
         ip_at(&here, &format!("route replace default via {}", self.gateway(place)))?;
         ip_at(&here, &format!("-6 route replace default via {} dev eth0", self.gateway6(place)))
     }
@@ -240,10 +245,7 @@ impl Network {
         for number in numbers.filter(|number| (1..32_000).contains(number)) {
             ip_at(&router, &format!("rule del priority {number}"))?;
         }
-        for place in &self.places {
-            ip_at(&router, &format!("link set {place} up"))?;
-        }
-        Ok(())
+        self.places.iter().try_for_each(|place| self.router_up(place))
     }
 }
 
