@@ -170,7 +170,7 @@ fn a_run_outlives_a_restart_of_server_and_router_in_one_process() {
     let (mut site, path, client) = in_one_process();
     let mut running = client.start(&["backup", "--json"]).unwrap();
     let images = site.server("server-a").unwrap().images().to_owned();
-    until("data arrives", || disk::allocated_below(&images) > 32 * MIB);
+    until("data arrives", || disk::allocated_below(&images) > 48 * MIB);
     site.stop_server("server-a").unwrap();
     assert!(!running.has_ended(), "the run was to be caught in the middle");
     site.start_server("server-a").unwrap();

@@ -278,8 +278,9 @@ fn an_interrupted_backup_goes_on_where_it_was() {
     let (path, client) = disk_of(&site, 512 * MIB);
     disk::write_noise(&path, 0..512 * MIB, 1).unwrap();
     let images = site.folder().join("server-a");
+    let before = folder_bytes(&images);
     let running = client.start(&["backup", "--json"]).unwrap();
-    while folder_bytes(&images) < 64 * MIB {
+    while folder_bytes(&images) < before + 64 * MIB {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     running.interrupt();
@@ -299,8 +300,9 @@ fn a_start_whose_answer_was_lost_does_not_hold_the_machine_up() {
     let (path, client) = disk_of(&site, 256 * MIB);
     disk::write_noise(&path, 0..256 * MIB, 1).unwrap();
     let images = site.folder().join("server-a");
+    let before = folder_bytes(&images);
     let running = client.start(&["backup", "--json"]).unwrap();
-    while folder_bytes(&images) < 16 * MIB {
+    while folder_bytes(&images) < before + 16 * MIB {
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     running.kill();
