@@ -246,11 +246,7 @@ impl Backup {
         let mut started = self.cancellable(self.gate.start(&plan, Some(server))).await;
         if let Err(TransferError::Link(LinkError::Unreachable(_))) = &started {
             // A line that has just come back refuses for a moment. What is there already is worth a second look.
-            let pause = async {
-                tokio::time::sleep(REACH_PAUSE).await;
-                Ok(())
-            };
-            self.cancellable(pause).await?;
+            self.pause(REACH_PAUSE).await?;
             started = self.cancellable(self.gate.start(&plan, Some(server))).await;
         }
         match started {
@@ -293,11 +289,7 @@ impl Backup {
             if Instant::now() > until {
                 return started;
             }
-            let pause = async {
-                tokio::time::sleep(HOLDER_PAUSE).await;
-                Ok(())
-            };
-            self.cancellable(pause).await?;
+            self.pause(HOLDER_PAUSE).await?;
         }
     }
 
@@ -337,6 +329,11 @@ impl Backup {
             result = work => result,
             () = self.stop.cancelled() => Err(TransferError::Interrupted),
         }
+    }
+
+    async fn pause(&self, pause: Duration) -> Result<(), TransferError> {
+        let over = self.stop.run_until_cancelled(tokio::time::sleep(pause)).await;
+        over.ok_or(TransferError::Interrupted)
     }
 
     /// Sends all disks and commits them.
@@ -430,10 +427,7 @@ impl Backup {
             return Err(error.into());
         };
         tracing::warn!(server = %run.server, %error, ?pause, "waiting for a place");
-        tokio::select! {
-            () = tokio::time::sleep(pause) => Ok(()),
-            () = self.stop.cancelled() => Err(TransferError::Interrupted),
-        }
+        self.pause(pause).await
     }
 
     async fn send_once(

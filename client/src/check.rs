@@ -1,10 +1,11 @@
 //! Whether each URL of the settings is good for a backup: found, reached, of our group, of a version and a clock that fit, with
 //! space, and how fast. Nothing is stored on any server.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use janus_proto::{
     channel::{self, ConnectError, ConnectOptions, Connection, Dialer},
+    clock::unix_ms,
     pb::{
         GetRouterStatusRequest, GetServerInfoRequest, GetServerInfoResponse, ServerStatus,
         server_info_service_client::ServerInfoServiceClient,
@@ -131,17 +132,17 @@ fn stage(error: &ConnectError) -> &'static str {
 
 async fn connected(checked: &mut Checked, connection: &Connection) {
     let peer = &connection.peer;
-    let (state, text) = expiry(peer.expires(), now_ms());
+    let (state, text) = expiry(peer.expires(), unix_ms());
     checked.add("certificate", state, text);
     checked.add("group and role", State::Ok, format!("{} of group {}", peer.role, peer.group));
     checked.peer = Some(peer.role.clone());
     let mut client = ServerInfoServiceClient::new(connection.channel.clone());
-    let asked = now_ms();
+    let asked = unix_ms();
     let request = Address::default().request(GetServerInfoRequest {}, Some(QUICK));
     match client.get_server_info(request).await {
         Ok(answer) => {
             // It was told on the way back or on the way there: half of the round trip is the best guess.
-            let clock = i64::midpoint(asked, now_ms());
+            let clock = i64::midpoint(asked, unix_ms());
             about(checked, &answer.into_inner(), clock);
         }
         Err(status) => {
@@ -264,11 +265,6 @@ async fn servers(
 
 fn name(server: &ServerStatus) -> &str {
     if server.server_id.is_empty() { &server.url } else { &server.server_id }
-}
-
-fn now_ms() -> i64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since.map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::{io, path::PathBuf, time::Duration};
 
 use janus_proto::{
     child::{TellError, tell},
-    webhook::{Webhook, WebhookError},
+    webhook::{DeliverError, Webhook},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -74,7 +74,7 @@ impl Default for NotifySettings {
 pub enum NotifyError {
     /// The webhook didn't take it.
     #[error("notify.webhook: {0}")]
-    Webhook(#[from] WebhookError),
+    Webhook(#[from] DeliverError),
     /// The program can't be started, or not be waited for.
     #[error("notify.command: {program}: {source}")]
     Start {

@@ -3,13 +3,15 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
 };
 
 use janus_proto::ids::{BackupId, DiskId, ServerId};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
+
+use crate::files::replace;
 
 /// Runs that are remembered as ours, whatever came of them: a lost one keeps others away for a lease, a minute or so.
 const OURS_KEPT: usize = 64;
@@ -216,7 +218,8 @@ impl MachineState {
     }
 
     fn store(&self) -> Result<(), StateError> {
-        write(&self.path, &self.stored)
+        let text = serde_json::to_vec_pretty(&self.stored).map_err(io::Error::from);
+        text.and_then(|text| replace(&self.path, &text))
             .map_err(|source| StateError::Io { path: self.path.clone(), source })
     }
 }
@@ -230,18 +233,6 @@ fn read(path: &Path) -> io::Result<Stored> {
         })),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Stored::default()),
         Err(error) => Err(error),
-    }
-}
-
-fn write(path: &Path, stored: &Stored) -> io::Result<()> {
-    let new = path.with_extension("json.new");
-    let mut file = File::create(&new)?;
-    file.write_all(&serde_json::to_vec_pretty(stored)?)?;
-    file.sync_all()?;
-    fs::rename(&new, path)?;
-    match path.parent() {
-        Some(folder) => File::open(folder)?.sync_all(),
-        None => Ok(()),
     }
 }
 

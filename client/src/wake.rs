@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use janus_proto::wake::{self, EVERYBODY, Mac, Sleeper, WakeError, place};
+use janus_proto::wake::{EVERYBODY, Mac, Sleeper, WakeError, place, wake_and_tell};
 use tokio_util::sync::CancellationToken;
 
 use crate::ways::Ways;
@@ -50,7 +50,9 @@ pub async fn wake_up(wishes: &[Wish], boot: Duration, ways: &Ways, stop: &Cancel
     let mut sent: Option<Instant> = None;
     while !stop.is_cancelled() {
         if sent.is_none_or(|at| at.elapsed() >= AGAIN) {
-            send(&sleepers).await;
+            for sleeper in &sleepers {
+                wake_and_tell(sleeper).await;
+            }
             sent = Some(Instant::now());
         }
         if ways.connect().await.is_ok() {
@@ -87,17 +89,6 @@ fn sleepers(wishes: &[Wish], ways: &Ways) -> Vec<Sleeper> {
         }
     }
     sleepers
-}
-
-async fn send(sleepers: &[Sleeper]) {
-    for sleeper in sleepers {
-        match wake::wake(sleeper).await {
-            Ok(()) => tracing::info!(mac = %sleeper.mac, to = %sleeper.to, "sent a magic packet"),
-            Err(error) => {
-                tracing::warn!(mac = %sleeper.mac, to = %sleeper.to, %error, "can't send a magic packet; name the broadcast address of the servers' network: MAC@ADDRESS");
-            }
-        }
-    }
 }
 
 #[cfg(test)]

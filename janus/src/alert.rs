@@ -12,14 +12,13 @@ use std::{
     time::Duration,
 };
 
-use janus_proto::pb::GetRouterStatusResponse;
+use janus_proto::{clock::unix_ms, pb::GetRouterStatusResponse};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-pub use self::deliver::{DeliverError, Way};
+pub use self::deliver::Way;
 use crate::{
-    clock::unix_ms,
     findings::{About, Finding, findings},
     info::Info,
 };

@@ -10,6 +10,7 @@ use futures::future::join_all;
 use http::{HeaderMap, HeaderValue};
 use janus_proto::{
     channel::explain,
+    clock::unix_ms,
     error::{ErrorReason, WireError, reason, status},
     ids::{MachineKey, ServerId, SnapshotId},
     metadata,
@@ -29,7 +30,6 @@ use self::{
     page::{Part, Position, merge, page_size},
 };
 use crate::{
-    clock::unix_ms,
     fleet::Fleet,
     patience::Wait,
     router::for_server,

@@ -10,13 +10,13 @@ use axum::{
     routing::get,
 };
 use janus_proto::{
+    clock::unix_ms,
     pb::{GetRouterStatusResponse, MachineStatus, ServerStatus},
     show::{amount, date},
 };
 use maud::{DOCTYPE, Markup, html};
 
 use crate::{
-    clock::unix_ms,
     findings::{About, Finding, Verdict, findings, name_of},
     metrics::Figures,
     registry::RunNow,

@@ -7,6 +7,7 @@ use std::{
 };
 
 use janus_proto::{
+    clock::unix_ms,
     ids::{MachineKey, ServerId},
     pb::{
         GetRouterStatusRequest, GetRouterStatusResponse, GetServerInfoRequest,
@@ -18,7 +19,6 @@ use janus_proto::{
 use tonic::{Request, Response, Status};
 
 use crate::{
-    clock::unix_ms,
     fleet::Fleet,
     upstream::{Need, Upstream},
 };

@@ -8,7 +8,6 @@ pub mod agreement;
 pub mod alert;
 pub mod balance;
 pub mod catalog;
-mod clock;
 pub mod config;
 mod dashboard;
 pub mod findings;

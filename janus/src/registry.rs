@@ -15,13 +15,14 @@ use std::{
 };
 
 use janus_proto::{
+    clock::unix_ms,
     ids::{BackupId, DiskId, MachineKey, ServerId, SnapshotId},
     pb,
 };
 use tokio::time::Instant;
 
 pub use self::recall::Remembered;
-use crate::{agreement::differences, clock::unix_ms};
+use crate::agreement::differences;
 
 pub use self::runs::{Meter, RunNow};
 use self::{

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use janus_proto::{
     channel::{self, ConnectOptions, Expect},
+    clock::unix_ms,
     pb::{
         GetRouterStatusRequest, GetRouterStatusResponse,
         server_info_service_client::ServerInfoServiceClient,
@@ -14,7 +15,6 @@ use tonic::{Request, transport::Channel};
 
 pub use crate::findings::Verdict;
 use crate::{
-    clock::unix_ms,
     config::Settings,
     findings::{About, findings},
 };

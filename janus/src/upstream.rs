@@ -22,6 +22,7 @@ use std::{
 
 use janus_proto::{
     channel::{Dialer, Target},
+    clock::unix_ms,
     ids::ServerId,
 };
 use tokio::{
@@ -35,7 +36,7 @@ pub(crate) use self::{
     health::{BACKUP_SERVICE, RESTORE_SERVICE},
     wire::{SendError, Wire},
 };
-use crate::{clock::unix_ms, patience::Wait, traffic::Errors};
+use crate::{patience::Wait, traffic::Errors};
 
 /// Knowledge older than this is stale: a probe comes before a start.
 pub(crate) const STALE: Duration = Duration::from_secs(5);

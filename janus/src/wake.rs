@@ -3,7 +3,7 @@
 
 use std::{str::FromStr, time::Duration};
 
-use janus_proto::wake::{self, Sleeper};
+use janus_proto::wake::{Sleeper, wake_and_tell};
 use tokio_util::sync::CancellationToken;
 
 /// How often it is looked at the clock.
@@ -48,13 +48,7 @@ pub async fn follow(alarms: Vec<Alarm>, shutdown: CancellationToken) {
     while shutdown.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
         let now = local_minute();
         for alarm in alarms.iter().filter(|alarm| is_due(alarm.minute, last, now)) {
-            let Sleeper { mac, to } = alarm.sleeper;
-            match wake::wake(&alarm.sleeper).await {
-                Ok(()) => tracing::info!(%mac, %to, "sent a magic packet"),
-                Err(error) => {
-                    tracing::warn!(%mac, %to, %error, "can't send a magic packet; name the broadcast address: MAC@ADDRESS");
-                }
-            }
+            wake_and_tell(&alarm.sleeper).await;
         }
         last = now;
     }

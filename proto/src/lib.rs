@@ -17,6 +17,7 @@ pub mod buffers;
 pub mod chance;
 pub mod channel;
 pub mod child;
+pub mod clock;
 pub mod direct;
 pub mod error;
 pub mod hash;

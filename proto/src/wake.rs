@@ -111,6 +111,17 @@ pub async fn wake(sleeper: &Sleeper) -> io::Result<()> {
     Ok(())
 }
 
+/// The same, and says in the log what came of it.
+pub async fn wake_and_tell(sleeper: &Sleeper) {
+    let Sleeper { mac, to } = sleeper;
+    match wake(sleeper).await {
+        Ok(()) => tracing::info!(%mac, %to, "sent a magic packet"),
+        Err(error) => {
+            tracing::warn!(%mac, %to, %error, "can't send a magic packet; name the broadcast address of the servers' network: MAC@ADDRESS");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

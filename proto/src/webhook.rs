@@ -19,7 +19,7 @@ use serde_json::Value;
 
 /// Why a message wasn't taken.
 #[derive(Debug, thiserror::Error)]
-pub enum WebhookError {
+pub enum DeliverError {
     /// It can't be set up like this.
     #[error("{0}")]
     Setup(String),
@@ -44,14 +44,14 @@ impl Webhook {
     ///
     /// # Errors
     /// When the URL is none, or there is nobody to trust.
-    pub fn new(url: &str, ca: Option<&Path>) -> Result<Self, WebhookError> {
-        let wrong = |why: &str| WebhookError::Setup(format!("{url:?} {why}"));
+    pub fn new(url: &str, ca: Option<&Path>) -> Result<Self, DeliverError> {
+        let wrong = |why: &str| DeliverError::Setup(format!("{url:?} {why}"));
         let uri: Uri = url.parse().map_err(|_| wrong("is not a URL"))?;
         let is_http = matches!(uri.scheme_str(), Some("http" | "https"));
         if !is_http || uri.host().is_none_or(str::is_empty) {
             return Err(wrong("is not a URL: write https://HOST/PATH"));
         }
-        let setup = |why: String| WebhookError::Setup(why);
+        let setup = |why: String| DeliverError::Setup(why);
         let tls = ClientConfig::builder_with_provider(ring::default_provider().into())
             .with_safe_default_protocol_versions()
             .map_err(|error| setup(error.to_string()))?;
@@ -78,22 +78,22 @@ impl Webhook {
     ///
     /// # Errors
     /// When the receiver hasn't taken it for certain.
-    pub async fn post(&self, agent: &str, message: &Value) -> Result<(), WebhookError> {
+    pub async fn post(&self, agent: &str, message: &Value) -> Result<(), DeliverError> {
         let request = Request::builder()
             .method(Method::POST)
             .uri(&self.url)
             .header(header::CONTENT_TYPE, "application/json")
             .header(header::USER_AGENT, format!("{agent}/{}", env!("CARGO_PKG_VERSION")))
             .body(Full::new(Bytes::from(message.to_string())))
-            .map_err(|error| WebhookError::Setup(error.to_string()))?;
+            .map_err(|error| DeliverError::Setup(error.to_string()))?;
         let answer = self
             .client
             .request(request)
             .await
-            .map_err(|error| WebhookError::Lost(crate::channel::explain_error(&error)))?;
+            .map_err(|error| DeliverError::Lost(crate::channel::explain_error(&error)))?;
         match answer.status() {
             status if status.is_success() => Ok(()),
-            status => Err(WebhookError::Refused(status.to_string())),
+            status => Err(DeliverError::Refused(status.to_string())),
         }
     }
 }

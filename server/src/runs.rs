@@ -27,6 +27,8 @@ use janus_proto::{
 };
 use tokio::{sync::broadcast, time::Instant};
 
+pub use janus_proto::clock::unix_ms as now_ms;
+
 pub use self::{
     active::ActiveRun,
     limits::Limits,
@@ -640,12 +642,6 @@ impl Writer {
 /// Takes a lock that is only held for moments. A panic under it is a bug, but must not take the server along.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Unix milliseconds, for people.
-pub fn now_ms() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
 /// Time left until `until`; `None` when it has passed.

@@ -8,6 +8,7 @@ use std::{
 };
 
 use super::CacheError;
+use crate::files::replace;
 
 const CURRENT: &str = "CURRENT";
 const CURRENT_NEW: &str = "CURRENT.new";
@@ -57,15 +58,8 @@ impl Place {
 
     /// Replaces `CURRENT`: a crash leaves the old one or the new one. Durable when it returns.
     pub(super) fn write_current(&self, bytes: &[u8]) -> Result<(), CacheError> {
-        let (new, current) = (self.path.join(CURRENT_NEW), self.path.join(CURRENT));
-        let write = || {
-            let mut file = File::create(&new)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            fs::rename(&new, &current)?;
-            File::open(&self.path)?.sync_all()
-        };
-        write().map_err(at(&current))
+        let current = self.path.join(CURRENT);
+        replace(&current, bytes).map_err(at(&current))
     }
 
     /// The change journals' cursors of this name.

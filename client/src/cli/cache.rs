@@ -107,47 +107,46 @@ fn show_one(text: &mut String, summary: &Summary) {
 /// Reads all values; a damaged cache is moved aside as a backup would.
 fn verify(folder: &Path, found: &[Summary]) -> Result<Outcome, Failure> {
     let (mut text, mut disks, mut bad) = (String::new(), Vec::new(), Vec::new());
-    for summary in
-        found.iter().filter(|summary| summary.size_bytes > 0 || summary.problem.is_some())
-    {
-        let (disk, size) = (&summary.disk_id, summary.size_bytes.max(SEGMENT_BYTES));
-        let cache = DiskCache::open(folder, disk, size)?;
-        let damage = match cache.fresh_reason() {
-            Some(FreshReason::New) => None,
-            Some(reason) => Some(reason.to_string()),
-            None => match cache.verify() {
-                Ok(proven) => {
-                    let hashes = amount(summary.hash_bytes);
-                    let _ = writeln!(
-                        text,
-                        "{disk}: {hashes} of hashes are as they were written{}",
-                        match proven {
-                            0 => String::new(),
-                            _ => format!(
-                                ", and are those of the newest snapshot on {proven} servers"
-                            ),
-                        }
-                    );
-                    disks.push(json!({ "disk_id": disk, "damage": null, "proven_by": proven }));
-                    continue;
-                }
-                Err(error @ CacheError::Damaged { .. }) => {
-                    cache.reset(&error)?;
-                    Some(error.to_string())
-                }
-                Err(error) => return Err(error.into()),
-            },
+    for summary in found {
+        let disk = &summary.disk_id;
+        let cache = DiskCache::open(folder, disk, summary.size_bytes.max(SEGMENT_BYTES))?;
+        let checked = match cache.fresh_reason() {
+            Some(FreshReason::New) => Ok(None),
+            Some(reason) => Err(reason.to_string()),
+            None => prove(&cache)?.map(Some),
         };
-        if let Some(damage) = &damage {
-            bad.push(format!("{disk}: {damage}"));
+        let proven_by = *checked.as_ref().unwrap_or(&None);
+        if let Some(proven) = proven_by {
+            let hashes = amount(summary.hash_bytes);
+            let servers = match proven {
+                0 => String::new(),
+                _ => format!(", and are those of the newest snapshot on {proven} servers"),
+            };
+            let _ = writeln!(text, "{disk}: {hashes} of hashes are as they were written{servers}");
         }
-        disks.push(json!({ "disk_id": disk, "damage": damage, "proven_by": 0 }));
+        let damage = checked.err();
+        disks.push(
+            json!({ "disk_id": disk, "damage": damage, "proven_by": proven_by.unwrap_or(0) }),
+        );
+        bad.extend(damage.map(|damage| format!("{disk}: {damage}")));
     }
     if bad.is_empty() {
         return Ok(Outcome { json: json!({ "ok": true, "disks": disks }), text });
     }
     let way_out = "moved aside; the next backup compares with the server instead, or `janus-client cache rebuild` does now";
     Err(Failure::failed(format!("{}: {way_out}", bad.join("; "))))
+}
+
+/// By how many servers a cache is proven; a damaged one begins anew, and the damage is told.
+fn prove(cache: &DiskCache) -> Result<Result<usize, String>, CacheError> {
+    match cache.verify() {
+        Ok(proven) => Ok(Ok(proven)),
+        Err(error @ CacheError::Damaged { .. }) => {
+            cache.reset(&error)?;
+            Ok(Err(error.to_string()))
+        }
+        Err(other) => Err(other),
+    }
 }
 
 fn forget(
@@ -204,10 +203,7 @@ pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<O
             let disk = disk.clone();
             move || {
                 let cache = DiskCache::open(&folder, &disk, size)?;
-                match cache.verify() {
-                    Err(error @ CacheError::Damaged { .. }) => cache.reset(&error)?,
-                    other => drop(other?),
-                }
+                prove(&cache)?.ok();
                 Ok::<_, CacheError>(cache)
             }
         });

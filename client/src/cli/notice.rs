@@ -3,10 +3,10 @@
 use std::io::IsTerminal;
 
 use janus_proto::{
+    clock::unix_ms,
     show::{amount, date},
     tls::{Identity, Role},
 };
-use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{Failure, Outcome, failure, opening::lock};
@@ -78,7 +78,7 @@ async fn tell_success(settings: &Settings, machine: &str, made: &Value) {
         "text": text,
         "event": event.name(),
         "machine": machine,
-        "at_ms": now_ms(),
+        "at_ms": unix_ms(),
         "server": server,
         "backup_id": backup_id,
         "last_backup_ms": made["taken_ms"],
@@ -98,9 +98,9 @@ async fn tell_failure(settings: &Settings, machine: &str, failed: &Failure) {
     if !std::io::stderr().is_terminal() {
         tracing::error!(exit_code, reason = reason.as_str(), "backup failed: {}", failed.message);
     }
-    let mut failing = note(settings, |before| one_more(before, &failed.message, now_ms())).await;
+    let mut failing = note(settings, |before| one_more(before, &failed.message, unix_ms())).await;
     let notify = &settings.notify;
-    if !notify.wants(Event::Failure) || !is_news(&failing, now_ms()) {
+    if !notify.wants(Event::Failure) || !is_news(&failing, unix_ms()) {
         return;
     }
     let last = crate::state::look(&settings.cache_path).ok();
@@ -113,7 +113,7 @@ async fn tell_failure(settings: &Settings, machine: &str, failed: &Failure) {
         "text": format!("{machine}: backup failed: {}; {last_text}", failed.message),
         "event": Event::Failure.name(),
         "machine": machine,
-        "at_ms": now_ms(),
+        "at_ms": unix_ms(),
         "error": failed.message,
         "reason": reason,
         "exit_code": exit_code,
@@ -122,7 +122,7 @@ async fn tell_failure(settings: &Settings, machine: &str, failed: &Failure) {
         "last_backup_ms": last,
     });
     if notify.tell(&message).await {
-        failing.told_ms = Some(now_ms());
+        failing.told_ms = Some(unix_ms());
         note(settings, |_| failing.clone()).await;
     }
 }
@@ -140,8 +140,4 @@ async fn note(settings: &Settings, next: impl FnOnce(Option<&Failing>) -> Failin
 /// None while another backup has it, or where there is no folder for it: then each failure is the first.
 async fn state(settings: &Settings) -> Option<MachineState> {
     lock(settings).await.ok()
-}
-
-fn now_ms() -> i64 {
-    Timestamp::now().as_millisecond()
 }

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::{Failure, Outcome, loader};
 use crate::{
     config::Settings,
+    files::replace,
     service::{SERVICE, TIMER, Unit, units},
 };
 
@@ -126,7 +127,7 @@ impl Place {
         fs::create_dir_all(&folder).map_err(failed(&folder))?;
         for (name, unit) in units {
             let path = folder.join(name);
-            replace(&path, unit).map_err(failed(&path))?;
+            replace(&path, unit.as_bytes()).map_err(failed(&path))?;
         }
         match self.root {
             None => {
@@ -216,13 +217,6 @@ fn systemctl(arguments: &[&str]) -> Result<(), Failure> {
     }
     let why = String::from_utf8_lossy(&said.stderr);
     Err(Failure::failed(format!("systemctl {}: {}", arguments.join(" "), why.trim())))
-}
-
-/// Never half of a unit.
-fn replace(path: &Path, text: &str) -> io::Result<()> {
-    let new = path.with_extension("new");
-    fs::write(&new, text)?;
-    fs::rename(&new, path)
 }
 
 fn failed(path: &Path) -> impl Fn(io::Error) -> Failure {

@@ -5,8 +5,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io::{self, Write},
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -127,11 +126,7 @@ fn replace(file: &Path, stored: &Stored) -> io::Result<()> {
     if let Some(folder) = file.parent() {
         fs::create_dir_all(folder)?;
     }
-    let new = file.with_extension("json.new");
-    let mut writing = File::create(&new)?;
-    writing.write_all(&serde_json::to_vec_pretty(stored)?)?;
-    writing.sync_all()?;
-    fs::rename(&new, file)
+    crate::files::replace(file, &serde_json::to_vec_pretty(stored)?)
 }
 
 #[cfg(test)]

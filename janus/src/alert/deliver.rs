@@ -7,7 +7,7 @@ use janus_proto::{
     child::{TellError, tell},
     ids::ServerId,
     show::date,
-    webhook::{Webhook, WebhookError},
+    webhook::{DeliverError, Webhook},
 };
 use tokio::time::timeout;
 
@@ -17,30 +17,6 @@ use super::Alert;
 const DEADLINE: Duration = Duration::from_secs(30);
 /// Longest subject of a mail.
 const MOST_SUBJECT: usize = 200;
-
-/// Why an alert wasn't taken.
-#[derive(Debug, thiserror::Error)]
-pub enum DeliverError {
-    /// It can't be set up like this.
-    #[error("{0}")]
-    Setup(String),
-    /// No answer, or none in time.
-    #[error("{0}")]
-    Lost(String),
-    /// The receiver doesn't want it.
-    #[error("answered {0}")]
-    Refused(String),
-}
-
-impl From<WebhookError> for DeliverError {
-    fn from(error: WebhookError) -> Self {
-        match error {
-            WebhookError::Setup(why) => Self::Setup(why),
-            WebhookError::Lost(why) => Self::Lost(why),
-            WebhookError::Refused(why) => Self::Refused(why),
-        }
-    }
-}
 
 /// Where alerts go.
 #[derive(Debug, Clone)]
@@ -78,7 +54,7 @@ impl Way {
                 let message = message(janus, alert);
                 let late = |_| DeliverError::Lost(format!("no end after {} s", DEADLINE.as_secs()));
                 let posted = timeout(DEADLINE, webhook.post("janus", &message)).await;
-                Ok(posted.map_err(late)??)
+                posted.map_err(late)?
             }
             Self::Command(command) => run(command, &mail(janus, alert)).await,
         }

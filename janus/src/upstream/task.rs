@@ -7,6 +7,7 @@ use http::uri::Authority;
 use janus_proto::{
     chance,
     channel::{self, ConnectOptions, Dialer, Expect},
+    clock::unix_ms,
     ids::ServerId,
     tls::Role,
 };
@@ -21,7 +22,7 @@ use super::{
     BACKUP_SERVICE, Link, RESTORE_SERVICE, STALE, Serving, Upstream, Wire,
     health::{self},
 };
-use crate::{clock::unix_ms, patience::Wait};
+use crate::patience::Wait;
 
 /// Pauses between looks for a server that isn't there.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);

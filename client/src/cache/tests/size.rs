@@ -29,17 +29,8 @@ fn segments() -> u64 {
     (gib << 30) / SEGMENT_BYTES
 }
 
-/// Not hashed: hashes must only look random.
 fn hash(block: u64, salt: u64) -> BlockHash {
-    let mut bytes = [0; BlockHash::LEN];
-    for (at, word) in bytes.chunks_exact_mut(8).enumerate() {
-        let mixed =
-            (block ^ salt << 40).wrapping_add(at as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        word.copy_from_slice(
-            &(mixed ^ mixed >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9).to_le_bytes(),
-        );
-    }
-    BlockHash(bytes)
+    hash_block(&[block.to_le_bytes(), salt.to_le_bytes()].concat())
 }
 
 fn put(stage: &Stage, segment: u64, salt: u64, is_changed: impl Fn(u64) -> bool) {

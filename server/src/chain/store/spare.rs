@@ -33,19 +33,20 @@ pub(super) fn write_even_if_full<T: Serialize>(
     value: &T,
 ) -> Result<(), StoreError> {
     match write(storage, path, value) {
-        Err(StoreError::Io { source, .. }) if is_full(&source) => {
-            let over = || {
-                let bytes = text(path, value)?;
-                let file =
-                    storage.open(path, Access::Write).map_err(StoreError::io("open", path))?;
-                let written = file.write_all_at(&bytes, 0);
-                let written = written.and_then(|()| file.set_len(bytes.len() as u64));
-                written.and_then(|()| file.sync_all()).map_err(StoreError::io("write", path))
-            };
-            over()
-        }
+        Err(StoreError::Io { source, .. }) if is_full(&source) => write_over(storage, path, value),
         other => other,
     }
+}
+
+fn write_over<T: Serialize>(storage: &Disk, path: &Path, value: &T) -> Result<(), StoreError> {
+    let bytes = text(path, value)?;
+    let write = || {
+        let file = storage.open(path, Access::Write)?;
+        file.write_all_at(&bytes, 0)?;
+        file.set_len(bytes.len() as u64)?;
+        file.sync_all()
+    };
+    write().map_err(StoreError::io("write", path))
 }
 
 impl Store {
