@@ -2,6 +2,7 @@
 
 mod backup;
 mod cache;
+mod chosen;
 mod daemon;
 mod dry_run;
 mod failure;
@@ -142,12 +143,7 @@ pub fn command() -> Command {
         .subcommand(with_flags(
             Command::new("restore")
                 .about("Bring a disk back as a file or onto a device")
-                .arg(
-                    Arg::new("what")
-                        .required(true)
-                        .value_name("DISK|USER/MACHINE/DISK|SNAPSHOT")
-                        .help("The newest snapshot of a disk, or one by its id"),
-                )
+                .args(chosen::arguments())
                 .arg(
                     Arg::new("to")
                         .long("to")
@@ -166,8 +162,7 @@ pub fn command() -> Command {
                         .long("partial")
                         .value_name("MAP")
                         .help("Restore what is left of a damaged snapshot; MAP: file to make that says what is zeros now"),
-                )
-                .arg(server()),
+                ),
         ))
         .subcommand(with_flags(
             Command::new("trust-journal")

@@ -28,6 +28,7 @@ pub mod restore;
 pub mod scan;
 pub mod schedule;
 pub mod service;
+pub mod snapshot;
 pub mod source;
 pub mod sources;
 pub mod state;

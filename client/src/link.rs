@@ -169,6 +169,20 @@ pub fn trace() -> TraceContext {
     *TRACE.get_or_init(TraceContext::fresh)
 }
 
+/// Connects to a server that must prove to be the wanted one.
+async fn directly(url: String, wanted: Role, dialer: Dialer) -> Result<Channel, ()> {
+    let options = ConnectOptions { connect_timeout: DIRECT, expect: Expect::Server };
+    let connection = channel::connect_through(&url, dialer, options).await.map_err(|error| {
+        tracing::debug!(server = %wanted, url, %error, "not reached directly");
+    })?;
+    if connection.peer.role != wanted {
+        tracing::debug!(server = %wanted, url, peer = %connection.peer, "another server");
+        return Err(());
+    }
+    tracing::info!(server = %wanted, url, "streams go straight to the server");
+    Ok(connection.channel)
+}
+
 /// Where a call is to go.
 #[derive(Debug, Clone, Default)]
 pub struct Address {
@@ -246,23 +260,9 @@ impl Link {
         if self.peer == wanted {
             return self;
         }
-        let options = ConnectOptions { connect_timeout: DIRECT, expect: Expect::Server };
-        let tries = urls.iter().take(MAX_DIRECT).map(|url| {
-            let options = options.clone();
-            let wanted = &wanted;
-            async move {
-                let connecting = channel::connect_through(url, dialer.clone(), options);
-                let connection = connecting.await.map_err(|error| {
-                    tracing::debug!(%server, url, %error, "not reached directly");
-                })?;
-                if connection.peer.role != *wanted {
-                    tracing::debug!(%server, url, peer = %connection.peer, "another server");
-                    return Err(());
-                }
-                tracing::info!(%server, url, "streams go straight to the server");
-                Ok(connection.channel)
-            }
-        });
+        let first = urls.iter().take(MAX_DIRECT);
+        let tries: Vec<_> =
+            first.map(|url| directly(url.clone(), wanted.clone(), dialer.clone())).collect();
         // There is no time for head starts.
         let first = tokio::time::timeout(DIRECT, race(tries, Duration::ZERO)).await;
         let direct = first.ok().and_then(|raced| raced.won).map(|(_, channel)| channel);

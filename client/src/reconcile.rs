@@ -174,7 +174,7 @@ pub(crate) async fn read_segment_digests(
     Ok(digests)
 }
 
-async fn read(
+pub(crate) async fn read(
     link: &Link,
     address: &Address,
     of: Of,
@@ -224,7 +224,7 @@ fn parse(answer: ReadHashesResponse) -> Result<(u64, Vec<BlockHash>), LinkError>
     Ok((batch.first, hashes.collect::<Result<_, _>>().map_err(LinkError::answer(DOING))?))
 }
 
-fn out_of_order(at: u64) -> LinkError {
+pub(crate) fn out_of_order(at: u64) -> LinkError {
     let reason = format!("hashes are missing or out of order at {at}");
     LinkError::answer(DOING)(WireError::Invalid { field: "first", reason })
 }

@@ -4,28 +4,29 @@
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use janus_proto::{
     error::WireError,
     hash::table_digest,
-    ids::{BlockHash, DiskId, MAX_DISK_BYTES, MachineKey, ServerId, SnapshotId, block_count},
+    ids::{BlockHash, MAX_DISK_BYTES, ServerId, block_count},
     pb::{
         BlockRange, CloseSnapshotRequest, ErrorReason, HashLevel, OpenSnapshotRequest,
         ReadBlocksRequest, ReadHashesRequest, Snapshot, read_hashes_request::Of,
     },
-    show::{amount, date},
+    show::amount,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
-    catalog::{self, Found, Query},
+    catalog::Found,
     link::{Address, Direct, Link, LinkError, PATIENCE, QUICK, Remedy},
     packing::Wish,
     progress::Progress,
     reconcile,
+    snapshot::{SelectError, Selection},
     ways::Ways,
 };
 
@@ -52,37 +53,9 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// Why a disk was not restored. The target is as it was, unless it is a device.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
-    /// Nothing fits what was asked for.
-    #[error("there is no snapshot {wanted}{hint}; `janus-client list` shows what there is")]
-    Unknown {
-        /// As asked for.
-        wanted: String,
-        /// Servers that could not be asked.
-        hint: String,
-    },
-    /// A server's clock was wrong: which snapshot is the newest can't be told by their times.
-    #[error(
-        "snapshot {snapshot} on server {server} is of {}, in the future: a clock was wrong, and a snapshot of another server may be newer; choose by `janus-client list`: --snapshot ID or --server NAME",
-        date(*committed_ms)
-    )]
-    Future {
-        /// The newest by its time.
-        snapshot: String,
-        /// Its server.
-        server: String,
-        /// Its time, in Unix milliseconds.
-        committed_ms: i64,
-    },
-    /// It exists where nobody answers.
-    #[error("snapshot {snapshot} of {disk} is on server {server}, which can't be reached now")]
-    Away {
-        /// Its id.
-        snapshot: String,
-        /// Its disk.
-        disk: String,
-        /// Its server.
-        server: String,
-    },
+    /// There is no such snapshot, or it can't be had.
+    #[error(transparent)]
+    Select(#[from] SelectError),
     /// A call failed.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -149,25 +122,12 @@ pub enum DamageError {
     },
 }
 
-/// What to restore.
-#[derive(Debug, Clone)]
-pub enum Wanted {
-    /// One snapshot.
-    Snapshot(SnapshotId),
-    /// The newest of a disk.
-    Newest(DiskId),
-}
-
 /// A restore to do.
 pub struct Restore {
     /// The ways to janus or servers.
     pub ways: Ways,
     /// What to restore.
-    pub wanted: Wanted,
-    /// Whose; `None`: our own.
-    pub machine: Option<MachineKey>,
-    /// Only from this server.
-    pub server: Option<ServerId>,
+    pub wanted: Selection,
     /// File or block device.
     pub to: PathBuf,
     /// Replace a file, overwrite a device.
@@ -203,24 +163,6 @@ pub struct RestoreReport {
     pub seconds: f64,
 }
 
-/// Servers' clocks may differ from ours by so much.
-const CLOCK: Duration = Duration::from_secs(3600);
-
-/// Snapshots, newest first, are in order of their times only where no clock was ahead, or one server has them all.
-fn check_clock(snapshots: &[Snapshot], now: SystemTime) -> Result<(), RestoreError> {
-    let Some(first) = snapshots.first() else { return Ok(()) };
-    let latest = (now + CLOCK).duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let is_ahead = u128::try_from(first.committed_ms).is_ok_and(|ms| ms > latest.as_millis());
-    match is_ahead && snapshots.iter().any(|other| other.server_id != first.server_id) {
-        false => Ok(()),
-        true => Err(RestoreError::Future {
-            snapshot: first.snapshot_id.clone(),
-            server: first.server_id.clone(),
-            committed_ms: first.committed_ms,
-        }),
-    }
-}
-
 impl Restore {
     /// Restores.
     ///
@@ -237,7 +179,7 @@ impl Restore {
             let source = std::io::ErrorKind::NotADirectory.into();
             return Err(RestoreError::Map { path, source });
         }
-        let found = self.find().await?;
+        let found = self.wanted.find(&self.ways).await?;
         let snapshot = found.snapshot.clone();
         if snapshot.size_bytes > MAX_DISK_BYTES {
             return Err(self.damaged(
@@ -269,69 +211,6 @@ impl Restore {
         })
     }
 
-    async fn find(&self) -> Result<Found, RestoreError> {
-        let query =
-            |disk| Query { machine: self.machine.clone(), disk, server: self.server.clone() };
-        let (found, unreachable) = match &self.wanted {
-            Wanted::Snapshot(id) => (catalog::find(&self.ways, *id, &query(None)).await?, vec![]),
-            Wanted::Newest(disk) => {
-                let query = query(Some(disk.clone()));
-                let listing = catalog::list(&self.ways, &query).await?;
-                check_clock(&listing.snapshots, SystemTime::now())?;
-                let found = self.newest(listing.snapshots).map(|snapshot| {
-                    let own =
-                        listing.addresses.into_iter().find(|a| a.server_id == snapshot.server_id);
-                    Found {
-                        at: 0,
-                        snapshot,
-                        server_urls: own.map(|own| own.urls).unwrap_or_default(),
-                    }
-                });
-                (found, listing.unreachable)
-            }
-        };
-        let Some(found) = found else {
-            let names: Vec<_> =
-                unreachable.iter().map(|server| server.server_id.as_str()).collect();
-            let hint = if names.is_empty() {
-                String::new()
-            } else {
-                format!(" on the servers that answer ({} can't be reached)", names.join(", "))
-            };
-            return Err(RestoreError::Unknown { wanted: self.wanted_text(), hint });
-        };
-        let snapshot = &found.snapshot;
-        if snapshot.reachable {
-            return Ok(found);
-        }
-        Err(RestoreError::Away {
-            snapshot: snapshot.snapshot_id.clone(),
-            disk: snapshot.disk_id.clone(),
-            server: snapshot.server_id.clone(),
-        })
-    }
-
-    /// The newest one that can be had; it is said when a newer one can't.
-    fn newest(&self, snapshots: Vec<Snapshot>) -> Option<Snapshot> {
-        let at = snapshots.iter().position(|snapshot| snapshot.reachable);
-        match at {
-            Some(0) => {}
-            Some(_) => {
-                let away = &snapshots[0];
-                tracing::warn!(snapshot = %away.snapshot_id, server = %away.server_id, "a newer snapshot is on a server that can't be reached; taking an older one");
-            }
-            None => return snapshots.into_iter().next(),
-        }
-        snapshots.into_iter().nth(at.unwrap_or(0))
-    }
-
-    fn wanted_text(&self) -> String {
-        match &self.wanted {
-            Wanted::Snapshot(id) => id.to_string(),
-            Wanted::Newest(disk) => format!("of disk {disk}"),
-        }
-    }
-
     /// Reads the whole disk, over as many streams as it takes; returns the bytes received.
     async fn fetch_all(
         &self,
@@ -343,8 +222,11 @@ impl Restore {
         let mut at = found.at;
         let server: ServerId =
             snapshot.server_id.parse().map_err(|error| self.damaged(snapshot, error))?;
-        let address =
-            Address { server: Some(server.clone()), run: None, machine: self.machine.clone() };
+        let address = Address {
+            server: Some(server.clone()),
+            run: None,
+            machine: self.wanted.machine.clone(),
+        };
         let mut fetched = 0;
         let (mut lost_at, mut reached) = (None::<Instant>, 0);
         loop {
@@ -577,25 +459,4 @@ async fn keep_open(link: &Link, address: &Address, handle: &str, lease: Duration
 /// The folder that a file is to be made in.
 fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_time_of_the_future_is_believed_only_where_nothing_else_can_be_newer() {
-        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 30);
-        let of = |server: &str, seconds: i64| Snapshot {
-            server_id: server.into(),
-            committed_ms: ((1 << 30) + seconds) * 1000,
-            ..Snapshot::default()
-        };
-        let check = |snapshots: &[Snapshot]| check_clock(snapshots, now);
-        assert!(check(&[]).is_ok());
-        assert!(check(&[of("a", 60), of("b", 0)]).is_ok());
-        assert!(check(&[of("a", 90_000), of("a", 0)]).is_ok());
-        let error = check(&[of("a", 90_000), of("a", 1), of("b", 0)]).unwrap_err();
-        assert!(error.to_string().contains("--server NAME"), "{error}");
-    }
 }

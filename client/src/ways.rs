@@ -117,11 +117,10 @@ impl Tries<'_> {
     /// again by the next call.
     pub async fn next(&mut self) -> Option<(usize, Link)> {
         let ways = self.ways;
-        let connect = |place: &usize| {
-            let place = *place;
-            async move { Link::connect(&ways.urls[place], &ways.dialer).await }
-        };
-        let raced = race(self.waiting.iter().map(connect), ways.head_start()).await;
+        let tries = self.waiting.iter();
+        let tries: Vec<_> =
+            tries.map(|place| connect(ways.urls[*place].clone(), ways.dialer.clone())).collect();
+        let raced = race(tries, ways.head_start()).await;
         let gone = |at: usize| {
             raced.won.as_ref().is_some_and(|(won, _)| *won == at)
                 || raced.failed.iter().any(|(failed, _)| *failed == at)
@@ -143,6 +142,10 @@ impl Tries<'_> {
     pub fn unreachable(self) -> LinkError {
         LinkError::Unreachable(self.failed)
     }
+}
+
+async fn connect(url: String, dialer: Dialer) -> Result<Link, ConnectError> {
+    Link::connect(&url, &dialer).await
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use crate::{
     link::{LinkError, Remedy, reason_name},
     restore::{Lost, RestoreError},
     scan::ScanError,
+    snapshot::{ReadError, SelectError},
     source::SourceError,
     state::StateError,
     survey::SurveyError,
@@ -155,13 +156,34 @@ impl From<RestoreError> for Failure {
         match error {
             RestoreError::Link(error) => error.into(),
             RestoreError::Interrupted => Self::new(INTERRUPTED, error),
-            RestoreError::Unknown { .. } => Self::new(NOT_FOUND, error),
-            RestoreError::Away { .. } => Self::new(NO_SERVER, error),
+            RestoreError::Select(error) => error.into(),
             RestoreError::Lost { ref lost, .. } => Self {
                 reason: Some(ErrorReason::StoreDamaged),
                 lost: Some(lost.clone()),
                 ..Self::new(FAILED, &error)
             },
+            error => Self::new(FAILED, error),
+        }
+    }
+}
+
+impl From<SelectError> for Failure {
+    fn from(error: SelectError) -> Self {
+        let exit_code = match error {
+            SelectError::Link(error) => return error.into(),
+            SelectError::Unknown { .. } => NOT_FOUND,
+            SelectError::Away { .. } => NO_SERVER,
+            SelectError::Future { .. } => FAILED,
+            _ => USAGE,
+        };
+        Self::new(exit_code, error)
+    }
+}
+
+impl From<ReadError> for Failure {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Link(error) => error.into(),
             error => Self::new(FAILED, error),
         }
     }

@@ -4,22 +4,21 @@ use std::{ops::Range, path::PathBuf};
 
 use clap::ArgMatches;
 use janus_proto::{
-    ids::{MachineKey, SnapshotId},
     pb::Consistency,
     show::{amount, date},
 };
 use serde_json::{Value, json};
 
-use super::{Context, Failure, Outcome, address};
+use super::{Context, Failure, Outcome, chosen::selection};
 use crate::{
     catalog::consistency_name,
     progress::{self, Doing, Progress},
-    restore::{Lost, Restore, Wanted},
+    restore::{Lost, Restore},
 };
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let text = |name: &str| matches.get_one::<String>(name).cloned().unwrap_or_default();
-    let (wanted, machine) = parse(&text("what"))?;
+    let wanted = selection(matches, &text("what"))?;
     let settings = &context.settings;
     let to = PathBuf::from(text("to"));
     let progress = Progress::new(0);
@@ -27,8 +26,6 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let restore = Restore {
         ways: context.ways_awake().await?,
         wanted,
-        machine,
-        server: address(matches)?.server,
         to: to.clone(),
         force: matches.get_flag("force"),
         partial: matches.get_one::<String>("partial").map(PathBuf::from),
@@ -87,15 +84,4 @@ pub(super) fn lost_json(lost: &Lost) -> Value {
     let range =
         |range: &Range<u64>| json!({ "offset": range.start, "bytes": range.end - range.start });
     lost.ranges().iter().map(range).collect()
-}
-
-/// `SNAPSHOT`, `DISK`, or `USER/MACHINE/DISK`.
-fn parse(text: &str) -> Result<(Wanted, Option<MachineKey>), Failure> {
-    if let Ok(id) = text.parse::<SnapshotId>() {
-        return Ok((Wanted::Snapshot(id), None));
-    }
-    match text.rsplit_once('/') {
-        Some((machine, disk)) => Ok((Wanted::Newest(disk.parse()?), Some(machine.parse()?))),
-        None => Ok((Wanted::Newest(text.parse()?), None)),
-    }
 }

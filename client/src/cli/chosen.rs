@@ -1,0 +1,60 @@
+//! The snapshot that a command is about: its arguments, and the snapshot as a disk.
+
+use clap::{Arg, ArgMatches};
+use tokio::runtime::Handle;
+
+use super::{Context, Failure, address};
+use crate::{
+    snapshot::{Opened, Selection, SnapshotMedium, opened::Reach},
+    ways::Ways,
+};
+
+/// Memory for what was read of a snapshot.
+const MEMORY_BYTES: u64 = 128 << 20;
+
+/// The arguments.
+pub(super) fn arguments() -> [Arg; 4] {
+    [
+        Arg::new("what")
+            .required(true)
+            .value_name("DISK|USER/MACHINE[/DISK]|SNAPSHOT")
+            .help("The newest snapshot of a disk, or one by its id"),
+        Arg::new("at").long("at").value_name("TIME").help(
+            "The newest until then, in UTC as list prints it: 2026-11-20, or \"2026-11-20 22:00\"",
+        ),
+        Arg::new("snapshot")
+            .long("snapshot")
+            .value_name("ID")
+            .conflicts_with("at")
+            .help("This snapshot of the disk"),
+        Arg::new("server").long("server").value_name("NAME").help("Only from this server"),
+    ]
+}
+
+/// What they mean; `what` stands for the argument of that name.
+pub(super) fn selection(matches: &ArgMatches, what: &str) -> Result<Selection, Failure> {
+    let text = |name: &str| matches.get_one::<String>(name).map(String::as_str);
+    let server = address(matches)?.server;
+    Ok(Selection::parse(what, text("at"), text("snapshot"), server)?)
+}
+
+impl Context {
+    /// How the snapshots of a selection are reached.
+    pub fn reach(&self, ways: &Ways, selection: &Selection) -> Reach {
+        Reach {
+            ways: ways.clone(),
+            direct: self.settings.direct,
+            failover_after: self.settings.failover_after(),
+            machine: selection.machine.clone(),
+        }
+    }
+
+    /// The one snapshot that is meant, as a disk.
+    pub async fn medium(&self, selection: &Selection) -> Result<SnapshotMedium, Failure> {
+        let ways = self.ways_awake().await?;
+        let found = selection.find(&ways).await?;
+        let opened = Opened::new(self.reach(&ways, selection), found)?;
+        let packing = self.settings.encoding()?;
+        Ok(SnapshotMedium::new(opened, packing, MEMORY_BYTES, Handle::current()))
+    }
+}

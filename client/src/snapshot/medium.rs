@@ -1,0 +1,243 @@
+//! A snapshot's bytes at any offset. What was read is kept in bounded memory, what comes next is fetched ahead of who reads in
+//! order, each block is compared with its hash, and a link that breaks is waited for as a restore does.
+
+use std::{
+    io,
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use janus_proto::{
+    ids::{BLOCK_BYTES, block_count},
+    pb::{Encoding, Snapshot},
+};
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, Semaphore},
+};
+
+use super::{Opened, ReadError};
+use crate::{
+    packing::Wish,
+    source::{
+        medium::{Medium, Stretch},
+        view::ReadAt,
+    },
+};
+
+mod ahead;
+mod cache;
+mod filling;
+mod zeros;
+
+use self::{
+    ahead::Streams,
+    cache::{Cache, Chunk, State},
+    filling::Filling,
+    zeros::Zeros,
+};
+
+/// What is fetched and kept as one.
+const CHUNK_BLOCKS: u64 = 16;
+const CHUNK_BYTES: u64 = CHUNK_BLOCKS * BLOCK_BYTES;
+/// Fetches at the same time; each is one stream.
+const FETCHES: usize = 8;
+
+/// A snapshot as a disk. Clones share everything.
+#[derive(Clone)]
+pub struct SnapshotMedium {
+    inner: Arc<Inner>,
+    runtime: Handle,
+}
+
+struct Inner {
+    opened: Opened,
+    encoding: Encoding,
+    cache: Mutex<Cache>,
+    streams: Mutex<Streams>,
+    /// A chunk has arrived, or failed.
+    arrived: Notify,
+    fetches: Semaphore,
+    zeros: Zeros,
+}
+
+impl std::fmt::Debug for SnapshotMedium {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.inner.opened.fmt(f)
+    }
+}
+
+impl SnapshotMedium {
+    /// Reads `opened`, and keeps up to `memory_bytes` of it. `runtime` makes the calls; the methods of [`Medium`] block, so
+    /// they must not be called by its own workers.
+    pub fn new(opened: Opened, packing: Wish, memory_bytes: u64, runtime: Handle) -> Self {
+        let encoding = match packing {
+            // Who reads here and there waits for each answer: packing costs less than it saves only on slow lines.
+            Wish::Auto => Encoding::None,
+            Wish::Only(encoding) => encoding,
+        };
+        let zeros = Zeros::new(opened.snapshot().size_bytes);
+        let inner = Inner {
+            opened,
+            encoding,
+            cache: Mutex::new(Cache::new(memory_bytes / CHUNK_BYTES)),
+            streams: Mutex::default(),
+            arrived: Notify::new(),
+            fetches: Semaphore::new(FETCHES),
+            zeros,
+        };
+        Self { inner: Arc::new(inner), runtime }
+    }
+
+    /// What it is.
+    pub fn snapshot(&self) -> &Snapshot {
+        self.inner.opened.snapshot()
+    }
+
+    /// Data received so far, as packed.
+    pub fn fetched_bytes(&self) -> u64 {
+        self.inner.opened.fetched_bytes()
+    }
+
+    /// Fills `buffer` from `offset`.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::UnexpectedEof`] past the end; else when the server can't be reached for as long as it is waited
+    /// for, or has lost a part of this.
+    pub async fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let size_bytes = self.snapshot().size_bytes;
+        let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= size_bytes);
+        let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let mut rest = buffer;
+        let mut at = offset;
+        while at < end {
+            let chunk = at / CHUNK_BYTES;
+            // All of it is asked for at once.
+            let wanted = chunk..(end - 1) / CHUNK_BYTES + 1;
+            let content = self.chunk(wanted).await?;
+            let within = (at % CHUNK_BYTES) as usize;
+            let take = rest.len().min(CHUNK_BYTES as usize - within);
+            let (now, later) = rest.split_at_mut(take);
+            let copied = content.copy_to(now, within);
+            copied.map_err(|lost| self.inner.lost_error(chunk, lost))?;
+            (rest, at) = (later, at + take as u64);
+        }
+        Ok(())
+    }
+
+    /// The first of `wanted`; the others are asked for along with it.
+    async fn chunk(&self, wanted: Range<u64>) -> io::Result<Arc<Chunk>> {
+        loop {
+            let arrived = self.inner.arrived.notified();
+            let mut arrived = std::pin::pin!(arrived);
+            // Before the cache is looked at: what arrives in between is not missed.
+            arrived.as_mut().enable();
+            if let Some(found) = self.look(&wanted) {
+                return found;
+            }
+            arrived.await;
+        }
+    }
+
+    /// The first of `wanted` if it is there; fetches what is missing.
+    fn look(&self, wanted: &Range<u64>) -> Option<io::Result<Arc<Chunk>>> {
+        let chunks = self.snapshot().size_bytes.div_ceil(CHUNK_BYTES);
+        let ahead = lock(&self.inner.streams).ahead(wanted, chunks);
+        let mut cache = lock(&self.inner.cache);
+        let missing = cache.take_missing(wanted.start..ahead, wanted.end);
+        let found = match cache.get(wanted.start) {
+            Some(State::Ready(chunk)) => Some(Ok(chunk.clone())),
+            Some(State::Failed(kind, text)) => {
+                let error = io::Error::new(*kind, text.clone());
+                cache.forget(wanted.start);
+                Some(Err(error))
+            }
+            _ => None,
+        };
+        drop(cache);
+        for run in missing {
+            self.runtime.spawn(Inner::fetch(self.inner.clone(), run));
+        }
+        found
+    }
+}
+
+impl Inner {
+    async fn fetch(self: Arc<Self>, chunks: Range<u64>) {
+        // Nobody closes it.
+        let _permit = self.fetches.acquire().await;
+        let blocks = block_count(self.opened.snapshot().size_bytes);
+        let range = chunks.start * CHUNK_BLOCKS..(chunks.end * CHUNK_BLOCKS).min(blocks);
+        let mut filling = Filling::new(chunks, |chunk, content| {
+            lock(&self.cache).put(chunk, content);
+            self.arrived.notify_waiters();
+        });
+        let read = self.opened.read_blocks(&[range], self.encoding, &mut filling).await;
+        let result = read.map_err(|error| (io_kind(&error), error.to_string()));
+        match result.and_then(|()| filling.finish().map_err(|e| (io::ErrorKind::InvalidData, e))) {
+            Ok(()) => {}
+            Err((kind, text)) => {
+                let mut cache = lock(&self.cache);
+                for chunk in filling.left() {
+                    cache.fail(chunk, kind, &text);
+                }
+                drop(cache);
+                self.arrived.notify_waiters();
+            }
+        }
+    }
+
+    fn lost_error(&self, chunk: u64, lost: Range<usize>) -> io::Error {
+        let start = chunk * CHUNK_BYTES;
+        let Snapshot { snapshot_id, server_id, .. } = self.opened.snapshot();
+        io::Error::other(format!(
+            "bytes {}-{} of snapshot {snapshot_id} are lost on server {server_id}",
+            start + lost.start as u64,
+            start + lost.end as u64 - 1
+        ))
+    }
+}
+
+fn io_kind(error: &ReadError) -> io::ErrorKind {
+    match error {
+        ReadError::Link(_) => io::ErrorKind::NotConnected,
+        ReadError::Damaged { .. } => io::ErrorKind::InvalidData,
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Medium for SnapshotMedium {
+    fn size_bytes(&self) -> u64 {
+        self.snapshot().size_bytes
+    }
+
+    fn sector_bytes(&self) -> u32 {
+        match self.snapshot().logical_sector_bytes {
+            4096 => 4096,
+            _ => 512,
+        }
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.runtime.block_on(self.read(buffer, offset))
+    }
+
+    /// What can't be told counts as data.
+    fn stretch(&self, offset: u64) -> Stretch {
+        let inner = &self.inner;
+        self.runtime.block_on(inner.zeros.stretch(&inner.opened, offset))
+    }
+}
+
+impl ReadAt for SnapshotMedium {
+    fn len(&self) -> u64 {
+        self.size_bytes()
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        Medium::read_exact_at(self, buffer, offset)
+    }
+}
