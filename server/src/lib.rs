@@ -10,7 +10,6 @@ pub mod catalog;
 pub mod chain;
 pub mod config;
 pub mod fuzz;
-pub mod image;
 pub mod info;
 pub mod pki;
 pub mod probe;
@@ -22,8 +21,9 @@ pub mod serve;
 pub mod session;
 pub mod space;
 pub mod status;
-pub mod storage;
 pub mod verify;
+
+pub use janus_proto::{image, storage};
 
 use janus_proto::error::{ErrorReason, status};
 use tracing::Instrument;

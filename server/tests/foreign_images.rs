@@ -22,7 +22,7 @@ use janus_server::{
 };
 use vhdx::VhdxReader;
 
-#[path = "../src/image/sample.rs"]
+#[path = "../../proto/src/image/sample.rs"]
 mod sample;
 
 use sample::Sample;

@@ -21,7 +21,7 @@ use janus_server::{
 
 mod chains;
 mod readers;
-#[path = "../src/image/sample.rs"]
+#[path = "../../proto/src/image/sample.rs"]
 mod sample;
 
 use readers::{INSTALL_7Z, assert_same, libvhdi, run, seven_zip};

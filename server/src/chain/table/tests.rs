@@ -9,7 +9,12 @@ use janus_proto::{
 use proptest::prelude::*;
 
 use super::*;
-use crate::storage::temporary;
+use crate::storage::{Access, Disk, File};
+
+fn temporary() -> File {
+    let folder = tempfile::tempdir().unwrap();
+    Disk::default().open(&folder.path().join("file"), Access::CreateNew).unwrap()
+}
 
 /// All block hashes of a disk.
 fn zero_disk(disk_bytes: u64) -> Vec<BlockHash> {

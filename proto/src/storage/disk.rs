@@ -12,7 +12,7 @@ use std::{
     },
 };
 
-use janus_proto::direct::DirectFile;
+use crate::direct::DirectFile;
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::{Access, File, Handle, Metadata, Op, Verdict, Watcher};

@@ -66,7 +66,7 @@ fn put(buffer: &mut [u8], at: usize, value: &[u8]) {
 }
 
 /// Ones' complement of the sum of all bytes, with the four of the field itself, at `field`, taken as zero.
-pub(crate) fn checksum(bytes: &[u8], field: usize) -> u32 {
+pub fn checksum(bytes: &[u8], field: usize) -> u32 {
     let sum = |bytes: &[u8]| bytes.iter().fold(0u32, |sum, byte| sum.wrapping_add((*byte).into()));
     let own = bytes.get(field..field + 4).unwrap_or_default();
     !sum(bytes).wrapping_sub(sum(own))

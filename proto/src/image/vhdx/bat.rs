@@ -1,6 +1,6 @@
 //! Entries of the block allocation table, written in order without holding the table.
 
-use janus_proto::hash::is_zero;
+use crate::hash::is_zero;
 
 use super::{MIB, PAGE};
 use crate::{image::ImageError, storage::File};

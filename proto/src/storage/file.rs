@@ -5,7 +5,7 @@ use std::{
     time::SystemTime,
 };
 
-use janus_proto::{buffers::Buffer, direct::DirectFile};
+use crate::{buffers::Buffer, direct::DirectFile};
 use rustix::{
     fs::{Advice, FallocateFlags, FlockOperation, SeekFrom, fadvise, fallocate, flock, seek},
     io::Errno,

@@ -74,17 +74,23 @@ fn put(buffer: &mut [u8], at: usize, value: &[u8]) {
 }
 
 /// Reads a parent locator: for fuzzers.
-pub(crate) fn read_locator(bytes: &[u8]) -> Result<super::Parent, super::ImageError> {
+///
+/// # Errors
+/// When it is damaged.
+pub fn read_locator(bytes: &[u8]) -> Result<super::Parent, super::ImageError> {
     locator::decode(bytes).map(|(parent, _)| parent)
 }
 
 /// A parent locator: for fuzzers.
-pub(crate) fn write_locator(parent: &super::Parent) -> Result<Vec<u8>, super::ImageError> {
+///
+/// # Errors
+/// When a name is too long for it.
+pub fn write_locator(parent: &super::Parent) -> Result<Vec<u8>, super::ImageError> {
     locator::encode(parent)
 }
 
 /// `bytes`, padded to `len`, with their CRC-32C at 4: for fuzzers and tests.
-pub(crate) fn summed(bytes: &[u8], len: usize) -> Vec<u8> {
+pub fn summed(bytes: &[u8], len: usize) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     bytes.resize(len.max(8), 0);
     let sum = header::checksum(&bytes);
