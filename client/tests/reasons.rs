@@ -316,6 +316,14 @@ async fn roles_and_places(site: &Site, caller: &Caller, table: &mut Table) {
     let keys = site.folder().join("pki").join(MACHINE);
     let direct = Caller::new(&url_of(site, "server-b"), &keys).await;
     table.expect(ErrorReason::WrongServer, direct.start(a, BackupId::new(), &["one"]).await);
+    // Who restores a machine writes nothing, by janus or without it.
+    let of_machine = ["--user", xtask::site::USER, "--machine", MACHINE, "--hours", "1"];
+    tokio::task::block_in_place(|| site.issue("restore", "rescue", &of_machine)).unwrap();
+    let keys = site.folder().join("pki").join("rescue");
+    for url in [site.url(), url_of(site, a)] {
+        let rescue = Caller::new(&url, &keys).await;
+        table.expect(ErrorReason::NotAllowed, rescue.start(a, BackupId::new(), &["one"]).await);
+    }
     // A server that is in use is not forgotten, whoever asks for it.
     let keys = site.folder().join("pki").join("eve");
     tokio::task::block_in_place(|| site.issue("operator", "eve", &[])).unwrap();

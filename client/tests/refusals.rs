@@ -317,6 +317,30 @@ fn what_is_not_there_cannot_be_restored() {
 }
 
 #[test]
+fn a_certificate_for_a_restore_reads_one_machine_and_writes_nothing() {
+    let plan = Plan { servers: vec!["server-a".into()], ..Plan::default() };
+    let site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();
+    let (path, mut client) = disk_of(&site, MIB);
+    client.backup().unwrap();
+    let other = site.client("other", &[format!("disk={}", path.display())]).unwrap();
+    let others = other.backup().unwrap().disks[0].snapshot_id.clone();
+    let rescue = ["--user", USER, "--machine", "machine", "--hours", "24"];
+    site.issue("restore", "rescue", &rescue).unwrap();
+    use_keys(&mut client, &site.folder().join("pki/rescue"));
+
+    assert_eq!(client.list().unwrap().snapshots.len(), 1);
+    let to = site.folder().join("restored");
+    client.restore("disk", &to).unwrap();
+    disk::compare(&path, &to).unwrap();
+    let elsewhere = site.folder().join("stolen").to_string_lossy().into_owned();
+    let failure = client.failure(&["restore", &others, "--to", &elsewhere]).unwrap();
+    assert_eq!(failure.exit_code, 5, "{failure:?}");
+    let failure = client.failure(&["list", "--machine", &format!("{USER}/other")]).unwrap();
+    assert_eq!(failure.reason.as_deref(), Some("NOT_ALLOWED"), "{failure:?}");
+    assert_says(&client.failure(&["backup"]).unwrap(), &["restore of", "pki issue client"]);
+}
+
+#[test]
 fn two_runs_of_one_machine_exclude_each_other() {
     let site = one_server();
     let (_, client) = disk_of(&site, 256 * MIB);

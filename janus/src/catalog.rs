@@ -63,7 +63,7 @@ impl Asker {
         let principal = principal
             .ok_or_else(|| status(ErrorReason::IdentityMissing, "caller has no certificate"))?;
         let own = match &principal.role {
-            Role::Client(own) => Some(own.clone()),
+            Role::Client(own) | Role::Restore(own) => Some(own.clone()),
             Role::Operator(_) => None,
             other => {
                 return Err(status(

@@ -130,6 +130,8 @@ pub enum TlsError {
 pub enum Role {
     /// A machine that backs itself up.
     Client(MachineKey),
+    /// Who brings a machine back: it reads what that machine has, and writes nothing.
+    Restore(MachineKey),
     /// A backup server.
     Server(ServerId),
     /// A router.
@@ -142,9 +144,20 @@ impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Client(key) => write!(f, "client {key}"),
+            Self::Restore(key) => write!(f, "restore of {key}"),
             Self::Server(id) => write!(f, "server {id}"),
             Self::Janus(id) => write!(f, "janus {id}"),
             Self::Operator(name) => write!(f, "operator {name}"),
+        }
+    }
+}
+
+impl Role {
+    /// The only machine that a client, or who restores one, may see.
+    pub fn machine(&self) -> Option<&MachineKey> {
+        match self {
+            Self::Client(key) | Self::Restore(key) => Some(key),
+            Self::Server(_) | Self::Janus(_) | Self::Operator(_) => None,
         }
     }
 }
@@ -192,12 +205,9 @@ impl Principal {
             .map_or(0, |(_, certificate)| certificate.validity().not_after.timestamp())
     }
 
-    /// Machine key of a client.
+    /// The only machine that it may see.
     pub fn machine(&self) -> Option<&MachineKey> {
-        match &self.role {
-            Role::Client(key) => Some(key),
-            _ => None,
-        }
+        self.role.machine()
     }
 }
 
@@ -233,6 +243,7 @@ fn parse_uri(uri: &str) -> Option<(&str, Role)> {
     let parts: Vec<&str> = uri.strip_prefix("janus://")?.split('/').collect();
     let role = match parts.as_slice() {
         [_, "client", user, machine] => Role::Client(MachineKey::new(user, machine).ok()?),
+        [_, "restore", user, machine] => Role::Restore(MachineKey::new(user, machine).ok()?),
         [_, "server", name] => Role::Server(name.parse().ok()?),
         [_, "janus", name] => Role::Janus(name.parse().ok()?),
         [_, "operator", name] => {

@@ -42,8 +42,8 @@ impl Caller {
     pub fn machine(&self, metadata: &MetadataMap) -> Result<MachineKey, Status> {
         let named = named_machine(metadata)?;
         match (&self.0.role, named) {
-            (Role::Client(own), None) => Ok(own.clone()),
-            (Role::Client(own), Some(named)) if *own == named => Ok(named),
+            (Role::Client(own) | Role::Restore(own), None) => Ok(own.clone()),
+            (Role::Client(own) | Role::Restore(own), Some(named)) if *own == named => Ok(named),
             (Role::Operator(_), Some(named)) => Ok(named),
             (Role::Operator(_), None) => Err(status(
                 ErrorReason::InvalidField,
@@ -72,7 +72,7 @@ impl Caller {
     /// True when the caller may read this machine's snapshots.
     pub fn may_read(&self, machine: &MachineKey) -> bool {
         match &self.0.role {
-            Role::Client(own) => own == machine,
+            Role::Client(own) | Role::Restore(own) => own == machine,
             Role::Operator(_) => true,
             Role::Server(_) | Role::Janus(_) => false,
         }
@@ -130,10 +130,8 @@ impl<S> Gate<S> {
         trace::note("server", &self.server);
         let text =
             |name| request.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
-        let own = request.extensions().get::<Caller>().and_then(|caller| match &caller.0.role {
-            Role::Client(own) => Some(own.to_string()),
-            _ => None,
-        });
+        let caller = request.extensions().get::<Caller>();
+        let own = caller.and_then(|caller| caller.0.machine()).map(ToString::to_string);
         if let Some(machine) = own.as_deref().or_else(|| text(metadata::MACHINE)) {
             trace::note("machine", machine);
         }

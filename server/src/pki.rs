@@ -116,15 +116,15 @@ pub struct IssueArgs {
     /// DNS name or address under which a server or janus is called; once for each.
     #[arg(long)]
     pub host: Vec<String>,
-    /// User that a client belongs to.
+    /// User that a client, or a machine to restore, belongs to.
     #[arg(long)]
     pub user: Option<String>,
-    /// Machine name of a client.
+    /// Machine name of a client, or of a machine to restore.
     #[arg(long)]
     pub machine: Option<String>,
-    /// Validity in days.
-    #[arg(long, default_value_t = 825, value_parser = clap::value_parser!(u32).range(1..))]
-    pub days: u32,
+    /// Validity in days; 825, but 1 for the role restore.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub days: Option<u32>,
     /// Validity in hours, instead of days.
     #[arg(long, conflicts_with = "days", value_parser = clap::value_parser!(u32).range(1..))]
     pub hours: Option<u32>,
@@ -142,6 +142,8 @@ pub enum IssueRole {
     Janus,
     /// A machine that backs itself up.
     Client,
+    /// Who brings a machine back: lists and restores what it has, and nothing else.
+    Restore,
     /// A person who administers.
     Operator,
 }
@@ -152,6 +154,7 @@ impl IssueRole {
             Self::Server => "server",
             Self::Janus => "janus",
             Self::Client => "client",
+            Self::Restore => "restore",
             Self::Operator => "operator",
         }
     }
@@ -159,16 +162,21 @@ impl IssueRole {
 
 impl IssueArgs {
     fn valid(&self) -> Duration {
-        self.hours.map_or(DAY * self.days, |hours| DAY / 24 * hours)
+        let days = self.days.unwrap_or(if self.role == IssueRole::Restore { 1 } else { 825 });
+        self.hours.map_or(DAY * days, |hours| DAY / 24 * hours)
     }
 
     fn principal(&self) -> Result<Role, PkiError> {
         let flags = |reason| PkiError::Flags { role: self.role.as_str(), reason };
-        if self.role == IssueRole::Client {
+        if matches!(self.role, IssueRole::Client | IssueRole::Restore) {
             let (Some(user), Some(machine), None) = (&self.user, &self.machine, &self.name) else {
                 return Err(flags("needs --user and --machine, not --name"));
             };
-            return Ok(Role::Client(MachineKey::new(user, machine)?));
+            let key = MachineKey::new(user, machine)?;
+            return Ok(match self.role {
+                IssueRole::Restore => Role::Restore(key),
+                _ => Role::Client(key),
+            });
         }
         let (Some(name), None, None) = (&self.name, &self.user, &self.machine) else {
             return Err(flags("needs --name, not --user and --machine"));
@@ -176,7 +184,7 @@ impl IssueArgs {
         Ok(match self.role {
             IssueRole::Server => Role::Server(name.parse::<ServerId>()?),
             IssueRole::Janus => Role::Janus(name.parse::<ServerId>()?),
-            IssueRole::Operator | IssueRole::Client => {
+            IssueRole::Operator | IssueRole::Client | IssueRole::Restore => {
                 check_name("operator", name)?;
                 Role::Operator(name.clone())
             }
@@ -258,6 +266,7 @@ fn leaf(
         Role::Server(id) => (format!("server/{id}"), id.as_str(), true),
         Role::Janus(id) => (format!("janus/{id}"), id.as_str(), true),
         Role::Client(key) => (format!("client/{key}"), key.machine(), false),
+        Role::Restore(key) => (format!("restore/{key}"), key.machine(), false),
         Role::Operator(name) => (format!("operator/{name}"), name.as_str(), false),
     };
     let mut params = params(name, valid)?;
@@ -277,7 +286,7 @@ fn host_names(serves: bool, hosts: &[String]) -> Result<Vec<SanType>, PkiError> 
     if serves == hosts.is_empty() {
         let (role, reason) = match serves {
             true => ("server|janus", "needs --host for each name or address it is called by"),
-            false => ("client|operator", "takes no --host: nobody connects to it"),
+            false => ("client|restore|operator", "takes no --host: nobody connects to it"),
         };
         return Err(PkiError::Flags { role, reason });
     }
@@ -361,7 +370,7 @@ fn after_issue(role: &Role, out: &Path) -> String {
     let file = match role {
         Role::Server(_) => "server.toml",
         Role::Janus(_) => "janus.toml",
-        Role::Client(_) | Role::Operator(_) => "client.toml",
+        Role::Client(_) | Role::Restore(_) | Role::Operator(_) => "client.toml",
     };
     format!(
         "wrote {dir}/cert.pem, {dir}/key.pem and {dir}/ca.pem for {role}\n\
@@ -396,6 +405,7 @@ mod tests {
             Role::Server("a".parse().unwrap()),
             Role::Janus("j".parse().unwrap()),
             Role::Client("alice/web1".parse().unwrap()),
+            Role::Restore("alice/web1".parse().unwrap()),
             Role::Operator("root".into()),
         ];
         for role in roles {
@@ -463,6 +473,9 @@ mod tests {
         };
         assert_eq!(args.valid(), Duration::from_secs(5 * 3600));
         assert_eq!(args.principal().unwrap(), Role::Client("u/m".parse().unwrap()));
+        let rescue = IssueArgs { role: IssueRole::Restore, hours: None, ..args };
+        assert_eq!(rescue.valid(), DAY);
+        assert_eq!(rescue.principal().unwrap(), Role::Restore("u/m".parse().unwrap()));
     }
 
     #[test]

@@ -193,7 +193,7 @@ impl Site {
         let out = ca.join(name);
         let (ca_text, out_text) = (ca.to_string_lossy(), out.to_string_lossy());
         let mut arguments = vec!["issue", role, "--ca", &ca_text, "--out", &out_text];
-        if role != "client" {
+        if !["client", "restore"].contains(&role) {
             arguments.extend(["--name", name]);
         }
         arguments.extend(more);

@@ -8,7 +8,7 @@ use janus_proto::{
     error::{ErrorReason, status},
     ids::{BackupId, MachineKey, ServerId},
     metadata,
-    tls::{Principal, Role},
+    tls::Principal,
 };
 use tokio::time::Instant;
 use tonic::Status;
@@ -43,14 +43,14 @@ impl Caller {
     /// Reads and checks the metadata.
     pub fn read(principal: Arc<Principal>, headers: &HeaderMap) -> Result<Self, Status> {
         let named: Option<MachineKey> = value(headers, metadata::MACHINE)?;
-        let machine = match (&principal.role, named) {
-            (Role::Client(own), Some(named)) if named != *own => {
+        let machine = match (principal.machine(), named) {
+            (Some(own), Some(named)) if named != *own => {
                 let message = format!(
                     "this certificate belongs to machine {own}, not to {named} (janus-machine)"
                 );
                 return Err(status(ErrorReason::NotAllowed, message));
             }
-            (Role::Client(own), _) => Some(own.clone()),
+            (Some(own), _) => Some(own.clone()),
             (_, named) => named,
         };
         let pin = value(headers, metadata::SERVER)?;
@@ -128,6 +128,8 @@ fn add_texts(headers: &mut HeaderMap, name: &'static str, texts: impl Iterator<I
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
+
+    use janus_proto::tls::Role;
 
     use super::*;
 
