@@ -144,6 +144,10 @@ impl Cache {
 mod tests {
     use super::*;
 
+    fn missing(cache: &mut Cache, range: Range<u64>, ahead: u64) -> Vec<(u64, u64)> {
+        cache.take_missing(range, ahead).into_iter().map(|run| (run.start, run.end)).collect()
+    }
+
     fn ready(cache: &mut Cache, chunks: Range<u64>) {
         for chunk in chunks {
             cache.take_missing(chunk..chunk + 1, chunk + 1);
@@ -156,7 +160,7 @@ mod tests {
         let mut cache = Cache::new(0);
         ready(&mut cache, 0..FEWEST);
         assert!(matches!(cache.get(3), Some(State::Ready(_))));
-        assert_eq!(cache.take_missing(5000..5001, 5001), [5000..5001]);
+        assert_eq!(missing(&mut cache, 5000..5001, 5001), [(5000, 5001)]);
         ready(&mut cache, 6000..6100);
         assert!(cache.get(3).is_some() && cache.get(0).is_none() && cache.get(4).is_none());
         assert!(matches!(cache.get(5000), Some(State::Coming)));
@@ -166,10 +170,10 @@ mod tests {
     #[test]
     fn what_is_ahead_is_fetched_in_large_runs_only() {
         let mut cache = Cache::new(0);
-        assert_eq!(cache.take_missing(0..9, 1), [0..9]);
-        assert_eq!(cache.take_missing(1..10, 2), []);
-        assert_eq!(cache.take_missing(5..14, 6), [9..14]);
-        assert_eq!(cache.take_missing(13..15, 15), [14..15]);
+        assert_eq!(missing(&mut cache, 0..9, 1), [(0, 9)]);
+        assert_eq!(missing(&mut cache, 1..10, 2), []);
+        assert_eq!(missing(&mut cache, 5..14, 6), [(9, 14)]);
+        assert_eq!(missing(&mut cache, 13..15, 15), [(14, 15)]);
     }
 
     #[test]
