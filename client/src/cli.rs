@@ -155,8 +155,9 @@ pub fn command() -> Command {
                     Arg::new("force")
                         .long("force")
                         .action(ArgAction::SetTrue)
-                        .help("Overwrite an existing file or a device"),
+                        .help("Replace an existing file, overwrite a device; what it has already is not fetched"),
                 )
+                .args(restore::arguments())
                 .arg(
                     Arg::new("partial")
                         .long("partial")

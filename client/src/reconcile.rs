@@ -181,7 +181,7 @@ pub(crate) async fn read(
     level: HashLevel,
     ranges: Vec<BlockRange>,
 ) -> Result<impl Stream<Item = Result<(u64, Vec<BlockHash>), LinkError>> + use<>, LinkError> {
-    let message = ReadHashesRequest { level: level.into(), ranges, of: Some(of) };
+    let message = ReadHashesRequest { level: level.into(), ranges, of: Some(of), hash_bytes: 0 };
     let request = address.request(message, None);
     let answers = link.bulk_restore().read_hashes(request).await;
     let answers = answers.map_err(LinkError::call(DOING))?.into_inner();

@@ -1,126 +1,65 @@
-//! Brings a disk back: blocks come in over the network, threads check and write them, the whole is compared with the
-//! snapshot's digest before the result gets its name.
+//! Brings a disk back. What the target holds already is not fetched: its segments are compared with the snapshot's digests
+//! (`survey.rs`), what differs is shared out to the servers that have it (`work.rs`, `serve.rs`), and threads check and
+//! write it (`writers.rs`). A segment counts when the blocks that are there then have its digest, and all digests together
+//! are the snapshot's. Killed at any moment, the same command goes on with what it left (`target.rs`).
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use janus_proto::{
     error::WireError,
     hash::table_digest,
-    ids::{BlockHash, MAX_DISK_BYTES, ServerId, block_count},
-    pb::{
-        BlockRange, CloseSnapshotRequest, ErrorReason, HashLevel, OpenSnapshotRequest,
-        ReadBlocksRequest, ReadHashesRequest, Snapshot, read_hashes_request::Of,
-    },
-    show::amount,
+    ids::{BlockHash, MAX_DISK_BYTES},
+    pb::Snapshot,
 };
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
 
 use crate::{
     catalog::Found,
-    link::{Address, Direct, Link, LinkError, PATIENCE, QUICK, Remedy},
+    link::Direct,
     packing::Wish,
     progress::Progress,
-    reconcile,
-    snapshot::{SelectError, Selection},
+    snapshot::{Opened, Selection, opened::Reach},
     ways::Ways,
 };
 
-mod assembly;
+mod counts;
+mod error;
+mod intake;
 mod lost;
-mod pieces;
+mod neighbours;
+mod packing;
+mod part;
+mod queue;
+mod serve;
+mod source;
+mod survey;
+mod table;
 mod target;
+mod verify;
+mod work;
 mod writers;
 
-pub use self::{lost::Lost, target::TargetError};
-
-use self::{
-    assembly::Assembly,
-    pieces::{Pieces, Seen},
-    target::Target,
-    writers::Writers,
+pub use self::{
+    error::{DamageError, RestoreError},
+    lost::Lost,
+    target::TargetError,
 };
 
-const READING: &str = "reading blocks";
-/// Longest silence of a stream that should be flowing.
-const SILENCE: Duration = Duration::from_secs(120);
-const PAUSE: Duration = Duration::from_millis(500);
-
-/// Why a disk was not restored. The target is as it was, unless it is a device.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// There is no such snapshot, or it can't be had.
-    #[error(transparent)]
-    Select(#[from] SelectError),
-    /// A call failed.
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    /// The target can't be used or written.
-    #[error(transparent)]
-    Target(#[from] TargetError),
-    /// A block is not what was backed up.
-    #[error(
-        "server {server} sent wrong data: {source}; restore another snapshot, or the same from another server"
-    )]
-    Damaged {
-        /// The server.
-        server: String,
-        /// What is wrong.
-        source: DamageError,
-    },
-    /// Blocks are lost.
-    #[error(
-        "{} of this snapshot are lost on server {server}, bytes {}; restore another snapshot, the same disk from another server, or what is left: --partial MAP",
-        amount(lost.bytes()),
-        lost.said()
-    )]
-    Lost {
-        /// The server.
-        server: String,
-        /// Which.
-        lost: Lost,
-    },
-    /// The map of lost blocks.
-    #[error("{}: the map of what is lost can't be written: {source}", path.display())]
-    Map {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        source: std::io::Error,
-    },
-    /// Asked to stop.
-    #[error("interrupted; nothing was restored")]
-    Interrupted,
-}
-
-/// What is wrong with received data.
-#[derive(Debug, thiserror::Error)]
-pub enum DamageError {
-    /// A message that makes no sense.
-    #[error(transparent)]
-    Message(#[from] WireError),
-    /// A block doesn't have its hash.
-    #[error(transparent)]
-    Block(#[from] janus_proto::model::HashMismatch),
-    /// A part isn't the snapshot's.
-    #[error("segment {segment} is not the snapshot's")]
-    Segment {
-        /// Its number.
-        segment: u64,
-    },
-    /// The whole isn't the snapshot.
-    #[error("all blocks together have digest {actual}, the snapshot has {expected}")]
-    Whole {
-        /// Of what was received.
-        actual: BlockHash,
-        /// Of the snapshot.
-        expected: BlockHash,
-    },
-}
+use self::{
+    counts::Counts,
+    queue::Queue,
+    serve::SHORT,
+    source::{Failure, Source},
+    survey::Survey,
+    table::Table,
+    target::{Content, Target},
+    work::Work,
+    writers::Writers,
+};
 
 /// A restore to do.
 pub struct Restore {
@@ -132,11 +71,17 @@ pub struct Restore {
     pub to: PathBuf,
     /// Replace a file, overwrite a device.
     pub force: bool,
+    /// Overwrite a file where it stands instead of making a new one beside it.
+    pub in_place: bool,
+    /// Fetch all of it, whatever the target holds.
+    pub full: bool,
+    /// Read all of it back in the end.
+    pub verify: bool,
     /// Restore what is left of a damaged snapshot, with zeros for what is lost, and write a map of that here.
     pub partial: Option<PathBuf>,
     /// How data may be packed.
     pub packing: Wish,
-    /// Threads that check and write.
+    /// Threads that read and hash the target, and as many that check and write.
     pub threads: usize,
     /// How long a lost server is waited for.
     pub failover_after: Duration,
@@ -153,10 +98,20 @@ pub struct Restore {
 pub struct RestoreReport {
     /// From this snapshot.
     pub snapshot: Snapshot,
+    /// It went on from what an earlier restore had left.
+    pub resumed: bool,
+    /// Read of the target, or of the file that it replaces.
+    pub read_bytes: u64,
     /// Data received, as packed.
     pub fetched_bytes: u64,
+    /// How much of it from which server.
+    pub sources: Vec<(String, u64)>,
     /// Data written; zeros are left out.
     pub written_bytes: u64,
+    /// Bytes of the disk that have the snapshot's digests.
+    pub verified_bytes: u64,
+    /// Read again in the end.
+    pub read_back_bytes: u64,
     /// What is lost, and zeros now.
     pub lost: Lost,
     /// How long it took.
@@ -164,299 +119,253 @@ pub struct RestoreReport {
 }
 
 impl Restore {
-    /// Restores.
+    /// Finds the snapshot that is meant, and restores it.
     ///
     /// # Errors
     /// See [`RestoreError`].
     pub async fn run(&self) -> Result<RestoreReport, RestoreError> {
-        let began = Instant::now();
-        if let Some(path) = self.partial.clone().filter(|path| path.exists()) {
-            let source = std::io::ErrorKind::AlreadyExists.into();
-            return Err(RestoreError::Map { path, source });
-        }
-        // Before the disk was restored for nothing.
-        if let Some(path) = self.partial.clone().filter(|path| !folder_of(path).is_dir()) {
-            let source = std::io::ErrorKind::NotADirectory.into();
-            return Err(RestoreError::Map { path, source });
-        }
         let found = self.wanted.find(&self.ways).await?;
-        let snapshot = found.snapshot.clone();
-        if snapshot.size_bytes > MAX_DISK_BYTES {
-            return Err(self.damaged(
-                &snapshot,
-                WireError::Invalid { field: "size_bytes", reason: "too large".into() },
-            ));
+        self.run_found(found).await
+    }
+
+    /// Restores a snapshot.
+    ///
+    /// # Errors
+    /// See [`RestoreError`].
+    pub async fn run_found(&self, found: Found) -> Result<RestoreReport, RestoreError> {
+        let began = Instant::now();
+        self.check_map()?;
+        check_size(&found.snapshot)?;
+        let target = self.open_target(&found.snapshot).await?;
+        let target = Arc::new(target);
+        let done = self.restore_to(&target, found, began).await;
+        if done.as_ref().is_err_and(RestoreError::is_full) {
+            target.discard();
         }
-        let target = Arc::new(Target::open(&self.to, snapshot.size_bytes, self.force)?);
+        if let (Err(_), Some(partial)) = (&done, target.partial()) {
+            tracing::warn!(
+                partial = %partial.display(),
+                "what was restored is kept there: the same command goes on from it; remove it to drop it"
+            );
+        }
+        done
+    }
+
+    async fn restore_to(
+        &self,
+        target: &Arc<Target>,
+        found: Found,
+        began: Instant,
+    ) -> Result<RestoreReport, RestoreError> {
+        let snapshot = found.snapshot.clone();
         self.progress.set_total(snapshot.size_bytes);
-        let mut writers = Writers::start(self.threads, &target, snapshot.size_bytes);
-        let mut assembly = Assembly::new(snapshot.size_bytes);
-        let fetched = tokio::select! {
-            fetched = self.fetch_all(&found, &mut assembly, &writers) => fetched,
-            () = self.stop.cancelled() => Err(RestoreError::Interrupted),
+        let counts = Arc::new(Counts::new(self.progress.clone()));
+        let holder = Opened::new(self.reach(), found)?;
+        let sources = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(RestoreError::Interrupted),
+            sources = self.sources(holder) => sources?,
         };
-        // A writer's failure is the cause when both failed.
-        let written_bytes =
-            writers.finish().await.map_err(|error| self.writer_failed(&snapshot, error))?;
-        let fetched_bytes = fetched?;
-        let lost = self.check_whole(&snapshot, assembly)?;
-        let done = tokio::task::spawn_blocking(move || target.publish()).await;
+        let (sources, digests) = sources;
+        let work = self.work(target, &counts, sources, &digests);
+        let survey = Survey::new(target, &digests, snapshot.size_bytes, &counts);
+        let mut survey = survey.start(self.threads);
+        let worked = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(RestoreError::Interrupted),
+            worked = work.run(&mut survey.parts) => worked,
+        };
+        // What failed to be read or written is the cause where more failed.
+        let surveyed = survey.finish().await;
+        let Work { writers, sources, lost, .. } = work;
+        writers.finish().await;
+        let delivered = close(&sources).await;
+        surveyed?;
+        worked?;
+        let lost = work::merged(lost);
+        let missing = Lost::new(&lost, snapshot.size_bytes);
+        self.conclude(&snapshot, &sources, &missing)?;
+        self.verify(target, &digests, lost, &counts).await?;
+        let publishing = target.clone();
+        let done = tokio::task::spawn_blocking(move || publishing.publish()).await;
         done.map_err(|_| RestoreError::Interrupted)??;
+        let [read_bytes, fetched_bytes, written_bytes, verified_bytes, read_back_bytes] =
+            counts.all();
         Ok(RestoreReport {
             snapshot,
+            resumed: target.is_resumed(),
+            read_bytes,
             fetched_bytes,
+            sources: delivered,
             written_bytes,
-            lost,
+            verified_bytes,
+            read_back_bytes,
+            lost: missing,
             seconds: began.elapsed().as_secs_f64(),
         })
     }
 
-    /// Reads the whole disk, over as many streams as it takes; returns the bytes received.
-    async fn fetch_all(
+    fn work(
         &self,
-        found: &Found,
-        assembly: &mut Assembly,
-        writers: &Writers,
-    ) -> Result<u64, RestoreError> {
-        let Found { snapshot, server_urls, .. } = found;
-        let mut at = found.at;
-        let server: ServerId =
-            snapshot.server_id.parse().map_err(|error| self.damaged(snapshot, error))?;
-        let address = Address {
-            server: Some(server.clone()),
-            run: None,
-            machine: self.wanted.machine.clone(),
+        target: &Arc<Target>,
+        counts: &Arc<Counts>,
+        sources: Vec<Source>,
+        digests: &Arc<[BlockHash]>,
+    ) -> Work {
+        // Where the target has data, whole hashes of all that differs would be more than what has changed.
+        let hash_bytes = match target.content() {
+            Content::Old => SHORT,
+            Content::Zeros | Content::Unread => BlockHash::LEN,
         };
-        let mut fetched = 0;
-        let (mut lost_at, mut reached) = (None::<Instant>, 0);
-        loop {
-            let through = match self.ways.beginning_with(at).connect().await {
-                Ok(link) if self.direct == Direct::Prefer => {
-                    Ok(link.prefer_direct(&server, server_urls, self.ways.dialer()).await)
-                }
-                other => other,
-            };
-            let error = match self
-                .open_and_fetch(through, &address, snapshot, assembly, writers, &mut fetched)
-                .await
-            {
-                Ok(()) => return Ok(fetched),
-                Err(RestoreError::Link(error)) => error,
-                Err(other) => return Err(other),
-            };
-            if assembly.next_block() > reached {
-                (lost_at, reached) = (None, assembly.next_block());
-            }
-            let expired = error.reason() == Some(ErrorReason::HandleExpired);
-            let since = *lost_at.get_or_insert_with(Instant::now);
-            if let Some(pause) = error.busy().filter(|_| since.elapsed() < PATIENCE) {
-                tracing::warn!(server = %snapshot.server_id, %error, ?pause, "waiting for a place");
-                tokio::time::sleep(pause).await;
-                continue;
-            }
-            if (error.remedy() != Remedy::Reconnect && !expired)
-                || since.elapsed() > self.failover_after
-            {
-                return Err(error.into());
-            }
-            tracing::warn!(server = %snapshot.server_id, %error, "connection lost; going on as soon as the server answers");
-            // Another janus may reach the server that this one has lost.
-            at += 1;
-            tokio::time::sleep(PAUSE).await;
+        Work {
+            size_bytes: sources.first().map_or(0, Source::size_bytes),
+            table: Table::new(digests.clone(), hash_bytes),
+            queue: Queue::new(sources.len()),
+            writers: Writers::start(self.threads, target),
+            counts: counts.clone(),
+            sources,
+            failover_after: self.failover_after,
+            zero_lost: self.partial.is_some(),
+            lost: Mutex::default(),
         }
     }
 
-    async fn open_and_fetch(
+    /// The snapshot's digests, and who delivers.
+    async fn sources(
         &self,
-        link: Result<Link, LinkError>,
-        address: &Address,
-        snapshot: &Snapshot,
-        assembly: &mut Assembly,
-        writers: &Writers,
-        fetched: &mut u64,
-    ) -> Result<(), RestoreError> {
-        let link = link?;
-        let message = OpenSnapshotRequest { snapshot_id: snapshot.snapshot_id.clone() };
-        let request = address.request(message, Some(QUICK));
-        let opened = link.restore().open_snapshot(request).await;
-        let opened = opened.map_err(LinkError::call("opening the snapshot"))?.into_inner();
-        let lease = Duration::from_secs(opened.lease_seconds.clamp(3, 3600).into());
-        let result = tokio::select! {
-            result = self.fetch(&link, address, &opened.handle, snapshot, assembly, writers, fetched) => result,
-            () = keep_open(&link, address, &opened.handle, lease) => Ok(()),
+        holder: Opened,
+    ) -> Result<(Vec<Source>, Arc<[BlockHash]>), RestoreError> {
+        let snapshot = holder.snapshot().clone();
+        let reach = self.reach();
+        let neighbours = async {
+            match self.wanted.server {
+                // Only this one was asked for.
+                Some(_) => Vec::new(),
+                None => neighbours::find(&reach, &snapshot).await,
+            }
         };
-        let close = address.request(CloseSnapshotRequest { handle: opened.handle }, Some(QUICK));
-        // The handle expires by itself where this fails.
-        let _ = link.restore().close_snapshot(close).await;
-        result
-    }
-
-    /// Reads some blocks; says how fast they came.
-    async fn fetch_piece(
-        &self,
-        link: &Link,
-        request: tonic::Request<ReadBlocksRequest>,
-        snapshot: &Snapshot,
-        assembly: &mut Assembly,
-        writers: &Writers,
-        fetched: &mut u64,
-    ) -> Result<Seen, RestoreError> {
-        let mut answers = link
-            .bulk_restore()
-            .read_blocks(request)
-            .await
-            .map_err(LinkError::call(READING))?
-            .into_inner();
-        let mut seen = Seen::default();
-        while let Some(answer) = next(&mut answers).await? {
-            for range in &answer.damaged {
-                let zeros = assembly.lose(range).map_err(|error| self.damaged(snapshot, error))?;
-                self.progress.advance(zeros.1 * janus_proto::ids::BLOCK_BYTES);
-                if !writers.give_zeros(zeros).await {
-                    return Err(RestoreError::Interrupted); // The writer says why.
-                }
-            }
-            let Some(batch) = answer.batch else { continue };
-            seen.message(batch.data.len() as u64);
-            *fetched += batch.data.len() as u64;
-            let before = assembly.next_block();
-            let gaps = assembly.take(&batch).map_err(|error| self.damaged(snapshot, error))?;
-            self.progress.advance((assembly.next_block() - before) * janus_proto::ids::BLOCK_BYTES);
-            self.progress.fetched(batch.data.len() as u64);
-            if !writers.give(gaps, batch).await {
-                return Err(RestoreError::Interrupted); // The writer says why.
-            }
-        }
-        Ok(seen)
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    async fn fetch(
-        &self,
-        link: &Link,
-        address: &Address,
-        handle: &str,
-        snapshot: &Snapshot,
-        assembly: &mut Assembly,
-        writers: &Writers,
-        fetched: &mut u64,
-    ) -> Result<(), RestoreError> {
-        let total = block_count(snapshot.size_bytes);
-        let mut pieces = Pieces::new(self.packing, total);
-        let mut first_block = assembly.next_block();
-        while first_block < total {
-            let end = pieces.end(first_block);
-            let message = ReadBlocksRequest {
-                handle: handle.to_owned(),
-                ranges: vec![BlockRange { first_block, block_count: end - first_block }],
-                encodings: vec![pieces.encoding.into()],
-                name_damaged: true,
-            };
-            let request = address.request(message, None);
-            let seen =
-                self.fetch_piece(link, request, snapshot, assembly, writers, fetched).await?;
-            pieces.seen(&seen);
-            first_block = end;
-        }
-        let rest = assembly.finish();
-        if !writers.give_zeros(rest).await {
-            return Err(RestoreError::Interrupted);
-        }
-        if !assembly.lost().is_empty() {
-            self.compare_rest(link, address, handle, snapshot, assembly).await?;
-        }
-        Ok(())
-    }
-
-    /// The digest of the whole can't tell any more whether the rest is right: those of its segments can.
-    async fn compare_rest(
-        &self,
-        link: &Link,
-        address: &Address,
-        handle: &str,
-        snapshot: &Snapshot,
-        assembly: &Assembly,
-    ) -> Result<(), RestoreError> {
-        let of = Of::Handle(handle.to_owned());
-        let digests =
-            reconcile::read_segment_digests(link, address, of, snapshot.size_bytes).await?;
+        let (digests, neighbours) = tokio::join!(holder.segment_digests(), neighbours);
+        let digests = digests?;
         let actual = table_digest(snapshot.size_bytes, &digests);
-        let expected = self.expected(snapshot)?;
+        let expected = BlockHash::from_wire("table_digest", &snapshot.table_digest)
+            .map_err(|error| damaged(&snapshot, error))?;
         if actual != expected {
-            return Err(self.damaged(snapshot, DamageError::Whole { actual, expected }));
+            return Err(damaged(&snapshot, DamageError::Whole { actual, expected }));
         }
-        let compared = assembly.compare(&digests);
-        compared.map_err(|segment| self.damaged(snapshot, DamageError::Segment { segment }))
+        let mut sources = vec![Source::new(0, holder, self.packing)];
+        for found in neighbours {
+            // One whose entry makes no sense is of no use.
+            let Ok(opened) = Opened::new(self.reach(), found) else { continue };
+            sources.push(Source::new(sources.len(), opened, self.packing));
+        }
+        if let Some(holder) = sources.first() {
+            holder.set_digests(digests.clone());
+        }
+        Ok((sources, digests.into()))
     }
 
-    fn expected(&self, snapshot: &Snapshot) -> Result<BlockHash, RestoreError> {
-        BlockHash::from_wire("table_digest", &snapshot.table_digest)
-            .map_err(|error| self.damaged(snapshot, error))
+    fn reach(&self) -> Reach {
+        Reach {
+            ways: self.ways.clone(),
+            direct: self.direct,
+            failover_after: self.failover_after,
+            machine: self.wanted.machine.clone(),
+        }
     }
 
-    /// Compares the whole, or notes what is lost of it.
-    fn check_whole(&self, snapshot: &Snapshot, assembly: Assembly) -> Result<Lost, RestoreError> {
-        let lost = Lost::new(assembly.lost(), snapshot.size_bytes);
-        if !lost.is_empty() {
-            let server = snapshot.server_id.clone();
-            let Some(path) = self.partial.clone() else {
-                return Err(RestoreError::Lost { server, lost });
-            };
+    async fn open_target(&self, snapshot: &Snapshot) -> Result<Target, RestoreError> {
+        let wish = target::Wish { force: self.force, in_place: self.in_place, full: self.full };
+        let (to, size, id) = (self.to.clone(), snapshot.size_bytes, snapshot.snapshot_id.clone());
+        let opening = tokio::task::spawn_blocking(move || Target::open(&to, size, &id, wish));
+        Ok(opening.await.map_err(|_| RestoreError::Interrupted)??)
+    }
+
+    /// Says what is lost, where that is an error, or writes the map of it.
+    fn conclude(
+        &self,
+        snapshot: &Snapshot,
+        sources: &[Source],
+        lost: &Lost,
+    ) -> Result<(), RestoreError> {
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let server = snapshot.server_id.clone();
+        if let Some(path) = self.partial.clone() {
             tracing::warn!(server, snapshot = %snapshot.snapshot_id, bytes = lost.said(), "lost: zeros take their place");
             let written = lost.write_map(&path, snapshot.size_bytes);
-            written.map_err(|source| RestoreError::Map { path, source })?;
-            return Ok(lost);
+            return written.map_err(|source| RestoreError::Map { path, source });
         }
-        let (actual, expected) = (assembly.table_digest(), self.expected(snapshot)?);
-        if actual == expected {
-            Ok(lost)
-        } else {
-            Err(self.damaged(snapshot, DamageError::Whole { actual, expected }))
-        }
+        let (missing, size_bytes) = (lost.clone(), snapshot.size_bytes);
+        Err(match sources.first().and_then(Source::take_failure) {
+            Some(Failure::Link(source)) => {
+                let percent = missing.bytes() as f64 * 100.0 / size_bytes.max(1) as f64;
+                RestoreError::Missing { server, missing, size_bytes, percent, source }
+            }
+            Some(Failure::Damage(source)) => RestoreError::Damaged { server, source },
+            None => RestoreError::Lost { server, lost: missing },
+        })
     }
 
-    fn damaged(&self, snapshot: &Snapshot, source: impl Into<DamageError>) -> RestoreError {
-        RestoreError::Damaged { server: snapshot.server_id.clone(), source: source.into() }
-    }
-
-    fn writer_failed(&self, snapshot: &Snapshot, error: writers::WriterError) -> RestoreError {
-        match error {
-            writers::WriterError::Target(error) => error.into(),
-            writers::WriterError::Damage(error) => self.damaged(snapshot, error),
-            writers::WriterError::Ended => RestoreError::Interrupted,
+    async fn verify(
+        &self,
+        target: &Arc<Target>,
+        digests: &Arc<[BlockHash]>,
+        lost: Vec<std::ops::Range<u64>>,
+        counts: &Arc<Counts>,
+    ) -> Result<(), RestoreError> {
+        if !self.verify {
+            return Ok(());
         }
-    }
-}
-
-async fn next(
-    answers: &mut tonic::Streaming<janus_proto::pb::ReadBlocksResponse>,
-) -> Result<Option<janus_proto::pb::ReadBlocksResponse>, LinkError> {
-    match tokio::time::timeout(SILENCE, answers.message()).await {
-        Ok(answer) => answer.map_err(LinkError::call(READING)),
-        Err(_) => {
-            Err(LinkError::call(READING)(Status::deadline_exceeded("the server went silent")))
-        }
-    }
-}
-
-/// A slow target must not let the handle expire: reads a few hashes now and then. Never ends.
-async fn keep_open(link: &Link, address: &Address, handle: &str, lease: Duration) {
-    loop {
-        tokio::time::sleep(lease / 3).await;
-        let message = ReadHashesRequest {
-            level: HashLevel::Segment.into(),
-            ranges: vec![BlockRange { first_block: 0, block_count: 1 }],
-            of: Some(Of::Handle(handle.to_owned())),
+        let read_back = verify::read_back(target, digests, lost, counts, self.threads);
+        let differs = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(RestoreError::Interrupted),
+            differs = read_back => differs?,
         };
-        let request = address.request(message, Some(QUICK));
-        if let Ok(answers) = link.restore().read_hashes(request).await {
-            let mut answers = answers.into_inner();
-            while let Ok(Some(_)) = answers.message().await {}
+        match differs {
+            None => Ok(()),
+            Some(offset) => Err(RestoreError::ReadBack { path: self.to.clone(), offset }),
         }
+    }
+
+    /// The map can be written in the end: before the disk was restored for nothing.
+    fn check_map(&self) -> Result<(), RestoreError> {
+        let Some(path) = self.partial.clone() else { return Ok(()) };
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let kind = if path.exists() {
+            std::io::ErrorKind::AlreadyExists
+        } else if !folder.unwrap_or(Path::new(".")).is_dir() {
+            std::io::ErrorKind::NotADirectory
+        } else {
+            return Ok(());
+        };
+        Err(RestoreError::Map { path, source: kind.into() })
     }
 }
 
-/// The folder that a file is to be made in.
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+/// Gives all handles back; returns how much each server delivered.
+async fn close(sources: &[Source]) -> Vec<(String, u64)> {
+    let mut delivered: Vec<(String, u64)> = Vec::new();
+    for source in sources {
+        let bytes = source.opened.fetched_bytes();
+        match delivered.iter_mut().find(|(server, _)| server == source.server()) {
+            Some((_, sum)) => *sum += bytes,
+            None => delivered.push((source.server().to_owned(), bytes)),
+        }
+    }
+    delivered.retain(|(_, bytes)| *bytes > 0);
+    futures::future::join_all(sources.iter().map(|source| source.opened.close())).await;
+    delivered
+}
+
+fn check_size(snapshot: &Snapshot) -> Result<(), RestoreError> {
+    match snapshot.size_bytes > MAX_DISK_BYTES {
+        true => Err(damaged(snapshot, WireError::invalid("size_bytes", "too large"))),
+        false => Ok(()),
+    }
+}
+
+fn damaged(snapshot: &Snapshot, source: impl Into<DamageError>) -> RestoreError {
+    RestoreError::Damaged { server: snapshot.server_id.clone(), source: source.into() }
 }

@@ -20,7 +20,10 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use self::{blocks::send_blocks, hashes::send_hashes};
+use self::{
+    blocks::send_blocks,
+    hashes::{Asked, send_hashes},
+};
 use crate::{
     blocking,
     caller::Caller,
@@ -203,6 +206,15 @@ fn ranges(wire: &[pb::BlockRange], total: u64) -> Result<Vec<Range<u64>>, Status
     wire.iter().map(check).collect()
 }
 
+/// Bytes of each hash that are wanted.
+fn hash_bytes(wire: u32) -> Result<usize, Status> {
+    match wire as usize {
+        0 => Ok(BlockHash::LEN),
+        some if some <= BlockHash::LEN => Ok(some),
+        _ => Err(WireError::invalid("hash_bytes", format!("{wire}, a hash has 32")).into()),
+    }
+}
+
 #[tonic::async_trait]
 impl RestoreService for Restore {
     async fn open_snapshot(
@@ -264,9 +276,13 @@ impl RestoreService for Restore {
             pb::HashLevel::Block => block_count(content.size_bytes()),
             pb::HashLevel::Unspecified => return Err(WireError::Missing { field: "level" }.into()),
         };
-        let ranges = ranges(&request.ranges, total)?;
+        let asked = Asked {
+            level,
+            ranges: ranges(&request.ranges, total)?,
+            hash_bytes: hash_bytes(request.hash_bytes)?,
+        };
         let (answers, stream) = mpsc::channel(QUEUE);
-        tokio::task::spawn_blocking(move || send_hashes(&content, level, &ranges, &answers));
+        tokio::task::spawn_blocking(move || send_hashes(&content, &asked, &answers));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 

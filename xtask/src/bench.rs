@@ -22,6 +22,7 @@ mod limits;
 mod networks;
 mod peers;
 mod proxies;
+mod restores;
 mod sources;
 
 /// Arguments of `cargo xtask bench`.
@@ -54,6 +55,9 @@ pub struct Args {
     /// Networks: URLs that lead nowhere, packing on slow lines; needs root
     #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies", "store", "sources"])]
     networks: bool,
+    /// Restores only: whole and 1 % back, from one and two servers, beside a copy and, with --against, other programs
+    #[arg(long, conflicts_with_all = ["proxies", "store", "sources", "cache", "networks"])]
+    restore: bool,
     /// How clients pack blocks: auto, none, lz4 or zstd
     #[arg(long, default_value = "none")]
     encoding: String,
@@ -137,29 +141,37 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let images = images(&folder, args.size_mib)?;
     let work = tempfile::Builder::new().prefix("run-").tempdir_in(&folder)?;
-    let limits = limits::measure(&images, work.path())?;
-    let mut rows = limits.rows.clone();
-    for through_janus in [true, false] {
-        rows.extend(janus::measure(
-            &programs,
-            &images,
-            work.path(),
-            through_janus,
-            &args.encoding,
-            &limits,
-        )?);
-    }
+    let mut rows = match args.restore {
+        true => restores::measure(&programs, &images, work.path(), &args.encoding)?,
+        false => both_ways(&programs, &images, work.path(), &args.encoding)?,
+    };
     for peer in &args.against {
         rows.extend(peers::measure(*peer, &images, work.path())?);
     }
     print(&images, &rows);
-    let json = args.json.clone().unwrap_or_else(|| folder.join("bench.json"));
+    let name = if args.restore { "restores.json" } else { "bench.json" };
+    let json = args.json.clone().unwrap_or_else(|| folder.join(name));
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let report = serde_json::json!({"disk_bytes": images.bytes, "cores": cores, "encoding": args.encoding, "rows": rows});
     fs::write(&json, serde_json::to_vec_pretty(&report)?)
         .with_context(|| format!("write {}", json.display()))?;
     println!("\nfigures: {}", json.display());
     Ok(())
+}
+
+/// Through janus and straight to the server, beside what the machine can do.
+fn both_ways(
+    programs: &Programs,
+    images: &Images,
+    work: &Path,
+    encoding: &str,
+) -> Result<Vec<Row>> {
+    let limits = limits::measure(images, work)?;
+    let mut rows = limits.rows.clone();
+    for through_janus in [true, false] {
+        rows.extend(janus::measure(programs, images, work, through_janus, encoding, &limits)?);
+    }
+    Ok(rows)
 }
 
 /// Restores through a long chain, then `server/examples/bench_store.rs`: it needs no other process.

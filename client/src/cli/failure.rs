@@ -14,7 +14,7 @@ use crate::{
     dry_run::DryRunError,
     frozen::SnapshotError,
     link::{LinkError, Remedy, reason_name},
-    restore::{Lost, RestoreError},
+    restore::{Lost, RestoreError, TargetError},
     scan::ScanError,
     snapshot::{ReadError, SelectError},
     source::SourceError,
@@ -83,20 +83,22 @@ impl Failure {
 
 impl From<LinkError> for Failure {
     fn from(error: LinkError) -> Self {
-        use ErrorReason as R;
-        let reason = error.reason();
-        let exit_code = match (&error, reason) {
-            (LinkError::Unreachable(_), _) => NO_SERVER,
-            (_, Some(R::NoServerReady | R::ServerUnreachable | R::Draining | R::WrongServer)) => {
-                NO_SERVER
-            }
-            (_, Some(R::SnapshotUnknown | R::MachineUnknown)) => NOT_FOUND,
-            (_, Some(R::LeaseHeld)) => BUSY,
-            // The connection broke, and no other URL took its place.
-            (_, None) if error.remedy() == Remedy::Reconnect => NO_SERVER,
-            _ => FAILED,
-        };
-        Self { reason, ..Self::new(exit_code, error) }
+        Self { reason: error.reason(), ..Self::new(code_of(&error), error) }
+    }
+}
+
+fn code_of(error: &LinkError) -> u8 {
+    use ErrorReason as R;
+    match (error, error.reason()) {
+        (LinkError::Unreachable(_), _) => NO_SERVER,
+        (_, Some(R::NoServerReady | R::ServerUnreachable | R::Draining | R::WrongServer)) => {
+            NO_SERVER
+        }
+        (_, Some(R::SnapshotUnknown | R::MachineUnknown)) => NOT_FOUND,
+        (_, Some(R::LeaseHeld)) => BUSY,
+        // The connection broke, and no other URL took its place.
+        (_, None) if error.remedy() == Remedy::Reconnect => NO_SERVER,
+        _ => FAILED,
     }
 }
 
@@ -162,6 +164,12 @@ impl From<RestoreError> for Failure {
                 lost: Some(lost.clone()),
                 ..Self::new(FAILED, &error)
             },
+            RestoreError::Missing { ref source, ref missing, .. } => Self {
+                reason: source.reason(),
+                lost: Some(missing.clone()),
+                ..Self::new(code_of(source), &error)
+            },
+            RestoreError::Target(TargetError::Busy { .. }) => Self::new(BUSY, error),
             error => Self::new(FAILED, error),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::{ops::Range, path::PathBuf};
 
-use clap::ArgMatches;
+use clap::{Arg, ArgAction, ArgMatches};
 use janus_proto::{
     pb::Consistency,
     show::{amount, date},
@@ -13,8 +13,20 @@ use super::{Context, Failure, Outcome, chosen::selection};
 use crate::{
     catalog::consistency_name,
     progress::{self, Doing, Progress},
-    restore::{Lost, Restore},
+    restore::{Lost, Restore, RestoreReport},
 };
+
+/// Arguments about how it is done.
+pub(super) fn arguments() -> [Arg; 3] {
+    let flag = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
+    [
+        flag("in-place").requires("force").help(
+            "Overwrite the file itself instead of a copy: needs no space, but until it is done the file is neither old nor new",
+        ),
+        flag("full").help("Fetch all of it, without reading what is there"),
+        flag("verify").help("Read all of it back in the end and compare it once more"),
+    ]
+}
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let text = |name: &str| matches.get_one::<String>(name).cloned().unwrap_or_default();
@@ -28,6 +40,9 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         wanted,
         to: to.clone(),
         force: matches.get_flag("force"),
+        in_place: matches.get_flag("in-place"),
+        full: matches.get_flag("full"),
+        verify: matches.get_flag("verify"),
         partial: matches.get_one::<String>("partial").map(PathBuf::from),
         packing: settings.encoding()?,
         threads: settings.threads(),
@@ -47,8 +62,13 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         "to": to,
         "size_bytes": snapshot.size_bytes,
         "consistency": consistency_name(snapshot.consistency()),
+        "resumed": report.resumed,
+        "read_bytes": report.read_bytes,
         "fetched_bytes": report.fetched_bytes,
+        "sources": sources_json(&report),
         "written_bytes": report.written_bytes,
+        "verified_bytes": report.verified_bytes,
+        "read_back_bytes": report.read_back_bytes,
         "lost": lost_json(&report.lost),
         "seconds": report.seconds,
     });
@@ -67,16 +87,44 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         _ => "",
     };
     let text = format!(
-        "{lost}{smeared}restored {} of {} from {} to {}: {} of {} fetched, all checked, in {:.1} s\n",
+        "{lost}{smeared}restored {} of {} from {} to {} in {:.1} s\n{}\n",
         snapshot.disk_id,
         date(snapshot.committed_ms),
         snapshot.server_id,
         to.display(),
-        amount(report.fetched_bytes),
-        amount(snapshot.size_bytes),
         report.seconds,
+        figures(&report),
     );
     Ok(Outcome { json, text })
+}
+
+/// What was read, fetched, written and verified, in one line.
+fn figures(report: &RestoreReport) -> String {
+    let mut text = format!(
+        "read {} there, fetched {}",
+        amount(report.read_bytes),
+        amount(report.fetched_bytes)
+    );
+    if report.sources.len() > 1 {
+        let from = |(server, bytes): &(String, u64)| format!("{} from {server}", amount(*bytes));
+        let from: Vec<_> = report.sources.iter().map(from).collect();
+        text += &format!(" ({})", from.join(", "));
+    }
+    text += &format!(
+        ", wrote {}, verified {} of {}",
+        amount(report.written_bytes),
+        amount(report.verified_bytes),
+        amount(report.snapshot.size_bytes)
+    );
+    if report.read_back_bytes > 0 {
+        text += &format!(", read {} back", amount(report.read_back_bytes));
+    }
+    text
+}
+
+fn sources_json(report: &RestoreReport) -> Value {
+    let source = |(server, bytes): &(String, u64)| json!({ "server": server, "bytes": bytes });
+    report.sources.iter().map(source).collect()
 }
 
 /// Lost parts as `--json` prints them.

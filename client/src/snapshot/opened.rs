@@ -32,6 +32,10 @@ use crate::{
     ways::Ways,
 };
 
+mod once;
+
+pub use self::once::{Blocks, SegmentHashes};
+
 const READING: &str = "reading blocks";
 /// Longest silence of a stream that should be flowing.
 const SILENCE: Duration = Duration::from_secs(120);
@@ -238,7 +242,11 @@ impl Opened {
         }
     }
 
-    async fn digests_once(&self) -> Result<Vec<BlockHash>, LinkError> {
+    /// The same, tried once.
+    ///
+    /// # Errors
+    /// When the server can't be reached or refuses, or the answer isn't complete.
+    pub async fn digests_once(&self) -> Result<Vec<BlockHash>, LinkError> {
         let place = self.place().await?;
         let (of, size_bytes) = (Of::Handle(place.handle.clone()), self.snapshot.size_bytes);
         let read = reconcile::read_segment_digests(&place.link, &self.address, of, size_bytes);
@@ -391,6 +399,7 @@ async fn keep_open(link: Link, address: Address, handle: String, lease: Duration
             level: HashLevel::Segment.into(),
             ranges: vec![BlockRange { first_block: 0, block_count: 1 }],
             of: Some(Of::Handle(handle.clone())),
+            hash_bytes: 0,
         };
         let request = address.request(message, Some(QUICK));
         if let Ok(answers) = link.restore().read_hashes(request).await {

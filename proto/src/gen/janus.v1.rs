@@ -40,9 +40,12 @@ pub struct HashBatch {
     /// Number of the first segment or block.
     #[prost(uint64, tag = "1")]
     pub first: u64,
-    /// 32 bytes each.
+    /// `hash_bytes` each.
     #[prost(bytes = "bytes", tag = "2")]
     pub hashes: ::prost::bytes::Bytes,
+    /// Bytes of each hash, from its start. 0: 32.
+    #[prost(uint32, tag = "3")]
+    pub hash_bytes: u32,
 }
 /// The newest snapshot of a disk on one server.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1207,6 +1210,10 @@ pub struct ReadHashesRequest {
     /// Ranges of segments or blocks by `level`, ascending; empty: all. At most 4096.
     #[prost(message, repeated, tag = "4")]
     pub ranges: ::prost::alloc::vec::Vec<BlockRange>,
+    /// Bytes wanted of each hash, from its start: a few are enough to look for what differs, where something else tells in
+    /// the end whether all was found. 0: all 32. More than 32: INVALID_FIELD. Older servers send all 32; the answer says.
+    #[prost(uint32, tag = "5")]
+    pub hash_bytes: u32,
     /// Exactly one of both.
     #[prost(oneof = "read_hashes_request::Of", tags = "1, 2")]
     pub of: ::core::option::Option<read_hashes_request::Of>,

@@ -71,10 +71,9 @@ struct Message<'a> {
 
 impl Message<'_> {
     fn send_ranges(&mut self, ranges: &[Range<u64>]) -> Result<(), Option<Status>> {
-        let digests = self.opened.tables.segment_digests().map_err(|e| failed(e.into()))?;
         let (opened, size) = (self.opened, self.size_bytes());
-        let is_zero =
-            |segment| digests.get(segment as usize) == Some(&zero_segment_of(size, segment));
+        // Looked up one by one: requests for a few blocks of a large disk are many.
+        let is_zero = |segment| opened.tables.digest(segment) == zero_segment_of(size, segment);
         let mut parts = ranges.iter().cloned().flat_map(by_segment).peekable();
         while let Some(part) = parts.next() {
             let segment = part.start / SEGMENT_BLOCKS;

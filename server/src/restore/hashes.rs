@@ -21,16 +21,23 @@ pub(super) fn send<T>(answers: &Answers<T>, answer: T) -> Result<(), Gone> {
     answers.blocking_send(Ok(answer)).map_err(|_| Gone)
 }
 
+/// What is asked for.
+pub(super) struct Asked {
+    pub(super) level: pb::HashLevel,
+    pub(super) ranges: Vec<Range<u64>>,
+    /// Bytes of each hash, 1 to 32.
+    pub(super) hash_bytes: usize,
+}
+
 /// Sends the hashes of the ranges at one level.
 pub(super) fn send_hashes(
     content: &Content,
-    level: pb::HashLevel,
-    ranges: &[Range<u64>],
+    asked: &Asked,
     answers: &Answers<pb::ReadHashesResponse>,
 ) {
-    let sent = match level {
-        pb::HashLevel::Segment => send_segment_digests(content, ranges, answers),
-        _ => send_block_hashes(content, ranges, answers),
+    let sent = match asked.level {
+        pb::HashLevel::Segment => send_segment_digests(content, asked, answers),
+        _ => send_block_hashes(content, asked, answers),
     };
     if let Err(Some(error)) = sent {
         let _ = answers.blocking_send(Err(error));
@@ -39,17 +46,17 @@ pub(super) fn send_hashes(
 
 fn send_segment_digests(
     content: &Content,
-    ranges: &[Range<u64>],
+    asked: &Asked,
     answers: &Answers<pb::ReadHashesResponse>,
 ) -> Result<(), Option<Status>> {
     let digests = content.segment_digests().map_err(|e| Some(e.into()))?;
-    for range in ranges {
+    for range in &asked.ranges {
         let wanted = digests
             .get(range.start as usize..range.end as usize)
             .ok_or_else(|| Some(too_short()))?;
         for (index, piece) in wanted.chunks(MAX_HASHES).enumerate() {
             let first = range.start + (index * MAX_HASHES) as u64;
-            send(answers, hashes(first, piece)).map_err(|Gone| None)?;
+            send(answers, asked.hashes(first, piece)).map_err(|Gone| None)?;
         }
     }
     Ok(())
@@ -57,10 +64,10 @@ fn send_segment_digests(
 
 fn send_block_hashes(
     content: &Content,
-    ranges: &[Range<u64>],
+    asked: &Asked,
     answers: &Answers<pb::ReadHashesResponse>,
 ) -> Result<(), Option<Status>> {
-    for range in ranges {
+    for range in &asked.ranges {
         let mut waiting: Vec<BlockHash> = Vec::new();
         let mut first = range.start;
         for part in by_segment(range.clone()) {
@@ -71,21 +78,29 @@ fn send_block_hashes(
                 all.get(inside).and_then(|all| all.get(..(part.end - part.start) as usize));
             waiting.extend_from_slice(wanted.ok_or_else(|| Some(too_short()))?);
             if waiting.len() + SEGMENT_BLOCKS as usize > MAX_HASHES {
-                send(answers, hashes(first, &waiting)).map_err(|Gone| None)?;
+                send(answers, asked.hashes(first, &waiting)).map_err(|Gone| None)?;
                 first = part.end;
                 waiting.clear();
             }
         }
         if !waiting.is_empty() {
-            send(answers, hashes(first, &waiting)).map_err(|Gone| None)?;
+            send(answers, asked.hashes(first, &waiting)).map_err(|Gone| None)?;
         }
     }
     Ok(())
 }
 
-fn hashes(first: u64, piece: &[BlockHash]) -> pb::ReadHashesResponse {
-    let hashes: Vec<u8> = piece.iter().flat_map(|hash| hash.0).collect();
-    pb::ReadHashesResponse { batch: Some(pb::HashBatch { first, hashes: hashes.into() }) }
+impl Asked {
+    fn hashes(&self, first: u64, piece: &[BlockHash]) -> pb::ReadHashesResponse {
+        let mut hashes = Vec::with_capacity(piece.len() * self.hash_bytes);
+        for hash in piece {
+            hashes.extend_from_slice(&hash.0[..self.hash_bytes]);
+        }
+        let is_whole = self.hash_bytes == BlockHash::LEN;
+        let hash_bytes = if is_whole { 0 } else { self.hash_bytes as u32 };
+        let batch = pb::HashBatch { first, hashes: hashes.into(), hash_bytes };
+        pb::ReadHashesResponse { batch: Some(batch) }
+    }
 }
 
 /// A range of blocks in parts that each lie within one segment.

@@ -148,14 +148,33 @@ pub struct Restore {
     pub to: String,
     /// Size of the disk.
     pub size_bytes: u64,
+    /// It went on from what an earlier one had left.
+    pub resumed: bool,
+    /// Bytes read of the target.
+    pub read_bytes: u64,
     /// Bytes that travelled.
     pub fetched_bytes: u64,
+    /// How much of it from which server.
+    pub sources: Vec<Delivered>,
     /// Bytes that were written.
     pub written_bytes: u64,
+    /// Bytes that have the snapshot's digests.
+    pub verified_bytes: u64,
+    /// Bytes read again in the end.
+    pub read_back_bytes: u64,
     /// What is lost, and zeros now.
     pub lost: Vec<Lost>,
     /// Wall time.
     pub seconds: f64,
+}
+
+/// What a server delivered of a restore.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Delivered {
+    /// Its name.
+    pub server: String,
+    /// Bytes that travelled.
+    pub bytes: u64,
 }
 
 /// A machine with damaged snapshots.

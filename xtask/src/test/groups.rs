@@ -56,6 +56,7 @@ const PLACED: &[(&str, &str)] = &[
     ("ntfs", "sources"),
     ("reading", "sources"),
     ("resilience", "client"),
+    ("restores", "restore"),
     ("schedule", "client"),
     ("simulation", "janus"),
     ("thinning_kills", "restore"),
