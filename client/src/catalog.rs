@@ -53,7 +53,7 @@ pub async fn list(ways: &Ways, query: &Query) -> Result<Listing, LinkError> {
 }
 
 /// A snapshot.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Found {
     /// Place in the URLs of who reaches it, as far as is known.
     pub at: usize,

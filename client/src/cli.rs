@@ -1,5 +1,6 @@
 //! Commands of `janus-client`: arguments, output, exit codes. One file per command.
 
+mod adopt;
 mod backup;
 mod cache;
 mod chosen;
@@ -145,13 +146,6 @@ pub fn command() -> Command {
                 .about("Bring a disk back as a file or onto a device")
                 .args(chosen::arguments())
                 .arg(
-                    Arg::new("to")
-                        .long("to")
-                        .required(true)
-                        .value_name("PATH")
-                        .help("File to make, or block device"),
-                )
-                .arg(
                     Arg::new("force")
                         .long("force")
                         .action(ArgAction::SetTrue)
@@ -187,6 +181,9 @@ pub fn command() -> Command {
                         .help("For forget: only what this server has"),
                 ),
         ))
+        .subcommand(with_flags(Command::new("adopt").about(
+            "Go on with the chains of this machine, after it was restored or set up anew",
+        )))
         .subcommand(with_flags(
             Command::new("sources").about("List disks, their volumes, and how each can be backed up"),
         ))
@@ -281,10 +278,11 @@ pub struct Outcome {
 pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     trace::note("command", name);
     match &context.identity.principal().role {
-        Role::Client(machine) => trace::note("machine", machine),
+        Role::Client(machine) | Role::Restore(machine) => trace::note("machine", machine),
         other => trace::note("caller", other),
     }
     match name {
+        "adopt" => adopt::run(matches, context).await,
         "backup" => backup::run(matches, context).await,
         "cache" => cache::rebuild(matches, context).await,
         "list" => list::run(matches, context).await,

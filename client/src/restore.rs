@@ -4,6 +4,8 @@
 //! are the snapshot's. Killed at any moment, the same command goes on with what it left (`target.rs`).
 
 use std::{
+    fs::OpenOptions,
+    ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -12,9 +14,10 @@ use std::{
 use janus_proto::{
     error::WireError,
     hash::table_digest,
-    ids::{BlockHash, MAX_DISK_BYTES},
+    ids::{BlockHash, MAX_DISK_BYTES, SEGMENT_BYTES},
     pb::Snapshot,
 };
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -22,17 +25,21 @@ use crate::{
     link::Direct,
     packing::Wish,
     progress::Progress,
-    snapshot::{Opened, Selection, opened::Reach},
+    snapshot::{Opened, Selection, SnapshotMedium, opened::Reach},
     ways::Ways,
 };
 
 mod counts;
 mod error;
+mod fit;
+mod format;
+mod image_file;
 mod intake;
 mod lost;
 mod neighbours;
 mod packing;
 mod part;
+mod place;
 mod queue;
 mod serve;
 mod source;
@@ -45,7 +52,10 @@ mod writers;
 
 pub use self::{
     error::{DamageError, RestoreError},
+    fit::FitError,
+    format::{FORMATS, TargetFormat},
     lost::Lost,
+    place::{Place, PlaceError},
     target::TargetError,
 };
 
@@ -67,8 +77,12 @@ pub struct Restore {
     pub ways: Ways,
     /// What to restore.
     pub wanted: Selection,
+    /// Only this volume of the disk.
+    pub volume: Option<u32>,
     /// File or block device.
     pub to: PathBuf,
+    /// As what a file is written.
+    pub format: TargetFormat,
     /// Replace a file, overwrite a device.
     pub force: bool,
     /// Overwrite a file where it stands instead of making a new one beside it.
@@ -98,6 +112,8 @@ pub struct Restore {
 pub struct RestoreReport {
     /// From this snapshot.
     pub snapshot: Snapshot,
+    /// What of it, and as what.
+    pub place: Place,
     /// It went on from what an earlier restore had left.
     pub resumed: bool,
     /// Read of the target, or of the file that it replaces.
@@ -136,9 +152,9 @@ impl Restore {
         let began = Instant::now();
         self.check_map()?;
         check_size(&found.snapshot)?;
-        let target = self.open_target(&found.snapshot).await?;
-        let target = Arc::new(target);
-        let done = self.restore_to(&target, found, began).await;
+        let place = self.place(&found).await?;
+        let target = Arc::new(self.open_target(&place, &found.snapshot).await?);
+        let done = self.restore_to(&target, place, found, began).await;
         if done.as_ref().is_err_and(RestoreError::is_full) {
             target.discard();
         }
@@ -154,11 +170,14 @@ impl Restore {
     async fn restore_to(
         &self,
         target: &Arc<Target>,
+        place: Place,
         found: Found,
         began: Instant,
     ) -> Result<RestoreReport, RestoreError> {
         let snapshot = found.snapshot.clone();
-        self.progress.set_total(snapshot.size_bytes);
+        let (segments, size_bytes) = (place.segments(), snapshot.size_bytes);
+        let end = (segments.end * SEGMENT_BYTES).min(size_bytes);
+        self.progress.set_total(end - segments.start * SEGMENT_BYTES);
         let counts = Arc::new(Counts::new(self.progress.clone()));
         let holder = Opened::new(self.reach(), found)?;
         let sources = tokio::select! {
@@ -167,8 +186,8 @@ impl Restore {
             sources = self.sources(holder) => sources?,
         };
         let (sources, digests) = sources;
-        let work = self.work(target, &counts, sources, &digests);
-        let survey = Survey::new(target, &digests, snapshot.size_bytes, &counts);
+        let work = self.work(target, &counts, sources, segments.clone(), &digests);
+        let survey = Survey::new(target, &digests, size_bytes, segments, &counts);
         let mut survey = survey.start(self.threads);
         let worked = tokio::select! {
             biased;
@@ -183,16 +202,15 @@ impl Restore {
         surveyed?;
         worked?;
         let lost = work::merged(lost);
-        let missing = Lost::new(&lost, snapshot.size_bytes);
-        self.conclude(&snapshot, &sources, &missing)?;
-        self.verify(target, &digests, lost, &counts).await?;
-        let publishing = target.clone();
-        let done = tokio::task::spawn_blocking(move || publishing.publish()).await;
-        done.map_err(|_| RestoreError::Interrupted)??;
+        let missing = Lost::new(&lost, size_bytes).within(&place.window);
+        self.conclude(&snapshot, &sources, &missing, place.bytes())?;
+        self.verify(target, size_bytes, &digests, lost, &counts).await?;
+        self.publish(target, &place).await?;
         let [read_bytes, fetched_bytes, written_bytes, verified_bytes, read_back_bytes] =
             counts.all();
         Ok(RestoreReport {
             snapshot,
+            place,
             resumed: target.is_resumed(),
             read_bytes,
             fetched_bytes,
@@ -210,6 +228,7 @@ impl Restore {
         target: &Arc<Target>,
         counts: &Arc<Counts>,
         sources: Vec<Source>,
+        segments: Range<u64>,
         digests: &Arc<[BlockHash]>,
     ) -> Work {
         // Where the target has data, whole hashes of all that differs would be more than what has changed.
@@ -219,6 +238,7 @@ impl Restore {
         };
         Work {
             size_bytes: sources.first().map_or(0, Source::size_bytes),
+            segments,
             table: Table::new(digests.clone(), hash_bytes),
             queue: Queue::new(sources.len()),
             writers: Writers::start(self.threads, target),
@@ -273,11 +293,54 @@ impl Restore {
         }
     }
 
-    async fn open_target(&self, snapshot: &Snapshot) -> Result<Target, RestoreError> {
+    /// What goes onto the target. The disk's partition table is read only where that depends on it.
+    async fn place(&self, found: &Found) -> Result<Place, RestoreError> {
+        let Snapshot { size_bytes, logical_sector_bytes, .. } = found.snapshot;
+        let (to, volume, format) = (self.to.clone(), self.volume, self.format);
+        let measuring = tokio::task::spawn_blocking(move || place::device_bytes(&to));
+        let device_bytes = measuring.await.map_err(|_| RestoreError::Interrupted)?;
+        if volume.is_none() && device_bytes.is_none_or(|bytes| bytes == size_bytes) {
+            return Ok(Place::whole(size_bytes, logical_sector_bytes, format));
+        }
+        let opened = Opened::new(self.reach(), found.clone())?;
+        let disk = SnapshotMedium::new(opened, self.packing, 0, Handle::current());
+        let reading = disk.clone();
+        let planning = tokio::task::spawn_blocking(move || {
+            place::plan(&reading, volume, device_bytes, format)
+        });
+        let place = planning.await.map_err(|_| RestoreError::Interrupted)?;
+        disk.close().await;
+        Ok(place?)
+    }
+
+    async fn open_target(
+        &self,
+        place: &Place,
+        snapshot: &Snapshot,
+    ) -> Result<Target, RestoreError> {
         let wish = target::Wish { force: self.force, in_place: self.in_place, full: self.full };
-        let (to, size, id) = (self.to.clone(), snapshot.size_bytes, snapshot.snapshot_id.clone());
-        let opening = tokio::task::spawn_blocking(move || Target::open(&to, size, &id, wish));
+        let (to, place) = (self.to.clone(), place.clone());
+        // A part is not the beginning of the whole.
+        let id = match self.volume {
+            Some(number) => format!("{}-{number}", snapshot.snapshot_id),
+            None => snapshot.snapshot_id.clone(),
+        };
+        let opening = tokio::task::spawn_blocking(move || Target::open(&to, &place, &id, wish));
         Ok(opening.await.map_err(|_| RestoreError::Interrupted)??)
+    }
+
+    /// Completes the target.
+    async fn publish(&self, target: &Arc<Target>, place: &Place) -> Result<(), RestoreError> {
+        let (publishing, table, to) = (target.clone(), place.table, self.to.clone());
+        let done = tokio::task::spawn_blocking(move || {
+            publishing.publish()?;
+            let Some(table) = table else { return Ok(()) };
+            let opened = OpenOptions::new().read(true).write(true).open(to);
+            let moved =
+                opened.map_err(FitError::Io).and_then(|mut file| table.move_to_end(&mut file));
+            Ok(moved.map_err(PlaceError::from)?)
+        });
+        done.await.map_err(|_| RestoreError::Interrupted)?
     }
 
     /// Says what is lost, where that is an error, or writes the map of it.
@@ -286,6 +349,7 @@ impl Restore {
         snapshot: &Snapshot,
         sources: &[Source],
         lost: &Lost,
+        size_bytes: u64,
     ) -> Result<(), RestoreError> {
         if lost.is_empty() {
             return Ok(());
@@ -293,10 +357,10 @@ impl Restore {
         let server = snapshot.server_id.clone();
         if let Some(path) = self.partial.clone() {
             tracing::warn!(server, snapshot = %snapshot.snapshot_id, bytes = lost.said(), "lost: zeros take their place");
-            let written = lost.write_map(&path, snapshot.size_bytes);
+            let written = lost.write_map(&path, size_bytes);
             return written.map_err(|source| RestoreError::Map { path, source });
         }
-        let (missing, size_bytes) = (lost.clone(), snapshot.size_bytes);
+        let missing = lost.clone();
         Err(match sources.first().and_then(Source::take_failure) {
             Some(Failure::Link(source)) => {
                 let percent = missing.bytes() as f64 * 100.0 / size_bytes.max(1) as f64;
@@ -310,14 +374,15 @@ impl Restore {
     async fn verify(
         &self,
         target: &Arc<Target>,
+        size_bytes: u64,
         digests: &Arc<[BlockHash]>,
-        lost: Vec<std::ops::Range<u64>>,
+        lost: Vec<Range<u64>>,
         counts: &Arc<Counts>,
     ) -> Result<(), RestoreError> {
         if !self.verify {
             return Ok(());
         }
-        let read_back = verify::read_back(target, digests, lost, counts, self.threads);
+        let read_back = verify::read_back(target, size_bytes, digests, lost, counts, self.threads);
         let differs = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(RestoreError::Interrupted),

@@ -1,4 +1,4 @@
-//! `cargo xtask dist`: Debian packages of client, server and janus, in `target/dist`.
+//! `cargo xtask dist`: Debian packages of client, server and janus, in `target/dist`; with `--static` the client as one file.
 //!
 //! A package is a staged folder that `dpkg-deb` packs. What is in it comes from the built programs (binary, man pages,
 //! completions, the client's units) and from `packaging/debian`. Times are those of the commit, so that the same tree gives
@@ -17,6 +17,7 @@ use crate::{
     site::{Profile, Programs, target, workspace},
 };
 
+mod alone;
 mod control;
 pub mod root;
 mod stage;
@@ -34,6 +35,9 @@ pub struct Args {
     /// Pack debug builds, fast: for tests
     #[arg(long)]
     debug: bool,
+    /// Make the client as one file without libraries instead, for live systems
+    #[arg(long, name = "static", conflicts_with = "debug")]
+    alone: bool,
     /// Folder for the packages; default: target/dist
     #[arg(long)]
     out: Option<PathBuf>,
@@ -117,10 +121,16 @@ pub struct Plan {
 /// # Errors
 /// When a build or a program fails.
 pub fn run(args: &Args) -> Result<()> {
+    let out = args.out.clone().unwrap_or_else(|| target().join("dist"));
+    if args.alone {
+        packages::require(TOOLS)?;
+        println!("{}", alone::build(&out, &args.suffix)?.display());
+        return Ok(());
+    }
     let profile = if args.debug { Profile::Dev } else { Profile::Release };
     let plan = Plan {
         programs: Programs::build(profile)?,
-        out: args.out.clone().unwrap_or_else(|| target().join("dist")),
+        out,
         suffix: args.suffix.clone(),
         small: !args.debug,
     };

@@ -12,9 +12,10 @@ use serde_json::json;
 use super::{Context, Failure, Outcome, opening};
 use crate::{
     cache::{self, CacheError, DiskCache, FreshReason, Summary},
-    catalog::{self, Query},
+    catalog::{self, Listing, Query},
     config::Settings,
     frozen::Snapshots,
+    link::Link,
     relearn::{self, Learnt},
     source::Source,
     state::MachineState,
@@ -198,17 +199,7 @@ pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<O
     let link = ways.connect().await?;
     let (mut text, mut answers, mut is_bad) = (String::new(), Vec::new(), false);
     for (disk, size) in disks {
-        let folder = settings.cache_path.clone();
-        let opening = tokio::task::spawn_blocking({
-            let disk = disk.clone();
-            move || {
-                let cache = DiskCache::open(&folder, &disk, size)?;
-                prove(&cache)?.ok();
-                Ok::<_, CacheError>(cache)
-            }
-        });
-        let cache = opening.await.map_err(Failure::failed)??;
-        let learnt = relearn::learn(&link, &cache, &disk, &listing).await;
+        let learnt = learn(settings, &link, &listing, &disk, size).await?;
         if learnt.is_empty() {
             let _ = writeln!(text, "{disk}: no server that answers has a snapshot of it");
         }
@@ -236,7 +227,25 @@ pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<O
     Ok(Outcome { json, text })
 }
 
-fn said(learnt: &Learnt) -> String {
+/// Fills the cache of one disk.
+pub(super) async fn learn(
+    settings: &Settings,
+    link: &Link,
+    listing: &Listing,
+    disk: &DiskId,
+    size: u64,
+) -> Result<Vec<Learnt>, Failure> {
+    let (folder, id) = (settings.cache_path.clone(), disk.clone());
+    let opening = tokio::task::spawn_blocking(move || {
+        let cache = DiskCache::open(&folder, &id, size)?;
+        prove(&cache)?.ok();
+        Ok::<_, CacheError>(cache)
+    });
+    let cache = opening.await.map_err(Failure::failed)??;
+    Ok(relearn::learn(link, &cache, disk, listing).await)
+}
+
+pub(super) fn said(learnt: &Learnt) -> String {
     match &learnt.outcome {
         Ok(_) => format!("knows snapshot {} on {}", learnt.snapshot, learnt.server),
         Err(reason) => format!("learnt nothing of {}: {reason}", learnt.server),
@@ -244,7 +253,10 @@ fn said(learnt: &Learnt) -> String {
 }
 
 /// The settings' disks with their sizes now.
-async fn disks(settings: &Settings, wanted: Option<DiskId>) -> Result<Vec<(DiskId, u64)>, Failure> {
+pub(super) async fn disks(
+    settings: &Settings,
+    wanted: Option<DiskId>,
+) -> Result<Vec<(DiskId, u64)>, Failure> {
     let specs = settings.disk_specs()?;
     // Nothing is read of them.
     let opening = tokio::task::spawn_blocking(move || {

@@ -11,15 +11,40 @@ use serde_json::{Value, json};
 
 use super::{Context, Failure, Outcome, chosen::selection};
 use crate::{
-    catalog::consistency_name,
+    catalog::{Found, consistency_name},
     progress::{self, Doing, Progress},
-    restore::{Lost, Restore, RestoreReport},
+    restore::{FORMATS, Lost, Restore, RestoreReport, TargetFormat},
+    snapshot::Selection,
+    ways::Ways,
 };
 
+mod map;
+
 /// Arguments about how it is done.
-pub(super) fn arguments() -> [Arg; 3] {
+pub(super) fn arguments() -> Vec<Arg> {
     let flag = |name: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue);
-    [
+    vec![
+        Arg::new("to")
+            .long("to")
+            .value_name("PATH")
+            .required_unless_present("map")
+            .help("File to make, or block device"),
+        Arg::new("map")
+            .long("map")
+            .value_name("DISK=PATH")
+            .action(ArgAction::Append)
+            .conflicts_with_all(["to", "volume", "partial"])
+            .help("Where a disk of a machine goes; once for each. What is lost is shown, and must be confirmed"),
+        flag("yes").requires("map").help("Don't ask"),
+        Arg::new("volume")
+            .long("volume")
+            .value_name("NUMBER")
+            .value_parser(clap::value_parser!(u32))
+            .help("Only this volume of the disk, as `ls` and `sources` number them"),
+        Arg::new("format")
+            .long("format")
+            .value_parser(FORMATS)
+            .help("As what a file is written; by default as its name ends, else raw"),
         flag("in-place").requires("force").help(
             "Overwrite the file itself instead of a copy: needs no space, but until it is done the file is neither old nor new",
         ),
@@ -31,15 +56,36 @@ pub(super) fn arguments() -> [Arg; 3] {
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let text = |name: &str| matches.get_one::<String>(name).cloned().unwrap_or_default();
     let wanted = selection(matches, &text("what"))?;
-    let settings = &context.settings;
+    let ways = context.ways_awake().await?;
+    if matches.contains_id("map") {
+        return map::run(matches, context, &wanted, &ways).await;
+    }
     let to = PathBuf::from(text("to"));
+    let found = wanted.find(&ways).await?;
+    one(matches, context, &ways, &wanted, found, to, matches.get_flag("force")).await
+}
+
+/// Restores one disk, or a part of it.
+async fn one(
+    matches: &ArgMatches,
+    context: &Context,
+    ways: &Ways,
+    wanted: &Selection,
+    found: Found,
+    to: PathBuf,
+    force: bool,
+) -> Result<Outcome, Failure> {
+    let settings = &context.settings;
     let progress = Progress::new(0);
     let display = progress::show(Doing::Restore, &progress, context.events);
+    let format = matches.get_one::<String>("format").and_then(|name| TargetFormat::named(name));
     let restore = Restore {
-        ways: context.ways_awake().await?,
-        wanted,
+        ways: ways.clone(),
+        wanted: wanted.clone(),
+        volume: matches.get_one("volume").copied(),
         to: to.clone(),
-        force: matches.get_flag("force"),
+        format: format.unwrap_or_else(|| TargetFormat::of_path(&to)),
+        force,
         in_place: matches.get_flag("in-place"),
         full: matches.get_flag("full"),
         verify: matches.get_flag("verify"),
@@ -51,7 +97,10 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         progress,
         stop: context.stop.clone(),
     };
-    let report = restore.run().await?;
+    if restore.verify && restore.format != TargetFormat::Raw {
+        return Err(Failure::usage("--verify reads raw disks back, not images: leave it out"));
+    }
+    let report = restore.run_found(found).await?;
     drop(display);
     let snapshot = &report.snapshot;
     let json = json!({
@@ -61,6 +110,9 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         "disk_id": snapshot.disk_id,
         "to": to,
         "size_bytes": snapshot.size_bytes,
+        "volume": restore.volume,
+        "bytes": report.place.bytes(),
+        "table_moved": report.place.table.is_some(),
         "consistency": consistency_name(snapshot.consistency()),
         "resumed": report.resumed,
         "read_bytes": report.read_bytes,
@@ -86,8 +138,13 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         }
         _ => "",
     };
+    let moved = match report.place.table {
+        Some(_) => "its backup GPT was moved to the end of the device\n",
+        None => "",
+    };
+    let volume = restore.volume.map(|number| format!("volume {number} of ")).unwrap_or_default();
     let text = format!(
-        "{lost}{smeared}restored {} of {} from {} to {} in {:.1} s\n{}\n",
+        "{lost}{smeared}restored {volume}{} of {} from {} to {} in {:.1} s\n{}\n{moved}",
         snapshot.disk_id,
         date(snapshot.committed_ms),
         snapshot.server_id,
@@ -113,8 +170,9 @@ fn figures(report: &RestoreReport) -> String {
     text += &format!(
         ", wrote {}, verified {} of {}",
         amount(report.written_bytes),
-        amount(report.verified_bytes),
-        amount(report.snapshot.size_bytes)
+        // Of blocks around a volume, too.
+        amount(report.verified_bytes.min(report.place.bytes())),
+        amount(report.place.bytes())
     );
     if report.read_back_bytes > 0 {
         text += &format!(", read {} back", amount(report.read_back_bytes));

@@ -4,7 +4,7 @@ use std::{io::ErrorKind, path::PathBuf};
 
 use janus_proto::{error::WireError, ids::BlockHash, show::amount};
 
-use super::{Lost, TargetError};
+use super::{Lost, TargetError, place::PlaceError};
 use crate::{
     link::LinkError,
     snapshot::{BadData, ReadError, SelectError},
@@ -22,6 +22,9 @@ pub enum RestoreError {
     /// The target can't be used or written.
     #[error(transparent)]
     Target(#[from] TargetError),
+    /// The part that was asked for isn't there, or doesn't fit.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     /// A block is not what was backed up.
     #[error(
         "server {server} sent wrong data: {source}; restore another snapshot, or the same from another server"

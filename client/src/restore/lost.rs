@@ -29,6 +29,16 @@ impl Lost {
         Self { ranges: blocks.iter().map(bytes).collect() }
     }
 
+    /// What is lost of a part of the disk, in bytes from its start.
+    pub(super) fn within(&self, window: &Range<u64>) -> Self {
+        let inside = |range: &Range<u64>| {
+            let start = range.start.max(window.start);
+            let end = range.end.min(window.end);
+            (start < end).then(|| start - window.start..end - window.start)
+        };
+        Self { ranges: self.ranges.iter().filter_map(inside).collect() }
+    }
+
     /// True when nothing is lost.
     pub fn is_empty(&self) -> bool {
         self.ranges.is_empty()

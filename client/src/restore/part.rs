@@ -118,6 +118,11 @@ impl Part {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn held_for_tests(&self, block: u64) -> BlockHash {
+        self.held(block)
+    }
+
     fn held(&self, block: u64) -> BlockHash {
         match &self.held {
             Held::Zeros => zero_hash(block_len(self.size_bytes, block)),

@@ -5,6 +5,7 @@
 
 use std::{
     io,
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -36,7 +37,9 @@ pub(super) struct Survey {
     wanted: Arc<[BlockHash]>,
     size_bytes: u64,
     counts: Arc<Counts>,
+    /// The next segment, and the one after the last.
     next: AtomicU64,
+    end: u64,
     /// Ends the threads early.
     stop: CancellationToken,
 }
@@ -52,6 +55,7 @@ impl Survey {
         target: &Arc<Target>,
         wanted: &Arc<[BlockHash]>,
         size_bytes: u64,
+        segments: Range<u64>,
         counts: &Arc<Counts>,
     ) -> Self {
         Self {
@@ -59,7 +63,8 @@ impl Survey {
             wanted: wanted.clone(),
             size_bytes,
             counts: counts.clone(),
-            next: AtomicU64::new(0),
+            next: AtomicU64::new(segments.start),
+            end: segments.end,
             stop: CancellationToken::new(),
         }
     }
@@ -82,15 +87,18 @@ impl Survey {
 
     fn work(&self, out: &mpsc::Sender<Part>) -> Result<(), TargetError> {
         let mut reader = match self.target.content() {
-            Content::Old => Some(Reader::new(self.target.medium()?, self.size_bytes)),
+            Content::Old => {
+                Some(Reader::new(self.target.medium()?, self.size_bytes, self.target.window()))
+            }
             Content::Zeros | Content::Unread => None,
         };
         let base = self.target.base()?;
-        let mut base = base.map(|base| Reader::new(base, self.size_bytes));
+        let window = || self.target.window();
+        let mut base = base.map(|base| Reader::new(base, self.size_bytes, window()));
         loop {
             let segment = self.next.fetch_add(1, Ordering::Relaxed);
             let Some(wanted) = self.wanted.get(segment as usize) else { return Ok(()) };
-            if self.stop.is_cancelled() || out.is_closed() {
+            if segment >= self.end || self.stop.is_cancelled() || out.is_closed() {
                 return Ok(());
             }
             let part = match &mut reader {
@@ -200,18 +208,20 @@ impl Found {
     }
 }
 
-/// Reads segments of a file that may be of another size than the disk: what it lacks counts as zeros.
+/// Reads segments of a file that may be of another size than its part of the disk: what it lacks counts as zeros.
 pub(super) struct Reader {
     medium: Box<dyn Medium>,
     size_bytes: u64,
+    /// The bytes of the disk that the file holds.
+    window: Range<u64>,
     stretch: Stretch,
     buffer: Buffer,
 }
 
 impl Reader {
-    pub(super) fn new(medium: Box<dyn Medium>, size_bytes: u64) -> Self {
+    pub(super) fn new(medium: Box<dyn Medium>, size_bytes: u64, window: Range<u64>) -> Self {
         let stretch = Stretch { end: 0, hole: false };
-        Self { medium, size_bytes, stretch, buffer: Buffer::take() }
+        Self { medium, size_bytes, window, stretch, buffer: Buffer::take() }
     }
 
     /// Hashes of a segment's blocks, `None` where all are zeros. What is read is handed on: first block, bytes, hashes.
@@ -222,42 +232,70 @@ impl Reader {
     ) -> Result<Option<Vec<BlockHash>>, TargetError> {
         let start = segment * SEGMENT_BYTES;
         let end = (start + SEGMENT_BYTES).min(self.size_bytes);
-        if self.is_hole(start, end) {
+        if self.inside(start..end) == (start..end) && self.is_hole(start, end) {
             return Ok(None);
         }
         let mut hashes = Vec::with_capacity(SEGMENT_BLOCKS as usize);
         let mut offset = start;
         while offset < end {
             let to = (offset + MAX_BATCH_BYTES as u64).min(end);
-            let (first, old) = (offset / BLOCK_BYTES, hashes.len());
-            let len = (to - offset) as usize;
-            if self.is_hole(offset, to) {
-                let blocks = first..block_count(to);
-                hashes.extend(blocks.map(|block| zero_hash(block_len(self.size_bytes, block))));
-            } else if let Err(error) = self.fill(offset, len) {
-                // What can't be read may well be written.
-                tracing::warn!(offset, %error, "the target can't be read here; it is written anew");
-                hashes.extend((first..block_count(to)).map(|_| unread()));
-            } else {
-                let data = self.buffer.get(..len).unwrap_or_default();
-                hash_blocks(data, &mut hashes);
-                take(first, data, hashes.get(old..).unwrap_or_default())?;
-            }
+            let inside = self.inside(offset..to);
+            hashes.extend((offset / BLOCK_BYTES..inside.start / BLOCK_BYTES).map(|_| unread()));
+            self.batch(inside.clone(), &mut hashes, &mut take)?;
+            hashes.extend((block_count(inside.end)..block_count(to)).map(|_| unread()));
             offset = to;
         }
         let is_zeros = segment_digest(&hashes) == zero_segment_of(self.size_bytes, segment);
         Ok((!is_zeros).then_some(hashes))
     }
 
+    /// The whole blocks of some bytes of the disk that the file holds.
+    fn inside(&self, bytes: Range<u64>) -> Range<u64> {
+        let start = bytes.start.max(self.window.start.next_multiple_of(BLOCK_BYTES));
+        let end = match self.window.end < bytes.end {
+            true => self.window.end - self.window.end % BLOCK_BYTES,
+            false => bytes.end,
+        };
+        let start = start.min(bytes.end);
+        start..end.max(start)
+    }
+
+    fn batch(
+        &mut self,
+        bytes: Range<u64>,
+        hashes: &mut Vec<BlockHash>,
+        take: &mut impl FnMut(u64, &[u8], &[BlockHash]) -> Result<(), TargetError>,
+    ) -> Result<(), TargetError> {
+        let Range { start: offset, end: to } = bytes;
+        let (first, old) = (offset / BLOCK_BYTES, hashes.len());
+        let len = (to - offset) as usize;
+        if len == 0 {
+        } else if self.is_hole(offset, to) {
+            let blocks = first..block_count(to);
+            hashes.extend(blocks.map(|block| zero_hash(block_len(self.size_bytes, block))));
+        } else if let Err(error) = self.fill(offset, len) {
+            // What can't be read may well be written.
+            tracing::warn!(offset, %error, "the target can't be read here; it is written anew");
+            hashes.extend((first..block_count(to)).map(|_| unread()));
+        } else {
+            let data = self.buffer.get(..len).unwrap_or_default();
+            hash_blocks(data, hashes);
+            take(first, data, hashes.get(old..).unwrap_or_default())?;
+        }
+        Ok(())
+    }
+
     fn fill(&mut self, offset: u64, len: usize) -> io::Result<()> {
+        let offset = offset - self.window.start;
         let has = self.medium.size_bytes().saturating_sub(offset).min(len as u64) as usize;
         let (there, missing) = self.buffer.split_at_mut(has);
         missing[..len - has].fill(0);
         self.medium.read_exact_at(there, offset)
     }
 
-    /// True when all of it is known to be zeros without reading.
+    /// True when all of it, which is inside, is known to be zeros without reading.
     fn is_hole(&mut self, start: u64, end: u64) -> bool {
+        let (start, end) = (start - self.window.start, end - self.window.start);
         let size = self.medium.size_bytes();
         if start >= size {
             return true;

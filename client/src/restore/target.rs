@@ -1,5 +1,6 @@
-//! Where a disk is restored to: a new file beside its final name, a file in place, or a block device.
+//! Where a disk, or a part of it, is restored to: a new file beside its final name, a file in place, or a block device.
 //!
+//! A target knows the disk's blocks by their numbers on the disk: what lies outside of its part is neither written nor read.
 //! A file that is replaced stays as it is until the new one is complete: what both have in common is copied here, not
 //! fetched. A restore that ends early, however it does, leaves what it has written (`partial.rs`); the next one to the same
 //! place goes on from there. Two restores to one place exclude each other.
@@ -7,12 +8,13 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
+    ops::Range,
     os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use janus_proto::{direct::DirectFile, ids::BLOCK_BYTES};
+use janus_proto::{direct::DirectFile, ids::BLOCK_BYTES, image::ImageError};
 use rustix::fs::{FallocateFlags, FlockOperation, RenameFlags};
 
 use crate::source::{
@@ -21,8 +23,10 @@ use crate::source::{
 };
 
 mod partial;
+mod qcow2;
 
 use self::partial::Partial;
+use super::{format::TargetFormat, image_file::ImageFile, place::Place};
 
 /// Why the target can't be written.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +55,25 @@ pub enum TargetError {
         /// Size of the disk.
         needs: u64,
     },
+    /// An image that can't be made.
+    #[error("{}: {source}", path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: ImageError,
+    },
+    /// `qemu-img` is missing, or failed.
+    #[error("{}: {reason}", path.display())]
+    Qcow2 {
+        /// The file.
+        path: PathBuf,
+        /// What it said, and the way out.
+        reason: String,
+    },
+    /// A device is no image file.
+    #[error("{}: is a block device; only files are written as images, so leave --format out", .0.display())]
+    DeviceFormat(PathBuf),
     /// Neither a file nor a device.
     #[error("{}: is neither a file nor a block device", .0.display())]
     Kind(PathBuf),
@@ -103,7 +126,8 @@ pub(super) struct Target {
     /// Where it is opened: the partial file, or the target itself.
     opened_at: PathBuf,
     file: DirectFile,
-    size_bytes: u64,
+    /// The bytes of the disk that it holds.
+    window: Range<u64>,
     kind: Kind,
     force: bool,
     content: Content,
@@ -117,34 +141,74 @@ enum Kind {
     Device,
     InPlace,
     New(Partial),
+    /// The same, of which another program makes a qcow2 in the end.
+    Qcow2(Partial),
+    Image(Partial, ImageFile),
 }
 
 impl Target {
     /// Opens `path` for a snapshot with this id.
     pub(super) fn open(
         path: &Path,
-        size_bytes: u64,
+        place: &Place,
         snapshot: &str,
         wish: Wish,
     ) -> Result<Self, TargetError> {
-        match fs::metadata(path) {
+        let is_raw = place.format == TargetFormat::Raw;
+        let replaces = match fs::metadata(path) {
             Ok(meta) if meta.file_type().is_block_device() => {
-                Self::device(path, meta.rdev(), size_bytes, wish)
+                return match is_raw {
+                    true => Self::device(path, meta.rdev(), place, wish),
+                    false => Err(TargetError::DeviceFormat(path.into())),
+                };
             }
-            Ok(meta) if !meta.is_file() => Err(TargetError::Kind(path.into())),
-            Ok(_) if !wish.force => Err(TargetError::Exists(path.into())),
-            Ok(_) if wish.in_place => Self::in_place(path, size_bytes, wish),
-            Ok(_) => Self::new_file(path, size_bytes, snapshot, wish, true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                Self::new_file(path, size_bytes, snapshot, wish, false)
+            Ok(meta) if !meta.is_file() => return Err(TargetError::Kind(path.into())),
+            Ok(_) if !wish.force => return Err(TargetError::Exists(path.into())),
+            Ok(_) if wish.in_place && is_raw => return Self::in_place(path, place, wish),
+            Ok(_) => true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(source) => return Err(io_error(path, "looked at", source)),
+        };
+        match place.format {
+            TargetFormat::Raw => Self::new_file(path, place, snapshot, wish, replaces),
+            TargetFormat::Qcow2 => {
+                qcow2::check(path)?;
+                // What is there is no raw disk: nothing of it is of use.
+                Self::new_file(path, place, snapshot, wish, false)
             }
-            Err(source) => Err(io_error(path, "looked at", source)),
+            TargetFormat::Image(_) => Self::image(path, place, snapshot, wish),
         }
+    }
+
+    /// A new VHDX or VHD. What an earlier restore left of it is of no use: only its end says what is where.
+    fn image(path: &Path, place: &Place, snapshot: &str, wish: Wish) -> Result<Self, TargetError> {
+        let (mut partial, lock) = Partial::open(path, snapshot)?;
+        partial.was_there = false;
+        lock.set_len(0).map_err(|source| io_error(path, "emptied", source))?;
+        let opened_at = partial.path.clone();
+        let image = match ImageFile::on(&opened_at, place) {
+            Ok(image) => image,
+            Err(source) => {
+                let _ = fs::remove_file(&opened_at);
+                return Err(TargetError::Image { path: path.into(), source });
+            }
+        };
+        Ok(Self {
+            path: path.into(),
+            file: DirectFile::for_writing(lock, &opened_at),
+            opened_at,
+            window: place.window.clone(),
+            kind: Kind::Image(partial, image),
+            force: wish.force,
+            content: Content::Zeros,
+            base: None,
+            is_changed: AtomicBool::new(false),
+        })
     }
 
     fn new_file(
         path: &Path,
-        size_bytes: u64,
+        place: &Place,
         snapshot: &str,
         wish: Wish,
         replaces: bool,
@@ -169,33 +233,36 @@ impl Target {
             (None, _) if partial.was_there => Content::Old,
             (None, _) => Content::Zeros,
         };
-        file.set_len(size_bytes)
+        file.set_len(place.bytes())
             .map_err(|source| io_error(path, "made as large as the disk", source))?;
         let opened_at = partial.path.clone();
         Ok(Self {
             path: path.into(),
             file: DirectFile::for_writing(file, &opened_at),
             opened_at,
-            size_bytes,
+            window: place.window.clone(),
             is_changed: AtomicBool::new(partial.was_there),
-            kind: Kind::New(partial),
+            kind: match place.format {
+                TargetFormat::Qcow2 => Kind::Qcow2(partial),
+                _ => Kind::New(partial),
+            },
             force: wish.force,
             content,
             base,
         })
     }
 
-    fn in_place(path: &Path, size_bytes: u64, wish: Wish) -> Result<Self, TargetError> {
+    fn in_place(path: &Path, place: &Place, wish: Wish) -> Result<Self, TargetError> {
         let file = OpenOptions::new().read(true).write(true).open(path);
         let file = file.map_err(|source| io_error(path, "opened for writing", source))?;
         partial::lock(&file, FlockOperation::NonBlockingLockExclusive, path, path)?;
         partial::look_around(path, None)?;
-        file.set_len(size_bytes)
+        file.set_len(place.bytes())
             .map_err(|source| io_error(path, "made as large as the disk", source))?;
-        Ok(Self::existing(path, file, size_bytes, Kind::InPlace, wish))
+        Ok(Self::existing(path, file, place, Kind::InPlace, wish))
     }
 
-    fn device(path: &Path, rdev: u64, size_bytes: u64, wish: Wish) -> Result<Self, TargetError> {
+    fn device(path: &Path, rdev: u64, place: &Place, wish: Wish) -> Result<Self, TargetError> {
         if !wish.force {
             return Err(TargetError::Device(path.into()));
         }
@@ -211,18 +278,18 @@ impl Target {
             .open(path)
             .map_err(|source| io_error(path, "opened for writing", source))?;
         let has = size_of(&file, true).map_err(|source| io_error(path, "measured", source))?;
-        if has < size_bytes {
-            return Err(TargetError::TooSmall { path: path.into(), has, needs: size_bytes });
+        if has < place.bytes() {
+            return Err(TargetError::TooSmall { path: path.into(), has, needs: place.bytes() });
         }
-        Ok(Self::existing(path, file, size_bytes, Kind::Device, wish))
+        Ok(Self::existing(path, file, place, Kind::Device, wish))
     }
 
-    fn existing(path: &Path, file: File, size_bytes: u64, kind: Kind, wish: Wish) -> Self {
+    fn existing(path: &Path, file: File, place: &Place, kind: Kind, wish: Wish) -> Self {
         Self {
             path: path.into(),
             opened_at: path.into(),
             file: DirectFile::for_writing(file, path),
-            size_bytes,
+            window: place.window.clone(),
             kind,
             force: wish.force,
             content: if wish.full { Content::Unread } else { Content::Old },
@@ -236,20 +303,28 @@ impl Target {
         self.content
     }
 
-    /// Size of the disk.
-    pub(super) fn size_bytes(&self) -> u64 {
-        self.size_bytes
+    /// The bytes of the disk that it holds.
+    pub(super) fn window(&self) -> Range<u64> {
+        self.window.clone()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.window.end - self.window.start
     }
 
     /// It goes on from what an earlier restore of the same snapshot left.
     pub(super) fn is_resumed(&self) -> bool {
-        matches!(&self.kind, Kind::New(partial) if partial.was_there)
+        matches!(&self.kind, Kind::New(partial) | Kind::Qcow2(partial) if partial.was_there)
     }
 
     /// Where the result is so far, if that isn't under the name that was asked for.
     pub(super) fn partial(&self) -> Option<&Path> {
         match &self.kind {
-            Kind::New(partial) if self.is_changed.load(Ordering::Relaxed) => Some(&partial.path),
+            Kind::New(partial) | Kind::Qcow2(partial)
+                if self.is_changed.load(Ordering::Relaxed) =>
+            {
+                Some(&partial.path)
+            }
             _ => None,
         }
     }
@@ -262,7 +337,7 @@ impl Target {
     /// To read what it holds.
     pub(super) fn medium(&self) -> Result<Box<dyn Medium>, TargetError> {
         let is_device = matches!(self.kind, Kind::Device);
-        medium(&self.opened_at, self.size_bytes, is_device)
+        medium(&self.opened_at, self.bytes(), is_device)
     }
 
     /// To read the file that is replaced: where this one holds zeros, that one's blocks may be what is wanted.
@@ -273,20 +348,36 @@ impl Target {
     }
 
     pub(super) fn write(&self, first_block: u64, data: &[u8]) -> Result<(), TargetError> {
+        let start = first_block * BLOCK_BYTES;
+        let Some(inside) = self.inside(start..start + data.len() as u64) else { return Ok(()) };
+        let data = &data[(inside.start - start) as usize..(inside.end - start) as usize];
+        let at = inside.start - self.window.start;
         self.is_changed.store(true, Ordering::Relaxed);
-        self.file
-            .write_all_at(data, first_block * BLOCK_BYTES)
-            .map_err(|source| io_error(&self.path, "written", source))
+        let written = match &self.kind {
+            Kind::Image(_, image) => image.write(at, data),
+            _ => self.file.write_all_at(data, at),
+        };
+        written.map_err(|source| io_error(&self.path, "written", source))
+    }
+
+    /// The part of some bytes of the disk that is here.
+    fn inside(&self, bytes: Range<u64>) -> Option<Range<u64>> {
+        let inside = bytes.start.max(self.window.start)..bytes.end.min(self.window.end);
+        (inside.start < inside.end).then_some(inside)
     }
 
     /// Makes blocks zero.
     pub(super) fn zero(&self, first_block: u64, block_count: u64) -> Result<(), TargetError> {
         let start = first_block * BLOCK_BYTES;
-        let len = (block_count * BLOCK_BYTES).min(self.size_bytes.saturating_sub(start));
-        if len == 0 {
+        let Some(inside) = self.inside(start..start + block_count * BLOCK_BYTES) else {
             return Ok(());
-        }
+        };
+        let (start, len) = (inside.start - self.window.start, inside.end - inside.start);
         self.is_changed.store(true, Ordering::Relaxed);
+        if let Kind::Image(_, image) = &self.kind {
+            let zeroed = image.zero(start, len);
+            return zeroed.map_err(|source| io_error(&self.path, "written", source));
+        }
         let how = match self.kind {
             Kind::Device => FallocateFlags::ZERO_RANGE,
             _ => FallocateFlags::PUNCH_HOLE,
@@ -323,33 +414,26 @@ impl Target {
     pub(super) fn publish(&self) -> Result<(), TargetError> {
         let failed = |source| io_error(&self.path, "completed", source);
         self.file.file().sync_all().map_err(failed)?;
-        let Kind::New(partial) = &self.kind else { return Ok(()) };
-        let named = if self.force {
-            fs::rename(&partial.path, &self.path)
-        } else {
-            let cwd = rustix::fs::CWD;
-            let renamed = rustix::fs::renameat_with(
-                cwd,
-                &partial.path,
-                cwd,
-                &self.path,
-                RenameFlags::NOREPLACE,
-            );
-            match renamed {
-                // Some network file systems have no such rename; a hard link refuses an existing name, too.
-                Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
-                    fs::hard_link(&partial.path, &self.path)
-                        .and_then(|()| fs::remove_file(&partial.path))
-                }
-                other => other.map_err(Into::into),
+        let partial = match &self.kind {
+            Kind::Device | Kind::InPlace => return Ok(()),
+            Kind::New(partial) => {
+                self.name(&partial.path)?;
+                partial
+            }
+            Kind::Image(partial, image) => {
+                let finished = image.finish();
+                finished
+                    .map_err(|source| TargetError::Image { path: self.path.clone(), source })?;
+                self.name(&partial.path)?;
+                partial
+            }
+            Kind::Qcow2(partial) => {
+                let made = qcow2::convert(&partial.path, &self.path)?;
+                self.name(&made).inspect_err(|_| drop(fs::remove_file(&made)))?;
+                fs::remove_file(&partial.path).map_err(failed)?;
+                partial
             }
         };
-        match named {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(TargetError::Exists(self.path.clone()));
-            }
-            named => named.map_err(failed)?,
-        }
         self.is_changed.store(false, Ordering::Relaxed);
         partial.remove_leftovers();
         let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
@@ -357,15 +441,40 @@ impl Target {
             .and_then(|folder| folder.sync_all())
             .map_err(failed)
     }
+
+    /// Gives a file the name that was asked for.
+    fn name(&self, file: &Path) -> Result<(), TargetError> {
+        let named = if self.force {
+            fs::rename(file, &self.path)
+        } else {
+            let cwd = rustix::fs::CWD;
+            match rustix::fs::renameat_with(cwd, file, cwd, &self.path, RenameFlags::NOREPLACE) {
+                // Some network file systems have no such rename; a hard link refuses an existing name, too.
+                Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+                    fs::hard_link(file, &self.path).and_then(|()| fs::remove_file(file))
+                }
+                other => other.map_err(Into::into),
+            }
+        };
+        named.map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => TargetError::Exists(self.path.clone()),
+            _ => io_error(&self.path, "completed", error),
+        })
+    }
 }
 
 impl Drop for Target {
-    /// A file in which nothing was written is of no use.
+    /// A file in which nothing was written is of no use, nor is an image that has no end.
     fn drop(&mut self) {
-        if let Kind::New(partial) = &self.kind
-            && !self.is_changed.load(Ordering::Relaxed)
-        {
-            let _ = fs::remove_file(&partial.path);
+        let is_changed = self.is_changed.load(Ordering::Relaxed);
+        match &self.kind {
+            Kind::New(partial) | Kind::Qcow2(partial) if !is_changed => {
+                let _ = fs::remove_file(&partial.path);
+            }
+            Kind::Image(partial, ..) => {
+                let _ = fs::remove_file(&partial.path);
+            }
+            _ => {}
         }
     }
 }

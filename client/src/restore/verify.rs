@@ -22,6 +22,8 @@ use super::{
 /// What all threads share.
 struct Check {
     target: Arc<Target>,
+    /// Segments that the target holds as a whole.
+    segments: Range<u64>,
     wanted: Arc<[BlockHash]>,
     size_bytes: u64,
     lost: Vec<Range<u64>>,
@@ -32,21 +34,27 @@ struct Check {
 }
 
 /// Reads all of a target back; the first byte of the first segment that is not what it should be. Segments with lost blocks
-/// are not compared.
+/// are not compared, nor are those of which the target has only a part: their blocks were, before they were written.
 pub(super) async fn read_back(
     target: &Arc<Target>,
+    size_bytes: u64,
     wanted: &Arc<[BlockHash]>,
     lost: Vec<Range<u64>>,
     counts: &Arc<Counts>,
     threads: usize,
 ) -> Result<Option<u64>, TargetError> {
+    let window = target.window();
+    let end = if window.end == size_bytes { u64::MAX } else { window.end / SEGMENT_BYTES };
+    let segments = window.start.div_ceil(SEGMENT_BYTES)..end;
+    let first = segments.start;
     let check = Arc::new(Check {
         target: target.clone(),
         wanted: wanted.clone(),
-        size_bytes: target.size_bytes(),
+        size_bytes,
+        segments,
         lost,
         counts: counts.clone(),
-        next: AtomicU64::new(0),
+        next: AtomicU64::new(first),
         differs: AtomicU64::new(u64::MAX),
     });
     let syncing = target.clone();
@@ -70,10 +78,13 @@ pub(super) async fn read_back(
 
 impl Check {
     fn work(&self) -> Result<(), TargetError> {
-        let mut reader = Reader::new(self.target.medium()?, self.size_bytes);
+        let mut reader = Reader::new(self.target.medium()?, self.size_bytes, self.target.window());
         loop {
             let segment = self.next.fetch_add(1, Ordering::Relaxed);
             let Some(wanted) = self.wanted.get(segment as usize) else { return Ok(()) };
+            if segment >= self.segments.end {
+                return Ok(());
+            }
             if self.has_lost(segment) {
                 continue;
             }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures::future::try_join_all;
-use janus_proto::ids::{BlockHash, SEGMENT_BLOCKS, block_len, segment_count};
+use janus_proto::ids::{BlockHash, SEGMENT_BLOCKS, block_len};
 use tokio::sync::mpsc;
 
 use super::{
@@ -33,6 +33,8 @@ const PIECES: u64 = 32;
 /// What all that work on a restore share.
 pub(super) struct Work {
     pub(super) size_bytes: u64,
+    /// Those that are restored.
+    pub(super) segments: Range<u64>,
     pub(super) table: Table,
     pub(super) queue: Queue,
     pub(super) writers: Writers,
@@ -134,7 +136,7 @@ impl Work {
             source.digest(*segment).is_some_and(|digest| wanted != Some(digest))
                 && wanted != Some(&zeros)
         };
-        let segments: Vec<u64> = (0..segment_count(self.size_bytes)).filter(differs).collect();
+        let segments: Vec<u64> = self.segments.clone().filter(differs).collect();
         if let Err(error) = self.table.learn(holder, &segments).await {
             tracing::debug!(?error, "hashes of the snapshot can't be had before they are needed");
         }
@@ -142,7 +144,7 @@ impl Work {
 
     /// Makes pieces of what is found.
     async fn feed(&self, parts: &mut mpsc::Receiver<Part>) -> Result<(), RestoreError> {
-        let segments = segment_count(self.size_bytes) / PIECES;
+        let segments = (self.segments.end - self.segments.start) / PIECES;
         let compared = segments.clamp(1, COMPARED);
         let share = compared / segments.clamp(1, WHOLE);
         let (mut gathered, mut weight) = (Vec::new(), 0);

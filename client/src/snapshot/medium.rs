@@ -94,6 +94,11 @@ impl SnapshotMedium {
         self.inner.opened.snapshot()
     }
 
+    /// Gives the handle back; without this it expires by itself.
+    pub async fn close(&self) {
+        self.inner.opened.close().await;
+    }
+
     /// Data received so far, as packed.
     pub fn fetched_bytes(&self) -> u64 {
         self.inner.opened.fetched_bytes()

@@ -93,7 +93,7 @@ pub(super) fn look_around(target: &Path, own: Option<&Path>) -> Result<Vec<PathB
         let name = entry.file_name().to_string_lossy().into_owned();
         let id = name.strip_prefix(&start).and_then(|rest| rest.strip_suffix(END));
         let path = target.with_file_name(&name);
-        if id.is_none_or(|id| uuid::Uuid::try_parse(id).is_err()) || Some(&*path) == own {
+        if !id.is_some_and(is_id) || Some(&*path) == own {
             continue;
         }
         let mut options = OpenOptions::new();
@@ -110,6 +110,14 @@ pub(super) fn look_around(target: &Path, own: Option<&Path>) -> Result<Vec<PathB
         leftovers.push(path);
     }
     Ok(leftovers)
+}
+
+/// A snapshot's id, or that of one of its volumes.
+fn is_id(text: &str) -> bool {
+    let (id, volume) = text.split_at_checked(36).unwrap_or_default();
+    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    let is_volume = volume.is_empty() || volume.strip_prefix('-').is_some_and(is_number);
+    uuid::Uuid::try_parse(id).is_ok() && is_volume
 }
 
 /// Locks until the file is closed.

@@ -4,7 +4,12 @@ const SNAPSHOT: &str = "0190c8a2-0000-7000-8000-000000000001";
 const OTHER: &str = "0190c8a2-0000-7000-8000-000000000002";
 
 fn open(path: &Path, size: u64, force: bool) -> Result<Target, TargetError> {
-    Target::open(path, size, SNAPSHOT, Wish { force, ..Wish::default() })
+    Target::open(
+        path,
+        &Place::whole(size, 512, TargetFormat::Raw),
+        SNAPSHOT,
+        Wish { force, ..Wish::default() },
+    )
 }
 
 fn names(folder: &Path) -> Vec<String> {
@@ -57,7 +62,7 @@ fn two_restores_to_one_place_exclude_each_other() {
     fs::write(&path, [7; 4096]).unwrap();
     let of = |snapshot: &str, in_place| {
         let wish = Wish { force: true, in_place, full: false };
-        Target::open(&path, 4096, snapshot, wish)
+        Target::open(&path, &Place::whole(4096, 512, TargetFormat::Raw), snapshot, wish)
     };
     let first = of(SNAPSHOT, false).unwrap();
     for (snapshot, in_place) in [(SNAPSHOT, false), (OTHER, false), (OTHER, true)] {
