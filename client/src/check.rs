@@ -100,7 +100,8 @@ pub async fn check(url: &str, dialer: &Dialer) -> Checked {
     match channel::connect_through(url, dialer.clone(), options).await {
         Err(error) => {
             let check = stage(&error);
-            if check != "name" {
+            // Through a proxy it is the proxy that looks the name up.
+            if check != "name" && !matches!(error, ConnectError::Proxy { .. }) {
                 checked.add("name", State::Ok, "has an address");
             }
             checked.add(check, State::Failed, error.to_string());

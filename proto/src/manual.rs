@@ -28,9 +28,11 @@ pub fn answer(matches: &ArgMatches, command: Command) -> Option<io::Result<()>> 
     match matches.subcommand()? {
         (COMPLETIONS, matches) => {
             let shell: Shell = matches.get_one::<String>("shell")?.parse().ok()?;
+            let mut out = io::stdout().lock();
+            let written = out.write_all(&completions(command, shell)).and_then(|()| out.flush());
             // A reader that has gone is no failure.
-            let _ = io::stdout().write_all(&completions(command, shell));
-            Some(Ok(()))
+            let is_gone = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
+            Some(written.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) }))
         }
         (MANUAL, matches) => Some(write_pages(command, matches.get_one::<PathBuf>("folder")?)),
         _ => None,

@@ -23,6 +23,9 @@ pub async fn daemon(
     settings: &Settings,
     stop: &CancellationToken,
 ) -> Result<Outcome, Failure> {
+    if let Err(error) = jiff::tz::TimeZone::try_system() {
+        tracing::warn!(%error, "the local time can't be told: times of the schedule are UTC; set TZ or /etc/localtime");
+    }
     let (sender, reloads) = mpsc::channel(1);
     let again = matches.clone();
     let reload = move || match loader().load(&again, std::env::vars_os()) {

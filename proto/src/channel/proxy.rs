@@ -134,15 +134,22 @@ async fn connect_by(
         target.to_string().parse().map_err(|_| failed("can't be asked for this host".into()))?;
     match timeout(limit, tunnel.oneshot(to)).await {
         Ok(Ok(stream)) => Ok(TokioIo::into_inner(stream)),
-        Ok(Err(error)) => Err(failed(refusal(&error.to_string()))),
+        Ok(Err(error)) => Err(failed(refusal(&error.to_string(), proxy.basic_auth().is_some()))),
         Err(_) => Err(failed(format!("did not answer CONNECT within {limit:?}"))),
     }
 }
 
 /// What a failed CONNECT means; its error has only a text.
-fn refusal(text: &str) -> String {
+fn refusal(text: &str, has_password: bool) -> String {
     match text {
+        text if text.contains("authorization") && has_password => {
+            "does not take this name and password".into()
+        }
         text if text.contains("authorization") => "asks for a name and password".into(),
+        text if text.contains("unsuccessful") && has_password => {
+            "refuses to connect there, or can't: its settings must allow CONNECT to this port, for this name and password"
+                .into()
+        }
         text if text.contains("unsuccessful") => {
             "refuses to connect there, or can't: its settings must allow CONNECT to this port"
                 .into()
