@@ -8,6 +8,7 @@ mod daemon;
 mod dry_run;
 mod failure;
 mod list;
+mod nbd;
 mod notice;
 mod opening;
 mod restore;
@@ -159,6 +160,7 @@ pub fn command() -> Command {
                         .help("Restore what is left of a damaged snapshot; MAP: file to make that says what is zeros now"),
                 ),
         ))
+        .subcommand(with_flags(nbd::command()))
         .subcommand(with_flags(
             Command::new("trust-journal")
                 .about("Use a disk's change journals again after one of them was wrong")
@@ -286,6 +288,7 @@ pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<
         "backup" => backup::run(matches, context).await,
         "cache" => cache::rebuild(matches, context).await,
         "list" => list::run(matches, context).await,
+        nbd::COMMAND => nbd::run(matches, context).await,
         "restore" => restore::run(matches, context).await,
         "test" => test::run(context).await,
         "trust-journal" => trust::run(matches, context).await,

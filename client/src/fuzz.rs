@@ -6,6 +6,7 @@
 //! `tests/hostile` runs all of them on the stable toolchain.
 
 mod nbd;
+mod nbd_server;
 mod parts;
 mod sparse;
 mod sums;
@@ -13,6 +14,7 @@ mod volumes;
 
 pub use self::{
     nbd::fuzz_nbd,
+    nbd_server::fuzz_nbd_server,
     parts::{fuzz_cursor, fuzz_mft_record, fuzz_qcow2_info, fuzz_usn_records},
     sparse::{Sparse, encode},
     volumes::{fuzz_ext4, fuzz_ntfs, fuzz_partitions, fuzz_xfs},
@@ -40,4 +42,5 @@ pub const TARGETS: &[Target] = &[
     Target { name: "qcow2_info", run: fuzz_qcow2_info, seeds: parts::qcow2_seeds },
     Target { name: "cursor", run: fuzz_cursor, seeds: parts::cursor_seeds },
     Target { name: "nbd", run: fuzz_nbd, seeds: nbd::seeds },
+    Target { name: "nbd_server", run: fuzz_nbd_server, seeds: nbd_server::seeds },
 ];

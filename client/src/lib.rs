@@ -10,6 +10,7 @@ pub mod config;
 pub mod daemon;
 pub mod delta;
 pub mod dry_run;
+pub mod export;
 mod files;
 pub mod frozen;
 pub mod fs;

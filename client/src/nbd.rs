@@ -12,6 +12,7 @@ pub mod medium;
 mod pending;
 mod stream;
 pub mod uri;
+pub(crate) mod wire;
 
 pub use self::{medium::NbdMedium, uri::Uri};
 

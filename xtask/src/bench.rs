@@ -19,6 +19,7 @@ use crate::{
 mod chains;
 mod janus;
 mod limits;
+mod nbd;
 mod networks;
 mod peers;
 mod proxies;
@@ -55,6 +56,9 @@ pub struct Args {
     /// Networks: URLs that lead nowhere, packing on slow lines; needs root
     #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies", "store", "sources"])]
     networks: bool,
+    /// A snapshot served over NBD, beside the same disk served by qemu-nbd; of a disk of at most 2048 MiB
+    #[arg(long, conflicts_with_all = ["against", "encoding", "proxies", "store", "sources", "cache", "networks", "restore"])]
+    nbd: bool,
     /// Restores only: whole and 1 % back, from one and two servers, beside a copy and, with --against, other programs
     #[arg(long, conflicts_with_all = ["proxies", "store", "sources", "cache", "networks"])]
     restore: bool,
@@ -128,6 +132,11 @@ pub fn run(args: &Args) -> Result<()> {
         fs::create_dir_all(&folder)?;
         let json = args.json.clone().unwrap_or_else(|| folder.join("networks.json"));
         return networks::run(&Programs::built_or(Profile::Release)?, &json);
+    }
+    if args.nbd {
+        let json = args.json.clone().unwrap_or_else(|| folder.join("nbd.json"));
+        let programs = Programs::built_or(Profile::Release)?;
+        return nbd::run(&programs, &folder, args.size_mib.min(2048) << 20, &json);
     }
     let programs = Programs::build(Profile::Release)?;
     if args.proxies {

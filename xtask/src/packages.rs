@@ -43,6 +43,7 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "mkntfs", package: "ntfs-3g" },
     Tool { program: "7z", package: "p7zip-full" },
     Tool { program: "qemu-img", package: "qemu-utils" },
+    Tool { program: "nbdcopy", package: "libnbd-bin" },
     Tool { program: "python3", package: "python3-venv" },
     Tool { program: "npm", package: "npm" },
     Tool { program: "ip", package: "iproute2" },

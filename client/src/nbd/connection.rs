@@ -12,19 +12,12 @@ use std::{
 
 use super::{
     NbdError,
-    handshake::{Agreed, agree, be16, be32, be64},
+    handshake::{Agreed, agree},
     pending::{Extents, Pending},
     stream::Stream,
     uri::Uri,
+    wire::{REQUEST_MAGIC, SIMPLE_MAGIC, STRUCTURED_MAGIC, be16, be32, be64, command},
 };
-
-const REQUEST_MAGIC: u32 = 0x2560_9513;
-const SIMPLE_MAGIC: u32 = 0x6744_6698;
-const STRUCTURED_MAGIC: u32 = 0x668e_33ef;
-
-const READ: u16 = 0;
-const DISCONNECT: u16 = 2;
-const BLOCK_STATUS: u16 = 7;
 
 /// Buffers kept for later requests.
 const SPARE_BUFFERS: usize = 8;
@@ -84,7 +77,7 @@ impl Connection {
     pub(super) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<(), NbdError> {
         let mut room = self.lock().spare.pop().unwrap_or_default();
         room.resize(buffer.len(), 0);
-        let mut answered = self.ask(READ, Pending::read(offset, room))?;
+        let mut answered = self.ask(command::READ, Pending::read(offset, room))?;
         let data = answered.take_data()?;
         buffer.copy_from_slice(&data);
         let mut shared = self.lock();
@@ -97,8 +90,10 @@ impl Connection {
     /// What the agreed contexts tell of a range, or of its beginning.
     pub(super) fn block_status(&self, offset: u64, len: u32) -> Result<Extents, NbdError> {
         let contexts = self.agreed.contexts.iter().map(|(id, _)| *id).collect();
-        let mut answered =
-            self.ask(BLOCK_STATUS, Pending::status(offset, len, self.agreed.size_bytes, contexts))?;
+        let mut answered = self.ask(
+            command::BLOCK_STATUS,
+            Pending::status(offset, len, self.agreed.size_bytes, contexts),
+        )?;
         answered.take_extents()
     }
 
@@ -210,7 +205,7 @@ impl Drop for Connection {
     fn drop(&mut self) {
         if !self.is_broken() {
             // Politeness only.
-            let _ = self.stream.write(&request(DISCONNECT, 0, 0, 0));
+            let _ = self.stream.write(&request(command::DISCONNECT, 0, 0, 0));
         }
         self.stream.end();
     }

@@ -2,30 +2,15 @@
 
 use std::time::Instant;
 
-use super::{NbdError, bitmap::is_ours, stream::Stream};
-
-const MAGIC: u64 = 0x4e42_444d_4147_4943;
-const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
-const REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-
-const FIXED_NEWSTYLE: u16 = 1;
-const NO_ZEROES: u16 = 2;
-
-const GO: u32 = 7;
-const STRUCTURED_REPLY: u32 = 8;
-const LIST_META_CONTEXT: u32 = 9;
-const SET_META_CONTEXT: u32 = 10;
-
-const ACK: u32 = 1;
-const INFO: u32 = 3;
-const META_CONTEXT: u32 = 4;
-const ERROR: u32 = 1 << 31;
-
-const INFO_EXPORT: u16 = 0;
-const INFO_BLOCK_SIZE: u16 = 3;
-
-const HAS_FLAGS: u16 = 1;
-const READ_ONLY: u16 = 2;
+use super::{
+    NbdError,
+    bitmap::is_ours,
+    stream::Stream,
+    wire::{
+        ALLOCATION, BITMAP, FIXED_NEWSTYLE, MAGIC, MAX_REQUEST_BYTES, NO_ZEROES, OPTION_MAGIC,
+        OPTION_REPLY_MAGIC, answer, be16, be32, be64, can, info, option,
+    },
+};
 
 /// Longest text of an option's reply that is read.
 const MAX_REPLY_BYTES: u32 = 16 << 10;
@@ -33,12 +18,6 @@ const MAX_REPLY_BYTES: u32 = 16 << 10;
 const MAX_REPLIES: usize = 4096;
 /// Dirty bitmaps that are looked at.
 const MAX_BITMAPS: usize = 16;
-/// What must be taken when the server names no limits.
-const DEFAULT_MAX_BLOCK: u32 = 32 << 20;
-
-pub(super) const ALLOCATION: &str = "base:allocation";
-pub(super) const BITMAP: &str = "qemu:dirty-bitmap:";
-
 /// What was agreed on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Agreed {
@@ -69,7 +48,7 @@ pub(super) fn agree(stream: &Stream, export: &str, until: Instant) -> Result<Agr
     }
     stream.write(&u32::from(flags & (FIXED_NEWSTYLE | NO_ZEROES)).to_be_bytes())?;
     let mut talk = Talk { stream, until };
-    let structured = talk.ask(STRUCTURED_REPLY, &[], |_, _| Ok(()))?.is_none();
+    let structured = talk.ask(option::STRUCTURED_REPLY, &[], |_, _| Ok(()))?.is_none();
     let contexts = if structured { talk.contexts(export)? } else { Vec::new() };
     let mut agreed = talk.go(export)?;
     (agreed.structured, agreed.contexts) = (structured, contexts);
@@ -97,7 +76,7 @@ impl Talk<'_> {
         for _ in 0..MAX_REPLIES {
             let head: [u8; 20] = self.stream.array(self.until)?;
             let (kind, length) = (be32(&head, 12), be32(&head, 16));
-            if be64(&head, 0) != REPLY_MAGIC || be32(&head, 8) != option {
+            if be64(&head, 0) != OPTION_REPLY_MAGIC || be32(&head, 8) != option {
                 return Err(NbdError::Protocol("a reply to an option that was not asked".into()));
             }
             if length > MAX_REPLY_BYTES {
@@ -106,8 +85,10 @@ impl Talk<'_> {
             let mut text = vec![0; length as usize];
             self.stream.read(&mut text, self.until)?;
             match kind {
-                ACK => return Ok(None),
-                kind if kind >= ERROR => return Ok(Some(refusal(kind - ERROR, &text))),
+                answer::ACK => return Ok(None),
+                kind if kind >= answer::ERROR => {
+                    return Ok(Some(refusal(kind - answer::ERROR, &text)));
+                }
                 kind => take(kind, &text)?,
             }
         }
@@ -128,7 +109,8 @@ impl Talk<'_> {
             Ok(())
         };
         // A server that lists nothing has no bitmaps, or none that can be had.
-        let _ = self.ask(LIST_META_CONTEXT, &queries(export, &[BITMAP.to_owned()]), list)?;
+        let _ =
+            self.ask(option::LIST_META_CONTEXT, &queries(export, &[BITMAP.to_owned()]), list)?;
         let mut chosen: Vec<(u32, String)> = Vec::new();
         let choose = |kind: u32, data: &[u8]| {
             let (id, name) = context(kind, data)?;
@@ -138,7 +120,7 @@ impl Talk<'_> {
             chosen.push((id, name));
             Ok(())
         };
-        let refused = self.ask(SET_META_CONTEXT, &queries(export, &wanted), choose)?;
+        let refused = self.ask(option::SET_META_CONTEXT, &queries(export, &wanted), choose)?;
         Ok(if refused.is_some() { Vec::new() } else { chosen })
     }
 
@@ -146,14 +128,15 @@ impl Talk<'_> {
         let mut data = (export.len() as u32).to_be_bytes().to_vec();
         data.extend(export.as_bytes());
         data.extend(1u16.to_be_bytes());
-        data.extend(INFO_BLOCK_SIZE.to_be_bytes());
+        data.extend(info::BLOCK_SIZE.to_be_bytes());
         let (mut about, mut sizes) = (None, None);
-        let refused = self.ask(GO, &data, |kind, data| {
-            let fact = if kind == INFO && data.len() >= 2 { Some(be16(data, 0)) } else { None };
+        let refused = self.ask(option::GO, &data, |kind, data| {
+            let fact =
+                if kind == answer::INFO && data.len() >= 2 { Some(be16(data, 0)) } else { None };
             match (fact, data.len()) {
-                (Some(INFO_EXPORT), 12) => about = Some((be64(data, 2), be16(data, 10))),
-                (Some(INFO_BLOCK_SIZE), 14) => sizes = Some((be32(data, 2), be32(data, 10))),
-                (None | Some(INFO_EXPORT | INFO_BLOCK_SIZE), _) => {
+                (Some(info::EXPORT), 12) => about = Some((be64(data, 2), be16(data, 10))),
+                (Some(info::BLOCK_SIZE), 14) => sizes = Some((be32(data, 2), be32(data, 10))),
+                (None | Some(info::EXPORT | info::BLOCK_SIZE), _) => {
                     return Err(NbdError::Protocol("facts of a wrong length".into()));
                 }
                 _ => {}
@@ -168,13 +151,13 @@ impl Talk<'_> {
         if size_bytes > i64::MAX as u64 {
             return Err(NbdError::Protocol(format!("an export of {size_bytes} bytes")));
         }
-        let (min_block, max_block) = units(sizes.unwrap_or((1, DEFAULT_MAX_BLOCK)))?;
+        let (min_block, max_block) = units(sizes.unwrap_or((1, MAX_REQUEST_BYTES)))?;
         if !size_bytes.is_multiple_of(u64::from(min_block)) {
             return Err(NbdError::Refused(format!(
                 "export {export:?} has {size_bytes} bytes, but can only be read in units of {min_block}"
             )));
         }
-        let is_read_only = flags & HAS_FLAGS != 0 && flags & READ_ONLY != 0;
+        let is_read_only = flags & can::HAS_FLAGS != 0 && flags & can::READ_ONLY != 0;
         Ok(Agreed {
             size_bytes,
             is_read_only,
@@ -191,7 +174,7 @@ fn units((min, max): (u32, u32)) -> Result<(u32, u32), NbdError> {
     if !min.is_power_of_two() || min > 1 << 16 || max < min {
         return Err(NbdError::Protocol(format!("block sizes of {min} to {max} bytes")));
     }
-    Ok((min, max.min(DEFAULT_MAX_BLOCK) / min * min))
+    Ok((min, max.min(MAX_REQUEST_BYTES) / min * min))
 }
 
 fn queries(export: &str, names: &[String]) -> Vec<u8> {
@@ -208,7 +191,7 @@ fn queries(export: &str, names: &[String]) -> Vec<u8> {
 fn context(kind: u32, data: &[u8]) -> Result<(u32, String), NbdError> {
     let name = data.get(4..).and_then(|name| std::str::from_utf8(name).ok());
     match name {
-        Some(name) if kind == META_CONTEXT => Ok((be32(data, 0), name.to_owned())),
+        Some(name) if kind == answer::META_CONTEXT => Ok((be32(data, 0), name.to_owned())),
         _ => Err(NbdError::Protocol("a context without a name".into())),
     }
 }
@@ -227,16 +210,4 @@ fn refusal(code: u32, text: &[u8]) -> String {
     let words = String::from_utf8_lossy(text);
     let words: String = words.chars().filter(|c| !c.is_control()).take(200).collect();
     if words.is_empty() { reason.to_owned() } else { format!("{reason} ({words})") }
-}
-
-pub(super) fn be16(bytes: &[u8], at: usize) -> u16 {
-    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |b| u16::from_be_bytes(*b))
-}
-
-pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |b| u32::from_be_bytes(*b))
-}
-
-pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |b| u64::from_be_bytes(*b))
 }

@@ -14,8 +14,9 @@ use std::{
 use super::{
     Limits, NbdError,
     connection::Connection,
-    handshake::{ALLOCATION, Agreed, BITMAP},
+    handshake::Agreed,
     uri::Uri,
+    wire::{ALLOCATION, BITMAP, STATE_HOLE, STATE_ZERO},
 };
 use crate::source::{Stretch, medium::Medium};
 use janus_proto::ranges::Ranges;
@@ -29,7 +30,7 @@ const TRIES: usize = 3;
 /// Pause between two tries to connect.
 const PAUSE: Duration = Duration::from_millis(200);
 /// A block status says: nothing is allocated there, and it reads as zeros.
-const HOLE_AND_ZERO: u32 = 3;
+const HOLE_AND_ZERO: u32 = STATE_HOLE | STATE_ZERO;
 
 /// An export, opened for reading.
 #[derive(Debug)]

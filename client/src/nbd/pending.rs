@@ -4,18 +4,10 @@ use std::{ops::Range, time::Instant};
 
 use super::{
     NbdError,
-    handshake::{be16, be32, be64},
     stream::Stream,
+    wire::{be16, be32, be64, chunk},
 };
 use janus_proto::ranges::Ranges;
-
-const DONE: u16 = 1;
-
-const NONE: u16 = 0;
-const OFFSET_DATA: u16 = 1;
-const OFFSET_HOLE: u16 = 2;
-const STATUS: u16 = 5;
-const ERROR: u16 = 1 << 15;
 
 /// Longest chunk that isn't data: QEMU sends at most 1 MiB of extents.
 const MAX_CHUNK_BYTES: u32 = 2 << 20;
@@ -96,20 +88,22 @@ impl Pending {
         if self.chunks > self.len / MIN_PIECE_BYTES + 64 {
             return Err(NbdError::Protocol("no end of chunks for one request".into()));
         }
-        let is_last = flags & DONE != 0;
+        let is_last = flags & chunk::DONE != 0;
         match (kind, &mut self.ask) {
-            (NONE, _) if length == 0 && is_last => {}
-            (OFFSET_DATA, Ask::Read { data, got }) if length > 8 && length - 8 <= self.len => {
+            (chunk::NONE, _) if length == 0 && is_last => {}
+            (chunk::OFFSET_DATA, Ask::Read { data, got })
+                if length > 8 && length - 8 <= self.len =>
+            {
                 let at = u64::from_be_bytes(stream.array(until)?);
                 let place = place(got, self.offset, self.len, at, length - 8)?;
                 stream.read(&mut data[place], until)?;
             }
-            (OFFSET_HOLE, Ask::Read { data, got }) if length == 12 => {
+            (chunk::OFFSET_HOLE, Ask::Read { data, got }) if length == 12 => {
                 let hole: [u8; 12] = stream.array(until)?;
                 let place = place(got, self.offset, self.len, be64(&hole, 0), be32(&hole, 8))?;
                 data[place].fill(0);
             }
-            (STATUS, Ask::Status { end, contexts, got })
+            (chunk::BLOCK_STATUS, Ask::Status { end, contexts, got })
                 if (12..=MAX_CHUNK_BYTES).contains(&length) && length % 8 == 4 =>
             {
                 let mut bytes = vec![0; length as usize];
@@ -123,7 +117,9 @@ impl Pending {
                 let asked = self.offset..self.offset + u64::from(self.len);
                 got.push((id, extents(&bytes[4..], asked, *end)?));
             }
-            (kind, _) if kind & ERROR != 0 && (6..=MAX_CHUNK_BYTES).contains(&length) => {
+            (kind, _)
+                if kind & chunk::ERROR_BIT != 0 && (6..=MAX_CHUNK_BYTES).contains(&length) =>
+            {
                 let mut bytes = vec![0; length as usize];
                 stream.read(&mut bytes, until)?;
                 let (errno, words) = (be32(&bytes, 0), u32::from(be16(&bytes, 4)));

@@ -1,13 +1,16 @@
 //! Where an NBD export is: `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH` (the NBD project's `uri.md`).
 
-use std::{fmt, path::PathBuf};
+use std::{fmt, net::SocketAddr, os::unix::ffi::OsStrExt, path::PathBuf};
 
-use percent_encoding::percent_decode_str;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
+
+use super::wire::MAX_STRING_BYTES;
 
 /// Port that IANA gave NBD.
 const PORT: u16 = 10_809;
-/// Longest name of an export that the protocol wants servers to take.
-const MAX_NAME_BYTES: usize = 4096;
+/// What a path keeps as it is.
+const PATH: &AsciiSet =
+    &NON_ALPHANUMERIC.remove(b'/').remove(b'.').remove(b'-').remove(b'_').remove(b'~');
 
 /// An export.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,8 +57,8 @@ impl Uri {
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (authority, export) = rest.split_once('/').unwrap_or((rest, ""));
         let export = decode(export)?;
-        if export.len() > MAX_NAME_BYTES {
-            return Err(format!("the export's name is longer than {MAX_NAME_BYTES} bytes"));
+        if export.len() > MAX_STRING_BYTES {
+            return Err(format!("the export's name is longer than {MAX_STRING_BYTES} bytes"));
         }
         let place = match scheme {
             "nbd" if query.is_empty() => tcp(authority)?,
@@ -71,8 +74,15 @@ impl Uri {
 
     /// The default export of the server behind a Unix socket.
     pub fn of_socket(path: PathBuf) -> Self {
-        let text = format!("nbd+unix:///?socket={}", path.display());
+        let encoded = percent_encode(path.as_os_str().as_bytes(), PATH);
+        let text = format!("nbd+unix:///?socket={encoded}");
         Self { place: Place::Unix(path), export: String::new(), text }
+    }
+
+    /// The default export of the server at an address.
+    pub fn of_address(address: SocketAddr) -> Self {
+        let place = Place::Tcp { host: address.ip().to_string(), port: address.port() };
+        Self { place, export: String::new(), text: format!("nbd://{address}") }
     }
 }
 
@@ -147,6 +157,18 @@ mod tests {
             place("nbd+unix:///vda?socket=/run/vm=1.sock"),
             (Place::Unix("/run/vm=1.sock".into()), "vda".into())
         );
+    }
+
+    #[test]
+    fn written_ones_are_read_back() {
+        for path in ["/run/x.sock", "/a b/ü&?=%.sock"] {
+            let text = Uri::of_socket(path.into()).to_string();
+            assert_eq!(place(&text), (Place::Unix(path.into()), String::new()));
+        }
+        for address in ["127.0.0.1:10809", "[::1]:7"] {
+            let uri = Uri::of_address(address.parse().unwrap());
+            assert_eq!(place(&uri.to_string()).0, uri.place);
+        }
     }
 
     #[test]

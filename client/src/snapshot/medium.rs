@@ -5,6 +5,7 @@ use std::{
     io,
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
 };
 
 use janus_proto::{
@@ -94,6 +95,11 @@ impl SnapshotMedium {
         self.inner.opened.snapshot()
     }
 
+    /// Its handle on its server.
+    pub fn opened(&self) -> &Opened {
+        &self.inner.opened
+    }
+
     /// Gives the handle back; without this it expires by itself.
     pub async fn close(&self) {
         self.inner.opened.close().await;
@@ -115,11 +121,13 @@ impl SnapshotMedium {
         let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
         let mut rest = buffer;
         let mut at = offset;
+        if at < end {
+            // All of it is asked for at once.
+            self.ask_for(&(at / CHUNK_BYTES..(end - 1) / CHUNK_BYTES + 1));
+        }
         while at < end {
             let chunk = at / CHUNK_BYTES;
-            // All of it is asked for at once.
-            let wanted = chunk..(end - 1) / CHUNK_BYTES + 1;
-            let content = self.chunk(wanted).await?;
+            let content = self.chunk(chunk).await?;
             let within = (at % CHUNK_BYTES) as usize;
             let take = rest.len().min(CHUNK_BYTES as usize - within);
             let (now, later) = rest.split_at_mut(take);
@@ -130,40 +138,64 @@ impl SnapshotMedium {
         Ok(())
     }
 
-    /// The first of `wanted`; the others are asked for along with it.
-    async fn chunk(&self, wanted: Range<u64>) -> io::Result<Arc<Chunk>> {
+    /// What needs no waiting is answered without the runtime.
+    fn wait_for<T>(&self, answer: impl Future<Output = T>) -> T {
+        let mut answer = std::pin::pin!(answer);
+        // It may find that it has to connect, which needs a runtime around it.
+        let runtime = self.runtime.enter();
+        match answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(answer) => answer,
+            Poll::Pending => {
+                drop(runtime);
+                self.runtime.block_on(answer)
+            }
+        }
+    }
+
+    async fn chunk(&self, chunk: u64) -> io::Result<Arc<Chunk>> {
         loop {
             let arrived = self.inner.arrived.notified();
             let mut arrived = std::pin::pin!(arrived);
             // Before the cache is looked at: what arrives in between is not missed.
             arrived.as_mut().enable();
-            if let Some(found) = self.look(&wanted) {
+            if let Some(found) = self.look(chunk) {
                 return found;
             }
             arrived.await;
         }
     }
 
-    /// The first of `wanted` if it is there; fetches what is missing.
-    fn look(&self, wanted: &Range<u64>) -> Option<io::Result<Arc<Chunk>>> {
+    /// The chunk if it is there; it is fetched if nobody has asked for it, or it has gone again.
+    fn look(&self, chunk: u64) -> Option<io::Result<Arc<Chunk>>> {
+        let mut cache = lock(&self.inner.cache);
+        let found = match cache.get(chunk) {
+            Some(State::Ready(content)) => return Some(Ok(content.clone())),
+            Some(State::Failed(kind, text)) => Some(Err(io::Error::new(*kind, text.clone()))),
+            Some(State::Coming) => return None,
+            None => None,
+        };
+        if found.is_some() {
+            cache.forget(chunk);
+            return found;
+        }
+        let missing = cache.take_missing(chunk..chunk + 1, chunk + 1);
+        drop(cache);
+        self.fetch(missing);
+        None
+    }
+
+    /// Has chunks fetched that are not there, and what a reader in order asks for next.
+    fn ask_for(&self, wanted: &Range<u64>) {
         let chunks = self.snapshot().size_bytes.div_ceil(CHUNK_BYTES);
         let ahead = lock(&self.inner.streams).ahead(wanted, chunks);
-        let mut cache = lock(&self.inner.cache);
-        let missing = cache.take_missing(wanted.start..ahead, wanted.end);
-        let found = match cache.get(wanted.start) {
-            Some(State::Ready(chunk)) => Some(Ok(chunk.clone())),
-            Some(State::Failed(kind, text)) => {
-                let error = io::Error::new(*kind, text.clone());
-                cache.forget(wanted.start);
-                Some(Err(error))
-            }
-            _ => None,
-        };
-        drop(cache);
+        let missing = lock(&self.inner.cache).take_missing(wanted.start..ahead, wanted.end);
+        self.fetch(missing);
+    }
+
+    fn fetch(&self, missing: Vec<Range<u64>>) {
         for run in missing {
             self.runtime.spawn(Inner::fetch(self.inner.clone(), run));
         }
-        found
     }
 }
 
@@ -227,13 +259,25 @@ impl Medium for SnapshotMedium {
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.runtime.block_on(self.read(buffer, offset))
+        self.wait_for(self.read(buffer, offset))
     }
 
     /// What can't be told counts as data.
     fn stretch(&self, offset: u64) -> Stretch {
         let inner = &self.inner;
-        self.runtime.block_on(inner.zeros.stretch(&inner.opened, offset))
+        self.wait_for(inner.zeros.stretch(&inner.opened, offset))
+    }
+
+    fn expect(&self, range: Range<u64>) {
+        let end = range.end.min(self.size_bytes());
+        if range.start < end {
+            self.ask_for(&(range.start / CHUNK_BYTES..end.div_ceil(CHUNK_BYTES)));
+        }
+    }
+
+    fn is_near(&self, range: Range<u64>) -> bool {
+        let chunks = range.start / CHUNK_BYTES..range.end.div_ceil(CHUNK_BYTES);
+        lock(&self.inner.cache).has(chunks)
     }
 }
 

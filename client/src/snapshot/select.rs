@@ -134,6 +134,15 @@ impl Selection {
         Ok(Self { machine, disk, which, server })
     }
 
+    /// Another snapshot of the same machine, on any server.
+    ///
+    /// # Errors
+    /// When that is no id.
+    pub fn other(&self, id: &str) -> Result<Self, SelectError> {
+        let which = Which::Id(id.parse()?);
+        Ok(Self { machine: self.machine.clone(), disk: None, which, server: None })
+    }
+
     /// Finds the one snapshot that is meant.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use std::{
     fmt,
     fs::File,
     io,
+    ops::Range,
     sync::atomic::{AtomicBool, Ordering},
 };
 
@@ -26,6 +27,14 @@ pub trait Medium: fmt::Debug + Send + Sync {
 
     /// The stretch that starts at `offset`: a hole or data, up to the end of the disk at most and never empty.
     fn stretch(&self, offset: u64) -> Stretch;
+
+    /// `range` will be read soon: whoever has to fetch it may begin. Doesn't wait.
+    fn expect(&self, _range: Range<u64>) {}
+
+    /// True when `range` can be read without waiting for a disk or a network: a guess, for those who would rather not wait.
+    fn is_near(&self, _range: Range<u64>) -> bool {
+        false
+    }
 }
 
 /// A part of a disk that is of one kind.

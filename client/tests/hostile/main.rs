@@ -22,7 +22,8 @@ xtask::hostile!(
     partitions,
     qcow2_info,
     cursor,
-    nbd
+    nbd,
+    nbd_server
 );
 
 /// Run by hand when a format changes: `cargo test -p janus-client --test hostile -- --ignored`.

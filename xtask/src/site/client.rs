@@ -203,6 +203,11 @@ impl Running {
         fs::read_to_string(self.output.join("stderr")).unwrap_or_default()
     }
 
+    /// What it has printed so far.
+    pub fn output(&self) -> String {
+        fs::read_to_string(self.output.join("stdout")).unwrap_or_default()
+    }
+
     /// Suspends it.
     pub fn freeze(&self) {
         process::signal(self.pid(), Signal::STOP);

@@ -7,6 +7,8 @@ const MOST: usize = 8;
 /// Chunks fetched ahead, at first and at most (8 MiB).
 const FIRST: u64 = 4;
 const FARTHEST: u64 = 128;
+/// Who reads so little behind a reader is the same one, whose requests came out of order.
+const NEAR: u64 = 256;
 
 /// Readers, the one that read last at the end.
 #[derive(Debug, Default)]
@@ -23,15 +25,15 @@ impl Streams {
     /// The end of what should be fetched for a reader of `wanted`, on a disk of so many chunks.
     pub(super) fn ahead(&mut self, wanted: &Range<u64>, chunks: u64) -> u64 {
         let last = wanted.end.saturating_sub(1);
-        let goes_on = |stream: &Stream| {
-            wanted.start == stream.last || wanted.start == stream.last.saturating_add(1)
-        };
+        // Asked for before, by who said what comes next, or by a larger read.
+        let is_known = |stream: &Stream| last <= stream.last && stream.last - last < NEAR;
+        if self.0.iter().any(is_known) {
+            return wanted.end;
+        }
+        let goes_on =
+            |stream: &Stream| (stream.last..=stream.last.saturating_add(1)).contains(&wanted.start);
         let ahead = match self.0.iter().position(goes_on) {
-            Some(at) => {
-                let Stream { last: before, ahead } = self.0.remove(at);
-                // Small reads within one chunk are one step.
-                if last == before { ahead } else { (ahead * 2).clamp(FIRST, FARTHEST) }
-            }
+            Some(at) => (self.0.remove(at).ahead * 2).clamp(FIRST, FARTHEST),
             None => 0,
         };
         if self.0.len() >= MOST {
@@ -54,7 +56,9 @@ mod tests {
         assert_eq!(streams.ahead(&(500..501), 1000), 501);
         assert_eq!(streams.ahead(&(11..12), 1000), 12 + 4);
         assert_eq!(streams.ahead(&(12..14), 1000), 14 + 8);
-        assert_eq!(streams.ahead(&(13..14), 1000), 14 + 8);
+        // Out of order, or again: all that was asked for.
+        assert_eq!(streams.ahead(&(13..14), 1000), 14);
+        assert_eq!(streams.ahead(&(11..13), 1000), 13);
         for chunk in 14..40 {
             streams.ahead(&(chunk..chunk + 1), 1000);
         }

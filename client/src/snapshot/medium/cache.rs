@@ -83,6 +83,12 @@ impl Cache {
         Some(&slot.state)
     }
 
+    /// True when all of them are here.
+    pub(super) fn has(&self, mut chunks: Range<u64>) -> bool {
+        let is_ready = |slot: &Slot| matches!(slot.state, State::Ready(_));
+        chunks.all(|chunk| self.slots.get(&chunk).is_some_and(is_ready))
+    }
+
     /// The runs of `range` that nobody has asked for yet; from now on they are coming. Those from `ahead` on are left for
     /// later where too few of them are missing.
     pub(super) fn take_missing(&mut self, range: Range<u64>, ahead: u64) -> Vec<Range<u64>> {

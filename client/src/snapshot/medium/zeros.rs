@@ -61,23 +61,21 @@ impl Zeros {
         let total = block_count(self.size_bytes);
         self.learn(opened, empty, first / SEGMENT_BLOCKS).await?;
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let kind = |block: u64| {
-            let segment = block / SEGMENT_BLOCKS;
-            if empty.get(segment as usize).copied().unwrap_or(true) {
-                return Some((true, (segment + 1) * SEGMENT_BLOCKS));
-            }
-            let at = (block % SEGMENT_BLOCKS) as usize;
-            let data = known.get(&segment)?;
-            Some((data[at / 64] >> (at % 64) & 1 == 0, block + 1))
-        };
-        let Some((hole, mut end)) = kind(first) else { return Ok((first + 1, false)) };
+        let (mut end, mut hole) = (first, None);
         while end < total {
-            match kind(end) {
-                Some((same, next)) if same == hole => end = next,
+            let segment = end / SEGMENT_BLOCKS;
+            let start = segment * SEGMENT_BLOCKS;
+            let (is_hole, stop) = match (empty.get(segment as usize), known.get(&segment)) {
+                (Some(true) | None, _) => (true, SEGMENT_BLOCKS),
+                (_, Some(data)) => run(data, end - start),
                 _ => break,
+            };
+            if *hole.get_or_insert(is_hole) != is_hole {
+                break;
             }
+            end = start + stop;
         }
-        Ok((end.min(total), hole))
+        Ok(hole.map_or((first + 1, false), |hole| (end.min(total), hole)))
     }
 
     /// Reads the hashes of a segment, and of those after it, unless they are known.
@@ -113,5 +111,38 @@ impl Zeros {
             known.insert(segment, data);
         }
         Ok(())
+    }
+}
+
+/// Whether the block at `first` is zeros, and where blocks like it end.
+fn run(data: &Data, first: u64) -> (bool, u64) {
+    let word = |at: u64| data[(at / 64) as usize];
+    let is_data = word(first) >> (first % 64) & 1 == 1;
+    let mut at = first;
+    while at < SEGMENT_BLOCKS {
+        let others = if is_data { !word(at) } else { word(at) } >> (at % 64);
+        if others != 0 {
+            return (!is_data, at + u64::from(others.trailing_zeros()));
+        }
+        at = (at / 64 + 1) * 64;
+    }
+    (!is_data, SEGMENT_BLOCKS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_end_where_blocks_of_the_other_kind_begin() {
+        let mut data = Data::default();
+        data[1] = 0b1100;
+        data[15] = 1 << 63;
+        assert_eq!(run(&data, 0), (true, 66));
+        assert_eq!(run(&data, 66), (false, 68));
+        assert_eq!(run(&data, 67), (false, 68));
+        assert_eq!(run(&data, 68), (true, 1023));
+        assert_eq!(run(&data, 1023), (false, 1024));
+        assert_eq!(run(&[u64::MAX; 16], 5), (false, 1024));
     }
 }
