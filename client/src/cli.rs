@@ -3,12 +3,17 @@
 mod adopt;
 mod backup;
 mod cache;
+mod cat;
 mod chosen;
+mod cp;
 mod daemon;
 mod dry_run;
 mod failure;
+mod inside;
 mod list;
 mod nbd;
+mod ls;
+mod mount;
 mod notice;
 mod opening;
 mod restore;
@@ -42,6 +47,7 @@ pub use self::{
 };
 use crate::{
     bandwidth,
+    browse::reader,
     config::Settings,
     frozen::watchdog,
     link::{Address, Link},
@@ -161,6 +167,10 @@ pub fn command() -> Command {
                 ),
         ))
         .subcommand(with_flags(nbd::command()))
+        .subcommand(with_flags(ls::command()))
+        .subcommand(with_flags(cat::command()))
+        .subcommand(with_flags(cp::command()))
+        .subcommand(with_flags(mount::command()))
         .subcommand(with_flags(
             Command::new("trust-journal")
                 .about("Use a disk's change journals again after one of them was wrong")
@@ -201,6 +211,11 @@ pub fn command() -> Command {
         ))
         .subcommand(service::command().arg(json()))
         .subcommand(with_flags(Command::new("status").about("Show the servers as janus sees them")))
+        .subcommand(
+            Command::new(reader::COMMAND)
+                .hide(true)
+                .about("Reads a file system for ls, cat and cp; the client itself starts it"),
+        )
         .subcommand(
             Command::new(watchdog::COMMAND)
                 .hide(true)
@@ -287,8 +302,12 @@ pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<
         "adopt" => adopt::run(matches, context).await,
         "backup" => backup::run(matches, context).await,
         "cache" => cache::rebuild(matches, context).await,
+        "cat" => cat::run(matches, context).await,
+        "cp" => cp::run(matches, context).await,
         "list" => list::run(matches, context).await,
         nbd::COMMAND => nbd::run(matches, context).await,
+        "ls" => ls::run(matches, context).await,
+        "mount" => mount::run(matches, context).await,
         "restore" => restore::run(matches, context).await,
         "test" => test::run(context).await,
         "trust-journal" => trust::run(matches, context).await,

@@ -2,6 +2,7 @@
 
 pub mod backup;
 pub mod bandwidth;
+pub mod browse;
 pub mod cache;
 pub mod catalog;
 pub mod check;

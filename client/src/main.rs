@@ -4,7 +4,7 @@ use std::{process::ExitCode, time::Duration};
 
 use clap::ArgMatches;
 use janus_client::cli::{self, Context, Failure, Outcome};
-use janus_client::{config::Settings, frozen::watchdog, link};
+use janus_client::{browse::reader, config::Settings, frozen::watchdog, link};
 use janus_proto::{
     log, manual, memory, program,
     tls::{Identity, TlsError},
@@ -25,6 +25,9 @@ fn main() -> ExitCode {
     let Some((name, matches)) = matches.subcommand() else { return ExitCode::from(2) };
     if name == watchdog::COMMAND {
         return cli::freeze(matches);
+    }
+    if name == reader::COMMAND {
+        return reader::run();
     }
     let outcome = match name {
         "service" => cli::service(matches),

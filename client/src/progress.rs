@@ -98,6 +98,8 @@ pub enum Doing {
     Backup,
     /// A restore.
     Restore,
+    /// Files copied out of a snapshot.
+    Copy,
 }
 
 impl Doing {
@@ -105,6 +107,7 @@ impl Doing {
         match self {
             Self::Backup => "backup",
             Self::Restore => "restore",
+            Self::Copy => "copy",
         }
     }
 }
@@ -238,6 +241,8 @@ fn event(doing: Doing, figures: &Figures, rate: Option<u64>, left: Option<Durati
             event["sent_bytes"] = figures.wire.into();
         }
         Doing::Restore => event["fetched_bytes"] = figures.wire.into(),
+        // The total is what was found until now.
+        Doing::Copy => {}
     }
     event
 }
@@ -254,6 +259,7 @@ fn line(doing: Doing, figures: &Figures, rate: Option<u64>, left: Option<Duratio
             amount(figures.wire)
         ),
         Doing::Restore => format!("{} fetched", amount(figures.wire)),
+        Doing::Copy => format!("{} copied", amount(figures.done)),
     };
     let (doing, total) = (doing.name(), amount(figures.total));
     format!("{doing} {percent} % of {total}{rate}; {moved}{left}")

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::{Outcome, restore::lost_json};
 use crate::{
     backup::BackupError,
+    browse::{BrowseError, PlaceError, copy::CopyError},
     cache::CacheError,
     config::ConfigError,
     dry_run::DryRunError,
@@ -185,6 +186,37 @@ impl From<SelectError> for Failure {
             _ => USAGE,
         };
         Self::new(exit_code, error)
+    }
+}
+
+impl From<PlaceError> for Failure {
+    fn from(error: PlaceError) -> Self {
+        match error {
+            PlaceError::Browse(error) => error.into(),
+            PlaceError::Volume { .. } => Self::new(NOT_FOUND, error),
+            PlaceError::Written { .. } => Self::usage(error),
+            PlaceError::Layout(_) => Self::new(FAILED, error),
+        }
+    }
+}
+
+impl From<BrowseError> for Failure {
+    fn from(error: BrowseError) -> Self {
+        Self::new(
+            if matches!(error, BrowseError::Unknown { .. }) { NOT_FOUND } else { FAILED },
+            error,
+        )
+    }
+}
+
+impl From<CopyError> for Failure {
+    fn from(error: CopyError) -> Self {
+        match error {
+            CopyError::Browse(error) => error.into(),
+            CopyError::Interrupted => Self::new(INTERRUPTED, error),
+            CopyError::Folder { .. } => Self::usage(error),
+            error => Self::new(FAILED, error),
+        }
     }
 }
 

@@ -50,12 +50,24 @@ pub(crate) mod numbers {
 
 /// Types of attributes.
 pub(crate) mod types {
+    /// Times and attributes.
+    pub(crate) const STANDARD_INFORMATION: u32 = 0x10;
+    /// Where the other attributes of a file are.
+    pub(crate) const ATTRIBUTE_LIST: u32 = super::record::ATTRIBUTE_LIST;
     /// A name, and the folder that it stands in.
     pub(crate) const FILE_NAME: u32 = 0x30;
     /// Version and flags of the volume.
     pub(crate) const VOLUME_INFORMATION: u32 = 0x70;
     /// A stream of data.
     pub(crate) const DATA: u32 = 0x80;
+    /// The first names of a folder.
+    pub(crate) const INDEX_ROOT: u32 = 0x90;
+    /// The others, in blocks.
+    pub(crate) const INDEX_ALLOCATION: u32 = 0xA0;
+    /// Which blocks are used.
+    pub(crate) const BITMAP: u32 = 0xB0;
+    /// A link, or something that a driver of Windows interprets.
+    pub(crate) const REPARSE_POINT: u32 = 0xC0;
 }
 
 /// A volume and its structures.

@@ -39,12 +39,14 @@ const SOURCE_MODULES: &[&str] = &[
     "volume::",
 ];
 /// Those of group `restore`; the last stands there since minutes are left.
-const RESTORE_MODULES: &[&str] = &["restore::", "export::", "snapshot::", "cache::tests::size"];
+const RESTORE_MODULES: &[&str] =
+    &["restore::", "export::", "snapshot::", "browse::", "cache::tests::size"];
 /// Whole-system tests that belong to another group than `main-job`. Some stand where minutes are left, not where their subject is.
 const PLACED: &[(&str, &str)] = &[
     ("admin", "store"),
     ("caches", "restore"),
     ("damage", "restore"),
+    ("files", "restore"),
     ("frozen", "sources"),
     ("vhd", "restore"),
     ("hostile", "sources"),

@@ -7,7 +7,7 @@ const STRIDE: usize = 512;
 
 /// Why a structure can't be put together again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Fixup {
+pub(crate) enum Fixup {
     /// Its header makes no sense.
     Malformed,
     /// Not all of it was written at the same time.
@@ -15,7 +15,7 @@ pub(super) enum Fixup {
 }
 
 /// Puts all bytes back where they belong.
-pub(super) fn put_back(structure: &mut [u8]) -> Result<(), Fixup> {
+pub(crate) fn put_back(structure: &mut [u8]) -> Result<(), Fixup> {
     let words = || {
         let words = place(structure)?;
         Some(structure.get(words)?.to_vec())

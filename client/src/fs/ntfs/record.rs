@@ -7,7 +7,7 @@ use super::{
 };
 use crate::fs::Head;
 
-pub(super) const ATTRIBUTE_LIST: u32 = 0x20;
+pub(crate) const ATTRIBUTE_LIST: u32 = 0x20;
 const END: u32 = 0xFFFF_FFFF;
 /// Bytes before the content of an attribute, and before the list of its clusters.
 const RESIDENT_HEAD: u16 = 24;
@@ -35,6 +35,8 @@ pub(crate) struct Attribute {
     pub(crate) kind: u32,
     /// Its name; most have none.
     pub(crate) name: String,
+    /// Compressed, encrypted, sparse.
+    pub(crate) flags: u16,
     /// Its content.
     pub(crate) body: Body,
 }
@@ -57,6 +59,8 @@ pub(crate) struct Mapped {
     pub(crate) size_bytes: u64,
     /// Bytes that were written; the rest reads as zeros.
     pub(crate) initialised_bytes: u64,
+    /// Clusters that are compressed together, as a power of two; 0: it isn't compressed. Told by the first part only.
+    pub(crate) unit_log: u16,
     /// The clusters of this part.
     pub(crate) runs: Vec<Run>,
 }
@@ -132,14 +136,14 @@ fn digest(bytes: &[u8]) -> u64 {
 
 fn attribute(kind: u32, bytes: Bytes<'_>, boot: &Boot) -> Result<Attribute, FsError> {
     let name = bytes.part(usize::from(bytes.u16(10)?), usize::from(bytes.u8(9)?) * 2)?;
-    let name = text(name.0);
+    let (name, flags) = (text(name.0), bytes.u16(12)?);
     if bytes.u8(8)? == 0 {
         // Else a lost flag would make a stream in clusters an empty one.
         if bytes.u16(20)? < RESIDENT_HEAD {
             return Err(FsError::damaged("an attribute without room for its head"));
         }
         let content = bytes.part(usize::from(bytes.u16(20)?), bytes.u32(16)? as usize)?;
-        return Ok(Attribute { kind, name, body: Body::Resident(content.0.to_vec()) });
+        return Ok(Attribute { kind, name, flags, body: Body::Resident(content.0.to_vec()) });
     }
     let (first_vcn, last) = (bytes.u64(16)?, bytes.u64(24)?);
     // The last cluster of an empty stream is the one before the first.
@@ -155,8 +159,9 @@ fn attribute(kind: u32, bytes: Bytes<'_>, boot: &Boot) -> Result<Attribute, FsEr
     let runs = runs::parse(pairs, first_vcn, end)?;
     let (size_bytes, initialised_bytes) =
         if first_vcn == 0 { (bytes.u64(48)?, bytes.u64(56)?) } else { (0, 0) };
-    let mapped = Mapped { first_vcn, size_bytes, initialised_bytes, runs };
-    Ok(Attribute { kind, name, body: Body::Mapped(mapped) })
+    let unit_log = if first_vcn == 0 { bytes.u16(34)? } else { 0 };
+    let mapped = Mapped { first_vcn, size_bytes, initialised_bytes, unit_log, runs };
+    Ok(Attribute { kind, name, flags, body: Body::Mapped(mapped) })
 }
 
 /// UTF-16 as text; what isn't any is replaced.
