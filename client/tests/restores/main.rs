@@ -6,6 +6,8 @@
 
 mod delta;
 mod meter;
+mod reading;
 mod resume;
 mod scene;
 mod several;
+mod targets;

@@ -1,8 +1,5 @@
 //! A snapshot read at any offset through a real janus from a real server, also while these are killed and started again.
 
-// Helpers of tests fail as tests do.
-#![allow(clippy::unwrap_used)]
-
 use std::{fs, path::PathBuf, time::Duration};
 
 use janus_client::{

@@ -1,8 +1,5 @@
 //! What a disk can be restored to: images that other programs read, single volumes, devices of other sizes, several disks at once.
 
-// Helpers of tests fail as tests do.
-#![allow(clippy::unwrap_used)]
-
 use std::{
     fs::{self, File},
     io::{Read, Seek, SeekFrom, Write},
