@@ -231,10 +231,11 @@ impl Restore {
         segments: Range<u64>,
         digests: &Arc<[BlockHash]>,
     ) -> Work {
-        // Where the target has data, whole hashes of all that differs would be more than what has changed.
+        // Where the target has data, whole hashes of all that differs would be more than what has changed. Only they say
+        // of each block whether it is right, when something is lost for good.
         let hash_bytes = match target.content() {
-            Content::Old => SHORT,
-            Content::Zeros | Content::Unread => BlockHash::LEN,
+            Content::Old if self.partial.is_none() => SHORT,
+            _ => BlockHash::LEN,
         };
         Work {
             size_bytes: sources.first().map_or(0, Source::size_bytes),

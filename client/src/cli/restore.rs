@@ -144,13 +144,13 @@ async fn one(
     };
     let volume = restore.volume.map(|number| format!("volume {number} of ")).unwrap_or_default();
     let text = format!(
-        "{lost}{smeared}restored {volume}{} of {} from {} to {} in {:.1} s\n{}\n{moved}",
+        "{lost}{smeared}restored {volume}{} of {} from {} to {}: {}, in {:.1} s\n{moved}",
         snapshot.disk_id,
         date(snapshot.committed_ms),
         snapshot.server_id,
         to.display(),
-        report.seconds,
         figures(&report),
+        report.seconds,
     );
     Ok(Outcome { json, text })
 }
@@ -158,7 +158,7 @@ async fn one(
 /// What was read, fetched, written and verified, in one line.
 fn figures(report: &RestoreReport) -> String {
     let mut text = format!(
-        "read {} there, fetched {}",
+        "{} read there, {} fetched",
         amount(report.read_bytes),
         amount(report.fetched_bytes)
     );
@@ -168,14 +168,14 @@ fn figures(report: &RestoreReport) -> String {
         text += &format!(" ({})", from.join(", "));
     }
     text += &format!(
-        ", wrote {}, verified {} of {}",
+        ", {} written, {} of {} verified",
         amount(report.written_bytes),
         // Of blocks around a volume, too.
         amount(report.verified_bytes.min(report.place.bytes())),
         amount(report.place.bytes())
     );
     if report.read_back_bytes > 0 {
-        text += &format!(", read {} back", amount(report.read_back_bytes));
+        text += &format!(", {} read back", amount(report.read_back_bytes));
     }
     text
 }

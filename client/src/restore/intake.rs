@@ -105,6 +105,8 @@ pub(super) fn next_request(left: &mut Vec<Range<u64>>, most_blocks: u64) -> Vec<
 }
 
 #[cfg(test)]
+// A list of one range is meant.
+#[allow(clippy::single_range_in_vec_init)]
 mod tests {
     use janus_proto::pb::BlockExtent;
 

@@ -17,7 +17,7 @@ const MOST: usize = 6;
 /// The snapshots that may help: of each other server the nearest older and the nearest newer one.
 pub(super) async fn find(reach: &Reach, wanted: &Snapshot) -> Vec<Found> {
     let Ok(disk) = wanted.disk_id.parse::<DiskId>() else { return Vec::new() };
-    let machine = reach.machine.clone();
+    let machine = reach.machine.clone().or_else(|| wanted.machine.parse().ok());
     let query = Query { machine, disk: Some(disk), server: None };
     let listing = match tokio::time::timeout(PATIENCE, catalog::list(&reach.ways, &query)).await {
         Ok(Ok(listing)) => listing,

@@ -80,6 +80,7 @@ impl Source {
     /// How long to wait after a failure, and whether at all.
     pub(super) fn verdict(&self, error: &LinkError, failover_after: Duration) -> Verdict {
         let mut lost_since = self.lost_since.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_first = lost_since.is_none();
         let since = lost_since.get_or_insert_with(Instant::now).elapsed();
         let server = self.server();
         if let Some(pause) = error.busy().filter(|_| since < PATIENCE) {
@@ -90,7 +91,9 @@ impl Source {
         if (error.remedy() != Remedy::Reconnect && !expired) || since > failover_after {
             return Verdict::GivenUp;
         }
-        tracing::warn!(server, %error, "connection lost; going on as soon as the server answers");
+        if is_first {
+            tracing::warn!(server, %error, "connection lost; going on as soon as the server answers");
+        }
         Verdict::Again(PAUSE)
     }
 

@@ -14,7 +14,7 @@ use janus_proto::{hash::segment_digest, ids::BlockHash};
 use super::{DamageError, serve::ServeError};
 use crate::snapshot::opened::{Opened, SegmentHashes};
 
-/// Memory for hashes: enough for 8 GiB of segments that differ between servers, for more than ten times that where three
+/// Memory for hashes: enough for 8 GiB of segments that differ between servers, for sixteen times that where two
 /// bytes of each hash do.
 const MEMORY: usize = 64 << 20;
 /// Segments whose hashes are asked for at once.

@@ -217,11 +217,12 @@ impl Target {
             true => Some(open_old(path)?),
             false => None,
         };
-        let (partial, file) = Partial::open(path, snapshot)?;
+        let (mut partial, file) = Partial::open(path, snapshot)?;
         let mut base = None;
         let content = match (old, wish.full) {
             (_, true) => {
                 file.set_len(0).map_err(|source| io_error(path, "emptied", source))?;
+                partial.was_there = false;
                 Content::Zeros
             }
             (Some(old), _) => {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures::future::try_join_all;
-use janus_proto::ids::{BlockHash, SEGMENT_BLOCKS, block_len};
+use janus_proto::ids::{BlockHash, block_len};
 use tokio::sync::mpsc;
 
 use super::{
@@ -210,6 +210,5 @@ impl Work {
             part.doubt();
             part.prove(&whole);
         }
-        debug_assert!(part.blocks().end - part.blocks().start <= SEGMENT_BLOCKS);
     }
 }

@@ -8,7 +8,7 @@ use crate::scene::{MIB, Scene, partial_of};
 
 #[test]
 fn a_killed_restore_goes_on_where_it_was() {
-    const SIZE: u64 = 192 * MIB;
+    const SIZE: u64 = 96 * MIB;
     let mut scene = Scene::new(&["server-a"], SIZE);
     let taken = scene.backup();
     // Slow enough to be hit.

@@ -218,6 +218,8 @@ fn out_of_order(at: u64) -> WireError {
 }
 
 #[cfg(test)]
+// A list of one range is meant.
+#[allow(clippy::single_range_in_vec_init)]
 mod tests {
     use super::*;
 
@@ -237,6 +239,21 @@ mod tests {
         assert!(found[0].fits(1, &BlockHash(hash)) && !found[0].fits(0, &BlockHash(hash)));
         assert!(!found[1].fits(1, &BlockHash(hash)));
         assert_eq!(found[0].whole(), None);
+    }
+
+    #[test]
+    fn older_servers_send_them_whole() {
+        let hash = BlockHash([7; 32]);
+        let whole = HashBatch { first: 0, hashes: vec![7; 64].into(), hash_bytes: 0 };
+        let (mut wanted, mut found) = (Wanted::new(vec![0..2]), Vec::new());
+        wanted.take(&whole, &mut found).unwrap();
+        wanted.finish().unwrap();
+        assert!(found[0].fits(1, &hash) && !found[0].fits(1, &BlockHash([8; 32])));
+        assert_eq!(found[0].whole(), Some(vec![hash; 2]));
+        // Two messages of one segment that differ in what they send.
+        let (mut wanted, mut found) = (Wanted::new(vec![0..3]), Vec::new());
+        wanted.take(&whole, &mut found).unwrap();
+        assert!(wanted.take(&batch(2, &[[7; 3]]), &mut found).is_err());
     }
 
     #[test]
