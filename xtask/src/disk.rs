@@ -37,7 +37,7 @@ pub fn make(path: &Path, size_bytes: u64, seed: u64) -> Result<()> {
     let partition = format!("1:{}:{last}", PARTITION / 512);
     packages::output(
         packages::command("sgdisk")
-            .args(["-q", "-o", "-n", &partition, "-t", "1:8300", "-c", "1:root"])
+            .args(["-o", "-n", &partition, "-t", "1:8300", "-c", "1:root"])
             .arg(path),
     )?;
     let blocks = ((size_bytes - 2 * MIB) / BLOCK).to_string();

@@ -1,7 +1,8 @@
 //! NTFS, on the records, runs and fix-ups of [`crate::fs::ntfs`], which backups read anyway: folders, streams, compression,
 //! links. Refused: encrypted files, and those whose content a driver of Windows keeps elsewhere.
 //!
-//! The two libraries there are were tried first. `ntfs` 0.4 knows no compression. `ntfs-core` 0.9 reads streams as a whole, into memory.
+//! The two libraries there are don't do: by their sources `ntfs` 0.4 knows no compression, and `ntfs-core` 0.9 reads streams as
+//! a whole, into memory.
 
 use std::rc::Rc;
 
