@@ -28,11 +28,12 @@ fn disk_of(site: &Site) -> (PathBuf, Client) {
     (path, client)
 }
 
-/// Bytes that janus has forwarded to and from server A.
+/// Bytes that janus has forwarded to and from the servers.
 fn forwarded(client: &Client) -> (u64, u64) {
     let status = client.status().unwrap();
-    let line = status.servers.iter().find(|line| line.server == "server-a").unwrap();
-    (line.bytes_sent, line.bytes_received)
+    status.servers.iter().fold((0, 0), |(sent, received), line| {
+        (sent + line.bytes_sent, received + line.bytes_received)
+    })
 }
 
 fn back_up_and_restore(site: &Site, path: &std::path::Path, client: &Client) {

@@ -1,7 +1,7 @@
 //! Trees out of a volume into a folder here.
 //!
 //! Nothing is written outside of that folder, whatever the volume says: names that aren't any are refused, every folder on the way is
-//! opened without following links ([`target`]), files are only made anew, and links are made but never followed. What can't be copied is told
+//! opened without following links (`target.rs`), files are only made anew, and links are made but never followed. What can't be copied is told
 //! with its reason, and the rest goes on; a file that could not be read to its end is removed again. Devices, pipes and sockets
 //! are told, not made. Extended attributes, ACLs and alternate streams are not copied.
 

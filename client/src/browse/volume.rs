@@ -32,7 +32,7 @@ pub struct Bounds {
     pub unanswered_bytes: u64,
     /// How often it may be started.
     pub starts: u32,
-    /// A file may have so many bytes beside [`HOLES`] times those of its volume. Holes are passed over by reading zeros, 5 to
+    /// A file may have so many bytes beside 64 times those of its volume. Holes are passed over by reading zeros, 5 to
     /// 10 GiB a second, and a damaged size must not make that last for ever.
     pub hole_bytes: u64,
 }
