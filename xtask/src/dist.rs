@@ -36,7 +36,7 @@ pub struct Args {
     #[arg(long)]
     debug: bool,
     /// Make the client as one file without libraries instead, for live systems
-    #[arg(long, name = "static", conflicts_with = "debug")]
+    #[arg(long = "static", conflicts_with = "debug")]
     alone: bool,
     /// Folder for the packages; default: target/dist
     #[arg(long)]
