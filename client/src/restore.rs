@@ -144,6 +144,19 @@ impl Restore {
         self.run_found(found).await
     }
 
+    /// Whether a snapshot can be restored, as far as that can be told without writing anything.
+    ///
+    /// # Errors
+    /// Those that [`Restore::run_found`] would begin with.
+    pub async fn check(&self, found: &Found) -> Result<(), RestoreError> {
+        check_size(&found.snapshot)?;
+        let place = self.place(found).await?;
+        let wish = target::Wish { force: self.force, in_place: self.in_place, full: self.full };
+        let to = self.to.clone();
+        let checking = tokio::task::spawn_blocking(move || Target::check(&to, &place, wish));
+        Ok(checking.await.map_err(|_| RestoreError::Interrupted)??)
+    }
+
     /// Restores a snapshot.
     ///
     /// # Errors

@@ -54,7 +54,11 @@ pub struct Log(#[allow(dead_code)] Option<Spans>);
 /// # Errors
 /// When a setting can't be used.
 pub fn start(plan: LogPlan<'_>) -> Result<Log, LogError> {
-    let filter = EnvFilter::builder().parse(plan.filter)?;
+    let mut filter = EnvFilter::builder().parse(plan.filter)?;
+    if !plan.filter.contains("fuser") {
+        // It warns of every request that a kernel may well be refused.
+        filter = filter.add_directive("fuser=error".parse()?);
+    }
     let spans = match plan.otlp_endpoint {
         "" => None,
         endpoint => Some(Spans::to(endpoint, plan.service)?),

@@ -39,6 +39,7 @@ use self::{active::PlannedDisk, limits::Metered};
 use crate::{
     chain::{
         Held, Run,
+        opened::OpenError,
         ranges::BlockRanges,
         store::{MachineState, Store, StoreError},
     },
@@ -192,6 +193,14 @@ pub enum RunError {
     /// The disk that holds the store is full.
     #[error("the store is full: {0}")]
     Full(String),
+    /// A disk's head is not damaged, and still it can't be opened.
+    #[error("disk {disk}: its newest snapshot can't be opened now: {source}")]
+    Head {
+        /// The disk.
+        disk: DiskId,
+        /// Why not.
+        source: OpenError,
+    },
     /// A session failed.
     #[error(transparent)]
     Session(#[from] SessionError),

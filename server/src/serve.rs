@@ -317,7 +317,7 @@ impl Server {
 
 /// Closes handles of restores that nobody goes on with.
 async fn expire_handles(restore: Arc<Restore>, shutdown: CancellationToken) {
-    while shutdown.run_until_cancelled(tokio::time::sleep(HANDLE_LEASE)).await.is_some() {
+    while shutdown.run_until_cancelled(tokio::time::sleep(HANDLE_LEASE / 20)).await.is_some() {
         restore.expire();
     }
 }

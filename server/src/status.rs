@@ -31,6 +31,10 @@ impl From<RunError> for Status {
             RunError::Full(_) => status(ErrorReason::StoreFull, text),
             RunError::Quota { .. } => status(ErrorReason::QuotaExceeded, text),
             RunError::Session(error) => error.into(),
+            RunError::Head { source, .. } => {
+                tracing::error!(error = %source, "a disk's head can't be opened");
+                status(ErrorReason::StoreFailed, text)
+            }
             RunError::Store(error) => error.into(),
         }
     }
@@ -66,7 +70,11 @@ impl From<StoreError> for Status {
 impl From<OpenError> for Status {
     fn from(error: OpenError) -> Self {
         tracing::error!(%error, "a snapshot can't be opened");
-        status(ErrorReason::StoreDamaged, error.to_string())
+        let reason = match error.is_damage() {
+            true => ErrorReason::StoreDamaged,
+            false => ErrorReason::StoreFailed,
+        };
+        status(reason, error.to_string())
     }
 }
 

@@ -24,7 +24,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         return Err(Failure::usage("cat writes the file itself: it can't be used with --json"));
     }
     let chosen = inside::choose(matches, context).await?;
-    inside::blocking(move || {
+    let read = move |chosen: inside::Chosen| {
         let mut volume = chosen.volume()?;
         let (path, stream) = match volume.kind() {
             FileSystemKind::Ntfs => split_stream(&chosen.inside.path),
@@ -58,8 +58,8 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
             other => drop(other?),
         }
         Ok(Outcome { json: json!({ "ok": true }), text: String::new() })
-    })
-    .await
+    };
+    chosen.blocking(read).await
 }
 
 struct Out<W> {

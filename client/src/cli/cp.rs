@@ -53,11 +53,11 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let progress = Progress::new(0);
     let display = progress::show(Doing::Copy, &progress, context.events);
     let snapshot = chosen.snapshot.clone();
-    let report = inside::blocking(move || {
+    let copy = move |chosen: inside::Chosen| {
         let mut volume = chosen.volume()?;
         Ok(Copy::run(&mut volume, &chosen.inside.path, &to, wishes, progress, stop)?)
-    })
-    .await?;
+    };
+    let report = chosen.blocking(copy).await?;
     drop(display);
     report.skipped.iter().take(SHOWN).for_each(|(path, reason)| {
         eprintln!("janus-client: {path}: not copied: {reason}");

@@ -170,7 +170,9 @@ impl From<RestoreError> for Failure {
                 lost: Some(missing.clone()),
                 ..Self::new(code_of(source), &error)
             },
-            RestoreError::Target(TargetError::Busy { .. }) => Self::new(BUSY, error),
+            RestoreError::Target(TargetError::Busy { .. } | TargetError::InUse(_)) => {
+                Self::new(BUSY, error)
+            }
             error => Self::new(FAILED, error),
         }
     }

@@ -44,16 +44,20 @@ pub(super) async fn choose(matches: &ArgMatches, context: &Context) -> Result<Ch
     Ok(Chosen { snapshot, medium, inside, stop: context.stop.clone() })
 }
 
-/// Does work that waits for blocks, where waiting is allowed.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
-) -> Result<T, Failure> {
-    let span = tracing::Span::current();
-    let work = tokio::task::spawn_blocking(move || span.in_scope(work));
-    work.await.map_err(Failure::failed)?
-}
-
 impl Chosen {
+    /// Does work that waits for blocks, where waiting is allowed. The snapshot is closed after it, however it ends: what is open
+    /// costs its server files.
+    pub(super) async fn blocking<T: Send + 'static>(
+        self,
+        work: impl FnOnce(Self) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let (span, snapshot) = (tracing::Span::current(), self.snapshot.clone());
+        let work = tokio::task::spawn_blocking(move || span.in_scope(|| work(self)));
+        let done = work.await;
+        snapshot.close().await;
+        done.map_err(Failure::failed)?
+    }
+
     pub(super) fn layout(&self) -> Result<Layout, Failure> {
         Ok(place::layout(&self.medium)?)
     }

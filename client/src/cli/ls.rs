@@ -30,11 +30,11 @@ pub(super) fn command() -> Command {
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let chosen = inside::choose(matches, context).await?;
     let (is_long, is_deep) = (matches.get_flag("long"), matches.get_flag("recursive"));
-    inside::blocking(move || match chosen.inside.volume {
+    let list = move |chosen: Chosen| match chosen.inside.volume {
         None => volumes(&chosen),
         Some(_) => files(&chosen, is_long, is_deep),
-    })
-    .await
+    };
+    chosen.blocking(list).await
 }
 
 fn volumes(chosen: &Chosen) -> Result<Outcome, Failure> {

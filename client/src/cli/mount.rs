@@ -1,6 +1,9 @@
 //! `janus-client mount`.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use clap::{Arg, ArgMatches, Command, value_parser};
 use fuser::{Config, MountOption};
@@ -14,6 +17,8 @@ use crate::browse::{BrowseError, mount::Mountable};
 
 /// How often is looked whether it was unmounted, or should be.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long an unmounted folder may still be used.
+const GRACE: Duration = Duration::from_secs(1);
 
 pub(super) fn command() -> Command {
     let [_, others @ ..] = super::chosen::arguments();
@@ -44,7 +49,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     if chosen.inside.volume.is_some() {
         return Err(Failure::usage("mount shows all volumes: name the disk or snapshot only"));
     }
-    inside::blocking(move || serve(chosen, &folder)).await
+    chosen.blocking(move |chosen| serve(chosen, &folder)).await
 }
 
 fn serve(chosen: Chosen, folder: &PathBuf) -> Result<Outcome, Failure> {
@@ -75,9 +80,31 @@ fn serve(chosen: Chosen, folder: &PathBuf) -> Result<Outcome, Failure> {
     while !stop.is_cancelled() && !session.guard.is_finished() {
         std::thread::sleep(LOOK);
     }
-    let ended =
-        if session.guard.is_finished() { session.join() } else { session.umount_and_join() };
-    ended.map_err(|error| Failure::failed(format!("{}: {error}", folder.display())))?;
+    if !session.guard.is_finished() {
+        detach(folder);
+    }
+    // Files that are open there end with this process.
+    let until = Instant::now() + GRACE;
+    while !session.guard.is_finished() && Instant::now() < until {
+        std::thread::sleep(LOOK);
+    }
+    if session.guard.is_finished() {
+        let ended = session.join();
+        ended.map_err(|error| Failure::failed(format!("{}: {error}", folder.display())))?;
+    }
     let json = json!({ "ok": true, "fetched_bytes": snapshot.fetched_bytes() });
     Ok(Outcome { json, text: format!("{} is unmounted\n", folder.display()) })
+}
+
+/// Takes the folder out of the way, also while somebody uses it.
+fn detach(folder: &Path) {
+    if rustix::mount::unmount(folder, rustix::mount::UnmountFlags::DETACH).is_ok() {
+        return;
+    }
+    // Others than root ask the program that has mounted it.
+    let mut program = std::process::Command::new("fusermount3");
+    let ended = program.args(["-u", "-z", "--"]).arg(folder).status();
+    if !ended.is_ok_and(|status| status.success()) {
+        tracing::warn!(folder = %folder.display(), "can't be unmounted: umount -l it");
+    }
 }

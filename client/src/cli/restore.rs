@@ -1,6 +1,9 @@
 //! `janus-client restore`.
 
-use std::{ops::Range, path::PathBuf};
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
 
 use clap::{Arg, ArgAction, ArgMatches};
 use janus_proto::{
@@ -62,29 +65,28 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     }
     let to = PathBuf::from(text("to"));
     let found = wanted.find(&ways).await?;
-    one(matches, context, &ways, &wanted, found, to, matches.get_flag("force")).await
+    let force = matches.get_flag("force");
+    let restore = restore_to(matches, context, &ways, &wanted, &to, force)?;
+    one(restore, found, context).await
 }
 
-/// Restores one disk, or a part of it.
-async fn one(
+/// A restore as the arguments want it.
+fn restore_to(
     matches: &ArgMatches,
     context: &Context,
     ways: &Ways,
     wanted: &Selection,
-    found: Found,
-    to: PathBuf,
+    to: &Path,
     force: bool,
-) -> Result<Outcome, Failure> {
+) -> Result<Restore, Failure> {
     let settings = &context.settings;
-    let progress = Progress::new(0);
-    let display = progress::show(Doing::Restore, &progress, context.events);
     let format = matches.get_one::<String>("format").and_then(|name| TargetFormat::named(name));
     let restore = Restore {
         ways: ways.clone(),
         wanted: wanted.clone(),
         volume: matches.get_one("volume").copied(),
-        to: to.clone(),
-        format: format.unwrap_or_else(|| TargetFormat::of_path(&to)),
+        to: to.to_owned(),
+        format: format.unwrap_or_else(|| TargetFormat::of_path(to)),
         force,
         in_place: matches.get_flag("in-place"),
         full: matches.get_flag("full"),
@@ -94,12 +96,19 @@ async fn one(
         threads: settings.threads(),
         failover_after: settings.failover_after(),
         direct: settings.direct,
-        progress,
+        progress: Progress::new(0),
         stop: context.stop.clone(),
     };
     if restore.verify && restore.format != TargetFormat::Raw {
         return Err(Failure::usage("--verify reads raw disks back, not images: leave it out"));
     }
+    Ok(restore)
+}
+
+/// Restores one disk, or a part of it.
+async fn one(restore: Restore, found: Found, context: &Context) -> Result<Outcome, Failure> {
+    let display = progress::show(Doing::Restore, &restore.progress, context.events);
+    let to = &restore.to;
     let report = restore.run_found(found).await?;
     drop(display);
     let snapshot = &report.snapshot;

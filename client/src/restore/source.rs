@@ -35,6 +35,15 @@ pub(super) enum Failure {
     Damage(super::DamageError),
 }
 
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Link(error) => error.fmt(f),
+            Self::Damage(error) => error.fmt(f),
+        }
+    }
+}
+
 /// What is to be done about a failed call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
@@ -98,8 +107,11 @@ impl Source {
     }
 
     pub(super) fn fail(&self, failure: Failure) {
-        tracing::warn!(server = self.server(), snapshot = %self.opened.snapshot().snapshot_id, ?failure, "nothing more is fetched from it");
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(failure);
+        let mut known = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.is_none() {
+            tracing::warn!(server = self.server(), snapshot = %self.opened.snapshot().snapshot_id, %failure, "nothing more is fetched from it");
+            *known = Some(failure);
+        }
     }
 
     pub(super) fn take_failure(&self) -> Option<Failure> {

@@ -85,6 +85,17 @@ pub enum TargetError {
         /// The file that it holds.
         locked: PathBuf,
     },
+    /// A device that something else holds.
+    #[error(
+        "{}: is in use: by another restore, as swap space, or as a part of LVM, RAID or ZFS", .0.display()
+    )]
+    InUse(PathBuf),
+    /// A new file among devices would be none, and may lie in memory.
+    #[error("{}: there is no such device; `lsblk` lists what there is", .0.display())]
+    NoDevice(PathBuf),
+    /// There is no place for a new file.
+    #[error("{}: its folder does not exist; make it first", .0.display())]
+    NoFolder(PathBuf),
     /// The system refused.
     #[error("{}: cannot be {doing}: {source}", path.display())]
     Io {
@@ -134,6 +145,8 @@ pub(super) struct Target {
     /// The file that is replaced, where its blocks have to be copied one by one.
     base: Option<(File, PathBuf)>,
     is_changed: AtomicBool,
+    /// The file that is replaced: its owner and mode are kept.
+    like: Option<fs::Metadata>,
 }
 
 #[derive(Debug)]
@@ -147,6 +160,32 @@ enum Kind {
 }
 
 impl Target {
+    /// Whether `path` may be written to, as far as that can be told without doing so.
+    pub(super) fn check(path: &Path, place: &Place, wish: Wish) -> Result<(), TargetError> {
+        match fs::metadata(path) {
+            Ok(meta) if meta.file_type().is_block_device() => {
+                if !wish.force {
+                    return Err(TargetError::Device(path.into()));
+                }
+                if let Some(mount) = mounts::any_mount(&sysfs::Device::of(meta.rdev()).family()) {
+                    return Err(TargetError::Mounted { path: path.into(), mount });
+                }
+                let measured = File::open(path).and_then(|file| size_of(&file, true));
+                match measured.map_err(|source| io_error(path, "measured", source))? {
+                    has if has < place.bytes() => {
+                        Err(TargetError::TooSmall { path: path.into(), has, needs: place.bytes() })
+                    }
+                    _ => Ok(()),
+                }
+            }
+            Ok(meta) if !meta.is_file() => Err(TargetError::Kind(path.into())),
+            Ok(_) if !wish.force => Err(TargetError::Exists(path.into())),
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => check_folder(path),
+            Err(source) => Err(io_error(path, "looked at", source)),
+        }
+    }
+
     /// Opens `path` for a snapshot with this id.
     pub(super) fn open(
         path: &Path,
@@ -154,6 +193,15 @@ impl Target {
         snapshot: &str,
         wish: Wish,
     ) -> Result<Self, TargetError> {
+        // What a link leads to is replaced, not the link.
+        let followed = match fs::symlink_metadata(path) {
+            Ok(meta) if meta.is_symlink() => {
+                fs::canonicalize(path).map_err(|source| io_error(path, "followed", source))?
+            }
+            _ => path.to_owned(),
+        };
+        let path = followed.as_path();
+        Self::check(path, place, wish)?;
         let is_raw = place.format == TargetFormat::Raw;
         let replaces = match fs::metadata(path) {
             Ok(meta) if meta.file_type().is_block_device() => {
@@ -203,6 +251,7 @@ impl Target {
             content: Content::Zeros,
             base: None,
             is_changed: AtomicBool::new(false),
+            like: fs::metadata(path).ok(),
         })
     }
 
@@ -218,6 +267,11 @@ impl Target {
             false => None,
         };
         let (mut partial, file) = Partial::open(path, snapshot)?;
+        if partial.was_there && !wish.full {
+            let partial = partial.path.display();
+            tracing::info!(%partial, "going on from what an earlier restore left");
+        }
+        let like = old.as_ref().and_then(|old| old.metadata().ok());
         let mut base = None;
         let content = match (old, wish.full) {
             (_, true) => {
@@ -250,6 +304,7 @@ impl Target {
             force: wish.force,
             content,
             base,
+            like,
         })
     }
 
@@ -272,12 +327,13 @@ impl Target {
         }
         // O_EXCL on a device: the kernel refuses while it is mounted, part of something else, or restored to.
         let flags = rustix::fs::OFlags::EXCL.bits().cast_signed();
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(flags)
-            .open(path)
-            .map_err(|source| io_error(path, "opened for writing", source))?;
+        let file =
+            OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).map_err(
+                |source| match source.kind() {
+                    io::ErrorKind::ResourceBusy => TargetError::InUse(path.into()),
+                    _ => io_error(path, "opened for writing", source),
+                },
+            )?;
         let has = size_of(&file, true).map_err(|source| io_error(path, "measured", source))?;
         if has < place.bytes() {
             return Err(TargetError::TooSmall { path: path.into(), has, needs: place.bytes() });
@@ -296,6 +352,7 @@ impl Target {
             content: if wish.full { Content::Unread } else { Content::Old },
             base: None,
             is_changed: AtomicBool::new(false),
+            like: None,
         }
     }
 
@@ -445,6 +502,11 @@ impl Target {
 
     /// Gives a file the name that was asked for.
     fn name(&self, file: &Path) -> Result<(), TargetError> {
+        if let Some(like) = &self.like {
+            // Only root can give files away; who can't, owns the new one.
+            let _ = std::os::unix::fs::chown(file, Some(like.uid()), Some(like.gid()));
+            let _ = fs::set_permissions(file, like.permissions());
+        }
         let named = if self.force {
             fs::rename(file, &self.path)
         } else {
@@ -477,6 +539,17 @@ impl Drop for Target {
             }
             _ => {}
         }
+    }
+}
+
+/// Whether there is a folder for a new file, which is none of devices.
+fn check_folder(path: &Path) -> Result<(), TargetError> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let real = fs::canonicalize(folder.unwrap_or(Path::new(".")));
+    let Ok(real) = real else { return Err(TargetError::NoFolder(path.into())) };
+    match real.starts_with("/dev") && !real.starts_with("/dev/shm") {
+        true => Err(TargetError::NoDevice(path.into())),
+        false => Ok(()),
     }
 }
 

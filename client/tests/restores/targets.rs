@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io::{Read, Seek, SeekFrom, Write},
     ops::Range,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -237,6 +237,73 @@ fn as_root_disks_of_a_machine_go_where_they_are_sent() {
         failure.error.contains("third") && failure.error.contains("disk, second"),
         "{failure:?}"
     );
+}
+
+#[test]
+fn as_root_nothing_is_written_before_all_places_are_good() {
+    let scene = scene(&["second"]);
+    let (device, file) = device(&scene, SIZE);
+    let before = fs::read(&file).unwrap();
+    let machine = format!("{}/machine", xtask::site::USER);
+    let first = format!("disk={}", device.path().display());
+    // The same device by another name.
+    let twin = scene.path("twin");
+    let number = fs::metadata(device.path()).unwrap().rdev();
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &twin,
+        rustix::fs::FileType::BlockDevice,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+        number,
+    )
+    .unwrap();
+    fs::write(scene.path("there"), "mine").unwrap();
+    let bad = [
+        (twin.clone(), "the place of another disk"),
+        (scene.path("there"), "--force"),
+        (scene.path("no/folder"), "its folder does not exist"),
+        (PathBuf::from("/dev/no-such-device"), "no such device"),
+    ];
+    for (place, said) in bad {
+        let second = format!("second={}", place.display());
+        let command = ["restore", &machine, "--map", &first, "--map", &second, "--yes"];
+        let failure = scene.client.failure(&command).unwrap();
+        assert!(failure.error.contains(said), "{failure:?}");
+        assert!(fs::read(&file).unwrap() == before, "{said}: the first disk was overwritten");
+    }
+    assert!(!Path::new("/dev/no-such-device").exists());
+}
+
+#[test]
+fn a_replaced_file_keeps_its_mode_and_the_links_to_it() {
+    let scene = scene(&[]);
+    let (to, link) = (scene.path("image"), scene.path("link"));
+    fs::write(&to, "old").unwrap();
+    fs::set_permissions(&to, fs::Permissions::from_mode(0o640)).unwrap();
+    std::os::unix::fs::symlink(&to, &link).unwrap();
+    scene.restore(&link, &["--force"]);
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    disk::compare(&scene.disk, &to).unwrap();
+    assert_eq!(fs::metadata(&to).unwrap().permissions().mode() & 0o777, 0o640);
+}
+
+#[test]
+fn who_has_looked_at_files_leaves_nothing_open_on_the_server() {
+    let mut scene = scene(&[]);
+    let server = scene.site.server("server-a").unwrap();
+    let fds = format!("/proc/{}/fd", server.process().unwrap().pid());
+    let images = || {
+        let targets =
+            fs::read_dir(&fds).unwrap().flatten().filter_map(|fd| fs::read_link(fd.path()).ok());
+        targets.filter(|target| target.extension().is_some_and(|end| end == "vhdx")).count()
+    };
+    let before = images();
+    for _ in 0..3 {
+        scene.client.run(&["ls", "disk:/2"]).unwrap();
+        assert_eq!(scene.client.run(&["ls", "disk"]).unwrap().code, Some(0));
+        assert_ne!(scene.client.run(&["cat", "disk:/2/none"]).unwrap().code, Some(0));
+    }
+    assert_eq!(images(), before);
 }
 
 #[test]

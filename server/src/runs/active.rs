@@ -37,7 +37,7 @@ impl PlannedDisk {
         machine: &Machine,
         wanted: &WantedDisk,
     ) -> Result<Self, RunError> {
-        let head = readable_head(runs, machine, &wanted.disk);
+        let head = readable_head(runs, machine, &wanted.disk)?;
         let mut disk = OpenDisk {
             disk: wanted.disk.clone(),
             session: SessionId::new(),
@@ -324,10 +324,16 @@ impl ActiveRun {
 }
 
 /// The head of a disk, unless its chain can't be built on: then the session starts from zeros and makes a new base.
-fn readable_head(runs: &Runs, machine: &Machine, disk: &DiskId) -> Option<OpenedSnapshot> {
-    let held = machine.history(|history| history.head(disk).cloned())?;
+fn readable_head(
+    runs: &Runs,
+    machine: &Machine,
+    disk: &DiskId,
+) -> Result<Option<OpenedSnapshot>, RunError> {
+    let Some(held) = machine.history(|history| history.head(disk).cloned()) else {
+        return Ok(None);
+    };
     let id = held.snapshot().id;
-    match runs.open_snapshot(&held) {
+    Ok(match runs.open_snapshot(&held) {
         Ok(opened) if opened.damaged.len() > MAX_RANGES => {
             tracing::error!(machine = %machine.key, %disk, snapshot_id = %id, ranges = opened.damaged.len(), "the disk's head is damaged in too many places: a new base begins");
             None
@@ -338,11 +344,15 @@ fn readable_head(runs: &Runs, machine: &Machine, disk: &DiskId) -> Option<Opened
             }
             Some(opened)
         }
+        // It is as it was: only now it can't be opened, and a new base would be for nothing.
+        Err(source) if !source.is_damage() => {
+            return Err(RunError::Head { disk: disk.clone(), source });
+        }
         Err(error) => {
             tracing::error!(%error, machine = %machine.key, %disk, snapshot_id = %id, "the disk's head can't be built on: a new base begins");
             None
         }
-    }
+    })
 }
 
 /// Only new chains are asked: a disk of another shape always begins one.

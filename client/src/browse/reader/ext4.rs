@@ -50,9 +50,12 @@ fn error(error: Ext4Error) -> BrowseError {
         Ext4Error::Encrypted => BrowseError::unsupported("it is encrypted"),
         error => {
             let what = error.to_string();
-            match what.contains(HOLE) {
-                true => BrowseError::unsupported("a file with large holes on ext2 or ext3"),
-                false => BrowseError::Damaged { what },
+            if what.contains(HOLE) {
+                BrowseError::unsupported("a file with large holes on ext2 or ext3")
+            } else if what.contains("invalid timestamp") {
+                BrowseError::unsupported("times before 1970 or after 2038")
+            } else {
+                BrowseError::Damaged { what }
             }
         }
     }

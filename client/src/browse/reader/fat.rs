@@ -31,6 +31,31 @@ struct Open {
     position: u64,
 }
 
+/// Short names in code page 850, which DOS and Windows use in western Europe and `mtools` everywhere.
+#[derive(Debug)]
+struct Western;
+
+const CODE_PAGE_850: &str = "ÇüéâäàåçêëèïîìÄÅÉæÆôöòûùÿÖÜø£Ø×ƒáíóúñÑªº¿®¬½¼¡«»░▒▓│┤ÁÂÀ©╣║╗╝¢¥┐└┴┬├─┼ãÃ╚╔╩╦╠═╬¤ðÐÊËÈıÍÎÏ┘┌█▄¦Ì▀ÓßÔÒõÕµþÞÚÛÙýÝ¯´\u{ad}±‗¾¶§÷¸°¨·¹³²■\u{a0}";
+
+impl fatfs::OemCpConverter for Western {
+    fn decode(&self, oem_char: u8) -> char {
+        match oem_char.checked_sub(0x80) {
+            None => char::from(oem_char),
+            Some(place) => {
+                CODE_PAGE_850.chars().nth(place.into()).unwrap_or(char::REPLACEMENT_CHARACTER)
+            }
+        }
+    }
+
+    fn encode(&self, uni_char: char) -> Option<u8> {
+        if uni_char.is_ascii() {
+            return u8::try_from(uni_char).ok();
+        }
+        let place = CODE_PAGE_850.chars().position(|other| other == uni_char)?;
+        u8::try_from(place + 0x80).ok()
+    }
+}
+
 fn error(error: std::io::Error) -> BrowseError {
     match error.kind() {
         std::io::ErrorKind::NotFound => BrowseError::Unknown { path: "such file".into() },
@@ -43,7 +68,8 @@ impl FatFiles {
     pub(super) fn open(blocks: Rc<Blocks>) -> Result<Self> {
         let volume_bytes = blocks.len();
         let disk = Positioned { blocks, position: 0 };
-        let fs = Fat::new(disk, FsOptions::new().update_accessed_date(false)).map_err(error)?;
+        let options = FsOptions::new().update_accessed_date(false).oem_cp_converter(&Western);
+        let fs = Fat::new(disk, options).map_err(error)?;
         // The process serves one volume, as long as it lives.
         let fs = Box::leak(Box::new(fs));
         Ok(Self { fs, volume_bytes, open: None, listed: HashMap::new() })
@@ -159,5 +185,25 @@ impl FileSystem for FatFiles {
     /// Each folder has a cluster of its own.
     fn most_folders(&self) -> u64 {
         self.volume_bytes / u64::from(self.fs.cluster_size().max(512))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use fatfs::OemCpConverter;
+
+    use super::*;
+
+    #[test]
+    fn each_byte_of_a_short_name_is_a_character_of_its_own() {
+        assert_eq!(CODE_PAGE_850.chars().count(), 128);
+        assert_eq!(
+            (Western.decode(0x9A), Western.decode(0x99), Western.decode(b'A')),
+            ('Ü', 'Ö', 'A')
+        );
+        for byte in 0..=255 {
+            assert_eq!(Western.encode(Western.decode(byte)), Some(byte));
+        }
+        assert_eq!(Western.encode('€'), None);
     }
 }

@@ -36,7 +36,9 @@ pub(super) async fn run(
     let mut moves = Vec::new();
     for found in found {
         if let Some(to) = places.remove(&found.snapshot.disk_id) {
-            moves.push((found, to));
+            let force = matches.get_flag("force") || is_device(&to);
+            let restore = super::restore_to(matches, context, ways, wanted, &to, force)?;
+            moves.push((found, restore));
         }
     }
     if let Some(disk) = places.keys().next() {
@@ -45,17 +47,20 @@ pub(super) async fn run(
             "--map {disk}: there is no such disk; there are {known}"
         )));
     }
+    // All of them before any is written.
+    for (found, restore) in &moves {
+        let checked = restore.check(found).await;
+        checked.map_err(|error| after(error.into(), &found.snapshot.disk_id, ""))?;
+    }
     let plan = tokio::task::spawn_blocking({
-        let moves: Vec<_> = moves.iter().map(|(f, to)| (f.clone(), to.clone())).collect();
+        let moves: Vec<_> = moves.iter().map(|(f, r)| (f.clone(), r.to.clone())).collect();
         move || plan(&moves)
     });
     confirm(&plan.await.map_err(Failure::failed)?, matches.get_flag("yes"), context).await?;
     let (mut text, mut disks) = (String::new(), Vec::new());
-    for (found, to) in moves {
-        let is_device = is_device(&to);
-        let force = matches.get_flag("force") || is_device;
+    for (found, restore) in moves {
         let name = found.snapshot.disk_id.clone();
-        let done = super::one(matches, context, ways, wanted, found, to, force).await;
+        let done = super::one(restore, found, context).await;
         let done = done.map_err(|failure| after(failure, &name, &text))?;
         text += &done.text;
         disks.push(done.json);
@@ -93,8 +98,21 @@ fn parse<'a>(texts: impl Iterator<Item = &'a str>) -> Result<BTreeMap<String, Pa
 }
 
 fn same_place(one: &Path, other: &Path) -> bool {
-    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.into());
-    one == other || real(one) == real(other)
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let number = |path: &Path| {
+        let meta = std::fs::metadata(path).ok()?;
+        let is_device = meta.file_type().is_block_device();
+        Some(if is_device { (0, meta.rdev()) } else { (meta.dev(), meta.ino()) })
+    };
+    let real = |path: &Path| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new(".")).canonicalize().ok()?;
+        Some(folder.join(path.file_name()?))
+    };
+    let is_same = |one: Option<_>, other: Option<_>| one.is_some() && one == other;
+    one == other
+        || is_same(number(one), number(other))
+        || real(one).is_some() && real(one) == real(other)
 }
 
 fn is_device(path: &Path) -> bool {

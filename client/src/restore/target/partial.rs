@@ -47,9 +47,6 @@ impl Partial {
                 let _ = fs::remove_file(&path);
             }
         })?;
-        if was_there {
-            tracing::info!(partial = %path.display(), "going on from what an earlier restore left");
-        }
         Ok((Self { path, was_there, leftovers }, file))
     }
 
