@@ -104,7 +104,8 @@ impl Cache {
         for chunk in runs.iter().cloned().flatten() {
             self.make_room();
             self.order.push_back(chunk);
-            self.slots.insert(chunk, Slot { state: State::Coming, is_used: false });
+            // What is fetched ahead must not be the first to go, among others that were used before.
+            self.slots.insert(chunk, Slot { state: State::Coming, is_used: true });
         }
         runs
     }
@@ -165,12 +166,23 @@ mod tests {
     fn what_was_used_outlives_what_was_not() {
         let mut cache = Cache::new(0);
         ready(&mut cache, 0..FEWEST);
-        assert!(matches!(cache.get(3), Some(State::Ready(_))));
         assert_eq!(missing(&mut cache, 5000..5001, 5001), [(5000, 5001)]);
+        assert!(matches!(cache.get(3), Some(State::Ready(_))));
         ready(&mut cache, 6000..6100);
         assert!(cache.get(3).is_some() && cache.get(0).is_none() && cache.get(4).is_none());
         assert!(matches!(cache.get(5000), Some(State::Coming)));
         assert!(cache.slots.len() <= FEWEST as usize && cache.order.len() == cache.slots.len());
+    }
+
+    #[test]
+    fn what_was_fetched_ahead_is_there_when_its_reader_comes() {
+        let mut cache = Cache::new(0);
+        for chunk in 0..3 * FEWEST {
+            ready(&mut cache, chunk..chunk + 1);
+            // One that is always 128 chunks behind.
+            let behind = chunk.saturating_sub(128);
+            assert!(cache.get(behind).is_some(), "{behind} went before it was used");
+        }
     }
 
     #[test]
