@@ -54,7 +54,7 @@ pub use self::{
 };
 
 use self::{block_set::BlockSet, cursor::Cursor, engine::Engine, place::Place, state::State};
-use crate::delta::SEGMENT_WORDS;
+use crate::segment_bits::SEGMENT_WORDS;
 
 /// The newest snapshot of the disk on one server, as far as this machine knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

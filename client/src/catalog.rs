@@ -30,6 +30,15 @@ pub struct Listing {
     pub addresses: Vec<ServerAddresses>,
 }
 
+impl Listing {
+    /// A snapshot of the list, with what is known of its server.
+    pub fn found(&self, snapshot: Snapshot) -> Found {
+        let own = self.addresses.iter().find(|own| own.server_id == snapshot.server_id);
+        let server_urls = own.map(|own| own.urls.clone()).unwrap_or_default();
+        Found { at: 0, snapshot, server_urls }
+    }
+}
+
 /// What is asked for.
 #[derive(Debug, Clone, Default)]
 pub struct Query {

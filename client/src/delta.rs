@@ -1,16 +1,8 @@
 //! Which blocks travel: pure decisions over 64 blocks at a time, one bit for each.
 
-use janus_proto::{
-    ids::{BlockHash, SEGMENT_BLOCKS},
-    model::Extent,
-};
+use janus_proto::{ids::BlockHash, model::Extent};
 
-/// Blocks decided on at once: the bits of a word.
-pub const WORD_BLOCKS: u64 = 64;
-/// Words in a segment.
-pub const SEGMENT_WORDS: usize = (SEGMENT_BLOCKS / WORD_BLOCKS) as usize;
-/// One bit for each block of a segment.
-pub type SegmentBits = [u64; SEGMENT_WORDS];
+use crate::segment_bits::WORD_BLOCKS;
 
 /// Known hashes of up to 64 consecutive blocks.
 #[derive(Debug, Clone, Copy)]

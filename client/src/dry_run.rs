@@ -12,10 +12,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     backup::Disk,
     cache::MustSend,
-    delta::SegmentBits,
     packing::Packing,
     reading::{Reading, Surveyed, Zeros},
     scan::{Event, ScanError, ScanJob, Scanned, Segments, SessionContent, scan},
+    segment_bits::SegmentBits,
     transfer::disk::{CacheTable, count_below},
     volume::Volume,
 };

@@ -29,6 +29,7 @@ pub mod relearn;
 pub mod restore;
 pub mod scan;
 pub mod schedule;
+pub mod segment_bits;
 pub mod service;
 pub mod snapshot;
 pub mod source;

@@ -1,6 +1,9 @@
 //! Calls: which URL, which server, which deadline, and what a failure means.
 
-use std::{sync::OnceLock, time::Duration};
+use std::{
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
 
 use janus_proto::{
     channel::{self, ConnectError, ConnectOptions, Dialer, Expect, race},
@@ -16,7 +19,7 @@ use janus_proto::{
     trace::{TRACEPARENT, TraceContext},
 };
 use serde::{Deserialize, Serialize};
-use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
+use tonic::{Code, Request, Status, Streaming, metadata::MetadataValue, transport::Channel};
 
 /// Deadline of calls that a server answers from memory.
 pub const QUICK: Duration = Duration::from_secs(20);
@@ -34,6 +37,9 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// How long a stream waits for its place behind others before its command fails.
 pub const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// Longest silence of a stream that should be flowing.
+const SILENCE: Duration = Duration::from_secs(120);
 
 /// A call that failed.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +110,11 @@ impl LinkError {
         is_busy.then(|| asked.clamp(SHORTEST_PAUSE, LONGEST_PAUSE))
     }
 
+    /// True when the link or the handle that the call went by is of no use any more, and another may be had.
+    pub fn is_lost(&self) -> bool {
+        self.remedy() == Remedy::Reconnect || self.reason() == Some(ErrorReason::HandleExpired)
+    }
+
     /// The server that answered with this error, as far as it said so.
     pub fn answered_by(&self) -> Option<ServerId> {
         let Self::Call { status, .. } = self else { return None };
@@ -161,6 +172,57 @@ pub enum Remedy {
     NewRun,
     /// Trying again brings nothing.
     None,
+}
+
+/// The next message of a stream that should be flowing; `None`: that was all.
+///
+/// # Errors
+/// When the stream breaks, or nothing comes for too long.
+pub async fn next_of<T>(
+    answers: &mut Streaming<T>,
+    doing: &'static str,
+) -> Result<Option<T>, LinkError> {
+    let next = tokio::time::timeout(SILENCE, answers.message()).await;
+    let next = next.map_err(|_| Status::deadline_exceeded("the server went silent"));
+    next.and_then(|answer| answer).map_err(LinkError::call(doing))
+}
+
+/// How often a lost server is looked for.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// A server that is waited for: since when nothing has come of it.
+#[derive(Debug, Default)]
+pub struct Waiting {
+    since: Option<Instant>,
+}
+
+impl Waiting {
+    /// Something has come.
+    pub fn is_over(&mut self) {
+        self.since = None;
+    }
+
+    /// How long to wait after a failed call to `server`; `None`: trying again brings nothing, or has for `longest`.
+    pub fn pause(
+        &mut self,
+        error: &LinkError,
+        server: &str,
+        longest: Duration,
+    ) -> Option<Duration> {
+        let is_first = self.since.is_none();
+        let since = self.since.get_or_insert_with(Instant::now).elapsed();
+        if let Some(pause) = error.busy().filter(|_| since < PATIENCE) {
+            tracing::warn!(server, %error, ?pause, "waiting for a place");
+            return Some(pause);
+        }
+        if !error.is_lost() || since > longest {
+            return None;
+        }
+        if is_first {
+            tracing::warn!(server, %error, "connection lost; going on as soon as the server answers");
+        }
+        Some(PAUSE)
+    }
 }
 
 /// The trace of this process: a command is one run, and all its calls belong together.

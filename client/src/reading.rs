@@ -15,11 +15,11 @@ use std::sync::{Arc, OnceLock};
 use janus_proto::ids::{BLOCK_BYTES, BlockHash, SEGMENT_BYTES};
 
 use crate::{
-    delta::{SEGMENT_WORDS, SegmentBits, WORD_BLOCKS},
     journal::{
         Changes, Distrust, Journal, JournalKind,
         memory::{Memory, VolumeCursor},
     },
+    segment_bits::{SEGMENT_WORDS, SegmentBits, WORD_BLOCKS},
     volume::Volume,
 };
 use janus_proto::ranges::Ranges;

@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     cache::{CacheError, DiskCache, Head},
-    link::{Address, Link, LinkError},
+    link::{self, Address, Link, LinkError},
 };
 
 const DOING: &str = "reading the server's hashes";
@@ -174,7 +174,7 @@ pub(crate) async fn read_segment_digests(
     Ok(digests)
 }
 
-pub(crate) async fn read(
+async fn read(
     link: &Link,
     address: &Address,
     of: Of,
@@ -188,23 +188,16 @@ pub(crate) async fn read(
     Ok(within(answers).map(|answer| parse(answer?)))
 }
 
-/// Longest silence of a stream that should be flowing.
-const SILENCE: std::time::Duration = std::time::Duration::from_secs(120);
-
 /// A stream's messages, each within a deadline.
 fn within(
     answers: tonic::Streaming<ReadHashesResponse>,
 ) -> impl Stream<Item = Result<ReadHashesResponse, LinkError>> {
     stream::unfold(Some(answers), |answers| async {
         let mut answers = answers?;
-        match tokio::time::timeout(SILENCE, answers.message()).await {
-            Ok(Ok(Some(message))) => Some((Ok(message), Some(answers))),
-            Ok(Ok(None)) => None,
-            Ok(Err(status)) => Some((Err(LinkError::call(DOING)(status)), None)),
-            Err(_) => {
-                let status = tonic::Status::deadline_exceeded("the server went silent");
-                Some((Err(LinkError::call(DOING)(status)), None))
-            }
+        match link::next_of(&mut answers, DOING).await {
+            Ok(Some(message)) => Some((Ok(message), Some(answers))),
+            Ok(None) => None,
+            Err(error) => Some((Err(error), None)),
         }
     })
     .filter(|item| future::ready(!matches!(item, Ok(message) if message.batch.is_none())))
@@ -224,7 +217,7 @@ fn parse(answer: ReadHashesResponse) -> Result<(u64, Vec<BlockHash>), LinkError>
     Ok((batch.first, hashes.collect::<Result<_, _>>().map_err(LinkError::answer(DOING))?))
 }
 
-pub(crate) fn out_of_order(at: u64) -> LinkError {
+fn out_of_order(at: u64) -> LinkError {
     let reason = format!("hashes are missing or out of order at {at}");
     LinkError::answer(DOING)(WireError::Invalid { field: "first", reason })
 }

@@ -8,13 +8,12 @@ use std::{
     ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use janus_proto::{
-    error::WireError,
     hash::table_digest,
-    ids::{BlockHash, MAX_DISK_BYTES, SEGMENT_BYTES},
+    ids::{BlockHash, SEGMENT_BYTES},
     pb::Snapshot,
 };
 use tokio::runtime::Handle;
@@ -22,11 +21,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     catalog::Found,
-    link::Direct,
     packing::Wish,
     progress::Progress,
-    snapshot::{Opened, Selection, SnapshotMedium, opened::Reach},
-    ways::Ways,
+    snapshot::{Opened, SnapshotMedium, opened::Reach, select},
 };
 
 mod counts;
@@ -73,10 +70,10 @@ use self::{
 
 /// A restore to do.
 pub struct Restore {
-    /// The ways to janus or servers.
-    pub ways: Ways,
-    /// What to restore.
-    pub wanted: Selection,
+    /// How its snapshot and others are reached.
+    pub reach: Reach,
+    /// Blocks come only from the snapshot's own server.
+    pub alone: bool,
     /// Only this volume of the disk.
     pub volume: Option<u32>,
     /// File or block device.
@@ -97,10 +94,6 @@ pub struct Restore {
     pub packing: Wish,
     /// Threads that read and hash the target, and as many that check and write.
     pub threads: usize,
-    /// How long a lost server is waited for.
-    pub failover_after: Duration,
-    /// Whether streams may go past janus.
-    pub direct: Direct,
     /// What is shown meanwhile.
     pub progress: Arc<Progress>,
     /// Asks it to stop.
@@ -135,36 +128,28 @@ pub struct RestoreReport {
 }
 
 impl Restore {
-    /// Finds the snapshot that is meant, and restores it.
-    ///
-    /// # Errors
-    /// See [`RestoreError`].
-    pub async fn run(&self) -> Result<RestoreReport, RestoreError> {
-        let found = self.wanted.find(&self.ways).await?;
-        self.run_found(found).await
-    }
-
     /// Whether a snapshot can be restored, as far as that can be told without writing anything.
     ///
     /// # Errors
-    /// Those that [`Restore::run_found`] would begin with.
+    /// Those that [`Restore::run`] would begin with.
     pub async fn check(&self, found: &Found) -> Result<(), RestoreError> {
-        check_size(&found.snapshot)?;
+        select::check_size(&found.snapshot).map_err(|error| damaged(&found.snapshot, error))?;
         let place = self.place(found).await?;
-        let wish = target::Wish { force: self.force, in_place: self.in_place, full: self.full };
+        let wish = self.target_wish();
         let to = self.to.clone();
-        let checking = tokio::task::spawn_blocking(move || Target::check(&to, &place, wish));
-        Ok(checking.await.map_err(|_| RestoreError::Interrupted)??)
+        let checking = tokio::task::spawn_blocking(move || Target::look(&to, &place, wish));
+        checking.await.map_err(|_| RestoreError::Interrupted)??;
+        Ok(())
     }
 
     /// Restores a snapshot.
     ///
     /// # Errors
     /// See [`RestoreError`].
-    pub async fn run_found(&self, found: Found) -> Result<RestoreReport, RestoreError> {
+    pub async fn run(&self, found: Found) -> Result<RestoreReport, RestoreError> {
         let began = Instant::now();
         self.check_map()?;
-        check_size(&found.snapshot)?;
+        select::check_size(&found.snapshot).map_err(|error| damaged(&found.snapshot, error))?;
         let place = self.place(&found).await?;
         let target = Arc::new(self.open_target(&place, &found.snapshot).await?);
         let done = self.restore_to(&target, place, found, began).await;
@@ -192,7 +177,7 @@ impl Restore {
         let end = (segments.end * SEGMENT_BYTES).min(size_bytes);
         self.progress.set_total(end - segments.start * SEGMENT_BYTES);
         let counts = Arc::new(Counts::new(self.progress.clone()));
-        let holder = Opened::new(self.reach(), found)?;
+        let holder = Opened::new(self.reach.clone(), found)?;
         let sources = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(RestoreError::Interrupted),
@@ -258,7 +243,7 @@ impl Restore {
             writers: Writers::start(self.threads, target),
             counts: counts.clone(),
             sources,
-            failover_after: self.failover_after,
+            failover_after: self.reach.failover_after,
             zero_lost: self.partial.is_some(),
             lost: Mutex::default(),
         }
@@ -270,12 +255,10 @@ impl Restore {
         holder: Opened,
     ) -> Result<(Vec<Source>, Arc<[BlockHash]>), RestoreError> {
         let snapshot = holder.snapshot().clone();
-        let reach = self.reach();
         let neighbours = async {
-            match self.wanted.server {
-                // Only this one was asked for.
-                Some(_) => Vec::new(),
-                None => neighbours::find(&reach, &snapshot).await,
+            match self.alone {
+                true => Vec::new(),
+                false => neighbours::find(&self.reach, &snapshot).await,
             }
         };
         let (digests, neighbours) = tokio::join!(holder.segment_digests(), neighbours);
@@ -289,7 +272,7 @@ impl Restore {
         let mut sources = vec![Source::new(0, holder, self.packing)];
         for found in neighbours {
             // One whose entry makes no sense is of no use.
-            let Ok(opened) = Opened::new(self.reach(), found) else { continue };
+            let Ok(opened) = Opened::new(self.reach.clone(), found) else { continue };
             sources.push(Source::new(sources.len(), opened, self.packing));
         }
         if let Some(holder) = sources.first() {
@@ -298,13 +281,8 @@ impl Restore {
         Ok((sources, digests.into()))
     }
 
-    fn reach(&self) -> Reach {
-        Reach {
-            ways: self.ways.clone(),
-            direct: self.direct,
-            failover_after: self.failover_after,
-            machine: self.wanted.machine.clone(),
-        }
+    fn target_wish(&self) -> target::Wish {
+        target::Wish { force: self.force, in_place: self.in_place, full: self.full }
     }
 
     /// What goes onto the target. The disk's partition table is read only where that depends on it.
@@ -316,7 +294,7 @@ impl Restore {
         if volume.is_none() && device_bytes.is_none_or(|bytes| bytes == size_bytes) {
             return Ok(Place::whole(size_bytes, logical_sector_bytes, format));
         }
-        let opened = Opened::new(self.reach(), found.clone())?;
+        let opened = Opened::new(self.reach.clone(), found.clone())?;
         let disk = SnapshotMedium::new(opened, self.packing, 0, Handle::current());
         let reading = disk.clone();
         let planning = tokio::task::spawn_blocking(move || {
@@ -332,7 +310,7 @@ impl Restore {
         place: &Place,
         snapshot: &Snapshot,
     ) -> Result<Target, RestoreError> {
-        let wish = target::Wish { force: self.force, in_place: self.in_place, full: self.full };
+        let wish = self.target_wish();
         let (to, place) = (self.to.clone(), place.clone());
         // A part is not the beginning of the whole.
         let id = match self.volume {
@@ -436,13 +414,6 @@ async fn close(sources: &[Source]) -> Vec<(String, u64)> {
     delivered.retain(|(_, bytes)| *bytes > 0);
     futures::future::join_all(sources.iter().map(|source| source.opened.close())).await;
     delivered
-}
-
-fn check_size(snapshot: &Snapshot) -> Result<(), RestoreError> {
-    match snapshot.size_bytes > MAX_DISK_BYTES {
-        true => Err(damaged(snapshot, WireError::invalid("size_bytes", "too large"))),
-        false => Ok(()),
-    }
 }
 
 fn damaged(snapshot: &Snapshot, source: impl Into<DamageError>) -> RestoreError {

@@ -19,9 +19,9 @@ use janus_proto::{
 };
 
 use crate::{
-    delta::SegmentBits,
     packing::{Outgoing, Packing},
     reading::Reading,
+    segment_bits::SegmentBits,
     source::{Source, SourceError},
 };
 

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 /// Clock ticks of `/proc/<pid>/stat` in a second: 100 on every Linux that Rust supports.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -38,11 +38,16 @@ pub fn reset_peak(pid: u32) {
 /// Waits for a child and watches it: its status, what it used, and how long that took.
 ///
 /// # Errors
-/// When waiting fails.
-pub fn wait(child: &mut Child, started: Instant) -> Result<(ExitStatus, Used, Duration)> {
+/// When waiting fails, or it goes on for longer than `longest`.
+pub fn wait(
+    child: &mut Child,
+    started: Instant,
+    longest: Duration,
+) -> Result<(ExitStatus, Used, Duration)> {
     let pid = child.id();
     let mut peak = 0;
     loop {
+        ensure!(started.elapsed() < longest, "still running after {longest:?}: {}", threads(pid));
         peak = peak.max(peak_rss(pid).unwrap_or(0));
         // A process that has ended stays readable, with its CPU time, until it is waited for.
         let stat = stat(pid).unwrap_or(Stat { ended: true, cpu_seconds: 0.0 });
@@ -57,6 +62,16 @@ pub fn wait(child: &mut Child, started: Instant) -> Result<(ExitStatus, Used, Du
         }
         thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// The threads of a process, each with what it waits for in the kernel.
+fn threads(pid: u32) -> String {
+    let of = |thread: &fs::DirEntry, file| {
+        fs::read_to_string(thread.path().join(file)).unwrap_or_default().trim().to_owned()
+    };
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let told = tasks.map(|task| format!("{} in {}", of(&task, "comm"), of(&task, "wchan")));
+    told.collect::<Vec<_>>().join(", ")
 }
 
 struct Stat {
@@ -89,7 +104,7 @@ mod tests {
             .args(["-c", "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done"])
             .spawn()
             .unwrap();
-        let (status, used, _) = wait(&mut child, started).unwrap();
+        let (status, used, _) = wait(&mut child, started, Duration::MAX).unwrap();
         assert!(status.success());
         assert!(used.cpu_seconds > 0.0 && used.peak_rss_bytes > 100_000, "{used:?}");
     }

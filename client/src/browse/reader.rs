@@ -9,13 +9,11 @@ use std::{
     rc::Rc,
 };
 
+use janus_proto::hash::is_zero;
 use prost::Message;
 use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit};
 
-use self::{
-    blocks::{Blocks, Pipes},
-    tree::Tree,
-};
+use self::{blocks::Pipes, tree::Tree};
 use super::{
     BrowseError, Entry,
     wire::{self, Failed, Open, Opened, Tag, Wanted},
@@ -111,7 +109,7 @@ fn answer(
     if tag == Tag::Open {
         let open = Open::decode(question).map_err(|_| nonsense())?;
         let kind = wire::kind_of(&open.kind).ok_or_else(nonsense)?;
-        let opened = Tree::open(kind, Rc::new(Blocks::new(pipes.clone(), open.volume_bytes)))?;
+        let opened = Tree::open(kind, Rc::new(blocks::blocks(pipes.clone(), open.volume_bytes)))?;
         let said = Opened { most_folders: opened.most_folders(), label: opened.label() };
         *tree = Some(opened);
         return Ok(said.encode_to_vec());
@@ -163,7 +161,6 @@ fn read(tree: &mut Tree, wanted: &Wanted, pipes: &Rc<RefCell<Pipes>>) -> Result<
 fn send(pipes: &RefCell<Pipes>, offset: u64, bytes: &[u8]) -> Result<bool, BrowseError> {
     /// What a frame has room for beside the offset.
     const ROOM: usize = wire::MAX_BYTES as usize / 2;
-    let is_zero = |unit: &[u8]| unit.iter().all(|byte| *byte == 0);
     let mut at = 0;
     let mut sent = false;
     while at < bytes.len() {

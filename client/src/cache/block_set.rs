@@ -4,9 +4,8 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use janus_proto::ids::SEGMENT_BLOCKS;
 
-use super::{SEGMENT_WORDS, segment_set::bits};
-
-type Bits = [u64; SEGMENT_WORDS];
+use super::segment_set::bits;
+use crate::segment_bits::{SEGMENT_WORDS, SegmentBits as Bits};
 
 const NONE: Bits = [0; SEGMENT_WORDS];
 const ALL: Bits = [u64::MAX; SEGMENT_WORDS];

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 
 use clap::ArgMatches;
 use janus_proto::{ids::DiskId, pb::Snapshot, show::amount};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{Context, Failure, Outcome, cache, opening};
 use crate::catalog::{self, Listing, Query};
@@ -43,11 +43,7 @@ pub(super) async fn run(_: &ArgMatches, context: &Context) -> Result<Outcome, Fa
             exit_code = exit_code.max(u8::from(one.outcome.is_err()));
             let _ = writeln!(text, "{id}: {}", cache::said(one));
         }
-        let servers: Vec<Value> = learnt
-            .iter()
-            .map(|one| json!({ "server": one.server, "snapshot_id": one.snapshot, "error": one.outcome.as_ref().err() }))
-            .collect();
-        rows.push(json!({ "disk_id": id, "size_bytes": size, "snapshots": chain.snapshots, "servers": servers }));
+        rows.push(json!({ "disk_id": id, "size_bytes": size, "snapshots": chain.snapshots, "servers": cache::learnt_json(&learnt) }));
     }
     for chain in &left {
         let _ = writeln!(text, "{}: {}, and no disk of the settings", chain.disk, chain.said());

@@ -7,7 +7,7 @@ use janus_proto::{
     ids::{DiskId, SEGMENT_BYTES, ServerId},
     show::amount,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Context, Failure, Outcome, opening};
 use crate::{
@@ -207,10 +207,7 @@ pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<O
             is_bad |= one.outcome.is_err();
             let _ = writeln!(text, "{disk}: {}", said(one));
         }
-        let rows = learnt.iter().map(|one| {
-            json!({ "server": one.server, "snapshot_id": one.snapshot, "error": one.outcome.as_ref().err() })
-        });
-        answers.push(json!({ "disk_id": disk, "servers": rows.collect::<Vec<_>>() }));
+        answers.push(json!({ "disk_id": disk, "servers": learnt_json(&learnt) }));
     }
     for away in &listing.unreachable {
         is_bad = true;
@@ -243,6 +240,11 @@ pub(super) async fn learn(
     });
     let cache = opening.await.map_err(Failure::failed)??;
     Ok(relearn::learn(link, &cache, disk, listing).await)
+}
+
+pub(super) fn learnt_json(learnt: &[Learnt]) -> Value {
+    let row = |one: &Learnt| json!({ "server": one.server, "snapshot_id": one.snapshot, "error": one.outcome.as_ref().err() });
+    learnt.iter().map(row).collect()
 }
 
 pub(super) fn said(learnt: &Learnt) -> String {

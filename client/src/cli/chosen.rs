@@ -40,7 +40,7 @@ pub(super) fn selection(matches: &ArgMatches, what: &str) -> Result<Selection, F
 
 impl Context {
     /// How the snapshots of a selection are reached.
-    pub fn reach(&self, ways: &Ways, selection: &Selection) -> Reach {
+    pub(super) fn reach(&self, ways: &Ways, selection: &Selection) -> Reach {
         Reach {
             ways: ways.clone(),
             direct: self.settings.direct,
@@ -50,7 +50,7 @@ impl Context {
     }
 
     /// The one snapshot that is meant, as a disk.
-    pub async fn medium(&self, selection: &Selection) -> Result<SnapshotMedium, Failure> {
+    pub(super) async fn medium(&self, selection: &Selection) -> Result<SnapshotMedium, Failure> {
         let ways = self.ways_awake().await?;
         let found = selection.find(&ways).await?;
         let opened = Opened::new(self.reach(&ways, selection), found)?;

@@ -82,8 +82,9 @@ fn restore_to(
     let settings = &context.settings;
     let format = matches.get_one::<String>("format").and_then(|name| TargetFormat::named(name));
     let restore = Restore {
-        ways: ways.clone(),
-        wanted: wanted.clone(),
+        reach: context.reach(ways, wanted),
+        // Only this one was asked for.
+        alone: wanted.server.is_some(),
         volume: matches.get_one("volume").copied(),
         to: to.to_owned(),
         format: format.unwrap_or_else(|| TargetFormat::of_path(to)),
@@ -94,8 +95,6 @@ fn restore_to(
         partial: matches.get_one::<String>("partial").map(PathBuf::from),
         packing: settings.encoding()?,
         threads: settings.threads(),
-        failover_after: settings.failover_after(),
-        direct: settings.direct,
         progress: Progress::new(0),
         stop: context.stop.clone(),
     };
@@ -109,7 +108,7 @@ fn restore_to(
 async fn one(restore: Restore, found: Found, context: &Context) -> Result<Outcome, Failure> {
     let display = progress::show(Doing::Restore, &restore.progress, context.events);
     let to = &restore.to;
-    let report = restore.run_found(found).await?;
+    let report = restore.run(found).await?;
     drop(display);
     let snapshot = &report.snapshot;
     let json = json!({

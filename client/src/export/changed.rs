@@ -7,15 +7,17 @@
 use std::{
     collections::HashMap,
     io,
-    ops::Range,
     sync::{Arc, Mutex, PoisonError},
 };
 
-use janus_proto::ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_count};
+use janus_proto::ids::{BLOCK_BYTES, SEGMENT_BLOCKS, segment_count};
 use tokio::runtime::Handle;
 
 use super::{Overlay, Tells};
-use crate::snapshot::{Opened, ReadError, SnapshotMedium};
+use crate::{
+    segment_bits::{self, SegmentBits},
+    snapshot::{Opened, ReadError, SnapshotMedium, opened::SegmentHashes},
+};
 
 /// Name of the context.
 pub const NAME: &str = "janus:changed";
@@ -28,10 +30,6 @@ const CHANGED: u32 = 1;
 const TOGETHER: usize = 8;
 /// Segments of which is known which blocks changed: 4 MiB.
 const MOST: usize = 1 << 14;
-const WORDS: usize = SEGMENT_BLOCKS as usize / 64;
-
-/// A bit for each block of a segment: it changed.
-type Bits = [u64; WORDS];
 
 /// Two snapshots of one disk.
 #[derive(Debug)]
@@ -41,7 +39,8 @@ pub struct Changed {
     runtime: Handle,
     /// For each segment whether any block of it changed.
     differs: Vec<bool>,
-    known: Mutex<HashMap<u64, Bits>>,
+    /// Of some segments which blocks changed.
+    known: Mutex<HashMap<u64, SegmentBits>>,
 }
 
 impl Changed {
@@ -68,12 +67,16 @@ impl Changed {
         (segments * SEGMENT_BLOCKS * BLOCK_BYTES).min(self.size_bytes())
     }
 
+    fn then_bytes(&self) -> u64 {
+        self.then.snapshot().size_bytes
+    }
+
     fn size_bytes(&self) -> u64 {
         self.now.snapshot().size_bytes
     }
 
     /// The blocks of a segment that changed.
-    fn bits(&self, segment: u64) -> io::Result<Bits> {
+    fn bits(&self, segment: u64) -> io::Result<SegmentBits> {
         let find =
             || self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&segment).copied();
         if let Some(bits) = find() {
@@ -83,19 +86,25 @@ impl Changed {
     }
 
     /// Reads the hashes of a segment, and of the next ones that differ.
-    async fn learn(&self, segment: u64) -> Result<Bits, ReadError> {
+    async fn learn(&self, segment: u64) -> Result<SegmentBits, ReadError> {
         let differing =
             (segment..self.differs.len() as u64).filter(|at| self.differs[*at as usize]);
         let segments: Vec<u64> = differing.take(TOGETHER).collect();
-        let (ours, theirs) =
-            tokio::try_join!(hashes(self.now.opened(), &segments), hashes(&self.then, &segments))?;
+        // The older one may be of a smaller disk.
+        let both = segments.iter().copied().filter(|at| *at < segment_count(self.then_bytes()));
+        let both: Vec<u64> = both.collect();
+        let (ours, theirs) = tokio::try_join!(
+            self.now.opened().segment_hashes(&segments),
+            self.then.segment_hashes(&both)
+        )?;
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() + TOGETHER > MOST {
             known.clear();
         }
-        let mut wanted = [0; WORDS];
+        let mut wanted = SegmentBits::default();
+        let theirs = theirs.iter().map(Some).chain(std::iter::repeat(None));
         for ((at, ours), theirs) in segments.into_iter().zip(ours).zip(theirs) {
-            let bits = differing_blocks(&ours, &theirs);
+            let bits = differing_blocks(&ours, theirs);
             if at == segment {
                 wanted = bits;
             }
@@ -105,33 +114,9 @@ impl Changed {
     }
 }
 
-/// Hashes of the blocks of segments; of those that a disk has no longer, none.
-async fn hashes(of: &Opened, segments: &[u64]) -> Result<Vec<Vec<BlockHash>>, ReadError> {
-    let blocks = block_count(of.snapshot().size_bytes);
-    let range = |segment: &u64| {
-        let first = segment * SEGMENT_BLOCKS;
-        first.min(blocks)..(first + SEGMENT_BLOCKS).min(blocks)
-    };
-    let ranges: Vec<Range<u64>> = segments.iter().map(range).collect();
-    let there: Vec<_> = ranges.iter().filter(|range| !range.is_empty()).cloned().collect();
-    let mut hashes = match there.is_empty() {
-        true => Vec::new(),
-        false => of.block_hashes(&there).await?,
-    };
-    let mut found = Vec::with_capacity(segments.len());
-    for range in ranges {
-        let rest = hashes.split_off(hashes.len().min((range.end - range.start) as usize));
-        found.push(std::mem::replace(&mut hashes, rest));
-    }
-    Ok(found)
-}
-
-fn differing_blocks(ours: &[BlockHash], theirs: &[BlockHash]) -> Bits {
-    let mut bits = [0; WORDS];
-    for (at, hash) in ours.iter().enumerate().take(SEGMENT_BLOCKS as usize) {
-        bits[at / 64] |= u64::from(theirs.get(at) != Some(hash)) << (at % 64);
-    }
-    bits
+fn differing_blocks(ours: &SegmentHashes, theirs: Option<&SegmentHashes>) -> SegmentBits {
+    let is_other = |at| theirs.is_none_or(|theirs| theirs.of(at) != ours.of(at));
+    segment_bits::of(ours.len(), is_other)
 }
 
 impl Tells for Changed {
@@ -142,20 +127,14 @@ impl Tells for Changed {
         let same = rest.iter().take_while(|differs| !**differs).count() as u64;
         let (end, flags) = match same {
             0 => {
-                let (changed, end) = run(&self.bits(segment)?, block % SEGMENT_BLOCKS);
+                let (changed, end) =
+                    segment_bits::run(&self.bits(segment)?, block % SEGMENT_BLOCKS);
                 (segment * SEGMENT_BLOCKS + end, if changed { CHANGED } else { 0 })
             }
             same => ((segment + same) * SEGMENT_BLOCKS, 0),
         };
         Ok(((end * BLOCK_BYTES).min(self.size_bytes()), flags))
     }
-}
-
-/// The bit at `first`, and where bits like it end.
-fn run(bits: &Bits, first: u64) -> (bool, u64) {
-    let is_set = |at: u64| bits[(at / 64) as usize] >> (at % 64) & 1 == 1;
-    let end = (first..SEGMENT_BLOCKS).find(|at| is_set(*at) != is_set(first));
-    (is_set(first), end.unwrap_or(SEGMENT_BLOCKS))
 }
 
 /// The same where clients write: what they wrote is changed, too.
@@ -175,6 +154,8 @@ impl Tells for OrWritten {
 
 #[cfg(test)]
 mod tests {
+    use janus_proto::ids::BlockHash;
+
     use super::*;
 
     fn hash(of: u8) -> BlockHash {
@@ -183,24 +164,15 @@ mod tests {
 
     #[test]
     fn what_differs_or_is_new_changed_and_what_is_gone_does_not_matter() {
-        let ours: Vec<_> = [1, 2, 3, 4].map(hash).into();
+        let ours = SegmentHashes::of_whole(&[1, 2, 3, 4].map(hash));
         let bits = |theirs: &[u8]| {
-            differing_blocks(&ours, &theirs.iter().map(|of| hash(*of)).collect::<Vec<_>>())[0]
+            let theirs: Vec<_> = theirs.iter().map(|of| hash(*of)).collect();
+            differing_blocks(&ours, Some(&SegmentHashes::of_whole(&theirs)))[0]
         };
         assert_eq!(bits(&[1, 2, 3, 4]), 0);
         assert_eq!(bits(&[1, 9, 3, 4, 5]), 0b10);
         assert_eq!(bits(&[1, 2]), 0b1100);
         assert_eq!(bits(&[]), 0b1111);
-    }
-
-    #[test]
-    fn runs_end_where_the_bits_change() {
-        let mut bits = [0; WORDS];
-        bits[0] = 1 << 63;
-        bits[1] = 0b11;
-        assert_eq!(run(&bits, 0), (false, 63));
-        assert_eq!(run(&bits, 64), (true, 66));
-        assert_eq!(run(&bits, 63), (true, 66));
-        assert_eq!(run(&bits, 66), (false, SEGMENT_BLOCKS));
+        assert_eq!(differing_blocks(&ours, None)[0], 0b1111);
     }
 }

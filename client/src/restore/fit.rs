@@ -107,7 +107,7 @@ pub fn fit<D: Medium + ReadAt>(disk: &D, target_bytes: u64) -> Result<Fit, FitEr
     };
     if is_smaller {
         check_volumes(&layout, table, target_bytes)?;
-        check_rest(disk, &layout, table, target_bytes)?;
+        check_rest(disk, table, target_bytes)?;
     }
     Ok(Fit { copy_bytes: disk_bytes.min(target_bytes), table })
 }
@@ -182,25 +182,22 @@ fn check_volumes(layout: &Layout, table: Option<Table>, has: u64) -> Result<(), 
     }
 }
 
-/// What would be cut off must be zeros, or the backup of a GPT, or free space behind a volume's end of which no volume knows.
+/// What would be cut off, which no volume has, must be zeros or the backup of a GPT.
 fn check_rest<D: Medium + ReadAt>(
     disk: &D,
-    layout: &Layout,
     table: Option<Table>,
     has: u64,
 ) -> Result<(), FitError> {
-    // All volumes end before: their ends say where the rest begins.
-    debug_assert!(layout.volumes.iter().all(|volume| volume.range().end <= has));
     let end = table.map_or(disk.size_bytes(), |table| table.backup().start);
     let mut at = has;
     let mut buffer = vec![0; 1 << 20];
     while at < end {
         let stretch = disk.stretch(at);
-        let until = stretch.end.min(end).min(at + buffer.len() as u64);
         if stretch.hole {
             at = stretch.end;
             continue;
         }
+        let until = stretch.end.min(end).min(at + buffer.len() as u64);
         let now = &mut buffer[..(until - at) as usize];
         ReadAt::read_exact_at(disk, now, at)?;
         if let Some(data) = now.iter().position(|byte| *byte != 0) {

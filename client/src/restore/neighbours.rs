@@ -27,12 +27,8 @@ pub(super) async fn find(reach: &Reach, wanted: &Snapshot) -> Vec<Found> {
         }
         Err(_) => return Vec::new(),
     };
-    let found = |snapshot: Snapshot| {
-        let own = listing.addresses.iter().find(|a| a.server_id == snapshot.server_id);
-        let server_urls = own.map(|own| own.urls.clone()).unwrap_or_default();
-        Found { at: 0, snapshot, server_urls }
-    };
-    nearest(&listing.snapshots, wanted).into_iter().map(found).collect()
+    let near = nearest(&listing.snapshots, wanted);
+    near.into_iter().map(|snapshot| listing.found(snapshot)).collect()
 }
 
 fn nearest(snapshots: &[Snapshot], wanted: &Snapshot) -> Vec<Snapshot> {

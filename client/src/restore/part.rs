@@ -5,13 +5,13 @@ use std::ops::Range;
 use janus_proto::{
     hash::{segment_digest, zero_hash, zero_segment_of},
     ids::{BlockHash, SEGMENT_BLOCKS, SEGMENT_BYTES, block_count, block_len},
+    ranges::Ranges,
 };
 
-use crate::snapshot::opened::SegmentHashes;
+use crate::{segment_bits::SegmentBits, snapshot::opened::SegmentHashes};
 
 /// No block has this hash.
 const UNKNOWN: BlockHash = BlockHash([0; BlockHash::LEN]);
-const WORDS: usize = SEGMENT_BLOCKS as usize / 64;
 
 /// A segment in work.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub(super) struct Part {
     size_bytes: u64,
     held: Held,
     /// Blocks that are proven to be what is wanted, one by one.
-    proven: [u64; WORDS],
+    proven: SegmentBits,
     /// The target had data here, so that block hashes may save something.
     pub(super) has_content: bool,
     /// Bytes of it that were counted as done.
@@ -52,7 +52,7 @@ impl Part {
     }
 
     fn new(size_bytes: u64, segment: u64, held: Held, has_content: bool) -> Self {
-        Self { segment, size_bytes, held, proven: [0; WORDS], has_content, counted: 0 }
+        Self { segment, size_bytes, held, proven: SegmentBits::default(), has_content, counted: 0 }
     }
 
     /// Its blocks.
@@ -100,7 +100,7 @@ impl Part {
 
     /// Nothing of it counts any more but what is compared anew.
     pub(super) fn doubt(&mut self) {
-        self.proven = [0; WORDS];
+        self.proven = SegmentBits::default();
         self.has_content = true;
     }
 
@@ -118,12 +118,8 @@ impl Part {
         }
     }
 
-    #[cfg(test)]
-    pub(super) fn held_for_tests(&self, block: u64) -> BlockHash {
-        self.held(block)
-    }
-
-    fn held(&self, block: u64) -> BlockHash {
+    /// Hash of what the target holds, as far as that is known.
+    pub(super) fn held(&self, block: u64) -> BlockHash {
         match &self.held {
             Held::Zeros => zero_hash(block_len(self.size_bytes, block)),
             Held::Unknown => UNKNOWN,
@@ -157,14 +153,9 @@ pub(super) fn unread() -> BlockHash {
 
 /// Ascending blocks as ranges.
 pub(super) fn ranges(blocks: impl IntoIterator<Item = u64>) -> Vec<Range<u64>> {
-    let mut ranges: Vec<Range<u64>> = Vec::new();
-    for block in blocks {
-        match ranges.last_mut() {
-            Some(last) if last.end == block => last.end += 1,
-            _ => ranges.push(block..block + 1),
-        }
-    }
-    ranges
+    let mut ranges = Ranges::new();
+    blocks.into_iter().for_each(|block| ranges.push(block..block + 1));
+    ranges.iter().collect()
 }
 
 /// Segments that one source works on at a time, ascending.

@@ -13,7 +13,7 @@ use janus_proto::{
 use super::{
     DamageError, RestoreError,
     part::Piece,
-    source::{Failure, Source, Verdict},
+    source::{Failure, Source},
     target::TargetError,
     work::Work,
     writers::WriteError,
@@ -93,15 +93,13 @@ impl Work {
 
     /// Waits after a failure, or gives a source up.
     pub(super) async fn pause(&self, source: &Source, error: LinkError) {
-        match source.verdict(&error, self.failover_after) {
-            Verdict::GivenUp => self.give_up(source, Failure::Link(error)),
-            Verdict::Again(pause) => {
-                tokio::select! {
-                    biased;
-                    () = self.queue.ended(source.number) => {}
-                    () = tokio::time::sleep(pause) => {}
-                }
-            }
+        let Some(pause) = source.pause(&error, self.failover_after) else {
+            return self.give_up(source, Failure::Link(error));
+        };
+        tokio::select! {
+            biased;
+            () = self.queue.ended(source.number) => {}
+            () = tokio::time::sleep(pause) => {}
         }
     }
 

@@ -2,19 +2,17 @@
 
 use std::{
     sync::{Mutex, OnceLock, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use janus_proto::{ids::BlockHash, pb::ErrorReason};
+use janus_proto::ids::BlockHash;
 
 use super::packing::Packing;
 use crate::{
-    link::{LinkError, PATIENCE, Remedy},
+    link::{LinkError, Waiting},
     packing::Wish,
     snapshot::Opened,
 };
-
-const PAUSE: Duration = Duration::from_millis(500);
 
 pub(super) struct Source {
     /// Its number in the queue; 0 has all that is wanted.
@@ -22,8 +20,7 @@ pub(super) struct Source {
     pub(super) opened: Opened,
     pub(super) packing: Packing,
     digests: OnceLock<Vec<BlockHash>>,
-    /// Since when nothing came of it.
-    lost_since: Mutex<Option<Instant>>,
+    waiting: Mutex<Waiting>,
     /// Why it delivers nothing any more.
     failure: Mutex<Option<Failure>>,
 }
@@ -44,13 +41,6 @@ impl std::fmt::Display for Failure {
     }
 }
 
-/// What is to be done about a failed call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
-    Again(Duration),
-    GivenUp,
-}
-
 impl Source {
     pub(super) fn new(number: usize, opened: Opened, wish: Wish) -> Self {
         Self {
@@ -58,7 +48,7 @@ impl Source {
             opened,
             packing: Packing::new(wish),
             digests: OnceLock::new(),
-            lost_since: Mutex::default(),
+            waiting: Mutex::default(),
             failure: Mutex::default(),
         }
     }
@@ -83,27 +73,13 @@ impl Source {
 
     /// Something came.
     pub(super) fn is_there(&self) {
-        *self.lost_since.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).is_over();
     }
 
-    /// How long to wait after a failure, and whether at all.
-    pub(super) fn verdict(&self, error: &LinkError, failover_after: Duration) -> Verdict {
-        let mut lost_since = self.lost_since.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_first = lost_since.is_none();
-        let since = lost_since.get_or_insert_with(Instant::now).elapsed();
-        let server = self.server();
-        if let Some(pause) = error.busy().filter(|_| since < PATIENCE) {
-            tracing::warn!(server, %error, ?pause, "waiting for a place");
-            return Verdict::Again(pause);
-        }
-        let expired = error.reason() == Some(ErrorReason::HandleExpired);
-        if (error.remedy() != Remedy::Reconnect && !expired) || since > failover_after {
-            return Verdict::GivenUp;
-        }
-        if is_first {
-            tracing::warn!(server, %error, "connection lost; going on as soon as the server answers");
-        }
-        Verdict::Again(PAUSE)
+    /// How long to wait after a failure; `None`: it is given up.
+    pub(super) fn pause(&self, error: &LinkError, failover_after: Duration) -> Option<Duration> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.pause(error, self.server(), failover_after)
     }
 
     pub(super) fn fail(&self, failure: Failure) {

@@ -130,6 +130,14 @@ pub(super) enum Content {
     Unread,
 }
 
+/// What is at a path before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum There {
+    Device,
+    File,
+    Nothing,
+}
+
 /// A target opened for writing. All methods may be called by several threads at once.
 #[derive(Debug)]
 pub(super) struct Target {
@@ -160,29 +168,36 @@ enum Kind {
 }
 
 impl Target {
-    /// Whether `path` may be written to, as far as that can be told without doing so.
-    pub(super) fn check(path: &Path, place: &Place, wish: Wish) -> Result<(), TargetError> {
-        match fs::metadata(path) {
-            Ok(meta) if meta.file_type().is_block_device() => {
-                if !wish.force {
-                    return Err(TargetError::Device(path.into()));
-                }
-                if let Some(mount) = mounts::any_mount(&sysfs::Device::of(meta.rdev()).family()) {
-                    return Err(TargetError::Mounted { path: path.into(), mount });
-                }
-                let measured = File::open(path).and_then(|file| size_of(&file, true));
-                match measured.map_err(|source| io_error(path, "measured", source))? {
-                    has if has < place.bytes() => {
-                        Err(TargetError::TooSmall { path: path.into(), has, needs: place.bytes() })
-                    }
-                    _ => Ok(()),
-                }
+    /// What is at `path`, where that may be written to as far as can be told without doing so.
+    pub(super) fn look(path: &Path, place: &Place, wish: Wish) -> Result<There, TargetError> {
+        let meta = match fs::metadata(path) {
+            Ok(meta) => meta,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return check_folder(path).map(|()| There::Nothing);
             }
-            Ok(meta) if !meta.is_file() => Err(TargetError::Kind(path.into())),
-            Ok(_) if !wish.force => Err(TargetError::Exists(path.into())),
-            Ok(_) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => check_folder(path),
-            Err(source) => Err(io_error(path, "looked at", source)),
+            Err(source) => return Err(io_error(path, "looked at", source)),
+        };
+        if !meta.file_type().is_block_device() {
+            return match meta.is_file() {
+                false => Err(TargetError::Kind(path.into())),
+                true if !wish.force => Err(TargetError::Exists(path.into())),
+                true => Ok(There::File),
+            };
+        }
+        if !wish.force {
+            return Err(TargetError::Device(path.into()));
+        }
+        if let Some(mount) = mounts::any_mount(&sysfs::Device::of(meta.rdev()).family()) {
+            return Err(TargetError::Mounted { path: path.into(), mount });
+        }
+        let measured = File::open(path).and_then(|file| size_of(&file, true));
+        let has = measured.map_err(|source| io_error(path, "measured", source))?;
+        match place.format {
+            _ if has < place.bytes() => {
+                Err(TargetError::TooSmall { path: path.into(), has, needs: place.bytes() })
+            }
+            TargetFormat::Raw => Ok(There::Device),
+            _ => Err(TargetError::DeviceFormat(path.into())),
         }
     }
 
@@ -201,24 +216,13 @@ impl Target {
             _ => path.to_owned(),
         };
         let path = followed.as_path();
-        Self::check(path, place, wish)?;
-        let is_raw = place.format == TargetFormat::Raw;
-        let replaces = match fs::metadata(path) {
-            Ok(meta) if meta.file_type().is_block_device() => {
-                return match is_raw {
-                    true => Self::device(path, meta.rdev(), place, wish),
-                    false => Err(TargetError::DeviceFormat(path.into())),
-                };
-            }
-            Ok(meta) if !meta.is_file() => return Err(TargetError::Kind(path.into())),
-            Ok(_) if !wish.force => return Err(TargetError::Exists(path.into())),
-            Ok(_) if wish.in_place && is_raw => return Self::in_place(path, place, wish),
-            Ok(_) => true,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-            Err(source) => return Err(io_error(path, "looked at", source)),
-        };
+        let there = Self::look(path, place, wish)?;
         match place.format {
-            TargetFormat::Raw => Self::new_file(path, place, snapshot, wish, replaces),
+            _ if there == There::Device => Self::device(path, place, wish),
+            TargetFormat::Raw if there == There::File && wish.in_place => {
+                Self::in_place(path, place, wish)
+            }
+            TargetFormat::Raw => Self::new_file(path, place, snapshot, wish, there == There::File),
             TargetFormat::Qcow2 => {
                 qcow2::check(path)?;
                 // What is there is no raw disk: nothing of it is of use.
@@ -318,13 +322,7 @@ impl Target {
         Ok(Self::existing(path, file, place, Kind::InPlace, wish))
     }
 
-    fn device(path: &Path, rdev: u64, place: &Place, wish: Wish) -> Result<Self, TargetError> {
-        if !wish.force {
-            return Err(TargetError::Device(path.into()));
-        }
-        if let Some(mount) = mounts::any_mount(&sysfs::Device::of(rdev).family()) {
-            return Err(TargetError::Mounted { path: path.into(), mount });
-        }
+    fn device(path: &Path, place: &Place, wish: Wish) -> Result<Self, TargetError> {
         // O_EXCL on a device: the kernel refuses while it is mounted, part of something else, or restored to.
         let flags = rustix::fs::OFlags::EXCL.bits().cast_signed();
         let file =
@@ -334,10 +332,6 @@ impl Target {
                     _ => io_error(path, "opened for writing", source),
                 },
             )?;
-        let has = size_of(&file, true).map_err(|source| io_error(path, "measured", source))?;
-        if has < place.bytes() {
-            return Err(TargetError::TooSmall { path: path.into(), has, needs: place.bytes() });
-        }
         Ok(Self::existing(path, file, place, Kind::Device, wish))
     }
 

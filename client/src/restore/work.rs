@@ -8,7 +8,10 @@ use std::{
 };
 
 use futures::future::try_join_all;
-use janus_proto::ids::{BlockHash, block_len};
+use janus_proto::{
+    ids::{BlockHash, block_len},
+    ranges::Ranges,
+};
 use tokio::sync::mpsc;
 
 use super::{
@@ -51,14 +54,9 @@ pub(super) struct Work {
 pub(super) fn merged(ranges: Mutex<Vec<Range<u64>>>) -> Vec<Range<u64>> {
     let mut ranges = ranges.into_inner().unwrap_or_else(PoisonError::into_inner);
     ranges.sort_unstable_by_key(|range| range.start);
-    let mut merged: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        match merged.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => merged.push(range),
-        }
-    }
-    merged
+    let mut merged = Ranges::new();
+    ranges.into_iter().for_each(|range| merged.push(range));
+    merged.iter().collect()
 }
 
 type Doing<'a> = Pin<Box<dyn Future<Output = Result<(), RestoreError>> + Send + 'a>>;

@@ -10,8 +10,9 @@ use janus_proto::{
 
 use super::{ScanError, ScanJob, Scanned, SessionContent};
 use crate::{
-    delta::{self, Known, SegmentBits, WORD_BLOCKS},
+    delta::{self, Known},
     reading::PieceReading,
+    segment_bits::{SegmentBits, WORD_BLOCKS},
     source::Stretch,
 };
 

@@ -7,27 +7,24 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use futures::TryStreamExt;
 use janus_proto::{
     ids::{BlockHash, MachineKey, ServerId},
     model::Batch,
     pb::{
-        BlockRange, CloseSnapshotRequest, Encoding, ErrorReason, HashLevel, OpenSnapshotRequest,
-        ReadBlocksRequest, ReadBlocksResponse, ReadHashesRequest, Snapshot,
-        read_hashes_request::Of,
+        BlockRange, CloseSnapshotRequest, Encoding, HashLevel, OpenSnapshotRequest,
+        ReadBlocksResponse, ReadHashesRequest, Snapshot, read_hashes_request::Of,
     },
 };
 use tokio::sync::Mutex;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::Status;
 
 use super::{BadData, ReadError};
 use crate::{
     catalog::Found,
-    link::{Address, Direct, Link, LinkError, PATIENCE, QUICK, Remedy},
+    link::{Address, Direct, Link, LinkError, QUICK, Waiting},
     reconcile,
     ways::Ways,
 };
@@ -35,11 +32,6 @@ use crate::{
 mod once;
 
 pub use self::once::{Blocks, SegmentHashes};
-
-const READING: &str = "reading blocks";
-/// Longest silence of a stream that should be flowing.
-const SILENCE: Duration = Duration::from_secs(120);
-const PAUSE: Duration = Duration::from_millis(500);
 
 /// How snapshots are reached.
 #[derive(Debug, Clone)]
@@ -162,7 +154,7 @@ impl Opened {
                 Err(other) => return Err(other),
             };
             if next > before {
-                waiting = Waiting::default();
+                waiting.is_over();
             }
             self.wait(error, &mut waiting).await?;
         }
@@ -178,27 +170,13 @@ impl Opened {
         let left: Vec<_> = ranges
             .iter()
             .filter(|range| range.end > *next)
-            .map(|range| {
-                let first_block = range.start.max(*next);
-                BlockRange { first_block, block_count: range.end - first_block }
-            })
+            .map(|range| range.start.max(*next)..range.end)
             .collect();
         if left.is_empty() {
             return Ok(());
         }
-        let place = self.place().await?;
-        let message = ReadBlocksRequest {
-            handle: place.handle.clone(),
-            ranges: left,
-            encodings: vec![encoding.into()],
-            name_damaged: true,
-        };
-        let request = self.address.request(message, None);
-        let answers = place.link.bulk_restore().read_blocks(request).await;
-        let mut answers =
-            answers.map_err(LinkError::call(READING)).map_err(|e| self.lost(&place, e))?;
-        let answers = answers.get_mut();
-        while let Some(answer) = next_of(answers).await.map_err(|error| self.lost(&place, error))? {
+        let mut blocks = self.blocks_once(&left, encoding).await?;
+        while let Some(answer) = blocks.next().await? {
             for part in self.parts(answer)? {
                 let end = match &part {
                     Part::Blocks(batch) => batch.extents().last().map_or(*next, |last| last.end()),
@@ -221,7 +199,6 @@ impl Opened {
             parts.push(Part::Lost(range.first_block..end));
         }
         if let Some(batch) = answer.batch {
-            self.fetched.fetch_add(batch.data.len() as u64, Ordering::Relaxed);
             let batch = Batch::from_wire(self.snapshot.size_bytes, batch);
             parts.push(Part::Blocks(batch.map_err(|error| self.bad(error))?));
         }
@@ -253,42 +230,17 @@ impl Opened {
         read.await.map_err(|error| self.lost(&place, error))
     }
 
-    /// Hashes of ranges of blocks, ascending, [`MAX_RANGES`](janus_proto::model::MAX_RANGES) at most.
+    /// Hashes of all blocks of some segments, ascending.
     ///
     /// # Errors
     /// As [`Opened::read_blocks`].
-    pub async fn block_hashes(&self, ranges: &[Range<u64>]) -> Result<Vec<BlockHash>, ReadError> {
+    pub async fn segment_hashes(&self, segments: &[u64]) -> Result<Vec<SegmentHashes>, ReadError> {
         let mut waiting = Waiting::default();
         loop {
-            match self.hashes_once(ranges).await {
+            match self.segment_hashes_once(segments, BlockHash::LEN).await {
                 Ok(hashes) => return Ok(hashes),
                 Err(error) => self.wait(error, &mut waiting).await?,
             }
-        }
-    }
-
-    async fn hashes_once(&self, ranges: &[Range<u64>]) -> Result<Vec<BlockHash>, LinkError> {
-        let place = self.place().await?;
-        let of = Of::Handle(place.handle.clone());
-        let wire =
-            |r: &Range<u64>| BlockRange { first_block: r.start, block_count: r.end - r.start };
-        let wire = ranges.iter().map(wire).collect();
-        let lost = |error| self.lost(&place, error);
-        let read = reconcile::read(&place.link, &self.address, of, HashLevel::Block, wire);
-        let mut answers = std::pin::pin!(read.await.map_err(lost)?);
-        let mut expected = ranges.iter().cloned().flatten();
-        let mut hashes = Vec::new();
-        while let Some((first, some)) = answers.try_next().await.map_err(lost)? {
-            for (block, hash) in (first..).zip(some) {
-                if expected.next() != Some(block) {
-                    return Err(reconcile::out_of_order(block));
-                }
-                hashes.push(hash);
-            }
-        }
-        match expected.next() {
-            Some(block) => Err(reconcile::out_of_order(block)),
-            None => Ok(hashes),
         }
     }
 
@@ -333,8 +285,7 @@ impl Opened {
 
     /// The next call makes a new link, where this failure was its end.
     fn lost(&self, place: &Place, error: LinkError) -> LinkError {
-        let expired = error.reason() == Some(ErrorReason::HandleExpired);
-        if error.remedy() == Remedy::Reconnect && error.busy().is_none() || expired {
+        if error.is_lost() && error.busy().is_none() {
             place.is_over.store(true, Ordering::Relaxed);
         }
         error
@@ -345,19 +296,11 @@ impl Opened {
     /// # Errors
     /// The failure itself, where trying again brings nothing or has been going on for too long.
     async fn wait(&self, error: LinkError, waiting: &mut Waiting) -> Result<(), ReadError> {
-        let server = &self.snapshot.server_id;
-        let since = waiting.since.get_or_insert_with(Instant::now).elapsed();
-        if let Some(pause) = error.busy().filter(|_| since < PATIENCE) {
-            tracing::warn!(%server, %error, ?pause, "waiting for a place");
-            tokio::time::sleep(pause).await;
-            return Ok(());
-        }
-        let expired = error.reason() == Some(ErrorReason::HandleExpired);
-        if (error.remedy() != Remedy::Reconnect && !expired) || since > self.reach.failover_after {
+        let (server, longest) = (&self.snapshot.server_id, self.reach.failover_after);
+        let Some(pause) = waiting.pause(&error, server, longest) else {
             return Err(error.into());
-        }
-        tracing::warn!(%server, %error, "connection lost; going on as soon as the server answers");
-        tokio::time::sleep(PAUSE).await;
+        };
+        tokio::time::sleep(pause).await;
         Ok(())
     }
 
@@ -371,23 +314,6 @@ impl Opened {
         let message = CloseSnapshotRequest { handle: place.handle.clone() };
         let _ =
             place.link.restore().close_snapshot(self.address.request(message, Some(QUICK))).await;
-    }
-}
-
-/// Since when nothing has come.
-#[derive(Default)]
-struct Waiting {
-    since: Option<Instant>,
-}
-
-async fn next_of(
-    answers: &mut tonic::Streaming<ReadBlocksResponse>,
-) -> Result<Option<ReadBlocksResponse>, LinkError> {
-    match tokio::time::timeout(SILENCE, answers.message()).await {
-        Ok(answer) => answer.map_err(LinkError::call(READING)),
-        Err(_) => {
-            Err(LinkError::call(READING)(Status::deadline_exceeded("the server went silent")))
-        }
     }
 }
 

@@ -196,9 +196,7 @@ impl Selection {
                 }
             };
             let Some(snapshot) = newest(of_time) else { continue };
-            let own = listing.addresses.iter().find(|a| a.server_id == snapshot.server_id);
-            let server_urls = own.map(|own| own.urls.clone()).unwrap_or_default();
-            found.push(reachable(Found { at: 0, snapshot, server_urls })?);
+            found.push(reachable(listing.found(snapshot))?);
         }
         if found.is_empty() {
             return Err(self.unknown(&listing));
@@ -303,7 +301,7 @@ fn check_clock(snapshots: &[Snapshot], now: SystemTime) -> Result<(), SelectErro
 }
 
 /// A size that memory may be planned by.
-pub(super) fn check_size(snapshot: &Snapshot) -> Result<(), WireError> {
+pub(crate) fn check_size(snapshot: &Snapshot) -> Result<(), WireError> {
     match snapshot.size_bytes > MAX_DISK_BYTES {
         true => Err(WireError::Invalid { field: "size_bytes", reason: "too large".into() }),
         false => Ok(()),

@@ -37,34 +37,43 @@ impl ReadAt for std::fs::File {
     }
 }
 
+impl<T: ReadAt + ?Sized> ReadAt for std::rc::Rc<T> {
+    fn len(&self) -> u64 {
+        T::len(self)
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        T::read_exact_at(self, buffer, offset)
+    }
+}
+
+impl<T: ReadAt + ?Sized> ReadAt for &T {
+    fn len(&self) -> u64 {
+        T::len(self)
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        T::read_exact_at(self, buffer, offset)
+    }
+}
+
 /// Bytes that are read at once where less is asked for.
 const PAGE_BYTES: u64 = 64 << 10;
-/// Pages that are kept, by their number modulo this.
-const PAGES: usize = 256;
 
-/// A part of a source. Small reads come from pages that it keeps, 16 MiB at most.
+/// Small reads of another come from pages of 64 KiB that are kept, each in the place of its number modulo theirs.
 #[derive(Debug)]
-pub struct View<'a> {
-    source: &'a Source,
-    start: u64,
-    len: u64,
+pub struct Paged<T> {
+    inner: T,
     pages: Mutex<Vec<Option<Page>>>,
 }
 
 /// Its number and its bytes.
 type Page = (u64, Vec<u8>);
 
-impl<'a> View<'a> {
-    /// `len` bytes of `source` from `start` on, or fewer where it ends earlier.
-    pub fn new(source: &'a Source, start: u64, len: u64) -> Self {
-        let start = start.min(source.size_bytes());
-        let len = len.min(source.size_bytes() - start);
-        Self { source, start, len, pages: Mutex::new(vec![None; PAGES]) }
-    }
-
-    /// A reader with a position, for libraries that want one.
-    pub fn reader(&self) -> Reader<'_> {
-        Reader { view: self, position: 0 }
+impl<T: ReadAt> Paged<T> {
+    /// Keeps so many pages of `inner`.
+    pub fn new(inner: T, pages: usize) -> Self {
+        Self { inner, pages: Mutex::new(vec![None; pages.max(1)]) }
     }
 
     /// Copies from one page what `buffer` has room for, from `offset` on; returns how much.
@@ -72,13 +81,14 @@ impl<'a> View<'a> {
         let number = offset / PAGE_BYTES;
         let within = (offset % PAGE_BYTES) as usize;
         let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = &mut pages[(number % PAGES as u64) as usize];
+        let at = (number % pages.len() as u64) as usize;
+        let place = &mut pages[at];
         let page = match place {
             Some((known, page)) if *known == number => page,
             _ => {
                 let first = number * PAGE_BYTES;
-                let mut page = vec![0; PAGE_BYTES.min(self.len - first) as usize];
-                self.source.read_at(self.start + first, &mut page).map_err(io::Error::other)?;
+                let mut page = vec![0; PAGE_BYTES.min(self.inner.len() - first) as usize];
+                self.inner.read_exact_at(&mut page, first)?;
                 &mut place.insert((number, page)).1
             }
         };
@@ -88,17 +98,17 @@ impl<'a> View<'a> {
     }
 }
 
-impl ReadAt for View<'_> {
+impl<T: ReadAt> ReadAt for Paged<T> {
     fn len(&self) -> u64 {
-        self.len
+        self.inner.len()
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > self.len) {
+        if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > self.len()) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         if buffer.len() as u64 >= PAGE_BYTES {
-            return self.source.read_at(self.start + offset, buffer).map_err(io::Error::other);
+            return self.inner.read_exact_at(buffer, offset);
         }
         let mut done = 0;
         while done < buffer.len() {
@@ -108,28 +118,83 @@ impl ReadAt for View<'_> {
     }
 }
 
-/// Reads a view from a position on.
+/// Pages that a view keeps: 16 MiB.
+const PAGES: usize = 256;
+
+/// A part of a source, paged.
 #[derive(Debug)]
-pub struct Reader<'a> {
-    view: &'a View<'a>,
+pub struct View<'a>(Paged<Part<'a>>);
+
+#[derive(Debug)]
+struct Part<'a> {
+    source: &'a Source,
+    start: u64,
+    len: u64,
+}
+
+impl ReadAt for Part<'_> {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.source.read_at(self.start + offset, buffer).map_err(io::Error::other)
+    }
+}
+
+impl<'a> View<'a> {
+    /// `len` bytes of `source` from `start` on, or fewer where it ends earlier.
+    pub fn new(source: &'a Source, start: u64, len: u64) -> Self {
+        let start = start.min(source.size_bytes());
+        let len = len.min(source.size_bytes() - start);
+        Self(Paged::new(Part { source, start, len }, PAGES))
+    }
+
+    /// A reader with a position, for libraries that want one.
+    pub fn reader(&self) -> Reader<&Self> {
+        Reader::new(self)
+    }
+}
+
+impl ReadAt for View<'_> {
+    fn len(&self) -> u64 {
+        self.0.len()
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.0.read_exact_at(buffer, offset)
+    }
+}
+
+/// Reads from a position on.
+#[derive(Debug)]
+pub struct Reader<T> {
+    of: T,
     position: u64,
 }
 
-impl Read for Reader<'_> {
+impl<T: ReadAt> Reader<T> {
+    /// From the start.
+    pub fn new(of: T) -> Self {
+        Self { of, position: 0 }
+    }
+}
+
+impl<T: ReadAt> Read for Reader<T> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.view.len.saturating_sub(self.position);
+        let left = self.of.len().saturating_sub(self.position);
         let count = (buffer.len() as u64).min(left) as usize;
-        self.view.read_exact_at(&mut buffer[..count], self.position)?;
+        self.of.read_exact_at(&mut buffer[..count], self.position)?;
         self.position += count as u64;
         Ok(count)
     }
 }
 
-impl Seek for Reader<'_> {
+impl<T: ReadAt> Seek for Reader<T> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         let position = match to {
             SeekFrom::Start(at) => Some(at),
-            SeekFrom::End(by) => self.view.len.checked_add_signed(by),
+            SeekFrom::End(by) => self.of.len().checked_add_signed(by),
             SeekFrom::Current(by) => self.position.checked_add_signed(by),
         };
         self.position = position.ok_or(io::ErrorKind::InvalidInput)?;

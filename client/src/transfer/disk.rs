@@ -12,11 +12,11 @@ use super::{Run, Session, TransferError};
 use crate::{
     backup::Disk,
     cache::{CacheError, DiskCache, MustSend, Stage},
-    delta::SegmentBits,
     progress::Progress,
     reading::{Planned, Reading},
     reconcile::HashReader,
     scan::{HashTable, Scanned, SessionContent},
+    segment_bits::{SEGMENT_WORDS, SegmentBits},
     source::Source,
 };
 
@@ -198,7 +198,7 @@ impl DiskTransfer {
     /// Everything in these segments must be sent: the session's content differs there from what we think.
     pub fn distrust(&mut self, segments: &[u64]) {
         for segment in segments {
-            self.sent.insert(*segment, [u64::MAX; crate::delta::SEGMENT_WORDS]);
+            self.sent.insert(*segment, [u64::MAX; SEGMENT_WORDS]);
         }
     }
 

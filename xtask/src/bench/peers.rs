@@ -6,7 +6,7 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -196,7 +196,7 @@ impl Run<'_> {
         let started = Instant::now();
         let mut child =
             command.spawn().with_context(|| format!("run {}", self.program.display()))?;
-        let (status, used, took) = measure::wait(&mut child, started)?;
+        let (status, used, took) = measure::wait(&mut child, started, Duration::MAX)?;
         let said = std::fs::read_to_string(self.home.join("log")).unwrap_or_default();
         ensure!(status.success(), "{:?} {what}: {status}: {}", self.peer, said.trim());
         let name = format!("{:?}", self.peer).to_lowercase();

@@ -5,7 +5,7 @@ use std::{
     io::IsTerminal,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,6 +14,9 @@ use serde::de::DeserializeOwned;
 
 use super::{Programs, Settings, answers, process};
 use crate::measure::{self, Used};
+
+/// Nothing takes a client this long but in the soak.
+const LONGEST: Duration = Duration::from_secs(600);
 
 /// One machine.
 #[derive(Debug, Clone)]
@@ -221,9 +224,11 @@ impl Running {
     /// Waits for its end.
     ///
     /// # Errors
-    /// When waiting fails.
+    /// When waiting fails, or it hangs: after ten minutes, if `JANUS_SOAK` isn't set.
     pub fn wait(mut self) -> Result<Finished> {
-        let (status, used, took) = measure::wait(&mut self.child, self.started)?;
+        let longest = std::env::var_os("JANUS_SOAK").map_or(LONGEST, |_| Duration::MAX);
+        let waited = measure::wait(&mut self.child, self.started, longest);
+        let (status, used, took) = waited.with_context(|| self.log())?;
         process::ended(&self.child);
         let read = |name: &str| fs::read_to_string(self.output.join(name)).unwrap_or_default();
         let (stdout, stderr) = (read("stdout"), read("stderr"));

@@ -7,11 +7,9 @@ use std::{
 };
 
 use super::super::wire::{self, Tag};
-use crate::source::view::ReadAt;
+use crate::source::view::{Paged, ReadAt, Reader};
 
-/// Bytes that are asked for at once where less is needed.
-const PAGE_BYTES: u64 = 64 << 10;
-/// Pages that are kept, by their number modulo this: 64 MiB.
+/// Pages that are kept: 64 MiB.
 const PAGES: usize = 1024;
 
 /// The two pipes to the client.
@@ -34,23 +32,26 @@ impl Pipes {
 }
 
 /// The volume.
-pub(super) struct Blocks {
+pub(super) type Blocks = Paged<Asked>;
+
+/// The volume of so many bytes at the other end of the pipes.
+pub(super) fn blocks(pipes: Rc<RefCell<Pipes>>, len: u64) -> Blocks {
+    Paged::new(Asked { pipes, len, answer: RefCell::default() }, PAGES)
+}
+
+/// Bytes that the client is asked for.
+pub(super) struct Asked {
     pipes: Rc<RefCell<Pipes>>,
     len: u64,
-    pages: RefCell<Vec<Option<Page>>>,
     answer: RefCell<Vec<u8>>,
 }
 
-/// Its number and its bytes.
-type Page = (u64, Vec<u8>);
-
-impl Blocks {
-    pub(super) fn new(pipes: Rc<RefCell<Pipes>>, len: u64) -> Self {
-        let pages = RefCell::new(vec![None; PAGES]);
-        Self { pipes, len, pages, answer: RefCell::default() }
+impl ReadAt for Asked {
+    fn len(&self) -> u64 {
+        self.len
     }
 
-    fn ask(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let mut at = offset;
         for part in buffer.chunks_mut(wire::MAX_BYTES as usize) {
             let mut pipes = self.pipes.borrow_mut();
@@ -68,72 +69,26 @@ impl Blocks {
         }
         Ok(())
     }
-
-    fn read_page(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let number = offset / PAGE_BYTES;
-        let within = (offset % PAGE_BYTES) as usize;
-        let mut pages = self.pages.borrow_mut();
-        let place = &mut pages[(number % PAGES as u64) as usize];
-        let page = match place {
-            Some((known, page)) if *known == number => page,
-            _ => {
-                let first = number * PAGE_BYTES;
-                let mut page = vec![0; PAGE_BYTES.min(self.len - first) as usize];
-                self.ask(&mut page, first)?;
-                &mut place.insert((number, page)).1
-            }
-        };
-        let count = buffer.len().min(page.len() - within);
-        buffer[..count].copy_from_slice(&page[within..within + count]);
-        Ok(count)
-    }
 }
 
-impl ReadAt for Blocks {
-    fn len(&self) -> u64 {
-        self.len
-    }
+/// The volume with a position, for a library that wants to write, too: it can't.
+pub(super) struct Positioned(Reader<Rc<Blocks>>);
 
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        if offset.checked_add(buffer.len() as u64).is_none_or(|end| end > self.len) {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        if buffer.len() as u64 >= PAGE_BYTES {
-            return self.ask(buffer, offset);
-        }
-        let mut done = 0;
-        while done < buffer.len() {
-            done += self.read_page(&mut buffer[done..], offset + done as u64)?;
-        }
-        Ok(())
+impl Positioned {
+    pub(super) fn new(blocks: Rc<Blocks>) -> Self {
+        Self(Reader::new(blocks))
     }
-}
-
-/// The volume with a position, for libraries that want one. Nothing can be written.
-pub(super) struct Positioned {
-    pub(super) blocks: Rc<Blocks>,
-    pub(super) position: u64,
 }
 
 impl Read for Positioned {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.blocks.len.saturating_sub(self.position);
-        let count = (buffer.len() as u64).min(left) as usize;
-        self.blocks.read_exact_at(&mut buffer[..count], self.position)?;
-        self.position += count as u64;
-        Ok(count)
+        self.0.read(buffer)
     }
 }
 
 impl Seek for Positioned {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(at) => Some(at),
-            SeekFrom::End(by) => self.blocks.len.checked_add_signed(by),
-            SeekFrom::Current(by) => self.position.checked_add_signed(by),
-        };
-        self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.position)
+        self.0.seek(to)
     }
 }
 

@@ -109,19 +109,10 @@ impl FileSystem for BtrfsFiles {
         Ok(())
     }
 
-    fn read(
-        &mut self,
-        file: Place<'_>,
-        stream: &str,
-        offset: u64,
-        buffer: &mut [u8],
-    ) -> Result<usize> {
+    fn read(&mut self, file: Place<'_>, offset: u64, buffer: &mut [u8]) -> Result<usize> {
         let Handle::Btrfs(inode) = file.node.handle else {
             return Err(BrowseError::unknown(file.path));
         };
-        if !stream.is_empty() {
-            return Err(BrowseError::Unknown { path: format!("stream {stream}") });
-        }
         self.fs.read_file_at(&inode, offset, buffer).map_err(error)
     }
 }

@@ -10,7 +10,7 @@ use ext4_view::{Ext4, Ext4Error, Ext4Read, File, Metadata, Path};
 use super::{
     super::{BrowseError, Entry, Kind},
     blocks::Blocks,
-    tree::{Each, FileSystem, Handle, Node, Place, Result},
+    tree::{Each, FileSystem, Handle, Node, Place, Result, fill},
 };
 use crate::{fs::Head, source::view::ReadAt};
 
@@ -156,24 +156,9 @@ impl FileSystem for Ext4Files {
         Ok(())
     }
 
-    fn read(
-        &mut self,
-        file: Place<'_>,
-        stream: &str,
-        offset: u64,
-        buffer: &mut [u8],
-    ) -> Result<usize> {
-        if !stream.is_empty() {
-            return Err(BrowseError::Unknown { path: format!("stream {stream}") });
-        }
+    fn read(&mut self, file: Place<'_>, offset: u64, buffer: &mut [u8]) -> Result<usize> {
         let open = self.opened(file.path, offset)?;
-        let mut done = 0;
-        while done < buffer.len() {
-            match open.file.read_bytes(&mut buffer[done..]).map_err(error)? {
-                0 => break,
-                count => done += count,
-            }
-        }
+        let done = fill(buffer, |rest| open.file.read_bytes(rest).map_err(error))?;
         open.position += done as u64;
         Ok(done)
     }

@@ -12,7 +12,7 @@ use jiff::{civil, tz::TimeZone};
 use super::{
     super::{BrowseError, Entry, Kind},
     blocks::{Blocks, Positioned},
-    tree::{Each, FileSystem, Handle, Node, Place, Result},
+    tree::{Each, FileSystem, Handle, Node, Place, Result, fill},
 };
 use crate::source::view::ReadAt;
 
@@ -67,7 +67,7 @@ fn error(error: std::io::Error) -> BrowseError {
 impl FatFiles {
     pub(super) fn open(blocks: Rc<Blocks>) -> Result<Self> {
         let volume_bytes = blocks.len();
-        let disk = Positioned { blocks, position: 0 };
+        let disk = Positioned::new(blocks);
         let options = FsOptions::new().update_accessed_date(false).oem_cp_converter(&Western);
         let fs = Fat::new(disk, options).map_err(error)?;
         // The process serves one volume, as long as it lives.
@@ -157,27 +157,12 @@ impl FileSystem for FatFiles {
         Ok(())
     }
 
-    fn read(
-        &mut self,
-        file: Place<'_>,
-        stream: &str,
-        offset: u64,
-        buffer: &mut [u8],
-    ) -> Result<usize> {
-        if !stream.is_empty() {
-            return Err(BrowseError::Unknown { path: format!("stream {stream}") });
-        }
+    fn read(&mut self, file: Place<'_>, offset: u64, buffer: &mut [u8]) -> Result<usize> {
         let open = self.opened(file.path, offset)?;
         if open.position < offset {
             return Ok(0);
         }
-        let mut done = 0;
-        while done < buffer.len() {
-            match open.file.read(&mut buffer[done..]).map_err(error)? {
-                0 => break,
-                count => done += count,
-            }
-        }
+        let done = fill(buffer, |rest| open.file.read(rest).map_err(error))?;
         open.position += done as u64;
         Ok(done)
     }

@@ -52,7 +52,7 @@ fn damaged(number: u64) -> BrowseError {
 impl NtfsFiles {
     pub(super) fn open(blocks: Rc<Blocks>) -> Result<Self> {
         // The process serves one volume, as long as it lives.
-        let volume: &'static dyn ReadAt = Box::leak(Box::new(Shared(blocks)));
+        let volume: &'static dyn ReadAt = Box::leak(Box::new(blocks));
         Ok(Self { ntfs: Ntfs::open(volume).map_err(error)?, last: None })
     }
 
@@ -153,19 +153,6 @@ impl NtfsFiles {
     }
 }
 
-/// The volume for a parser that wants a reference.
-struct Shared(Rc<Blocks>);
-
-impl ReadAt for Shared {
-    fn len(&self) -> u64 {
-        self.0.len()
-    }
-
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
-        self.0.read_exact_at(buffer, offset)
-    }
-}
-
 fn letters(flags: u32, is_encrypted: bool) -> String {
     let known = [(0x1, 'R'), (0x2, 'H'), (0x4, 'S'), (0x20, 'A'), (0x800, 'C'), (0x200, 'P')];
     let set = known.into_iter().filter(|(bit, _)| flags & bit != 0).map(|(_, letter)| letter);
@@ -194,7 +181,11 @@ impl FileSystem for NtfsFiles {
         })
     }
 
-    fn read(
+    fn read(&mut self, file: Place<'_>, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        self.read_stream(file, "", offset, buffer)
+    }
+
+    fn read_stream(
         &mut self,
         file: Place<'_>,
         stream: &str,

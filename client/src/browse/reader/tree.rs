@@ -35,14 +35,22 @@ pub(super) trait FileSystem {
     /// What is in a folder, but `.` and `..`, in any order. A file of which nothing is known but its name has a problem.
     fn list(&mut self, folder: Place<'_>, each: Each<'_>) -> Result<()>;
 
-    /// Fills `buffer` from byte `offset` of a stream of a file, as far as the file goes; returns how far that is.
-    fn read(
+    /// Fills `buffer` from byte `offset` of a file's content, as far as it goes; returns how far that is.
+    fn read(&mut self, file: Place<'_>, offset: u64, buffer: &mut [u8]) -> Result<usize>;
+
+    /// The same of a stream, where files have several; the content is the one without a name.
+    fn read_stream(
         &mut self,
         file: Place<'_>,
         stream: &str,
         offset: u64,
         buffer: &mut [u8],
-    ) -> Result<usize>;
+    ) -> Result<usize> {
+        match stream {
+            "" => self.read(file, offset, buffer),
+            _ => Err(BrowseError::Unknown { path: format!("stream {stream}") }),
+        }
+    }
 
     /// The first byte from `offset` on that may be other than zero, or any one before it.
     fn next_data(&mut self, _file: Place<'_>, _stream: &str, offset: u64) -> Result<u64> {
@@ -58,6 +66,21 @@ pub(super) trait FileSystem {
     fn label(&self) -> String {
         String::new()
     }
+}
+
+/// Fills a buffer by `read`, which may bring less than there is room for, until it brings nothing.
+pub(super) fn fill(
+    buffer: &mut [u8],
+    mut read: impl FnMut(&mut [u8]) -> Result<usize>,
+) -> Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match read(&mut buffer[done..])? {
+            0 => break,
+            count => done += count,
+        }
+    }
+    Ok(done)
 }
 
 /// A file: what is told of it, and how its file system finds it again.
@@ -147,7 +170,7 @@ impl Tree {
         buffer: &mut [u8],
     ) -> Result<usize> {
         let node = self.file(path)?;
-        self.files.read(Place { path, node: &node }, stream, offset, buffer)
+        self.files.read_stream(Place { path, node: &node }, stream, offset, buffer)
     }
 
     pub(super) fn next_data(&mut self, path: &[u8], stream: &str, offset: u64) -> Result<u64> {

@@ -121,19 +121,10 @@ impl FileSystem for XfsFiles {
         Ok(())
     }
 
-    fn read(
-        &mut self,
-        file: Place<'_>,
-        stream: &str,
-        offset: u64,
-        buffer: &mut [u8],
-    ) -> Result<usize> {
+    fn read(&mut self, file: Place<'_>, offset: u64, buffer: &mut [u8]) -> Result<usize> {
         let Handle::Number(ino) = file.node.handle else {
             return Err(BrowseError::unknown(file.path));
         };
-        if !stream.is_empty() {
-            return Err(BrowseError::Unknown { path: format!("stream {stream}") });
-        }
         self.fs.read_file_at(&Inode { ino }, offset, buffer).map_err(error)
     }
 

@@ -4,14 +4,11 @@ use std::{collections::BTreeMap, ops::Range};
 
 use janus_proto::ids::SEGMENT_BLOCKS;
 
-const WORDS: usize = SEGMENT_BLOCKS as usize / 64;
-
-/// Bits of one segment.
-pub(super) type Bits = [u64; WORDS];
+use crate::segment_bits::{self, SEGMENT_WORDS, SegmentBits};
 
 /// A set of blocks; about 160 bytes for each segment that has one.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Blocks(BTreeMap<u64, Bits>);
+pub(super) struct Blocks(BTreeMap<u64, SegmentBits>);
 
 impl Blocks {
     pub(super) fn contains(&self, block: u64) -> bool {
@@ -23,7 +20,7 @@ impl Blocks {
     pub(super) fn insert(&mut self, blocks: Range<u64>) {
         let mut at = blocks.start;
         while at < blocks.end {
-            let bits = self.0.entry(at / SEGMENT_BLOCKS).or_insert([0; WORDS]);
+            let bits = self.0.entry(at / SEGMENT_BLOCKS).or_insert([0; SEGMENT_WORDS]);
             let stop = blocks.end.min((at / SEGMENT_BLOCKS + 1) * SEGMENT_BLOCKS);
             while at < stop {
                 let end = stop.min((at / 64 + 1) * 64);
@@ -47,11 +44,11 @@ impl Blocks {
                 at = next.map_or(end, |(next, _)| next * SEGMENT_BLOCKS);
                 continue;
             };
-            let others = if is_in { !bits[word(at)] } else { bits[word(at)] } >> (at % 64);
-            if others != 0 {
-                return (is_in, end.min(at + u64::from(others.trailing_zeros())));
+            let start = segment * SEGMENT_BLOCKS;
+            match segment_bits::run(bits, at - start) {
+                (kind, stop) if kind == is_in => at = start + stop,
+                _ => return (is_in, at.min(end)),
             }
-            at = (at / 64 + 1) * 64;
         }
         (is_in, end)
     }

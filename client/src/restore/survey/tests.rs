@@ -143,7 +143,7 @@ fn of_a_part_of_a_disk_its_own_segments_are_compared_and_no_others() {
             let start = (*block * 4096) as usize;
             let mut hash = Vec::new();
             hash_blocks(&wanted[start..start + 4096], &mut hash);
-            part.held_for_tests(*block) == hash[0]
+            part.held(*block) == hash[0]
         };
         blocks.filter(is_known).collect()
     };

@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashMap,
-    ops::Range,
     sync::{Mutex, PoisonError},
 };
 
@@ -13,6 +12,7 @@ use janus_proto::{
 use tokio::sync::OnceCell;
 
 use crate::{
+    segment_bits::{self, SegmentBits},
     snapshot::{Opened, ReadError},
     source::medium::Stretch,
 };
@@ -22,15 +22,13 @@ const TOGETHER: usize = 32;
 /// Segments of which is known which blocks are zeros: 16 MiB.
 const MOST: usize = 1 << 16;
 
-/// A bit for each block of a segment: it is not zeros.
-type Data = [u64; SEGMENT_BLOCKS as usize / 64];
-
 /// What is known.
 pub(super) struct Zeros {
     size_bytes: u64,
     /// For each segment whether it is all zeros.
     empty: OnceCell<Vec<bool>>,
-    known: Mutex<HashMap<u64, Box<Data>>>,
+    /// Of some of the others which blocks are not zeros.
+    known: Mutex<HashMap<u64, SegmentBits>>,
 }
 
 impl Zeros {
@@ -67,7 +65,10 @@ impl Zeros {
             let start = segment * SEGMENT_BLOCKS;
             let (is_hole, stop) = match (empty.get(segment as usize), known.get(&segment)) {
                 (Some(true) | None, _) => (true, SEGMENT_BLOCKS),
-                (_, Some(data)) => run(data, end - start),
+                (_, Some(data)) => {
+                    let (is_data, stop) = segment_bits::run(data, end - start);
+                    (!is_data, stop)
+                }
                 _ => break,
             };
             if *hole.get_or_insert(is_hole) != is_hole {
@@ -95,54 +96,16 @@ impl Zeros {
             }
             wanted
         };
-        let total = block_count(self.size_bytes);
-        let range =
-            |segment: &u64| segment * SEGMENT_BLOCKS..((segment + 1) * SEGMENT_BLOCKS).min(total);
-        let ranges: Vec<Range<u64>> = wanted.iter().map(range).collect();
-        let mut hashes = opened.block_hashes(&ranges).await?.into_iter();
+        let hashes = opened.segment_hashes(&wanted).await?;
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        for (segment, range) in wanted.into_iter().zip(ranges) {
-            let mut data: Box<Data> = Box::default();
-            for (block, hash) in range.zip(hashes.by_ref()) {
-                let at = (block % SEGMENT_BLOCKS) as usize;
-                let is_zero = hash == hash::zero_hash(block_len(self.size_bytes, block));
-                data[at / 64] |= u64::from(!is_zero) << (at % 64);
-            }
-            known.insert(segment, data);
+        for (segment, hashes) in wanted.into_iter().zip(hashes) {
+            let first = segment * SEGMENT_BLOCKS;
+            let is_data = |at: usize| {
+                let zeros = hash::zero_hash(block_len(self.size_bytes, first + at as u64));
+                !hashes.fits(at, &zeros)
+            };
+            known.insert(segment, segment_bits::of(hashes.len(), is_data));
         }
         Ok(())
-    }
-}
-
-/// Whether the block at `first` is zeros, and where blocks like it end.
-fn run(data: &Data, first: u64) -> (bool, u64) {
-    let word = |at: u64| data[(at / 64) as usize];
-    let is_data = word(first) >> (first % 64) & 1 == 1;
-    let mut at = first;
-    while at < SEGMENT_BLOCKS {
-        let others = if is_data { !word(at) } else { word(at) } >> (at % 64);
-        if others != 0 {
-            return (!is_data, at + u64::from(others.trailing_zeros()));
-        }
-        at = (at / 64 + 1) * 64;
-    }
-    (!is_data, SEGMENT_BLOCKS)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_end_where_blocks_of_the_other_kind_begin() {
-        let mut data = Data::default();
-        data[1] = 0b1100;
-        data[15] = 1 << 63;
-        assert_eq!(run(&data, 0), (true, 66));
-        assert_eq!(run(&data, 66), (false, 68));
-        assert_eq!(run(&data, 67), (false, 68));
-        assert_eq!(run(&data, 68), (true, 1023));
-        assert_eq!(run(&data, 1023), (false, 1024));
-        assert_eq!(run(&[u64::MAX; 16], 5), (false, 1024));
     }
 }

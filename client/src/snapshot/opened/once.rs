@@ -13,9 +13,10 @@ use janus_proto::{
 };
 use tonic::Streaming;
 
-use super::{Opened, Place, SILENCE, next_of};
-use crate::link::LinkError;
+use super::{Opened, Place};
+use crate::link::{LinkError, next_of};
 
+const READING: &str = "reading blocks";
 const HASHES: &str = "reading hashes";
 
 /// Hashes of all blocks of a segment, or the first bytes of each.
@@ -26,6 +27,23 @@ pub struct SegmentHashes {
 }
 
 impl SegmentHashes {
+    /// Whole hashes.
+    #[cfg(test)]
+    pub(crate) fn of_whole(hashes: &[BlockHash]) -> Self {
+        let bytes = hashes.iter().flat_map(|hash| hash.0).collect();
+        Self { bytes, hash_bytes: BlockHash::LEN }
+    }
+
+    /// How many blocks the segment has.
+    pub fn len(&self) -> usize {
+        self.bytes.len() / self.hash_bytes.max(1)
+    }
+
+    /// True when there are none.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
     /// What is known of the hash of a block, by its number in the segment.
     pub fn of(&self, block: usize) -> &[u8] {
         self.bytes.get(block * self.hash_bytes..(block + 1) * self.hash_bytes).unwrap_or_default()
@@ -68,7 +86,7 @@ impl Blocks<'_> {
     /// # Errors
     /// When the stream broke.
     pub async fn next(&mut self) -> Result<Option<ReadBlocksResponse>, LinkError> {
-        let answer = next_of(&mut self.answers).await;
+        let answer = next_of(&mut self.answers, READING).await;
         let answer = answer.map_err(|error| self.opened.lost(&self.place, error))?;
         if let Some(batch) = answer.as_ref().and_then(|answer| answer.batch.as_ref()) {
             let len = batch.data.len() as u64;
@@ -97,7 +115,7 @@ impl Opened {
         };
         let request = self.address().request(message, None);
         let answers = place.link.bulk_restore().read_blocks(request).await;
-        let answers = answers.map_err(LinkError::call("reading blocks"));
+        let answers = answers.map_err(LinkError::call(READING));
         let answers = answers.map_err(|error| self.lost(&place, error))?.into_inner();
         Ok(Blocks { opened: self, place, answers })
     }
@@ -142,11 +160,7 @@ impl Opened {
         let answers = place.link.bulk_restore().read_hashes(request).await;
         let mut answers = answers.map_err(LinkError::call(HASHES))?.into_inner();
         let mut wanted = Wanted::new(segments.iter().map(range_of).collect());
-        loop {
-            let next = tokio::time::timeout(SILENCE, answers.message()).await;
-            let next = next.map_err(|_| tonic::Status::deadline_exceeded("the server went silent"));
-            let answer = next.and_then(|answer| answer).map_err(LinkError::call(HASHES))?;
-            let Some(answer) = answer else { break };
+        while let Some(answer) = next_of(&mut answers, HASHES).await? {
             let Some(batch) = answer.batch else { continue };
             wanted.take(&batch, found).map_err(LinkError::answer(HASHES))?;
         }
