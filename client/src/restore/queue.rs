@@ -67,12 +67,15 @@ impl Queue {
     /// The next piece for a source; `None` when there will be none for it.
     pub(super) async fn take(&self, source: usize) -> Option<Piece> {
         self.wait(|state| {
+            if !state.has(source) {
+                return Some(None);
+            }
             let at = state.waiting.iter().position(|piece| piece.is_for(source));
             if let Some(piece) = at.and_then(|at| state.waiting.remove(at)) {
                 state.working += 1;
                 return Some(Some(piece));
             }
-            (state.is_over() || state.sources >> source & 1 == 0).then_some(None)
+            state.is_over().then_some(None)
         })
         .await
     }
@@ -117,13 +120,12 @@ impl Queue {
 
     /// Waits until a source has nothing to do any more.
     pub(super) async fn ended(&self, source: usize) {
-        self.wait(|state| (state.is_over() || state.sources >> source & 1 == 0).then_some(()))
-            .await;
+        self.wait(|state| (state.is_over() || !state.has(source)).then_some(())).await;
     }
 
     /// True when a source may still bring something.
     pub(super) fn is_source(&self, source: usize) -> bool {
-        self.lock().sources >> source & 1 == 1
+        self.lock().has(source)
     }
 
     async fn wait<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> T {
@@ -146,6 +148,10 @@ impl Queue {
 }
 
 impl State {
+    fn has(&self, source: usize) -> bool {
+        self.sources >> source & 1 == 1
+    }
+
     fn put(&mut self, piece: Piece) {
         if !piece.has_hope(self.sources) {
             self.hopeless.push_back(piece);
@@ -217,6 +223,17 @@ mod tests {
         queue.done();
         queue.complete();
         assert!(queue.take_hopeless().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_source_that_was_given_up_takes_nothing_that_another_may_bring() {
+        let queue = Queue::new(2);
+        queue.add(piece(1)).await;
+        let taken = queue.take(0).await.unwrap();
+        queue.give_back(taken);
+        queue.retire(0);
+        assert!(queue.take(0).await.is_none());
+        assert_eq!(segment(queue.take(1).await), Some(1));
     }
 
     #[tokio::test]
