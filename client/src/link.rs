@@ -19,7 +19,9 @@ use janus_proto::{
     trace::{TRACEPARENT, TraceContext},
 };
 use serde::{Deserialize, Serialize};
-use tonic::{Code, Request, Status, Streaming, metadata::MetadataValue, transport::Channel};
+use tonic::{
+    Code, Request, Response, Status, Streaming, metadata::MetadataValue, transport::Channel,
+};
 
 /// Deadline of calls that a server answers from memory.
 pub const QUICK: Duration = Duration::from_secs(20);
@@ -174,6 +176,17 @@ pub enum Remedy {
     None,
 }
 
+/// The answers of a call that streams them.
+///
+/// # Errors
+/// When the call fails, or nothing comes of it for too long.
+pub async fn stream_of<T>(
+    call: impl Future<Output = Result<Response<Streaming<T>>, Status>>,
+    doing: &'static str,
+) -> Result<Streaming<T>, LinkError> {
+    Ok(unless_silent(call, doing).await?.into_inner())
+}
+
 /// The next message of a stream that should be flowing; `None`: that was all.
 ///
 /// # Errors
@@ -182,9 +195,16 @@ pub async fn next_of<T>(
     answers: &mut Streaming<T>,
     doing: &'static str,
 ) -> Result<Option<T>, LinkError> {
-    let next = tokio::time::timeout(SILENCE, answers.message()).await;
-    let next = next.map_err(|_| Status::deadline_exceeded("the server went silent"));
-    next.and_then(|answer| answer).map_err(LinkError::call(doing))
+    unless_silent(answers.message(), doing).await
+}
+
+async fn unless_silent<T>(
+    answer: impl Future<Output = Result<T, Status>>,
+    doing: &'static str,
+) -> Result<T, LinkError> {
+    let answer = tokio::time::timeout(SILENCE, answer).await;
+    let answer = answer.map_err(|_| Status::deadline_exceeded("the server went silent"));
+    answer.flatten().map_err(LinkError::call(doing))
 }
 
 /// How often a lost server is looked for.

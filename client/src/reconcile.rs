@@ -183,8 +183,8 @@ async fn read(
 ) -> Result<impl Stream<Item = Result<(u64, Vec<BlockHash>), LinkError>> + use<>, LinkError> {
     let message = ReadHashesRequest { level: level.into(), ranges, of: Some(of), hash_bytes: 0 };
     let request = address.request(message, None);
-    let answers = link.bulk_restore().read_hashes(request).await;
-    let answers = answers.map_err(LinkError::call(DOING))?.into_inner();
+    let mut client = link.bulk_restore();
+    let answers = link::stream_of(client.read_hashes(request), DOING).await?;
     Ok(within(answers).map(|answer| parse(answer?)))
 }
 

@@ -24,7 +24,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{BadData, ReadError};
 use crate::{
     catalog::Found,
-    link::{Address, Direct, Link, LinkError, QUICK, Waiting},
+    link::{Address, Direct, Link, LinkError, QUICK, Waiting, next_of},
     reconcile,
     ways::Ways,
 };
@@ -330,7 +330,7 @@ async fn keep_open(link: Link, address: Address, handle: String, lease: Duration
         let request = address.request(message, Some(QUICK));
         if let Ok(answers) = link.restore().read_hashes(request).await {
             let mut answers = answers.into_inner();
-            while let Ok(Some(_)) = answers.message().await {}
+            while let Ok(Some(_)) = next_of(&mut answers, "keeping the snapshot open").await {}
         }
     }
 }

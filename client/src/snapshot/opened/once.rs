@@ -14,7 +14,7 @@ use janus_proto::{
 use tonic::Streaming;
 
 use super::{Opened, Place};
-use crate::link::{LinkError, next_of};
+use crate::link::{LinkError, next_of, stream_of};
 
 const READING: &str = "reading blocks";
 const HASHES: &str = "reading hashes";
@@ -114,9 +114,9 @@ impl Opened {
             name_damaged: true,
         };
         let request = self.address().request(message, None);
-        let answers = place.link.bulk_restore().read_blocks(request).await;
-        let answers = answers.map_err(LinkError::call(READING));
-        let answers = answers.map_err(|error| self.lost(&place, error))?.into_inner();
+        let mut client = place.link.bulk_restore();
+        let answers = stream_of(client.read_blocks(request), READING).await;
+        let answers = answers.map_err(|error| self.lost(&place, error))?;
         Ok(Blocks { opened: self, place, answers })
     }
 
@@ -157,8 +157,8 @@ impl Opened {
             hash_bytes: hash_bytes as u32,
         };
         let request = self.address().request(message, None);
-        let answers = place.link.bulk_restore().read_hashes(request).await;
-        let mut answers = answers.map_err(LinkError::call(HASHES))?.into_inner();
+        let mut client = place.link.bulk_restore();
+        let mut answers = stream_of(client.read_hashes(request), HASHES).await?;
         let mut wanted = Wanted::new(segments.iter().map(range_of).collect());
         while let Some(answer) = next_of(&mut answers, HASHES).await? {
             let Some(batch) = answer.batch else { continue };
