@@ -13,6 +13,7 @@ mod answers;
 pub mod changed;
 mod connection;
 mod door;
+mod folder;
 mod handshake;
 mod incoming;
 mod options;
@@ -27,6 +28,7 @@ mod socket;
 
 pub use self::{
     door::{At, Door},
+    folder::Folder,
     overlay::{Overlay, OverlayError},
     server::Server,
 };

@@ -15,7 +15,7 @@ use super::{
     chosen::{self, selection},
 };
 use crate::{
-    export::{At, Door, Export, Overlay, Server, changed},
+    export::{At, Door, Export, Folder, Overlay, Server, changed},
     snapshot::{Opened, SnapshotMedium},
     source::medium::Medium,
 };
@@ -141,8 +141,6 @@ struct Place {
     _folder: Option<Folder>,
 }
 
-struct Folder(PathBuf);
-
 impl Place {
     fn of(matches: &ArgMatches) -> Result<Self, Failure> {
         if let Some(path) = matches.get_one::<PathBuf>("socket") {
@@ -151,20 +149,9 @@ impl Place {
         if let Some(address) = matches.get_one::<SocketAddr>("listen") {
             return Ok(Self { at: At::Address(*address), _folder: None });
         }
-        let name = format!("janus-export-{}", uuid::Uuid::new_v4().simple());
-        let folder = std::env::temp_dir().join(name);
-        std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700)
-            .create(&folder)
-            .map_err(|error| Failure::failed(format!("{}: {error}", folder.display())))?;
-        let at = At::Socket(folder.join("nbd.sock"));
-        Ok(Self { at, _folder: Some(Folder(folder)) })
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        // Its socket has gone before.
-        let _ = std::fs::remove_dir(&self.0);
+        let folder = Folder::make().map_err(Failure::failed)?;
+        let at = At::Socket(folder.socket());
+        Ok(Self { at, _folder: Some(folder) })
     }
 }
 
