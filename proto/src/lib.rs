@@ -40,6 +40,7 @@ pub mod shares;
 pub mod show;
 pub mod spans;
 pub mod storage;
+pub mod table;
 pub mod tls;
 pub mod trace;
 pub mod wake;

@@ -11,7 +11,6 @@ pub mod opened;
 pub mod ranges;
 pub mod retain;
 pub mod store;
-pub mod table;
 
 use std::sync::Arc;
 
@@ -23,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub use self::history::History;
+pub use janus_proto::table;
 
 /// Version of the manifests; an older program refuses a newer one.
 pub const FORMAT: u32 = 1;

@@ -4,16 +4,15 @@
 //! repeated; [`Appended::header`], written at the start of the file, makes the switch. Once more than half of the file
 //! would be pages that nobody names, [`rewrite`] makes a new file instead.
 
-use janus_proto::{
-    hash::zero_hash,
-    ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_len},
-};
-
 use super::{
     BITMAP_BYTES, ENTRY_BYTES, Entry, Fields, HEADER_BYTES, Page, SegmentBitmap, Table, TableError,
     TableWriter, VERSION,
 };
-use crate::storage::File;
+use crate::{
+    hash::zero_hash,
+    ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_len},
+    storage::File,
+};
 
 /// Bytes gathered before they are written.
 const PIECE_BYTES: usize = 1 << 18;

@@ -18,11 +18,13 @@
 
 use std::io;
 
-use janus_proto::ids::{
-    BLOCK_BYTES, BlockHash, MAX_DISK_BYTES, SEGMENT_BLOCKS, SnapshotId, block_count, segment_count,
+use crate::{
+    ids::{
+        BLOCK_BYTES, BlockHash, MAX_DISK_BYTES, SEGMENT_BLOCKS, SnapshotId, block_count,
+        segment_count,
+    },
+    storage::{Appender, File},
 };
-
-use crate::storage::{Appender, File};
 
 mod append;
 mod stack;

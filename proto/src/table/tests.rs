@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use janus_proto::{
-    hash::{hash_block, segment_digest, table_digest, zero_hash},
-    ids::{SEGMENT_BYTES, block_len},
-};
 use proptest::prelude::*;
 
 use super::*;
-use crate::storage::{Access, Disk, File};
+use crate::{
+    hash::{hash_block, segment_digest, table_digest, zero_hash},
+    ids::{SEGMENT_BYTES, block_len},
+    storage::{Access, Disk, File},
+};
 
 fn temporary() -> File {
     let folder = tempfile::tempdir().unwrap();

@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use janus_proto::{
+use super::{SegmentBitmap, Table, TableError, blocks_of};
+use crate::{
     hash::{segment_digest, table_digest, zero_hash, zero_segment, zero_segment_of},
     ids::{BlockHash, SEGMENT_BLOCKS, block_len, segment_count},
 };
-
-use super::{SegmentBitmap, Table, TableError, blocks_of};
 
 /// The content of a disk by its hashes: the tables of its chain, newest first.
 #[derive(Clone, Debug)]
