@@ -113,16 +113,51 @@ pub fn table_digest<'a>(
     size_bytes: u64,
     segments: impl IntoIterator<Item = &'a BlockHash>,
 ) -> BlockHash {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&size_bytes.to_le_bytes());
-    hasher.update(&(BLOCK_BYTES as u32).to_le_bytes());
-    let mut count = 0;
-    for digest in segments {
-        hasher.update(&digest.0);
-        count += 1;
+    let mut digester = TableDigester::new(size_bytes);
+    segments.into_iter().for_each(|digest| digester.push(digest));
+    digester.finish()
+}
+
+/// Makes a table digest without all segment digests in memory.
+#[derive(Clone, Debug)]
+pub struct TableDigester {
+    hasher: blake3::Hasher,
+    size_bytes: u64,
+    count: u64,
+}
+
+impl TableDigester {
+    /// Of a disk of `size_bytes`.
+    pub fn new(size_bytes: u64) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&size_bytes.to_le_bytes());
+        hasher.update(&(BLOCK_BYTES as u32).to_le_bytes());
+        Self { hasher, size_bytes, count: 0 }
     }
-    debug_assert_eq!(count, segment_count(size_bytes));
-    BlockHash(*hasher.finalize().as_bytes())
+
+    /// Number of the segment whose digest comes next.
+    pub fn next(&self) -> u64 {
+        self.count
+    }
+
+    /// Adds the digest of the next segment.
+    pub fn push(&mut self, digest: &BlockHash) {
+        self.hasher.update(&digest.0);
+        self.count += 1;
+    }
+
+    /// Adds segments of zeros up to `segment`.
+    pub fn push_zeros(&mut self, segment: u64) {
+        while self.count < segment {
+            self.push(&zero_segment_of(self.size_bytes, self.count));
+        }
+    }
+
+    /// The digest of all segments.
+    pub fn finish(self) -> BlockHash {
+        debug_assert_eq!(self.count, segment_count(self.size_bytes));
+        BlockHash(*self.hasher.finalize().as_bytes())
+    }
 }
 
 fn hash_group(group: &[(usize, &[u8; BLOCK])], out: &mut [BlockHash]) {

@@ -14,6 +14,7 @@ pub mod pb {
 mod cached;
 
 pub mod buffers;
+pub mod carried;
 pub mod chance;
 pub mod channel;
 pub mod child;
@@ -40,6 +41,7 @@ pub mod shares;
 pub mod show;
 pub mod spans;
 pub mod storage;
+pub mod summed;
 pub mod table;
 pub mod tls;
 pub mod trace;

@@ -13,7 +13,7 @@ use std::{
 };
 
 use crate::direct::DirectFile;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
 use super::{Access, File, Handle, Metadata, Op, Verdict, Watcher};
 
@@ -93,6 +93,23 @@ impl Disk {
             _ => DirectFile::for_writing(file, path),
         };
         Ok(File::new(direct, handle, self.watcher.clone()))
+    }
+
+    /// Opens a file that others have made for reading data: nothing that is a link, or no file.
+    ///
+    /// # Errors
+    /// As the file system says, and `InvalidInput` for what is no file.
+    pub fn open_regular(&self, path: &Path) -> io::Result<File> {
+        let handle = self.handle(path);
+        self.ask(Op::Open { file: &handle, access: Access::Read })?;
+        // A pipe must not keep us waiting.
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let flags = flags.bits().cast_signed();
+        let file = options(Access::Read).custom_flags(flags).open(path)?;
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file"));
+        }
+        Ok(File::new(DirectFile::for_reading(file, path), handle, self.watcher.clone()))
     }
 
     /// Reads a file of at most `most` bytes; `None` when it is not there.

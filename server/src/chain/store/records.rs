@@ -2,6 +2,8 @@
 
 use std::{io, path::Path};
 
+pub(crate) use janus_proto::summed::with_sum;
+use janus_proto::summed;
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{FORMAT, StoreError};
@@ -26,13 +28,6 @@ pub(super) fn text<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>, Stor
     let mut bytes = serde_json::to_vec_pretty(value).map_err(damaged)?;
     bytes.push(b'\n');
     Ok(with_sum(bytes))
-}
-
-/// A file's text with the line that holds its sum.
-pub(crate) fn with_sum(mut text: Vec<u8>) -> Vec<u8> {
-    let sum = blake3::hash(&text);
-    text.extend_from_slice(format!("{sum}\n").as_bytes());
-    text
 }
 
 /// Extension of files that could not be read. They are kept, and never written over.
@@ -80,11 +75,7 @@ pub(in crate::chain) fn read<T: DeserializeOwned>(
 /// The value in the bytes of the file at `path`, if they are what a writer left there.
 pub(crate) fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, StoreError> {
     let damaged = |reason: String| StoreError::Damaged { path: path.to_owned(), reason };
-    let split = bytes.len().checked_sub(65).ok_or_else(|| damaged("too short".into()))?;
-    let (json, sum) = bytes.split_at(split);
-    if sum.strip_suffix(b"\n") != Some(blake3::hash(json).to_string().as_bytes()) {
-        return Err(damaged("its sum is wrong".into()));
-    }
+    let json = summed::checked(bytes).map_err(|reason| damaged(reason.into()))?;
     let value: serde_json::Value =
         serde_json::from_slice(json).map_err(|e| damaged(e.to_string()))?;
     let format = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or_default();
