@@ -10,6 +10,7 @@
 //! Handlers block; what takes long looks at [`Task::is_cancelled`] and tells its progress.
 
 pub mod ask;
+mod carry;
 mod missing;
 pub mod offline;
 mod rebuild;
@@ -32,6 +33,7 @@ use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    carry::CarryError,
     chain::store::StoreError,
     config::Settings,
     retention::{Retention, RetentionError},
@@ -68,6 +70,10 @@ pub enum Command {
     Trash(trash::TrashAction),
     /// Read stored images now and compare them with their hashes
     Verify(verify::Arguments),
+    /// Copy a run with all its disks to a folder, to be carried to another server
+    Export(carry::ExportArguments),
+    /// Take in a run that was carried here in a folder, or a disk image of another program
+    Import(carry::ImportArguments),
 }
 
 /// What a command prints when it went well.
@@ -133,9 +139,21 @@ pub enum AdminError {
     /// Retention.
     #[error(transparent)]
     Retention(#[from] RetentionError),
+    /// What is carried by hand.
+    #[error(transparent)]
+    Carry(CarryError),
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl From<CarryError> for AdminError {
+    fn from(error: CarryError) -> Self {
+        match error {
+            CarryError::Stopped => Self::Cancelled,
+            error => Self::Carry(error),
+        }
+    }
 }
 
 /// A command at work: who asked may have gone, and wants to know how far it is.
@@ -215,7 +233,7 @@ impl Admin {
     /// # Errors
     /// As [`AdminError`] says.
     pub fn run(&self, command: Command, task: &Task<'_>) -> Result<Answer, AdminError> {
-        if !matches!(command, Command::Usage(_) | Command::Verify(_)) {
+        if !matches!(command, Command::Usage(_) | Command::Verify(_) | Command::Export(_)) {
             self.runs.store().give_spare();
         }
         match command {
@@ -226,6 +244,8 @@ impl Admin {
             Command::Delete { target } => trash::delete(self, &target),
             Command::Trash(action) => trash::trash(self, &action, task),
             Command::Verify(arguments) => verify::run(self, &arguments, task),
+            Command::Export(arguments) => carry::export(self, &arguments, task),
+            Command::Import(arguments) => carry::import(self, &arguments, task),
         }
     }
 }

@@ -77,8 +77,20 @@ pub struct Run {
     /// The client's opaque seal.
     #[serde(with = "hex_bytes")]
     pub client_seal: Vec<u8>,
+    /// Of a run that was imported: where from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// One for each disk.
     pub snapshots: Vec<Snapshot>,
+}
+
+/// What an imported run was made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The carried run; none where the image of another program was taken in.
+    pub run: Option<BackupId>,
+    /// Unix milliseconds: its content is of that time.
+    pub taken_ms: i64,
 }
 
 /// Why a run was dropped, kept beside its manifest in the trash.

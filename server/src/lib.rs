@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod backup;
 pub mod caller;
+pub mod carry;
 pub mod catalog;
 pub mod chain;
 pub mod config;

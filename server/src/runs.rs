@@ -5,7 +5,9 @@
 //! threads meant for it. No lock is held while blocks are received.
 
 mod active;
+mod error;
 mod health;
+mod import;
 mod limits;
 mod machine;
 mod manifests;
@@ -31,6 +33,7 @@ pub use janus_proto::clock::unix_ms as now_ms;
 
 pub use self::{
     active::ActiveRun,
+    error::RunError,
     limits::Limits,
     machine::Machine,
     purge::{PurgeOptions, PurgeReport, Wait},
@@ -38,9 +41,7 @@ pub use self::{
 use self::{active::PlannedDisk, limits::Metered};
 use crate::{
     chain::{
-        Held, Run,
-        opened::OpenError,
-        ranges::BlockRanges,
+        Held, Origin, Run,
         store::{MachineState, Store, StoreError},
     },
     image::Format,
@@ -54,175 +55,6 @@ const MAX_OPEN_RUNS: usize = 256;
 const MAX_COUNTER_JUMP: u64 = 1 << 32;
 /// Changes kept for slow report streams before they must send the full state again.
 const CHANGE_BACKLOG: usize = 256;
-
-/// What can go wrong with a run.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// No open run has this id or session.
-    #[error("no open run or session {id} here: it ended or was replaced; start a new run")]
-    Unknown {
-        /// What was asked for.
-        id: String,
-    },
-    /// Another run holds the lease.
-    #[error(
-        "run {holder} of machine {machine} is still open here; it ends by itself {seconds} s after its last message"
-    )]
-    LeaseHeld {
-        /// The machine.
-        machine: MachineKey,
-        /// The other run.
-        holder: BackupId,
-        /// How long the lease lasts.
-        seconds: u64,
-    },
-    /// The run was taken over.
-    #[error("run {backup} was taken over (epoch {current}); this caller has epoch {given}")]
-    Superseded {
-        /// The run.
-        backup: BackupId,
-        /// Its epoch.
-        current: u64,
-        /// The caller's.
-        given: u64,
-    },
-    /// The head is not what the client thinks.
-    #[error(
-        "disk {disk}: the session started from {}, the commit expects {}: start a new run",
-        head(actual.as_ref()),
-        head(expected.as_ref())
-    )]
-    HeadMoved {
-        /// The disk.
-        disk: DiskId,
-        /// What the client named.
-        expected: Option<SnapshotId>,
-        /// What it is.
-        actual: Option<SnapshotId>,
-    },
-    /// What the run builds on is damaged. The run is given up.
-    #[error(
-        "the chain of disk {disk} is damaged: {reason}; this run is given up, the next one heals it"
-    )]
-    ChainDamaged {
-        /// The disk.
-        disk: DiskId,
-        /// Blocks of its head that are lost; none when its tables or structures are damaged.
-        blocks: BlockRanges,
-        /// What was found.
-        reason: String,
-    },
-    /// The call makes no sense in this state.
-    #[error("run {backup} is {state}")]
-    State {
-        /// The run.
-        backup: BackupId,
-        /// How it stands.
-        state: &'static str,
-    },
-    /// The disks of a commit or takeover are not those of the run.
-    #[error("run {backup} was started with other disks or sizes: abort it and start a new one")]
-    OtherDisks {
-        /// The run.
-        backup: BackupId,
-    },
-    /// The format of new chains can't hold the disk.
-    #[error(
-        "disk {disk}: {reason}, and new chains are VHDs on this server (prefer_vhdx = false): set prefer_vhdx = true in its settings, or leave the disk out"
-    )]
-    FormatTooSmall {
-        /// The disk.
-        disk: DiskId,
-        /// What doesn't fit.
-        reason: String,
-    },
-    /// The counter can't be right.
-    #[error("use counter {given} is more than 2^32 above {known}")]
-    CounterJump {
-        /// From the caller.
-        given: u64,
-        /// Here.
-        known: u64,
-    },
-    /// An open run builds on a snapshot that should be dropped.
-    #[error(
-        "run {backup} can't be dropped: the open run {holder} starts from its snapshot of disk {disk}; wait for its end or abort it"
-    )]
-    BuiltOn {
-        /// The run.
-        backup: BackupId,
-        /// The open run.
-        holder: BackupId,
-        /// A disk of both.
-        disk: DiskId,
-    },
-    /// A dropped run can't be brought back.
-    #[error("run {backup} can't be brought back from the trash: its purge has begun")]
-    Purging {
-        /// The run.
-        backup: BackupId,
-    },
-    /// The user's backups take what they may.
-    #[error(
-        "the backups of user {user} take {} here, quota is {}: `janus-server usage` shows what takes the space, \
-         `janus-server retention run --now`, `delete` and `trash purge` free it; or raise setting quotas.{user}",
-        amount(*used),
-        amount(*quota)
-    )]
-    Quota {
-        /// The user.
-        user: String,
-        /// Bytes taken.
-        used: u64,
-        /// Bytes allowed.
-        quota: u64,
-    },
-    /// A folder would be shared on file systems that don't tell cases apart.
-    #[error(
-        "{new} differs only in upper and lower case from {other}, which is here already: choose another name"
-    )]
-    NameTaken {
-        /// The new name.
-        new: String,
-        /// The one that is here.
-        other: String,
-    },
-    /// Too many open runs.
-    #[error("{MAX_OPEN_RUNS} runs are open on this server: try again later")]
-    TooMany,
-    /// The disk that holds the store is full.
-    #[error("the store is full: {0}")]
-    Full(String),
-    /// A disk's head is not damaged, and still it can't be opened.
-    #[error("disk {disk}: its newest snapshot can't be opened now: {source}")]
-    Head {
-        /// The disk.
-        disk: DiskId,
-        /// Why not.
-        source: OpenError,
-    },
-    /// A session failed.
-    #[error(transparent)]
-    Session(#[from] SessionError),
-    /// The store failed.
-    #[error(transparent)]
-    Store(StoreError),
-}
-
-fn head(snapshot: Option<&SnapshotId>) -> String {
-    snapshot.map_or_else(|| "no snapshot".into(), |id| format!("snapshot {id}"))
-}
-
-impl From<StoreError> for RunError {
-    fn from(error: StoreError) -> Self {
-        match &error {
-            StoreError::Io { source, .. } if crate::storage::is_full(source) => {
-                Self::Full(format!("{error}; up to 1 MiB is needed for that; {WHAT_HELPS}"))
-            }
-            _ => Self::Store(error),
-        }
-    }
-}
 
 /// One disk that a client wants to back up.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -361,6 +193,16 @@ impl Runs {
         wanted: &[WantedDisk],
         use_counter: u64,
     ) -> Result<Arc<ActiveRun>, RunError> {
+        self.begin(key, backup, wanted, Maker::Client { use_counter })
+    }
+
+    fn begin(
+        &self,
+        key: &MachineKey,
+        backup: BackupId,
+        wanted: &[WantedDisk],
+        maker: Maker,
+    ) -> Result<Arc<ActiveRun>, RunError> {
         let mut machines = lock(&self.machines);
         names::check_machine(&machines, key)?;
         let machine = machines
@@ -385,6 +227,7 @@ impl Runs {
         names::check_disks(&machine, wanted)?;
         for other in machine.active() {
             if let Some(left) = other.lease_left() {
+                refuse_while_importing(&other)?;
                 let seconds = left.as_secs().max(1);
                 return Err(RunError::LeaseHeld {
                     machine: key.clone(),
@@ -401,11 +244,18 @@ impl Runs {
         }
         let planned = wanted.iter().map(|disk| PlannedDisk::new(self, &machine, disk));
         let planned = planned.collect::<Result<Vec<_>, _>>()?;
-        let used = machine.next_counter(use_counter)?;
+        let (used, origin) = match maker {
+            Maker::Client { use_counter } => (machine.next_counter(use_counter)?, None),
+            // Whose turn it is is not for an import to change.
+            Maker::Import(origin) => {
+                import::check_place(&machine, &origin)?;
+                (machine.use_counter(), Some(origin))
+            }
+        };
         let counters = machine.counters_with(used);
         self.store.save_counters(key, counters)?;
         machine.set_counters(counters);
-        let run = Arc::new(ActiveRun::create(self, &machine, backup, planned, used)?);
+        let run = Arc::new(ActiveRun::create(self, &machine, backup, planned, used, origin)?);
         lock(&self.sessions).extend(run.session_ids().into_iter().map(|id| (id, run.clone())));
         machine.add(run.clone());
         let _ = self.changes.send(Change::Used(key.clone()));
@@ -419,6 +269,7 @@ impl Runs {
                 Err(RunError::State { backup, state: "being committed" })
             }
             Some(run) => {
+                refuse_while_importing(run)?;
                 let seconds = self.lease.as_secs();
                 Err(RunError::LeaseHeld {
                     machine: machine.key.clone(),
@@ -525,7 +376,11 @@ impl Runs {
             }
             finished => finished?,
         };
-        let (sequence, committed_ms) = machine.next_place();
+        let origin = active.origin();
+        let (sequence, committed_ms) = match &origin {
+            Some(origin) => import::check_place(machine, origin)?,
+            None => machine.next_place(),
+        };
         Ok(Run {
             format: crate::chain::FORMAT,
             backup: active.backup,
@@ -533,6 +388,7 @@ impl Runs {
             committed_ms,
             sequence,
             client_seal: seal.to_vec(),
+            origin,
             snapshots,
         })
     }
@@ -587,6 +443,23 @@ impl Runs {
     fn forget_sessions(&self, run: &ActiveRun) {
         let ids = run.session_ids();
         lock(&self.sessions).retain(|id, _| !ids.contains(id));
+    }
+}
+
+/// Who makes a run.
+#[derive(Debug, Clone, Copy)]
+enum Maker {
+    /// A client, with the use counter it was sent with.
+    Client { use_counter: u64 },
+    /// An administrator, of what lies here.
+    Import(Origin),
+}
+
+/// Whoever starts a backup may have it elsewhere meanwhile: an import of a large disk takes hours.
+fn refuse_while_importing(other: &ActiveRun) -> Result<(), RunError> {
+    match other.origin() {
+        Some(_) => Err(RunError::Importing { machine: other.machine.clone() }),
+        None => Ok(()),
     }
 }
 

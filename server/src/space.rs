@@ -46,6 +46,25 @@ impl Space {
         self.free_bytes < self.reserve_bytes.saturating_add(wanted)
     }
 
+    /// True when so much more can be stored above the reserve.
+    pub fn has_room_for(&self, bytes: u64) -> bool {
+        self.free_bytes >= self.reserve_bytes.saturating_add(bytes)
+    }
+
+    /// What to tell who wants to store so much.
+    pub fn advice_for(&self, bytes: u64) -> String {
+        let missing = self.reserve_bytes.saturating_add(bytes).saturating_sub(self.free_bytes);
+        format!(
+            "{} are to be stored, {} of {} are free here and {} are kept in reserve (setting reserve): {} more are needed; \
+             {WHAT_HELPS}",
+            amount(bytes),
+            amount(self.free_bytes),
+            amount(self.total_bytes),
+            amount(self.reserve_bytes),
+            amount(missing),
+        )
+    }
+
     /// What to tell who wants to start a backup.
     pub fn advice(&self) -> String {
         format!(

@@ -23,11 +23,12 @@ impl From<RunError> for Status {
             RunError::State { .. }
             | RunError::OtherDisks { .. }
             | RunError::BuiltOn { .. }
+            | RunError::Older { .. }
             | RunError::Purging { .. } => status(ErrorReason::RunState, text),
             RunError::CounterJump { .. }
             | RunError::FormatTooSmall { .. }
             | RunError::NameTaken { .. } => status(ErrorReason::InvalidField, text),
-            RunError::TooMany => status(ErrorReason::TooMany, text),
+            RunError::TooMany | RunError::Importing { .. } => status(ErrorReason::TooMany, text),
             RunError::Full(_) => status(ErrorReason::StoreFull, text),
             RunError::Quota { .. } => status(ErrorReason::QuotaExceeded, text),
             RunError::Session(error) => error.into(),

@@ -187,6 +187,11 @@ fn common<'a>(
 pub struct Places(Vec<Stretch>);
 
 impl Places {
+    /// True when no image holds anything of the range.
+    pub fn is_zero(&self) -> bool {
+        self.0.iter().all(|stretch| stretch.from.is_none())
+    }
+
     /// The range, in bytes of the disk.
     pub fn range(&self) -> Range<u64> {
         match (self.0.first(), self.0.last()) {

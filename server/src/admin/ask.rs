@@ -19,7 +19,7 @@ use super::{
 use crate::{
     chain::store::{Store, StoreError, relocate::MoveError},
     config::Settings,
-    runs::Runs,
+    runs::{Limits, Runs},
 };
 
 /// A server that starts holds the lock before it has a socket; so does another command while no server runs.
@@ -85,6 +85,7 @@ pub fn ask(
             Err(error) => return Err(error),
             Ok(admin) => {
                 let cancel = CancellationToken::new();
+                cancel_on_interrupt(&cancel);
                 return Ok(admin.run(command, &Task::new(&cancel, progress))?);
             }
         }
@@ -139,11 +140,44 @@ pub(super) fn check_owner(path: &Path, witness: &str) -> Result<(), AskError> {
     Ok(())
 }
 
+/// The first Ctrl-C or SIGTERM stops a command where it leaves nothing half, the second one at once. Where signals can't be
+/// had, the first one does that, and what is left is as after a kill.
+fn cancel_on_interrupt(cancel: &CancellationToken) {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+        return;
+    };
+    let cancel = cancel.clone();
+    // It ends with the process, which has nothing to do after the command.
+    thread::spawn(move || {
+        let watch = async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            let mut terminate = signal(SignalKind::terminate())?;
+            for code in [None, Some(130)] {
+                tokio::select! {
+                    biased;
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                }
+                cancel.cancel();
+                code.map(|code| std::process::exit(code));
+            }
+            io::Result::Ok(())
+        };
+        if let Err(error) = runtime.block_on(watch) {
+            tracing::warn!(%error, "signals can't be heard");
+        }
+    });
+}
+
 /// Opens the store as a server would, and takes its lock.
 fn open(settings: &Settings) -> Result<Admin, AskError> {
     let path = &settings.image_path;
     check_owner(path, ".store.json")?;
     let (store, machines) = Store::open(path, settings.separate_folders_by_user)?;
     let lease = Duration::from_secs(settings.lease_seconds);
-    Ok(Admin::new(Arc::new(Runs::new(store, machines, lease)), settings.clone()))
+    let runs = Runs::new(store, machines, lease)
+        .with_new_chains(settings.new_chains())
+        .with_limits(Limits::of(settings));
+    Ok(Admin::new(Arc::new(runs), settings.clone()))
 }

@@ -46,7 +46,9 @@ use self::{
     publish::take_back,
     records::{DAMAGED, put_aside},
 };
-use super::{FORMAT, Held, History, Run, health::Health, merge::Intent, opened::OpenedSnapshot};
+use super::{
+    FORMAT, Held, History, Origin, Run, health::Health, merge::Intent, opened::OpenedSnapshot,
+};
 use crate::{
     image::Format,
     storage::{Access, Disk, File},
@@ -214,6 +216,9 @@ pub struct OpenRun {
     pub started_ms: i64,
     /// Boot of the machine the last blocks were received in: after another boot only synced blocks count.
     pub boot: String,
+    /// What it is made from, when that is no backup of a client.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// Its disks.
     pub disks: Vec<OpenDisk>,
 }

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::Scratch;
 use crate::{
     chain::{
-        FORMAT, History, Run, Snapshot,
+        FORMAT, History, Origin, Run, Snapshot,
         store::{self, OpenRun},
         table::{SegmentBitmap, Table, TableHeader, TableStack, TableWriter},
     },
@@ -152,6 +152,7 @@ pub(super) fn manifest_seeds() -> Vec<Vec<u8>> {
         committed_ms: 1,
         sequence: 1,
         client_seal: vec![1, 2],
+        origin: Some(Origin { run: Some(BackupId::new()), taken_ms: 1 }),
         snapshots: vec![snapshot(parent, None), snapshot(SnapshotId::new(), Some(parent))],
     };
     let open = OpenRun {
@@ -162,6 +163,7 @@ pub(super) fn manifest_seeds() -> Vec<Vec<u8>> {
         use_counter: 2,
         started_ms: 3,
         boot: "b".into(),
+        origin: None,
         disks: Vec::new(),
     };
     [serde_json::to_vec(&run), serde_json::to_vec(&open)].into_iter().flatten().collect()

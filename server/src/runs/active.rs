@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::{CommitDisk, Machine, RunError, Runs, WantedDisk, left, lock, now_ms};
 use crate::{
     chain::{
-        FORMAT, Run, Snapshot,
+        FORMAT, Origin, Run, Snapshot,
         opened::OpenedSnapshot,
         ranges::BlockRanges,
         store::{OpenDisk, OpenRun, Store},
@@ -110,6 +110,7 @@ impl ActiveRun {
         backup: BackupId,
         planned: Vec<PlannedDisk>,
         use_counter: u64,
+        origin: Option<Origin>,
     ) -> Result<Self, RunError> {
         let folder = runs.store().machine_folder(&machine.key);
         let (disks, opened): (Vec<_>, Vec<_>) =
@@ -122,6 +123,7 @@ impl ActiveRun {
             use_counter,
             started_ms: now_ms(),
             boot: runs.store().storage().boot(),
+            origin,
             disks,
         };
         runs.store().save_open(&record)?;
@@ -222,6 +224,16 @@ impl ActiveRun {
         let mut state = lock(&self.state);
         state.touched = Instant::now();
         state.leased = true;
+    }
+
+    /// Gives the lease back: who held it has gone, and says so.
+    pub(super) fn release(&self) {
+        lock(&self.state).leased = false;
+    }
+
+    /// What it is made from, when that is no backup of a client.
+    pub(super) fn origin(&self) -> Option<Origin> {
+        lock(&self.state).record.origin
     }
 
     pub(super) fn lease_left(&self) -> Option<Duration> {

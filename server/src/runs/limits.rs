@@ -31,6 +31,10 @@ impl Limits {
     /// No limits.
     pub const NONE: Self = Self { reserve: Size::Bytes(0), quotas: BTreeMap::new() };
 
+    pub(super) fn reserve(&self) -> Size {
+        self.reserve
+    }
+
     /// Those of checked settings.
     pub fn of(settings: &Settings) -> Self {
         let quotas = settings.quotas().unwrap_or_default();

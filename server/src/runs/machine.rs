@@ -320,6 +320,21 @@ impl Machine {
         (sequence, now_ms().max(last.1.max(purged.1).saturating_add(1)))
     }
 
+    /// The same of an imported run, which has the time of its content, so that who asks for the newest gets what is newest.
+    ///
+    /// # Errors
+    /// With the time of the run here that is newer, be it in the trash: runs of a machine are in the order of their times.
+    pub(super) fn place_of_import(&self, taken_ms: i64) -> Result<(u64, i64), i64> {
+        let sequence = self.next_place().0;
+        // A clock of elsewhere may be ahead of ours, and the next run comes after this one.
+        let committed_ms = taken_ms.min(now_ms());
+        let newest_ms = lock(&self.state).history.last().map(|run| run.committed_ms);
+        match newest_ms.filter(|newest_ms| *newest_ms >= committed_ms) {
+            Some(newest_ms) => Err(newest_ms),
+            None => Ok((sequence, committed_ms)),
+        }
+    }
+
     pub(super) fn committed_now(&self, run: Arc<Run>) {
         let mut state = lock(&self.state);
         state.active.retain(|active| active.backup != run.backup);

@@ -2,8 +2,8 @@
 
 use std::{io, path::Path};
 
-pub(crate) use janus_proto::summed::with_sum;
 use janus_proto::summed;
+pub(crate) use janus_proto::summed::with_sum;
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{FORMAT, StoreError};

@@ -1,0 +1,363 @@
+//! `janus-server export` and `import`: runs that are carried by hand. Paths are those of the server's machine.
+
+use std::{
+    cell::RefCell,
+    path::{Path, PathBuf},
+    time::{Duration, Instant, UNIX_EPOCH},
+};
+
+use clap::{Args, ValueEnum};
+use janus_proto::{
+    carried::{CarriedDisk, Manifest},
+    ids::{DiskId, MachineKey},
+    pb::Consistency,
+    show::{amount, date},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{Admin, AdminError, Answer, Task, trash::Target};
+use crate::{
+    carry::{self, CarryError, NewDisk, NewRun},
+    chain::Run,
+    runs::now_ms,
+};
+
+/// How often it is told how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(1);
+
+/// What to export, and where to.
+#[derive(Debug, Clone, PartialEq, Eq, Args, Serialize, Deserialize)]
+pub struct ExportArguments {
+    /// The run of a snapshot, or a machine's newest one
+    #[arg(value_name = "SNAPSHOT|USER/MACHINE")]
+    target: Target,
+    /// An empty folder, or one that is not there yet
+    #[arg(long, value_name = "DIR", value_parser = absolute)]
+    to: PathBuf,
+}
+
+/// What to import.
+#[derive(Debug, Clone, PartialEq, Eq, Args, Serialize, Deserialize)]
+pub struct ImportArguments {
+    /// A folder that `janus-server export` or `janus-client backup --to-folder` wrote
+    #[arg(value_name = "DIR", value_parser = absolute, required_unless_present_any = ["vhdx", "raw"],
+        conflicts_with_all = ["vhdx", "raw", "disk", "consistency", "sector_bytes"])]
+    folder: Option<PathBuf>,
+    /// A VHD or VHDX of another program; its parents lie beside it
+    #[arg(long, value_name = "FILE", value_parser = absolute, requires_all = ["machine", "disk"],
+        conflicts_with_all = ["raw", "sector_bytes"])]
+    vhdx: Option<PathBuf>,
+    /// A disk as plain bytes
+    #[arg(long, value_name = "FILE", value_parser = absolute, requires_all = ["machine", "disk"])]
+    raw: Option<PathBuf>,
+    /// Whose backup it becomes; a folder says it itself
+    #[arg(long, value_name = "USER/MACHINE")]
+    machine: Option<MachineKey>,
+    /// Which of the machine's disks an image becomes
+    #[arg(long)]
+    disk: Option<DiskId>,
+    /// How the disk was held still when the image was made
+    #[arg(long, value_enum, default_value_t = Stillness::Crash)]
+    consistency: Stillness,
+    /// Logical sectors of a raw disk: 512 or 4096
+    #[arg(long, value_name = "BYTES", default_value_t = 512, value_parser = sector_bytes)]
+    sector_bytes: u32,
+}
+
+/// How a source was held still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Stillness {
+    /// Its file systems were quiet: shut down, unmounted, or frozen
+    Frozen,
+    /// One point in time, as after a power cut
+    Crash,
+    /// Copied while it was written to
+    Smeared,
+}
+
+impl Stillness {
+    fn consistency(self) -> Consistency {
+        match self {
+            Self::Frozen => Consistency::Frozen,
+            Self::Crash => Consistency::Crash,
+            Self::Smeared => Consistency::Smeared,
+        }
+    }
+}
+
+/// The server that does the command may have another working folder.
+fn absolute(text: &str) -> Result<PathBuf, String> {
+    std::path::absolute(text).map_err(|error| error.to_string())
+}
+
+fn sector_bytes(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" => Ok(4096),
+        _ => Err("sectors have 512 or 4096 bytes".into()),
+    }
+}
+
+pub(super) fn export(
+    admin: &Admin,
+    arguments: &ExportArguments,
+    task: &Task<'_>,
+) -> Result<Answer, AdminError> {
+    let held = match &arguments.target {
+        Target::Snapshot(snapshot) => admin.runs().snapshot(*snapshot),
+        Target::Machine(key) => {
+            let machines = admin.machines(Some(key))?;
+            machines.first().and_then(|machine| machine.snapshots().into_iter().next())
+        }
+    };
+    let held = held.ok_or_else(|| match &arguments.target {
+        Target::Snapshot(snapshot) => AdminError::UnknownSnapshot { snapshot: *snapshot },
+        Target::Machine(machine) => AdminError::UnknownMachine { machine: machine.clone() },
+    })?;
+    let run = &held.run;
+    let began = Instant::now();
+    let progress = Progress::new("exported", task);
+    let manifest =
+        carry::export(admin.runs(), run, &arguments.to, &|done, all| progress.hear(done, all))?;
+    let folder = arguments.to.display();
+    let bytes: u64 = manifest.disks.iter().map(|disk| disk.image_bytes + disk.table_bytes).sum();
+    let text = format!(
+        "{}: the run of {}, {}, is in {folder} ({} in {:.1} s); on the other server: `janus-server import DIR`\n",
+        run.machine,
+        date(run.committed_ms),
+        disks(manifest.disks.len()),
+        amount(bytes),
+        began.elapsed().as_secs_f64(),
+    );
+    let disks: Vec<Value> = manifest
+        .disks
+        .iter()
+        .map(|disk| {
+            json!({
+                "disk_id": disk.disk,
+                "size_bytes": disk.size_bytes,
+                "image": disk.image,
+                "image_bytes": disk.image_bytes,
+                "table_digest": disk.table_digest,
+            })
+        })
+        .collect();
+    Ok(Answer::new(
+        text,
+        json!({
+            "machine": run.machine,
+            "backup_id": manifest.run,
+            "committed_ms": manifest.committed_ms,
+            "folder": arguments.to,
+            "bytes": bytes,
+            "disks": disks,
+        }),
+    ))
+}
+
+pub(super) fn import(
+    admin: &Admin,
+    arguments: &ImportArguments,
+    task: &Task<'_>,
+) -> Result<Answer, AdminError> {
+    let new = match (&arguments.folder, &arguments.vhdx, &arguments.raw) {
+        (Some(folder), ..) => carried(admin, folder, arguments.machine.as_ref())?,
+        (None, Some(path), _) | (None, None, Some(path)) => image(admin, path, arguments)?,
+        // Clap sees to it that one of them is there.
+        (None, None, None) => return Err(AdminError::Cancelled),
+    };
+    let began = Instant::now();
+    let progress = Progress::new("compared and taken in", task);
+    let imported = carry::import(admin.runs(), &new, &|done, all| progress.hear(done, all))?;
+    let run = &imported.run;
+    let what = match (imported.was_here, imported.went_on) {
+        (true, _) => "is here already".to_owned(),
+        (false, went_on) => format!(
+            "is here: {} of data written in {:.1} s{}",
+            amount(imported.written_bytes),
+            began.elapsed().as_secs_f64(),
+            if went_on { ", after what was here of it" } else { "" }
+        ),
+    };
+    let (when, count) = (date(run.committed_ms), disks(run.snapshots.len()));
+    let mut text = format!("{}: the run of {when}, {count}, {what}\n", run.machine);
+    for snapshot in &run.snapshots {
+        text.push_str(&format!(
+            "  {}  {}  {}\n",
+            snapshot.id,
+            snapshot.disk,
+            kind(snapshot.parent)
+        ));
+    }
+    Ok(Answer::new(
+        text,
+        json!({
+            "machine": run.machine,
+            "backup_id": run.backup,
+            "committed_ms": run.committed_ms,
+            "was_here": imported.was_here,
+            "went_on": imported.went_on,
+            "written_bytes": imported.written_bytes,
+            "disks": listed(run),
+        }),
+    ))
+}
+
+fn kind(parent: Option<janus_proto::ids::SnapshotId>) -> &'static str {
+    if parent.is_none() { "full" } else { "delta" }
+}
+
+fn listed(run: &Run) -> Vec<Value> {
+    let disk = |snapshot: &crate::chain::Snapshot| {
+        json!({
+            "disk_id": snapshot.disk,
+            "snapshot_id": snapshot.id,
+            "kind": kind(snapshot.parent),
+            "size_bytes": snapshot.size_bytes,
+            "image": snapshot.image,
+            "table_digest": snapshot.table_digest,
+        })
+    };
+    run.snapshots.iter().map(disk).collect()
+}
+
+fn disks(count: usize) -> String {
+    if count == 1 { "1 disk".into() } else { format!("{count} disks") }
+}
+
+/// Opens what is in a folder.
+fn carried(
+    admin: &Admin,
+    folder: &Path,
+    machine: Option<&MachineKey>,
+) -> Result<NewRun, CarryError> {
+    let storage = admin.runs().store().storage();
+    let manifest = Manifest::read(storage, folder)?;
+    let disk = |entry: &janus_proto::carried::DiskEntry| {
+        Ok::<_, CarryError>(NewDisk {
+            disk: entry.disk.clone(),
+            size_bytes: entry.size_bytes,
+            logical_sector_bytes: entry.logical_sector_bytes,
+            consistency: entry.consistency,
+            skipped_bytes: entry.skipped_bytes,
+            data_bytes: Some(entry.data_bytes),
+            content: Box::new(CarriedDisk::open(storage, folder, entry)?),
+        })
+    };
+    Ok(NewRun {
+        machine: machine.unwrap_or(&manifest.machine).clone(),
+        run: Some(manifest.run),
+        taken_ms: manifest.committed_ms,
+        seal: manifest.seal(),
+        disks: manifest.disks.iter().map(disk).collect::<Result<_, _>>()?,
+    })
+}
+
+/// Opens an image of another program, or a raw one.
+fn image(admin: &Admin, path: &Path, arguments: &ImportArguments) -> Result<NewRun, AdminError> {
+    let storage = admin.runs().store().storage();
+    let (content, size_bytes, logical_sector_bytes) = match arguments.raw {
+        Some(_) => {
+            let (content, size_bytes) = carry::raw(storage, path)?;
+            (content, size_bytes, arguments.sector_bytes)
+        }
+        None => carry::foreign(storage, path)?,
+    };
+    // Clap sees to it that both are there.
+    let (Some(machine), Some(disk)) = (&arguments.machine, &arguments.disk) else {
+        return Err(AdminError::Cancelled);
+    };
+    let failed = |source| CarryError::Io { path: path.to_owned(), source };
+    let modified = storage.metadata(path).map_err(failed)?.map(|there| there.modified);
+    let modified = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    let modified_ms = modified.and_then(|since| i64::try_from(since.as_millis()).ok());
+    let consistency = arguments.consistency.consistency().into();
+    let disk = NewDisk {
+        disk: disk.clone(),
+        size_bytes,
+        logical_sector_bytes,
+        consistency,
+        skipped_bytes: 0,
+        data_bytes: None,
+        content,
+    };
+    let taken_ms = time_of_image(admin, machine, &disk.disk, modified_ms.unwrap_or_else(now_ms));
+    Ok(NewRun {
+        machine: machine.clone(),
+        run: None,
+        taken_ms,
+        seal: Vec::new(),
+        disks: vec![disk],
+    })
+}
+
+/// The time of an image is that of its file. The first one of a disk comes after the machine's other disks, whatever its time:
+/// no other snapshot of the disk is here that it could be taken for newer than.
+fn time_of_image(admin: &Admin, machine: &MachineKey, disk: &DiskId, modified_ms: i64) -> i64 {
+    let known = admin.runs().machine(machine);
+    let snapshots = known.map(|machine| machine.snapshots()).unwrap_or_default();
+    match snapshots.first() {
+        Some(newest) if snapshots.iter().all(|held| held.snapshot().disk != *disk) => {
+            modified_ms.max(newest.run.committed_ms + 1)
+        }
+        _ => modified_ms,
+    }
+}
+
+/// Tells once a second how far it is.
+struct Progress<'a, 'b> {
+    doing: &'static str,
+    task: &'a Task<'b>,
+    began: Instant,
+    told: RefCell<Instant>,
+}
+
+impl<'a, 'b> Progress<'a, 'b> {
+    fn new(doing: &'static str, task: &'a Task<'b>) -> Self {
+        Self { doing, task, began: Instant::now(), told: RefCell::new(Instant::now()) }
+    }
+
+    /// True while somebody waits for it.
+    fn hear(&self, done: u64, all: u64) -> bool {
+        let mut told = self.told.borrow_mut();
+        if told.elapsed() >= TELL_EVERY {
+            *told = Instant::now();
+            let seconds = self.began.elapsed().as_secs_f64().max(0.001);
+            let speed = done as f64 / seconds;
+            let left = (all.saturating_sub(done) as f64 / speed.max(1.0)) as u64;
+            self.task.tell(format!(
+                "{} of {} {}, {}/s, {} left",
+                amount(done),
+                amount(all),
+                self.doing,
+                amount(speed as u64),
+                duration(left)
+            ));
+        }
+        !self.task.is_cancelled()
+    }
+}
+
+/// Seconds as people read them.
+fn duration(seconds: u64) -> String {
+    match seconds {
+        0..=119 => format!("{seconds} s"),
+        120..=7199 => format!("{} min", seconds / 60),
+        _ => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_reads_as_people_say_it() {
+        assert_eq!(
+            [0, 119, 120, 7199, 36_000].map(duration),
+            ["0 s", "119 s", "2 min", "119 min", "10 h 0 min"]
+        );
+    }
+}
