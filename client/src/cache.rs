@@ -272,7 +272,16 @@ impl DiskCache {
         head: Head,
         cursor: Vec<u8>,
     ) -> Result<(), CacheError> {
-        self.shared.switch(stage, server, Some(head), Some(cursor))
+        self.shared.switch(stage, Some((server, Some(head))), Some(cursor))
+    }
+
+    /// Switches to content that was read and is on no server yet: T with the staged blocks, which every server lacks. Forgets
+    /// the cursor: what was read here was no run of any server. Durable when it returns.
+    ///
+    /// # Errors
+    /// As [`DiskCache::commit`].
+    pub fn learn(&self, stage: Stage) -> Result<(), CacheError> {
+        self.shared.switch(stage, None, Some(Vec::new()))
     }
 
     /// Makes T equal to what `server` has: `differing` yields all block hashes of the segments whose digests differ from
@@ -305,7 +314,7 @@ impl DiskCache {
         server: &ServerId,
         head: Option<Head>,
     ) -> Result<(), CacheError> {
-        self.shared.switch(stage, server, head, None)
+        self.shared.switch(stage, Some((server, head)), None)
     }
 
     /// Forgets the change journals' cursors: the next backup reads everything. Durable when it returns.
@@ -397,8 +406,7 @@ impl Shared {
     fn switch(
         &self,
         stage: Stage,
-        server: &ServerId,
-        head: Option<Head>,
+        server: Option<(&ServerId, Option<Head>)>,
         cursor: Option<Vec<u8>>,
     ) -> Result<(), CacheError> {
         let mut live = self.write();
@@ -406,7 +414,7 @@ impl Shared {
             return Err(CacheError::StaleStage);
         }
         let mut next = live.state.clone();
-        next.apply(stage.finish(), server, head, cursor);
+        next.apply(stage.finish(), server, cursor);
         next.persist(&self.place, &live.engine)?;
         let old = std::mem::replace(&mut live.state, next);
         live.sweep(&old, &self.place);

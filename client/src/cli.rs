@@ -21,6 +21,7 @@ mod service;
 mod sources;
 mod status;
 mod test;
+mod to_folder;
 mod trust;
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
@@ -140,6 +141,14 @@ pub fn command() -> Command {
                     .long("dry-run")
                     .action(ArgAction::SetTrue)
                     .help("Read as a backup would, send nothing, and say of each volume what and why; needs no certificate"),
+            )
+            .arg(
+                Arg::new("to-folder")
+                    .long("to-folder")
+                    .value_name("DIR")
+                    .conflicts_with_all(["server", "dry-run"])
+                    .value_parser(clap::value_parser!(PathBuf))
+                    .help("Write all disks to a folder that is carried to a server: janus-server import DIR; asks no server"),
             ),
         ))
         .subcommand(with_flags(

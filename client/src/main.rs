@@ -1,6 +1,6 @@
 //! `janus-client`: backs disks up and brings them back.
 
-use std::{process::ExitCode, time::Duration};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::ArgMatches;
 use janus_client::cli::{self, Context, Failure, Outcome};
@@ -116,7 +116,9 @@ async fn with_identity(
     identity: Result<Identity, TlsError>,
     stop: CancellationToken,
 ) -> Result<Outcome, Failure> {
-    let told = (name == "backup").then(|| (settings.clone(), identity.as_ref().ok().cloned()));
+    // A folder is no backup yet that anybody waits for.
+    let is_news = name == "backup" && matches.get_one::<PathBuf>("to-folder").is_none();
+    let told = is_news.then(|| (settings.clone(), identity.as_ref().ok().cloned()));
     let (events, stopped) = (matches.get_flag("json"), stop.clone());
     let outcome = match identity {
         Ok(identity) => {

@@ -138,16 +138,16 @@ impl State {
         Ok(hashes)
     }
 
-    /// T becomes T with `staged`, and `server` has exactly that. Every other server lacks what was staged.
+    /// T becomes T with `staged`, and `server`, if one is named, has exactly that. Every other server lacks what was staged.
     pub(super) fn apply(
         &mut self,
         staged: Staged,
-        server: &ServerId,
-        head: Option<Head>,
+        server: Option<(&ServerId, Option<Head>)>,
         cursor: Option<Vec<u8>>,
     ) {
         if !staged.blocks.is_empty() {
-            for (_, known) in self.servers.iter_mut().filter(|(id, _)| *id != server) {
+            let has_it = |id: &ServerId| server.is_some_and(|(server, _)| server == id);
+            for (_, known) in self.servers.iter_mut().filter(|(id, _)| !has_it(id)) {
                 Arc::make_mut(&mut known.changed).union_with(&staged.blocks);
                 known.stored = None;
             }
@@ -160,10 +160,10 @@ impl State {
         let place =
             |layer| PlacedLayer { layer: Arc::new(layer), limit_blocks: u64::MAX, chunks: None };
         self.layers.extend(staged.layers.into_iter().map(place));
-        self.servers.insert(
-            server.clone(),
-            Known { head, changed: Arc::new(BlockSet::empty()), stored: None },
-        );
+        if let Some((server, head)) = server {
+            let changed = Arc::new(BlockSet::empty());
+            self.servers.insert(server.clone(), Known { head, changed, stored: None });
+        }
         self.generation += 1;
     }
 

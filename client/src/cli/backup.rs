@@ -1,14 +1,20 @@
 //! `janus-client backup`.
 
-use std::{fmt::Write, sync::Arc, time::Duration};
+use std::{fmt::Write, path::PathBuf, sync::Arc, time::Duration};
 
 use clap::ArgMatches;
-use janus_proto::{ids::ServerId, pb::Encoding, show::amount, tls::Role};
+use janus_proto::{
+    ids::{MachineKey, ServerId},
+    pb::Encoding,
+    show::amount,
+    tls::Role,
+};
 use serde_json::{Value, json};
 
 use super::{
     Context, Failure, Outcome, address,
     opening::{Stillness, lock, open_all},
+    to_folder,
 };
 use crate::{
     backup::{Backup, BackupReport, DiskReport},
@@ -22,20 +28,27 @@ use crate::{
 };
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
-    let server = address(matches)?.server;
+    let to = match matches.get_one::<PathBuf>("to-folder") {
+        Some(folder) => Destination::Folder(folder.clone()),
+        None => Destination::Server(address(matches)?.server),
+    };
     let settings = &context.settings;
     let role = &context.identity.principal().role;
-    if !matches!(role, Role::Client(_)) {
+    let Role::Client(machine) = role else {
         return Err(Failure::usage(format!(
             "setting cert: the certificate says {role}; a backup needs one of `janus-server pki issue client`"
         )));
+    };
+    if let Destination::Server(_) = to {
+        settings.checked_urls()?;
     }
-    settings.checked_urls()?;
     let specs = settings.disk_specs()?;
     // Before any hook: what another backup has frozen is not ours to thaw.
     let state = lock(settings).await?;
     // Nor may anything be frozen while a server boots.
-    context.ways_awake().await?;
+    if let Destination::Server(_) = to {
+        context.ways_awake().await?;
+    }
     let bitmaps = match settings.pre_backup.is_empty() {
         true => None,
         false => {
@@ -53,7 +66,9 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let made = match context.stop.run_until_cancelled(pre.run(&told)).await {
         None => Err(Failure::interrupted()),
         Some(Err(error)) => Err(Failure::failed(error)),
-        Some(Ok(())) => between_hooks(server, (state, taken_ms), bitmaps.as_ref(), context).await,
+        Some(Ok(())) => {
+            between_hooks(machine, to, (state, taken_ms), bitmaps.as_ref(), context).await
+        }
     };
     let (result, message) = match &made {
         Ok(_) => ("ok", ""),
@@ -71,9 +86,18 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     }
 }
 
+/// Where a backup goes.
+enum Destination {
+    /// To this server; `None`: where janus sends it.
+    Server(Option<ServerId>),
+    /// Into a folder.
+    Folder(PathBuf),
+}
+
 /// Makes the snapshots that are needed, and removes them whatever comes of the backup.
 async fn between_hooks(
-    server: Option<ServerId>,
+    machine: &MachineKey,
+    to: Destination,
     state: (MachineState, i64),
     bitmaps: Option<&Announced>,
     context: &Context,
@@ -88,7 +112,15 @@ async fn between_hooks(
     let mut still = tokio::task::spawn_blocking(making).await.map_err(Failure::failed)??;
     still.bitmap = bitmaps.map(|announced| announced.new.clone());
     let still = Arc::new(still);
-    let mut made = read(server, state, still.clone(), context).await;
+    let mut made = match to {
+        Destination::Server(server) => read(server, state, still.clone(), context).await,
+        Destination::Folder(folder) => {
+            // Its lock is kept until the end.
+            let (_state, taken_ms) = state;
+            let machine = machine.clone();
+            to_folder::write(folder, machine, taken_ms, still.clone(), context).await
+        }
+    };
     let has_failed = made.is_err();
     let ending = tokio::task::spawn_blocking(move || {
         let overflowed = if has_failed { still.snapshots.overflowed() } else { None };

@@ -21,6 +21,7 @@ use crate::{
     source::SourceError,
     state::StateError,
     survey::SurveyError,
+    to_folder::FolderError,
     transfer::TransferError,
 };
 
@@ -135,6 +136,16 @@ impl From<DryRunError> for Failure {
         match error {
             DryRunError::Scan(error) => error.into(),
             DryRunError::Interrupted => Self::new(INTERRUPTED, error),
+        }
+    }
+}
+
+impl From<FolderError> for Failure {
+    fn from(error: FolderError) -> Self {
+        match error {
+            FolderError::Scan(error) => error.into(),
+            FolderError::Interrupted => Self::new(INTERRUPTED, error),
+            FolderError::Carried(error) => Self::new(FAILED, error),
         }
     }
 }

@@ -86,6 +86,33 @@ fn generations_come_through_compaction_and_take_one_database() {
 }
 
 #[test]
+fn what_is_learned_without_a_server_is_lacked_by_all_and_outlives_the_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut disk = disk(3);
+    let mut world = World::default();
+    let cache = DiskCache::open(folder.path(), &disk_id(), disk.size_bytes).unwrap();
+    back_up(&cache, &mut world, &server(0), &disk, Until::Done).unwrap();
+    let head = cache.head(&server(0));
+    disk.blocks[7] = 70_000;
+    disk.blocks[1030] = 0;
+    let stage = cache.stage();
+    for segment in 0..4 {
+        stage.put_hashes(segment, &disk.segment(segment)).unwrap();
+    }
+    cache.learn(stage).unwrap();
+    let expected: Vec<_> = (0..disk.blocks.len() as u64).map(|block| disk.hash(block)).collect();
+    drop(cache);
+    let cache = DiskCache::open(folder.path(), &disk_id(), disk.size_bytes).unwrap();
+    assert_eq!(table(&cache).unwrap(), expected);
+    assert_eq!((cache.head(&server(0)), cache.cursor()), (head, Vec::new()));
+    assert_eq!(cache.servers(), [server(0)]);
+    // The server lacks just these blocks.
+    world.check(&cache).unwrap();
+    let must = cache.must_send(&server(0));
+    assert!(must.segment_bits(0)[0] == 1 << 7 && must.segment_bits(1)[0] == 1 << 6);
+}
+
+#[test]
 fn a_stage_that_is_dropped_leaves_nothing_and_a_late_one_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let disk = disk(2);
