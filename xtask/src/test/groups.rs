@@ -45,6 +45,7 @@ const RESTORE_MODULES: &[&str] =
 const PLACED: &[(&str, &str)] = &[
     ("admin", "store"),
     ("caches", "restore"),
+    ("carried", "restore"),
     ("damage", "restore"),
     ("files", "restore"),
     ("frozen", "sources"),
