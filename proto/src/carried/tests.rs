@@ -1,12 +1,13 @@
 //! A carried folder written and read back, and what hostile or damaged ones give.
 
-use std::fs;
+use std::{fs, sync::Arc};
 
 use super::*;
 use crate::{
     hash::{hash_blocks, segment_digest, table_digest},
     ids::SEGMENT_BYTES,
     image::Geometry,
+    storage::{Op, Verdict, Watcher},
 };
 
 /// Data with holes, and a short last block.
@@ -23,25 +24,29 @@ fn content(len: usize) -> Vec<u8> {
 
 /// Writes a folder with one disk.
 fn write(folder: &Path, content: &[u8]) -> Manifest {
+    try_write(&Disk::default(), folder, content).unwrap()
+}
+
+fn try_write(storage: &Disk, folder: &Path, content: &[u8]) -> Result<Manifest, CarriedError> {
     let disk: DiskId = "root".parse().unwrap();
-    let claim = Claim::take(&Disk::default(), folder, [disk.clone()]).unwrap();
+    let claim = Claim::take(storage, folder, [disk.clone()])?;
     let geometry = Geometry { disk_bytes: content.len() as u64, logical_sector_bytes: 512 };
-    let mut writer = DiskWriter::create(&claim, &disk, geometry).unwrap();
+    let mut writer = DiskWriter::create(&claim, &disk, geometry)?;
     let mut digests = Vec::new();
     for (segment, bytes) in (0..).zip(content.chunks(SEGMENT_BYTES as usize)) {
         let mut hashes = Vec::new();
         hash_blocks(bytes, &mut hashes);
         digests.push(segment_digest(&hashes));
         if bytes.iter().any(|byte| *byte != 0) {
-            writer.segment(segment, &hashes, bytes).unwrap();
+            writer.segment(segment, &hashes, bytes)?;
         }
     }
-    let entry = writer.finish(2, 7).unwrap();
+    let entry = writer.finish(2, 7)?;
     assert_eq!(entry.table_digest, table_digest(content.len() as u64, &digests));
     let machine = MachineKey::new("alice", "laptop").unwrap();
     let manifest = Manifest::new(BackupId::new(), machine, 5, b"seal", vec![entry]);
-    claim.finish(&manifest).unwrap();
-    manifest
+    claim.finish(&manifest)?;
+    Ok(manifest)
 }
 
 fn read_back(folder: &Path) -> Result<Vec<u8>, CarriedError> {
@@ -186,6 +191,43 @@ fn manifests_that_ask_for_more_than_a_folder_are_refused() {
     newer["format"] = 2.into();
     newer["more"] = 1.into();
     assert!(matches!(parse(&newer), Err(CarriedError::Newer { .. })));
+}
+
+/// A disk with a file system like FAT32: files end at some size, and nothing but plain writes is there.
+#[derive(Debug)]
+struct Fat {
+    most: u64,
+}
+
+impl Watcher for Fat {
+    fn before(&self, op: &Op<'_>) -> io::Result<Verdict> {
+        let end = match op {
+            Op::Write { offset, data, .. } => offset + data.len() as u64,
+            Op::SetLen { len, .. } => *len,
+            Op::Punch { .. } | Op::CloneRange { .. } | Op::CloneAll { .. } => {
+                return Err(io::ErrorKind::Unsupported.into());
+            }
+            _ => 0,
+        };
+        match end > self.most {
+            true => Err(io::Error::from_raw_os_error(libc::EFBIG)),
+            false => Ok(Verdict::Go),
+        }
+    }
+}
+
+#[test]
+fn a_file_system_without_holes_will_do_and_one_for_small_files_is_named() {
+    let base = tempfile::tempdir().unwrap();
+    let content = content(14 << 20);
+    let plain = Disk::watched(Arc::new(Fat { most: u64::MAX }));
+    try_write(&plain, &base.path().join("plain"), &content).unwrap();
+    assert!(read_back(&base.path().join("plain")).unwrap() == content);
+    let fat = Disk::watched(Arc::new(Fat { most: 9 << 20 }));
+    let error = try_write(&fat, &base.path().join("fat"), &content).unwrap_err();
+    assert!(matches!(error, CarriedError::TooLarge { .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("root.vhdx") && text.contains("exFAT"), "{text}");
 }
 
 #[test]
