@@ -160,7 +160,9 @@ fn cancel_on_interrupt(cancel: &CancellationToken) {
                     _ = terminate.recv() => {}
                 }
                 cancel.cancel();
-                code.map(|code| std::process::exit(code));
+                if let Some(code) = code {
+                    std::process::exit(code);
+                }
             }
             io::Result::Ok(())
         };

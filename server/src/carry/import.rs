@@ -109,6 +109,8 @@ fn try_import(
         Err(_) => {
             if let Err(error) = runs.abort(&new.machine, open.backup) {
                 tracing::error!(%error, machine = %new.machine, backup_id = %open.backup, "a failed import can't be given up");
+                // Whoever comes next tries again, and need not wait for its lease.
+                runs.leave_import(&open);
             }
         }
     }
