@@ -16,7 +16,7 @@ pub use self::{
         fuzz_parent_locator, fuzz_vhd, fuzz_vhdx_bat, fuzz_vhdx_header, fuzz_vhdx_log,
         fuzz_vhdx_metadata, fuzz_vhdx_regions,
     },
-    records::{fuzz_manifest, fuzz_session_journal, fuzz_table},
+    records::{fuzz_carried, fuzz_manifest, fuzz_session_journal, fuzz_table},
 };
 use crate::storage::{Access, Disk, File};
 
@@ -41,6 +41,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "vhdx_log", run: fuzz_vhdx_log, seeds: images::log_seeds },
     Target { name: "parent_locator", run: fuzz_parent_locator, seeds: images::locator_seeds },
     Target { name: "manifest", run: fuzz_manifest, seeds: records::manifest_seeds },
+    Target { name: "carried", run: fuzz_carried, seeds: records::carried_seeds },
     Target { name: "table", run: fuzz_table, seeds: records::table_seeds },
     Target { name: "session_journal", run: fuzz_session_journal, seeds: records::journal_seeds },
 ];

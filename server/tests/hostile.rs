@@ -12,6 +12,7 @@ xtask::hostile!(
     vhdx_log,
     parent_locator,
     manifest,
+    carried,
     table,
     session_journal
 );

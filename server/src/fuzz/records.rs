@@ -3,6 +3,7 @@
 use std::{path::Path, sync::Arc};
 
 use janus_proto::{
+    carried::{CarriedDisk, DiskEntry, Manifest},
     ids::{
         BackupId, BlockHash, DiskId, MachineKey, SEGMENT_BLOCKS, SessionId, SnapshotId,
         segment_count,
@@ -19,6 +20,7 @@ use crate::{
         table::{SegmentBitmap, Table, TableHeader, TableStack, TableWriter},
     },
     session::journal::Journal,
+    storage::Disk,
 };
 
 /// Most segments that are looked at: what comes after is read by the same code.
@@ -37,6 +39,20 @@ pub fn fuzz_manifest(bytes: &[u8]) {
             }
         }
         let _ = store::parse::<OpenRun>(Path::new("open"), bytes);
+    }
+}
+
+/// Manifests of carried folders.
+pub fn fuzz_carried(bytes: &[u8]) {
+    let summed = store::with_sum(bytes.to_vec());
+    for bytes in [bytes, &summed] {
+        if let Ok(manifest) = Manifest::parse(Path::new("carried"), bytes) {
+            let _ = (manifest.seal(), manifest.size_bytes());
+            // None of its files is there, wherever it says that they are.
+            for disk in &manifest.disks {
+                let _ = CarriedDisk::open(&Disk::default(), Path::new("/proc/self/none"), disk);
+            }
+        }
     }
 }
 
@@ -167,6 +183,31 @@ pub(super) fn manifest_seeds() -> Vec<Vec<u8>> {
         disks: Vec::new(),
     };
     [serde_json::to_vec(&run), serde_json::to_vec(&open)].into_iter().flatten().collect()
+}
+
+/// A run of two disks.
+pub(super) fn carried_seeds() -> Vec<Vec<u8>> {
+    let seed = || -> Option<Vec<u8>> {
+        let entry = |name: &str| {
+            Some(DiskEntry {
+                disk: name.parse().ok()?,
+                size_bytes: 1 << 30,
+                logical_sector_bytes: 512,
+                table_digest: BlockHash([7; 32]),
+                consistency: 1,
+                skipped_bytes: 0,
+                data_bytes: 4096,
+                image: format!("{name}.vhdx"),
+                image_bytes: 6 << 20,
+                table: format!("{name}.table"),
+                table_bytes: 400,
+            })
+        };
+        let machine = MachineKey::new("alice", "laptop").ok()?;
+        let disks = vec![entry("sda")?, entry("sdb")?];
+        serde_json::to_vec(&Manifest::new(BackupId::new(), machine, 1, &[1, 2], disks)).ok()
+    };
+    seed().into_iter().collect()
 }
 
 /// A table with a full and a sparse segment.
