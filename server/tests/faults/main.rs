@@ -160,6 +160,29 @@ fn healed(world: &mut World) -> Result<(), String> {
     world.verify()
 }
 
+/// An import that is stopped and gone on with, and one that continues the chain.
+fn imported(world: &mut World) -> Result<(), String> {
+    world.disk("root", (1 << 20) + 512);
+    world.disk("data", 256 << 10);
+    world.import_some()?;
+    world.restart()?;
+    world.import()?;
+    world.change(5);
+    world.backup()?;
+    world.change(6);
+    world.import()
+}
+
+#[test]
+fn an_import_survives_every_crash() {
+    crashes::every("imported", imported);
+}
+
+#[test]
+fn an_import_survives_every_failure() {
+    live::every("imported", imported);
+}
+
 #[test]
 fn a_plan_survives_every_crash() {
     crashes::every("planned", planned);

@@ -184,7 +184,10 @@ impl Promised {
             };
         }
         // Its commit was not acknowledged, but all of it may be there.
-        let tried = self.tried.get(&held.run.backup).ok_or("nobody has made it")?;
+        // An import is known by the run that was carried.
+        let carried = held.run.origin.and_then(|origin| origin.run);
+        let tried = self.tried.get(&carried.unwrap_or(held.run.backup));
+        let tried = tried.ok_or("nobody has made it")?;
         if held.run.snapshots.len() != tried.len() {
             return Err(format!("its run has {} disks", held.run.snapshots.len()));
         }

@@ -3,6 +3,7 @@
 //! It does what the real client does: keeps the id of a run until it knows what became of it, compares what a session holds
 //! before it sends, and tries again when something fails. All that it is told goes into [`Promised`].
 
+mod carrying;
 mod damage;
 mod keeping;
 
@@ -52,6 +53,8 @@ pub struct World {
     promised: Promised,
     /// After a crash: what the next takeover must find.
     survives: Option<Survives>,
+    /// What is being imported.
+    carried: Option<carrying::Carried>,
 }
 
 impl World {
@@ -59,7 +62,17 @@ impl World {
     pub fn new(folder: PathBuf, storage: Disk, recorder: Option<Arc<Recorder>>) -> Self {
         let machine = MachineKey::new("user", "machine").unwrap();
         let (contents, promised) = Default::default();
-        Self { folder, storage, recorder, runs: None, machine, contents, promised, survives: None }
+        Self {
+            folder,
+            storage,
+            recorder,
+            runs: None,
+            machine,
+            contents,
+            promised,
+            survives: None,
+            carried: None,
+        }
     }
 
     /// The machine after its server crashed, with what it knows.

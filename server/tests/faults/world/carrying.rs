@@ -1,0 +1,113 @@
+//! Runs that come in a carried folder, which lies on another disk.
+
+use std::sync::Arc;
+
+use janus_proto::{
+    carried::{CarriedDisk, Claim, DiskWriter, Manifest},
+    ids::{BackupId, SEGMENT_BYTES},
+};
+use janus_server::{
+    carry::{self, CarryError, NewDisk, NewRun},
+    image::Geometry,
+    runs::now_ms,
+    storage::Disk,
+};
+
+use super::World;
+use crate::promises::Promise;
+
+/// A folder with the disks as they are.
+pub(super) struct Carried {
+    folder: tempfile::TempDir,
+    manifest: Manifest,
+}
+
+impl World {
+    /// Imports the disks as they are now, or goes on with the import that was begun.
+    pub fn import(&mut self) -> Result<(), String> {
+        self.take_in(u64::MAX)?;
+        self.carried = None;
+        Ok(())
+    }
+
+    /// Begins an import and stops it after the first segment.
+    pub fn import_some(&mut self) -> Result<(), String> {
+        self.take_in(1)
+    }
+
+    /// Imports until so many bytes are done.
+    fn take_in(&mut self, until: u64) -> Result<(), String> {
+        let carried = match self.carried.take() {
+            Some(carried) => carried,
+            None => self.write_folder(),
+        };
+        self.promise(Promise::Trying {
+            backup: carried.manifest.run,
+            contents: self.contents.clone(),
+        });
+        let done = self.until_done("import", |world| {
+            world.runs()?;
+            let runs = Arc::clone(world.runs.as_ref().unwrap());
+            match carry::import(&runs, &carried.opened(&world.machine), &|done, _| done < until) {
+                Ok(imported) => {
+                    let run = imported.run;
+                    let of = |s: &janus_server::chain::Snapshot| (s.id, s.disk.clone());
+                    let snapshots = run.snapshots.iter().map(of).collect();
+                    let backup = carried.manifest.run;
+                    world.promise(Promise::Committed { backup, snapshots });
+                    Ok(())
+                }
+                Err(CarryError::Stopped) if until < u64::MAX => Ok(()),
+                Err(error) => Err(error.to_string()),
+            }
+        });
+        self.carried = Some(carried);
+        done
+    }
+
+    fn write_folder(&self) -> Carried {
+        let folder = tempfile::tempdir().unwrap();
+        let claim =
+            Claim::take(&Disk::default(), folder.path(), self.contents.keys().cloned()).unwrap();
+        let entries = self.contents.iter().map(|(disk, content)| {
+            let disk_bytes = content.bytes.len() as u64;
+            let geometry = Geometry { disk_bytes, logical_sector_bytes: 512 };
+            let mut writer = DiskWriter::create(&claim, disk, geometry).unwrap();
+            let bytes = content.bytes.chunks(SEGMENT_BYTES as usize);
+            for ((segment, hashes), bytes) in content.segments().zip(bytes) {
+                writer.segment(segment, hashes, bytes).unwrap();
+            }
+            writer.finish(1, 0).unwrap()
+        });
+        let entries = entries.collect();
+        // Newer than what is there, by whole milliseconds.
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        let manifest =
+            Manifest::new(BackupId::new(), self.machine.clone(), now_ms(), b"seal", entries);
+        claim.finish(&manifest).unwrap();
+        Carried { folder, manifest }
+    }
+}
+
+impl Carried {
+    fn opened(&self, machine: &janus_proto::ids::MachineKey) -> NewRun {
+        let open = |entry: &janus_proto::carried::DiskEntry| NewDisk {
+            disk: entry.disk.clone(),
+            size_bytes: entry.size_bytes,
+            logical_sector_bytes: entry.logical_sector_bytes,
+            consistency: entry.consistency,
+            skipped_bytes: entry.skipped_bytes,
+            data_bytes: Some(entry.data_bytes),
+            content: Box::new(
+                CarriedDisk::open(&Disk::default(), self.folder.path(), entry).unwrap(),
+            ),
+        };
+        NewRun {
+            machine: machine.clone(),
+            run: Some(self.manifest.run),
+            taken_ms: self.manifest.committed_ms,
+            seal: self.manifest.seal(),
+            disks: self.manifest.disks.iter().map(open).collect(),
+        }
+    }
+}
