@@ -15,6 +15,7 @@ mod missing;
 pub mod offline;
 mod rebuild;
 mod retention;
+mod seed;
 pub mod socket;
 mod table;
 #[cfg(test)]
@@ -27,7 +28,10 @@ mod wire;
 use std::sync::Arc;
 
 use clap::Subcommand;
-use janus_proto::ids::{DiskId, MachineKey, SnapshotId};
+use janus_proto::{
+    ids::{DiskId, MachineKey, SnapshotId},
+    tls::TlsError,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
@@ -38,6 +42,8 @@ use crate::{
     config::Settings,
     retention::{Retention, RetentionError},
     runs::{Machine, Runs},
+    seed::SeedError,
+    serve::ServeError,
 };
 
 /// What an administrator asks for: subcommands of `janus-server`, and what travels through the socket.
@@ -72,6 +78,8 @@ pub enum Command {
     Verify(verify::Arguments),
     /// Copy a run with all its disks to a folder, to be carried to another server
     Export(carry::ExportArguments),
+    /// Take in the newest backups of another server's machines, so that the next ones here are deltas
+    Seed(seed::Arguments),
     /// Take in a run that was carried here in a folder, or a disk image of another program
     Import(carry::ImportArguments),
 }
@@ -142,6 +150,15 @@ pub enum AdminError {
     /// What is carried by hand.
     #[error(transparent)]
     Carry(CarryError),
+    /// Another server to seed from.
+    #[error(transparent)]
+    Seed(#[from] SeedError),
+    /// Certificate, key or CA.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The certificate is none of a server.
+    #[error(transparent)]
+    Role(#[from] ServeError),
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -246,6 +263,7 @@ impl Admin {
             Command::Verify(arguments) => verify::run(self, &arguments, task),
             Command::Export(arguments) => carry::export(self, &arguments, task),
             Command::Import(arguments) => carry::import(self, &arguments, task),
+            Command::Seed(arguments) => seed::run(self, &arguments, task),
         }
     }
 }

@@ -73,8 +73,8 @@ impl Caller {
     pub fn may_read(&self, machine: &MachineKey) -> bool {
         match &self.0.role {
             Role::Client(own) | Role::Restore(own) => own == machine,
-            Role::Operator(_) => true,
-            Role::Server(_) | Role::Janus(_) => false,
+            Role::Operator(_) | Role::Server(_) => true,
+            Role::Janus(_) => false,
         }
     }
 }

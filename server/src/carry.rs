@@ -11,7 +11,7 @@ mod import;
 
 use janus_proto::{
     carried::CarriedError,
-    ids::{DiskId, MachineKey},
+    ids::{DiskId, MachineKey, ServerId},
     image::foreign::ForeignError,
     table::TableError,
 };
@@ -76,6 +76,14 @@ pub enum CarryError {
         /// The block.
         block: u64,
     },
+    /// Another server, or the way to it.
+    #[error("server {server}: {reason}")]
+    Source {
+        /// Its name.
+        server: ServerId,
+        /// What is wrong there.
+        reason: String,
+    },
     /// The run was not opened, written or committed.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -88,7 +96,7 @@ impl CarryError {
     /// True when the same command, given again, may go on where this one ended: nothing is wrong with what is carried.
     pub fn may_go_on(&self) -> bool {
         match self {
-            Self::Stopped | Self::Io { .. } => true,
+            Self::Stopped | Self::Io { .. } | Self::Source { .. } => true,
             Self::Carried(error) => !error.is_damage(),
             Self::Foreign(ForeignError::Io { .. }) => true,
             _ => false,

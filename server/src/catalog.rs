@@ -96,7 +96,7 @@ impl CatalogService for Catalog {
         request: Request<pb::ListMachinesRequest>,
     ) -> Result<Response<pb::ListMachinesResponse>, Status> {
         let caller = Caller::of(&request)?;
-        if matches!(caller.0.role, Role::Server(_) | Role::Janus(_)) {
+        if matches!(caller.0.role, Role::Janus(_)) {
             return Err(status(
                 ErrorReason::NotAllowed,
                 format!("{} may not list machines", caller.0),

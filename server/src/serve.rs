@@ -322,7 +322,7 @@ async fn expire_handles(restore: Arc<Restore>, shutdown: CancellationToken) {
     }
 }
 
-fn name(identity: &Identity) -> Result<ServerId, ServeError> {
+pub(crate) fn name(identity: &Identity) -> Result<ServerId, ServeError> {
     match &identity.principal().role {
         Role::Server(id) => Ok(id.clone()),
         role => Err(ServeError::WrongRole { role: role.to_string() }),

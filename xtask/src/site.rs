@@ -8,6 +8,7 @@ use std::{
     fs,
     net::TcpListener,
     path::{Path, PathBuf},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -297,10 +298,15 @@ impl Site {
     /// # Errors
     /// When it can't be started; a failed command is no error here.
     pub fn admin(&self, name: &str, arguments: &[&str]) -> Result<std::process::Output> {
+        self.admin_command(name, arguments).output().context("start janus-server")
+    }
+
+    /// What [`Site::admin`] runs.
+    pub fn admin_command(&self, name: &str, arguments: &[&str]) -> Command {
         let (config, _) = self.files(name);
         let mut command = self.programs.server();
         command.args(arguments).arg("--config").arg(config).stdin(std::process::Stdio::null());
-        command.output().context("start janus-server")
+        command
     }
 
     fn take_server(&mut self, name: &str) -> Result<Process> {

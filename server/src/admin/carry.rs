@@ -307,20 +307,20 @@ fn time_of_image(admin: &Admin, machine: &MachineKey, disk: &DiskId, modified_ms
 }
 
 /// Tells once a second how far it is.
-struct Progress<'a, 'b> {
-    doing: &'static str,
+pub(super) struct Progress<'a, 'b> {
+    doing: &'a str,
     task: &'a Task<'b>,
     began: Instant,
     told: RefCell<Instant>,
 }
 
 impl<'a, 'b> Progress<'a, 'b> {
-    fn new(doing: &'static str, task: &'a Task<'b>) -> Self {
+    pub(super) fn new(doing: &'a str, task: &'a Task<'b>) -> Self {
         Self { doing, task, began: Instant::now(), told: RefCell::new(Instant::now()) }
     }
 
     /// True while somebody waits for it.
-    fn hear(&self, done: u64, all: u64) -> bool {
+    pub(super) fn hear(&self, done: u64, all: u64) -> bool {
         let mut told = self.told.borrow_mut();
         if told.elapsed() >= TELL_EVERY {
             *told = Instant::now();

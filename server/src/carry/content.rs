@@ -12,6 +12,7 @@ use janus_proto::{
         ImageError,
         foreign::{ForeignChain, ForeignError, open_chain},
     },
+    model::Extent,
 };
 
 use super::CarryError;
@@ -27,6 +28,17 @@ pub trait Content {
     /// # Errors
     /// When they can't be read.
     fn hashes(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, CarryError>;
+
+    /// Of these segments, ascending, hashes will be asked for.
+    fn expect_segments(&self, _segments: &[u64]) {}
+
+    /// These extents of one segment, which aren't zeros, will be read.
+    ///
+    /// # Errors
+    /// When they can't be.
+    fn expect(&self, _extents: &[Extent]) -> Result<(), CarryError> {
+        Ok(())
+    }
 
     /// True when a range is known to be zeros.
     fn is_zero(&self, range: Range<u64>) -> bool;

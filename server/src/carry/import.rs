@@ -215,6 +215,12 @@ impl<'a> Transfer<'a> {
     fn run(&mut self, meter: &mut Meter<'_>) -> Result<(), CarryError> {
         let size = self.disk.size_bytes;
         let here = self.session.segment_digests().map_err(|error| self.cannot_compare(error))?;
+        let is_here = |segment: u64, here: &BlockHash| {
+            self.disk.content.digest(segment).as_ref() == Some(here)
+        };
+        let differing = (0..).zip(&here).filter(|(segment, here)| !is_here(*segment, here));
+        let differing: Vec<u64> = differing.map(|(segment, _)| segment).collect();
+        self.disk.content.expect_segments(&differing);
         for (segment, here) in (0..segment_count(size)).zip(here) {
             let blocks =
                 segment * SEGMENT_BLOCKS..((segment + 1) * SEGMENT_BLOCKS).min(block_count(size));
@@ -255,7 +261,11 @@ impl<'a> Transfer<'a> {
             }
         }
         if known.is_some() {
-            for extent in wanted.iter().filter(|extent| !extent.zero) {
+            let data: Vec<Extent> = wanted.iter().filter(|extent| !extent.zero).copied().collect();
+            if !data.is_empty() {
+                self.disk.content.expect(&data)?;
+            }
+            for extent in &data {
                 self.read_known(extent, &hashes, blocks.start)?;
             }
         }

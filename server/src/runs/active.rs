@@ -232,11 +232,12 @@ impl ActiveRun {
     }
 
     /// What it is made from, when that is no backup of a client.
-    pub(super) fn origin(&self) -> Option<Origin> {
+    pub fn origin(&self) -> Option<Origin> {
         lock(&self.state).record.origin
     }
 
-    pub(super) fn lease_left(&self) -> Option<Duration> {
+    /// How long its holder may still be silent; none when nobody holds it.
+    pub fn lease_left(&self) -> Option<Duration> {
         let state = lock(&self.state);
         if state.committing {
             return Some(self.lease);

@@ -260,7 +260,8 @@ impl Machine {
         lock(&self.turn)
     }
 
-    pub(super) fn active(&self) -> Vec<Arc<ActiveRun>> {
+    /// Its open runs.
+    pub fn active(&self) -> Vec<Arc<ActiveRun>> {
         lock(&self.state).active.clone()
     }
 

@@ -62,6 +62,7 @@ const PLACED: &[(&str, &str)] = &[
     ("resilience", "client"),
     ("restores", "restore"),
     ("schedule", "client"),
+    ("seeding", "security"),
     ("simulation", "janus"),
     ("thinning_kills", "restore"),
     ("spans", "client"),

@@ -1,0 +1,199 @@
+//! A new server gets what it needs from another one: the next backup that comes to it is a delta.
+
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use xtask::{
+    disk,
+    site::{Client, Plan, Programs, Site},
+};
+
+const MIB: u64 = 1 << 20;
+const OLD: &str = "server-a";
+const NEW: &str = "server-b";
+const MACHINE: &str = "alice/machine";
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
+}
+
+fn done(output: &Output) -> Value {
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    json(output)
+}
+
+/// A machine with a disk of 64 MiB, 40 of them with data, two backups at the old server, and a new server that has just
+/// been started.
+struct Scene {
+    site: Site,
+    client: Client,
+    disk: PathBuf,
+    /// Of the new server.
+    images: PathBuf,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let plan = Plan { servers: vec![OLD.into(), NEW.into()], ..Plan::default() };
+        let mut site = Site::prepare(Programs::for_tests().unwrap(), &plan).unwrap();
+        site.start_server(OLD).unwrap();
+        site.start_janus().unwrap();
+        let disk = site.folder().join("disk.raw");
+        disk::blank(&disk, 64 * MIB).unwrap();
+        disk::write_noise(&disk, 0..40 * MIB, 1).unwrap();
+        let client = site.client("machine", &[format!("disk={}", disk.display())]).unwrap();
+        site.await_ready(&client).unwrap();
+        client.backup().unwrap();
+        disk::write_noise(&disk, 8 * MIB..11 * MIB, 2).unwrap();
+        client.backup().unwrap();
+        site.start_server(NEW).unwrap();
+        site.await_ready(&client).unwrap();
+        let images = site.server(NEW).unwrap().images().to_owned();
+        Self { site, client, disk, images }
+    }
+
+    fn seed(&self, more: &[&str]) -> Output {
+        let arguments = [&["seed", "--json"][..], more].concat();
+        self.site.admin(NEW, &arguments).unwrap()
+    }
+
+    /// Some MiB are written, and the next backup goes to `server`, as a delta of so many MiB.
+    fn next_backup(&self, server: &str, written: std::ops::Range<u64>, delta_mib: u64) {
+        let seed = xtask::noise::Noise::fresh_seed();
+        disk::write_noise(&self.disk, written.start * MIB..written.end * MIB, seed).unwrap();
+        let backup = self.client.backup().unwrap();
+        assert_eq!(backup.server, server, "{backup:?}");
+        let disk = &backup.disks[0];
+        assert_eq!((disk.kind.as_str(), disk.sent_bytes), ("delta", delta_mib * MIB), "{backup:?}");
+        self.assert_restored(&disk.snapshot_id);
+    }
+
+    fn assert_restored(&self, snapshot: &str) {
+        let to = self.site.folder().join("restored.raw");
+        self.client.restore(snapshot, &to).unwrap();
+        disk::compare(&self.disk, &to).unwrap();
+        fs::remove_file(to).unwrap();
+    }
+}
+
+#[test]
+fn the_backup_after_seeding_is_a_delta_and_later_seedings_fetch_what_differs() {
+    let mut scene = Scene::new();
+    let seeded = done(&scene.seed(&["--from", OLD, MACHINE]));
+    println!("{seeded}");
+    // Both runs as one base.
+    assert_eq!(seeded["written_bytes"], 40 * MIB);
+    let listed = scene.client.list().unwrap();
+    let here: Vec<_> = listed.snapshots.iter().filter(|one| one.server == NEW).collect();
+    assert_eq!(here.len(), 1, "{listed:?}");
+    scene.assert_restored(&here[0].snapshot_id);
+    let again = done(&scene.seed(&["--from", OLD, "--all"]));
+    assert_eq!((&again["written_bytes"], &again["runs"][0]["was_here"]), (&0.into(), &true.into()));
+
+    scene.next_backup(NEW, 20..21, 1);
+    let known = done(&scene.seed(&["--from", OLD, MACHINE]));
+    assert_eq!((&known["written_bytes"], &known["runs"][0]["was_here"]), (&0.into(), &true.into()));
+    // Now the old server has what the new one lacks: the chain there goes on.
+    scene.next_backup(OLD, 30..32, 3);
+    let url = scene.site.server(OLD).unwrap().url();
+    let continued = done(&scene.seed(&["--from", &url, "--user", "alice"]));
+    assert_eq!(continued["written_bytes"], 2 * MIB, "{continued}");
+    scene.next_backup(NEW, 5..6, 1);
+    scene.next_backup(OLD, 5..6, 1);
+    scene.next_backup(NEW, 5..6, 1);
+    let newer = done(&scene.seed(&["--from", OLD, MACHINE]));
+    assert!(newer["runs"][0]["newer_here_ms"].is_i64(), "{newer}");
+}
+
+#[test]
+fn what_cannot_be_seeded_is_told_with_the_way_out() {
+    let mut scene = Scene::new();
+    let failed = |more: &[&str], expected: &str| {
+        let output = scene.seed(more);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains(expected), "{more:?}: {output:?}");
+    };
+    failed(&["--from", NEW, MACHINE], "is this server");
+    failed(&["--from", "server-x", MACHINE], "server-x");
+    failed(&["--from", OLD, "alice/other"], "has no backup of such a machine");
+    failed(&["--from", &scene.site.url(), MACHINE], "is a janus");
+    failed(&["--from", "https://127.0.0.1:1", MACHINE], "can't be reached");
+    let usage = scene.seed(&["--from", OLD]);
+    assert_eq!(usage.status.code(), Some(2), "{usage:?}");
+    // Without a server that runs, too.
+    scene.site.stop_server(NEW).unwrap();
+    assert_eq!(done(&scene.seed(&["--from", OLD, MACHINE]))["written_bytes"], 40 * MIB);
+    scene.site.start_server(NEW).unwrap();
+    scene.site.await_ready(&scene.client).unwrap();
+    scene.next_backup(NEW, 20..21, 1);
+}
+
+#[test]
+fn a_seeding_goes_on_after_its_server_or_the_other_one_was_killed() {
+    let mut scene = Scene::new();
+    let start = |scene: &Scene| {
+        let arguments = ["seed", "--json", "--from", OLD, MACHINE, "--mib-per-second", "4"];
+        let mut command = scene.site.admin_command(NEW, &arguments);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    // While it goes on a backup finds the other server.
+    let seeding = start(&scene);
+    scene.await_stored(8 * MIB);
+    let backup = scene.client.backup().unwrap();
+    assert_eq!(backup.server, OLD, "{backup:?}");
+    let open = |scene: &Scene| {
+        let status = done(&scene.site.admin(NEW, &["seed", "status", "--json"]).unwrap());
+        status["open"].as_array().unwrap().clone()
+    };
+    let going_on = &open(&scene)[0];
+    let received = going_on["received_bytes"].as_u64().unwrap();
+    assert!(going_on["going_on"] == true && (1..40 * MIB).contains(&received), "{going_on}");
+    scene.site.kill_server(NEW).unwrap();
+    let lost = seeding.wait_with_output().unwrap();
+    assert_ne!(lost.status.code(), Some(0), "{lost:?}");
+
+    scene.site.start_server(NEW).unwrap();
+    scene.site.await_ready(&scene.client).unwrap();
+    let stopped = &open(&scene)[0];
+    assert_eq!((&stopped["disk_id"], &stopped["going_on"]), (&"disk".into(), &false.into()));
+    let seeding = start(&scene);
+    scene.await_stored(16 * MIB);
+    scene.site.kill_server(OLD).unwrap();
+    thread::sleep(Duration::from_secs(2));
+    scene.site.start_server(OLD).unwrap();
+    let seeded = done(&seeding.wait_with_output().unwrap());
+    println!("{seeded}");
+    // What was begun first, then the backup that was made meanwhile.
+    let runs = seeded["runs"].as_array().unwrap();
+    assert_eq!((runs.len(), &runs[0]["went_on"]), (2, &true.into()));
+    assert!(runs[0]["written_bytes"].as_u64() < Some(40 * MIB), "{seeded}");
+    assert!(open(&scene).is_empty());
+    scene.site.await_ready(&scene.client).unwrap();
+    scene.next_backup(NEW, 20..21, 1);
+}
+
+impl Scene {
+    /// Until the new server has so many bytes.
+    fn await_stored(&self, bytes: u64) {
+        let images = self.images.clone();
+        let until = Instant::now() + Duration::from_secs(60);
+        while stored(&images) < bytes {
+            assert!(Instant::now() < until, "only {} bytes are there", stored(&images));
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Of backups, without the space that is kept for cleaning up.
+fn stored(images: &Path) -> u64 {
+    disk::allocated_below(images).saturating_sub(16 * MIB)
+}

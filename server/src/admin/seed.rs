@@ -1,0 +1,280 @@
+//! `janus-server seed`: the newest backups of another server's machines into this store.
+
+use std::{sync::Arc, time::Instant};
+
+use clap::{Args, Subcommand};
+use janus_proto::{
+    channel::Dialer,
+    ids::{BLOCK_BYTES, DiskId, MachineKey},
+    show::{amount, date},
+    tls::Identity,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{Admin, AdminError, Answer, Task, carry::Progress, table::table};
+use crate::{
+    carry::{self, CarryError, Imported},
+    runs::RunError,
+    seed::{SeedError, Seeder, Which},
+    serve,
+};
+
+/// What to seed, and from where.
+#[derive(Debug, Clone, PartialEq, Eq, Args, Serialize, Deserialize)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Arguments {
+    #[command(subcommand)]
+    action: Option<Action>,
+    /// The server that has them: its name, which is asked for through janus_urls, or its URL
+    #[arg(long, value_name = "NAME|URL", required = true)]
+    from: Option<String>,
+    /// One machine, or one of its disks
+    #[arg(value_name = "USER/MACHINE[/DISK]", required_unless_present_any = ["user", "all"],
+        conflicts_with_all = ["user", "all"])]
+    target: Option<Target>,
+    /// All machines of a user
+    #[arg(long, conflicts_with = "all")]
+    user: Option<String>,
+    /// All machines
+    #[arg(long)]
+    all: bool,
+    /// Fetch at most so many MiB in a second
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    mib_per_second: Option<u32>,
+}
+
+/// What else can be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Action {
+    /// Show what is being seeded or imported here, and what was stopped on its way
+    Status,
+}
+
+/// A machine, or one of its disks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Target {
+    machine: MachineKey,
+    disk: Option<DiskId>,
+}
+
+impl std::str::FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let said = |error: janus_proto::error::WireError| error.to_string();
+        let (machine, disk) = match text.match_indices('/').nth(1) {
+            Some((at, _)) => (&text[..at], Some(&text[at + 1..])),
+            None => (text, None),
+        };
+        let disk = disk.map(|disk| disk.parse().map_err(said)).transpose()?;
+        Ok(Self { machine: machine.parse().map_err(said)?, disk })
+    }
+}
+
+impl Arguments {
+    fn which(&self) -> Which {
+        match (&self.target, &self.user) {
+            (Some(target), _) => Which::Machine(target.machine.clone(), target.disk.clone()),
+            (None, Some(user)) => Which::User(user.clone()),
+            (None, None) => Which::All,
+        }
+    }
+}
+
+pub(super) fn run(
+    admin: &Admin,
+    arguments: &Arguments,
+    task: &Task<'_>,
+) -> Result<Answer, AdminError> {
+    let Some(from) = arguments.from.as_ref().filter(|_| arguments.action.is_none()) else {
+        return Ok(status(admin));
+    };
+    let began = Instant::now();
+    let (settings, which) = (admin.settings(), arguments.which());
+    let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
+    let own = serve::name(&identity)?;
+    let dialer: Dialer = Arc::new(identity);
+    let bytes_per_second = arguments.mib_per_second.map(|mib| u64::from(mib) << 20);
+    let seeder = Seeder::connect(
+        from,
+        (&own, &dialer),
+        &settings.janus_urls,
+        bytes_per_second,
+        task.token(),
+    )?;
+    let machines = seeder.machines(&which)?;
+    let server = seeder.server().to_string();
+    if machines.is_empty() {
+        return Err(SeedError::Nothing { server: seeder.server().clone() }.into());
+    }
+    let (mut text, mut listed, mut failed, mut written_bytes) = (String::new(), vec![], 0, 0);
+    for machine in &machines {
+        task.check()?;
+        let mut told = Told::new(machine);
+        match seed(admin, &seeder, machine, &which, task, &mut told) {
+            Ok(()) => {}
+            Err(CarryError::Stopped) => return Err(AdminError::Cancelled),
+            // The others can be seeded all the same.
+            Err(error) => {
+                failed += 1;
+                told.failed(&error);
+            }
+        }
+        written_bytes += told.written_bytes;
+        text.push_str(&told.text);
+        listed.extend(told.runs);
+    }
+    let (count, seconds) = (machines.len(), began.elapsed().as_secs_f64());
+    text.push_str(&format!(
+        "{} of {count} machines done, {} of data fetched from {server} in {seconds:.1} s{}\n",
+        count - failed,
+        amount(written_bytes),
+        if failed > 0 { "; the same command goes on where it failed" } else { "" }
+    ));
+    let json = json!({
+        "from": server,
+        "written_bytes": written_bytes,
+        "seconds": seconds,
+        "failed": failed,
+        "runs": listed,
+    });
+    Ok(Answer { is_bad: failed > 0, ..Answer::new(text, json) })
+}
+
+/// Runs that are made of what another server or a folder has, and aren't done.
+fn status(admin: &Admin) -> Answer {
+    let head = ["machine", "disk", "received", "backup of", "state"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    let mut listed = Vec::new();
+    for machine in admin.runs().machines() {
+        for run in machine.active() {
+            let Some(origin) = run.origin() else { continue };
+            let is_going_on = run.lease_left().is_some();
+            let sessions = run.sessions();
+            for open in run.record().disks {
+                let size = open.size_bytes;
+                // Of one that was begun before this server was started that isn't known until it goes on.
+                let session = sessions.iter().find(|session| session.disk.session == open.session);
+                let received =
+                    session.map(|session| (session.marks().received * BLOCK_BYTES).min(size));
+                let told = received.map_or_else(|| "?".to_owned(), amount);
+                rows.push(vec![
+                    machine.key.to_string(),
+                    open.disk.to_string(),
+                    format!("{told} of {}", amount(size)),
+                    date(origin.taken_ms),
+                    if is_going_on { "going on" } else { "stopped" }.to_owned(),
+                ]);
+                listed.push(json!({
+                    "machine": machine.key,
+                    "disk_id": open.disk,
+                    "received_bytes": received,
+                    "size_bytes": size,
+                    "taken_ms": origin.taken_ms,
+                    "going_on": is_going_on,
+                }));
+            }
+        }
+    }
+    let text = match listed.is_empty() {
+        true => "nothing is being seeded or imported here\n".to_owned(),
+        false => table(&rows),
+    };
+    Answer::new(text, json!({ "open": listed }))
+}
+
+/// Takes in the newest backup of each disk of a machine.
+fn seed(
+    admin: &Admin,
+    seeder: &Seeder,
+    machine: &MachineKey,
+    which: &Which,
+    task: &Task<'_>,
+    told: &mut Told<'_>,
+) -> Result<(), CarryError> {
+    let here = admin.runs().machine(machine);
+    let open = here.map(|here| here.active()).unwrap_or_default();
+    let begun = open.iter().find_map(|run| run.origin()?.run);
+    for new in seeder.newest(machine, which, begun)? {
+        let doing = format!("of {machine} seeded");
+        let progress = Progress::new(&doing, task);
+        match carry::import(admin.runs(), &new, &|done, all| progress.hear(done, all)) {
+            Ok(imported) => told.seeded(&imported),
+            Err(CarryError::Run(RunError::Older { newest_ms, .. })) => told.newer(newest_ms),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// What is said of a machine.
+struct Told<'a> {
+    machine: &'a MachineKey,
+    text: String,
+    runs: Vec<Value>,
+    written_bytes: u64,
+}
+
+impl<'a> Told<'a> {
+    fn new(machine: &'a MachineKey) -> Self {
+        Self { machine, text: String::new(), runs: Vec::new(), written_bytes: 0 }
+    }
+
+    fn seeded(&mut self, imported: &Imported) {
+        let run = &imported.run;
+        let disks: Vec<_> = run.snapshots.iter().map(|one| one.disk.to_string()).collect();
+        let what = match (imported.was_here, imported.went_on) {
+            (true, _) => "is here already".to_owned(),
+            (false, went_on) => format!(
+                "is here: {} of data written{}",
+                amount(imported.written_bytes),
+                if went_on { ", after what was here of it" } else { "" }
+            ),
+        };
+        let (machine, when) = (self.machine, date(run.committed_ms));
+        self.text.push_str(&format!("{machine}: {}, backup of {when}, {what}\n", disks.join(", ")));
+        self.written_bytes += imported.written_bytes;
+        self.runs.push(json!({
+            "machine": machine,
+            "backup_id": run.backup,
+            "committed_ms": run.committed_ms,
+            "disks": disks,
+            "was_here": imported.was_here,
+            "went_on": imported.went_on,
+            "written_bytes": imported.written_bytes,
+        }));
+    }
+
+    fn newer(&mut self, newest_ms: i64) {
+        let (machine, when) = (self.machine, date(newest_ms));
+        self.text.push_str(&format!("{machine}: a backup as new or newer is here ({when})\n"));
+        self.runs.push(json!({ "machine": machine, "newer_here_ms": newest_ms }));
+    }
+
+    fn failed(&mut self, error: &CarryError) {
+        let machine = self.machine;
+        self.text.push_str(&format!("{machine}: FAILED: {error}\n"));
+        self.runs.push(json!({ "machine": machine, "error": error.to_string() }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_is_a_machine_or_one_of_its_disks() {
+        let target = |text: &str| text.parse::<Target>();
+        assert_eq!(target("alice/web1").unwrap().disk, None);
+        let one = target("alice/web1/sda").unwrap();
+        assert_eq!(
+            (one.machine.to_string().as_str(), one.disk.unwrap().to_string().as_str()),
+            ("alice/web1", "sda")
+        );
+        for wrong in ["alice", "", "alice/", "alice/web1/", "a/b/../c"] {
+            assert!(target(wrong).is_err(), "{wrong}");
+        }
+    }
+}

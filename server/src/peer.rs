@@ -1,0 +1,141 @@
+//! Calls to other servers: through janus, or straight to one of them.
+
+use std::time::Duration;
+
+use janus_proto::{
+    channel::{self, ConnectOptions, Dialer, Expect, explain},
+    error,
+    ids::{MachineKey, ServerId},
+    metadata,
+    model::MAX_MESSAGE_BYTES,
+    pb::{
+        self, ErrorReason, catalog_service_client::CatalogServiceClient,
+        restore_service_client::RestoreServiceClient,
+    },
+    tls::Role,
+};
+use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
+
+/// Deadline of calls that are answered from memory.
+pub(crate) const QUICK: Duration = Duration::from_secs(20);
+/// Pages read before an endless list is no longer believed.
+const MAX_PAGES: usize = 10_000;
+const PAGE: u32 = 250;
+
+/// A janus that leads to the other servers, or one of them.
+#[derive(Debug, Clone)]
+pub(crate) struct Peers {
+    pub(crate) role: Role,
+    channel: Channel,
+}
+
+/// The first of some URLs at which somebody of the right role answers; else why the last doesn't.
+pub(crate) async fn connect(
+    urls: &[String],
+    expect: Expect,
+    dialer: &Dialer,
+) -> Result<Peers, String> {
+    let mut reason = "no janus_urls".to_owned();
+    for url in urls {
+        let options = ConnectOptions::expecting(expect);
+        match channel::connect_through(url, dialer.clone(), options).await {
+            Ok(connection) => {
+                let (channel, role) = (connection.channel, connection.peer.role);
+                return Ok(Peers { role, channel });
+            }
+            Err(error) => reason = error.to_string(),
+        }
+    }
+    Err(reason)
+}
+
+/// True when whoever was called can't be reached now.
+pub(crate) fn is_away(status: &Status) -> bool {
+    use ErrorReason as R;
+    match error::reason(status) {
+        Some(reason) => matches!(
+            reason,
+            R::NoServerReady | R::ServerUnreachable | R::WrongServer | R::Draining | R::TooMany
+        ),
+        None => matches!(
+            status.code(),
+            Code::Unavailable
+                | Code::Unknown
+                | Code::Internal
+                | Code::Cancelled
+                | Code::DeadlineExceeded
+        ),
+    }
+}
+
+/// What to tell people of a failed call.
+pub(crate) fn told(status: &Status) -> String {
+    match error::reason(status) {
+        Some(_) => status.message().to_owned(),
+        None => explain(status),
+    }
+}
+
+pub(crate) fn request<T>(message: T, server: Option<&ServerId>) -> Request<T> {
+    let mut request = Request::new(message);
+    // Names are ASCII by their type.
+    if let Some(value) = server.and_then(|server| MetadataValue::try_from(server.as_str()).ok()) {
+        request.metadata_mut().insert(metadata::SERVER, value);
+    }
+    request
+}
+
+impl Peers {
+    fn catalog(&self) -> CatalogServiceClient<Channel> {
+        CatalogServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// All machines, with how they stand on each server, as far as janus knows.
+    pub(crate) async fn machines(&self) -> Result<Vec<pb::MachineInfo>, Status> {
+        let (mut machines, mut page_token) = (Vec::new(), String::new());
+        for _ in 0..MAX_PAGES {
+            let mut request =
+                request(pb::ListMachinesRequest { page_size: PAGE, page_token }, None);
+            request.set_timeout(QUICK);
+            let page = self.catalog().list_machines(request).await?.into_inner();
+            machines.extend(page.machines);
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                break;
+            }
+        }
+        Ok(machines)
+    }
+
+    /// All snapshots of a machine on one server, which answers itself, newest first.
+    pub(crate) async fn snapshots(
+        &self,
+        server: &ServerId,
+        machine: &MachineKey,
+    ) -> Result<Vec<pb::Snapshot>, Status> {
+        let (mut snapshots, mut page_token) = (Vec::new(), String::new());
+        for _ in 0..MAX_PAGES {
+            let message = pb::ListSnapshotsRequest {
+                machine: machine.to_string(),
+                disk_id: String::new(),
+                page_size: PAGE,
+                page_token,
+            };
+            let mut request = request(message, Some(server));
+            request.set_timeout(QUICK);
+            let page = self.catalog().list_snapshots(request).await?.into_inner();
+            snapshots.extend(page.snapshots);
+            page_token = page.next_page_token;
+            if page_token.is_empty() {
+                break;
+            }
+        }
+        snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.committed_ms));
+        Ok(snapshots)
+    }
+
+    /// RestoreService of whoever the calls go to.
+    pub(crate) fn restore(&self) -> RestoreServiceClient<Channel> {
+        RestoreServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+}

@@ -1,0 +1,410 @@
+//! A snapshot on another server, as the content of an import.
+//!
+//! Its segment digests come when it is opened and must give its table digest. Hashes come for many segments at once, blocks for
+//! one segment at once: those that the import names before it reads them. A call that fails because the other server is away is
+//! made again for some time.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, VecDeque},
+    ops::Range,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use janus_proto::{
+    error::{self, WireError},
+    hash::{segment_digest, table_digest, zero_segment_of},
+    ids::{
+        BLOCK_BYTES, BlockHash, MAX_DISK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES, block_count,
+        segment_count,
+    },
+    model::{Batch, Extent},
+    pb::{self, BlockRange, Encoding, ErrorReason, HashBatch, HashLevel, read_hashes_request::Of},
+};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, sleep, timeout},
+};
+use tonic::{Status, Streaming};
+
+use super::{Link, Pace, Seeder};
+use crate::{
+    carry::{CarryError, Content},
+    peer::{self, QUICK, is_away, request},
+};
+
+/// Segments whose hashes are asked for at once: 2 MiB of hashes.
+const HASHED_AT_ONCE: usize = 64;
+/// Longest silence of a stream that should be flowing.
+const SILENCE: Duration = Duration::from_secs(60);
+/// How long a server that is away is waited for: as long as this server keeps a silent run.
+const PATIENCE: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The snapshot.
+pub(super) struct Remote {
+    runtime: Handle,
+    source: Source,
+    snapshot: pb::Snapshot,
+    digests: Vec<BlockHash>,
+    ahead: RefCell<Ahead>,
+}
+
+/// Where it is.
+struct Source {
+    link: Link,
+    pace: Arc<Pace>,
+    snapshot_id: String,
+    /// While it is open there.
+    handle: tokio::sync::Mutex<Option<String>>,
+}
+
+/// What was asked for and not yet taken.
+#[derive(Default)]
+struct Ahead {
+    segments: VecDeque<u64>,
+    hashes: VecDeque<(u64, Vec<BlockHash>)>,
+    /// By the first block.
+    blocks: BTreeMap<u64, Bytes>,
+}
+
+/// Why a call came to nothing.
+enum CallError {
+    Status(Status),
+    Wire(WireError),
+    Stopped,
+}
+
+impl From<Status> for CallError {
+    fn from(status: Status) -> Self {
+        Self::Status(status)
+    }
+}
+
+impl From<WireError> for CallError {
+    fn from(error: WireError) -> Self {
+        Self::Wire(error)
+    }
+}
+
+impl Remote {
+    /// Opens a snapshot and reads what its segments are.
+    pub(super) fn open(seeder: &Seeder, snapshot: pb::Snapshot) -> Result<Self, CarryError> {
+        let link = seeder.link.clone();
+        if snapshot.size_bytes > MAX_DISK_BYTES {
+            return Err(link.error(format!("snapshot {} is too large", snapshot.snapshot_id)));
+        }
+        let source = Source {
+            link,
+            pace: seeder.pace.clone(),
+            snapshot_id: snapshot.snapshot_id.clone(),
+            handle: tokio::sync::Mutex::default(),
+        };
+        let runtime = seeder.runtime.handle().clone();
+        let count = segment_count(snapshot.size_bytes);
+        let digests = runtime.block_on(source.again(|| source.digests(count)))?;
+        let expected = BlockHash::from_wire("table_digest", &snapshot.table_digest);
+        if expected.ok() != Some(table_digest(snapshot.size_bytes, &digests)) {
+            let id = &snapshot.snapshot_id;
+            return Err(source.link.error(format!("its hashes are not those of snapshot {id}")));
+        }
+        Ok(Self { runtime, source, snapshot, digests, ahead: RefCell::default() })
+    }
+
+    /// At most so many bytes of it aren't zeros.
+    pub(super) fn data_bytes(&self) -> u64 {
+        let size = self.snapshot.size_bytes;
+        let digests = (0..).zip(&self.digests);
+        let data = digests.filter(|(segment, digest)| **digest != zero_segment_of(size, *segment));
+        (data.count() as u64 * SEGMENT_BYTES).min(size)
+    }
+
+    fn blocks_of(&self, segment: u64) -> Range<u64> {
+        let end = block_count(self.snapshot.size_bytes);
+        segment * SEGMENT_BLOCKS..((segment + 1) * SEGMENT_BLOCKS).min(end)
+    }
+}
+
+impl Content for Remote {
+    fn digest(&self, segment: u64) -> Option<BlockHash> {
+        self.digests.get(segment as usize).copied()
+    }
+
+    fn expect_segments(&self, segments: &[u64]) {
+        self.ahead.borrow_mut().segments = segments.iter().copied().collect();
+    }
+
+    fn hashes(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, CarryError> {
+        let mut ahead = self.ahead.borrow_mut();
+        while let Some((known, hashes)) = ahead.hashes.pop_front() {
+            if known == segment {
+                return Ok(Some(hashes));
+            }
+        }
+        while ahead.segments.front().is_some_and(|next| *next <= segment) {
+            ahead.segments.pop_front();
+        }
+        let mut wanted = vec![segment];
+        let more = ahead.segments.len().min(HASHED_AT_ONCE - 1);
+        wanted.extend(ahead.segments.drain(..more));
+        let ranges: Vec<Range<u64>> = wanted.iter().map(|one| self.blocks_of(*one)).collect();
+        let hashes = self.runtime.block_on(self.source.again(|| self.source.hashes(&ranges)))?;
+        for (segment, hashes) in wanted.into_iter().zip(hashes) {
+            if self.digest(segment) != Some(segment_digest(&hashes)) {
+                let reason = format!("the hashes of segment {segment} are not its snapshot's");
+                return Err(self.source.link.error(reason));
+            }
+            ahead.hashes.push_back((segment, hashes));
+        }
+        Ok(ahead.hashes.pop_front().map(|(_, hashes)| hashes))
+    }
+
+    fn is_zero(&self, _: Range<u64>) -> bool {
+        false
+    }
+
+    fn expect(&self, extents: &[Extent]) -> Result<(), CarryError> {
+        let size = self.snapshot.size_bytes;
+        let blocks = self.source.again(|| self.source.blocks(size, extents));
+        self.ahead.borrow_mut().blocks = self.runtime.block_on(blocks)?;
+        Ok(())
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), CarryError> {
+        let ahead = self.ahead.borrow();
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = offset + done as u64;
+            let found = ahead.blocks.range(..=at / BLOCK_BYTES).next_back();
+            let rest = found.and_then(|(first, data)| {
+                data.get((at - first * BLOCK_BYTES) as usize..).filter(|rest| !rest.is_empty())
+            });
+            let Some(rest) = rest else { return Err(self.lost(at / BLOCK_BYTES)) };
+            let count = rest.len().min(buffer.len() - done);
+            buffer[done..done + count].copy_from_slice(&rest[..count]);
+            done += count;
+        }
+        Ok(())
+    }
+
+    fn wrong(&self, block: u64) -> CarryError {
+        self.source
+            .link
+            .error(format!("block {block} of disk {} doesn't have its hash", self.snapshot.disk_id))
+    }
+}
+
+impl Remote {
+    fn lost(&self, block: u64) -> CarryError {
+        self.source.link.error(format!(
+            "block {block} of disk {} is lost there: `janus-server verify {}` on it tells what else is",
+            self.snapshot.disk_id, self.snapshot.machine
+        ))
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        // Without this the handle expires by itself.
+        self.runtime.block_on(self.source.close());
+    }
+}
+
+impl Source {
+    /// Makes a call, again for as long as the other server is away but not for too long.
+    async fn again<T, F: Future<Output = Result<T, CallError>>>(
+        &self,
+        call: impl Fn() -> F,
+    ) -> Result<T, CarryError> {
+        let mut away_since = None;
+        loop {
+            let done = tokio::select! {
+                biased;
+                () = self.link.stop.cancelled() => Err(CallError::Stopped),
+                done = call() => done,
+            };
+            let status = match done {
+                Ok(done) => return Ok(done),
+                Err(CallError::Stopped) => return Err(CarryError::Stopped),
+                Err(CallError::Wire(error)) => return Err(self.link.error(error.to_string())),
+                Err(CallError::Status(status)) => status,
+            };
+            let has_expired = error::reason(&status) == Some(ErrorReason::HandleExpired);
+            let since: Instant = *away_since.get_or_insert_with(Instant::now);
+            if !(is_away(&status) || has_expired) || since.elapsed() > PATIENCE {
+                return Err(self.link.error(peer::told(&status)));
+            }
+            self.handle.lock().await.take();
+            tracing::debug!(server = %self.link.server, error = peer::told(&status), "away; trying again");
+            tokio::select! {
+                biased;
+                () = self.link.stop.cancelled() => return Err(CarryError::Stopped),
+                () = sleep(PAUSE) => {}
+            }
+        }
+    }
+
+    async fn handle(&self) -> Result<String, Status> {
+        let mut handle = self.handle.lock().await;
+        if let Some(handle) = &*handle {
+            return Ok(handle.clone());
+        }
+        let message =
+            pb::OpenSnapshotRequest { snapshot_id: self.snapshot_id.clone(), ..Default::default() };
+        let mut request = request(message, Some(&self.link.server));
+        request.set_timeout(QUICK);
+        let opened = self.link.peers.restore().open_snapshot(request).await?.into_inner().handle;
+        Ok(handle.insert(opened).clone())
+    }
+
+    async fn close(&self) {
+        let Some(handle) = self.handle.lock().await.take() else { return };
+        let message = pb::CloseSnapshotRequest { handle };
+        let mut request = request(message, Some(&self.link.server));
+        request.set_timeout(QUICK);
+        let _ = timeout(QUICK, self.link.peers.restore().close_snapshot(request)).await;
+    }
+
+    async fn read_hashes(
+        &self,
+        level: HashLevel,
+        ranges: &[Range<u64>],
+    ) -> Result<Streaming<pb::ReadHashesResponse>, Status> {
+        let message = pb::ReadHashesRequest {
+            level: level.into(),
+            ranges: ranges.iter().map(wire).collect(),
+            of: Some(Of::Handle(self.handle().await?)),
+            hash_bytes: 0,
+        };
+        let request = request(message, Some(&self.link.server));
+        let mut client = self.link.peers.restore();
+        Ok(unless_silent(client.read_hashes(request)).await?.into_inner())
+    }
+
+    /// The digests of so many segments.
+    async fn digests(&self, count: u64) -> Result<Vec<BlockHash>, CallError> {
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        let mut answers = self.read_hashes(HashLevel::Segment, &[]).await?;
+        let mut digests = Vec::new();
+        while let Some(answer) = unless_silent(answers.message()).await? {
+            let Some(batch) = answer.batch else { continue };
+            self.pace.pay(batch.hashes.len() as u64).await;
+            take(batch, std::slice::from_ref(&(0..count)), &mut digests)?;
+        }
+        match digests.len() as u64 == count {
+            true => Ok(digests),
+            false => Err(missing(digests.len() as u64).into()),
+        }
+    }
+
+    /// The hashes of the blocks of some ranges, each on its own.
+    async fn hashes(&self, ranges: &[Range<u64>]) -> Result<Vec<Vec<BlockHash>>, CallError> {
+        let mut answers = self.read_hashes(HashLevel::Block, ranges).await?;
+        let mut all = Vec::new();
+        while let Some(answer) = unless_silent(answers.message()).await? {
+            let Some(batch) = answer.batch else { continue };
+            self.pace.pay(batch.hashes.len() as u64).await;
+            take(batch, ranges, &mut all)?;
+        }
+        let mut all = all.into_iter();
+        let each = ranges.iter().map(|range| {
+            let hashes: Vec<_> = all.by_ref().take((range.end - range.start) as usize).collect();
+            let is_whole = hashes.len() as u64 == range.end - range.start;
+            is_whole.then_some(hashes).ok_or_else(|| missing(range.start).into())
+        });
+        each.collect()
+    }
+
+    /// The data of some extents, by their first blocks.
+    async fn blocks(
+        &self,
+        size_bytes: u64,
+        extents: &[Extent],
+    ) -> Result<BTreeMap<u64, Bytes>, CallError> {
+        let message = pb::ReadBlocksRequest {
+            handle: self.handle().await?,
+            ranges: extents.iter().map(|extent| wire(&(extent.first..extent.end()))).collect(),
+            encodings: vec![Encoding::Lz4.into(), Encoding::None.into()],
+            name_damaged: true,
+        };
+        let request = request(message, Some(&self.link.server));
+        let mut client = self.link.peers.restore();
+        let mut answers = unless_silent(client.read_blocks(request)).await?.into_inner();
+        let wanted: u64 = extents.iter().map(|extent| extent.count).sum();
+        let (mut blocks, mut count) = (BTreeMap::new(), 0);
+        while let Some(answer) = unless_silent(answers.message()).await? {
+            let Some(batch) = answer.batch else { continue };
+            self.pace.pay(batch.data.len() as u64).await;
+            let batch = Batch::from_wire(size_bytes, batch)?;
+            for piece in batch.pieces().filter(|piece| !piece.extent.zero) {
+                count += piece.extent.count;
+                if count > wanted {
+                    return Err(WireError::invalid("extents", "more than was asked for").into());
+                }
+                blocks.insert(piece.extent.first, Bytes::copy_from_slice(piece.data));
+            }
+        }
+        Ok(blocks)
+    }
+}
+
+fn wire(range: &Range<u64>) -> BlockRange {
+    BlockRange { first_block: range.start, block_count: range.end - range.start }
+}
+
+fn missing(at: u64) -> WireError {
+    WireError::invalid("first", format!("hashes are missing or out of order at {at}"))
+}
+
+/// Takes hashes in that come in the order of `ranges`; `taken` has those that came before.
+fn take(
+    batch: HashBatch,
+    ranges: &[Range<u64>],
+    taken: &mut Vec<BlockHash>,
+) -> Result<(), WireError> {
+    let (hashes, rest) = batch.hashes.as_chunks();
+    if !rest.is_empty() {
+        let (expected, actual) = (BlockHash::LEN, batch.hashes.len());
+        return Err(WireError::Length { field: "hashes", expected, actual });
+    }
+    let wanted = ranges.iter().cloned().flatten().skip(taken.len());
+    let is_next = (batch.first..).take(hashes.len()).eq(wanted.take(hashes.len()));
+    if !is_next {
+        return Err(missing(batch.first));
+    }
+    taken.extend(hashes.iter().map(|hash| BlockHash(*hash)));
+    Ok(())
+}
+
+async fn unless_silent<T>(answer: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    let silent = |_| Status::deadline_exceeded("the server went silent");
+    timeout(SILENCE, answer).await.map_err(silent)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hashes_are_taken_in_the_order_of_what_was_asked_for() {
+        let batch = |first, count: usize| HashBatch {
+            first,
+            hashes: vec![7; count * BlockHash::LEN].into(),
+            ..Default::default()
+        };
+        let ranges = [0..3, 1024..1026];
+        let mut taken = Vec::new();
+        take(batch(0, 2), &ranges, &mut taken).unwrap();
+        take(batch(2, 1), &ranges, &mut taken).unwrap();
+        assert!(take(batch(3, 1), &ranges, &mut taken).is_err(), "not asked for");
+        take(batch(1024, 2), &ranges, &mut taken).unwrap();
+        assert_eq!(taken.len(), 5);
+        assert!(take(batch(1026, 1), &ranges, &mut taken).is_err(), "more than was asked for");
+        let odd = HashBatch { first: 0, hashes: vec![1; 33].into(), ..Default::default() };
+        assert!(take(odd, &ranges, &mut Vec::new()).is_err());
+    }
+}
