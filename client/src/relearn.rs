@@ -81,7 +81,7 @@ async fn learn_one(
         })
     };
     let head = head().map_err(LinkError::answer("asking the server for its store"))?;
-    let message = OpenSnapshotRequest { snapshot_id: snapshot.snapshot_id.clone() };
+    let message = OpenSnapshotRequest { snapshot_id: snapshot.snapshot_id.clone(), table: false };
     let opened = link.restore().open_snapshot(address.request(message, Some(QUICK))).await;
     let handle = opened.map_err(LinkError::call("opening the snapshot"))?.into_inner().handle;
     let reader = HashReader {

@@ -162,7 +162,7 @@ impl Caller {
     }
 
     async fn open(&self, server: &str, snapshot: &str) -> Result<pb::OpenSnapshotResponse, Status> {
-        let request = pb::OpenSnapshotRequest { snapshot_id: snapshot.to_owned() };
+        let request = pb::OpenSnapshotRequest { snapshot_id: snapshot.to_owned(), table: false };
         self.restore().open_snapshot(pinned(server, request)).await.map(tonic::Response::into_inner)
     }
 

@@ -7,8 +7,8 @@ use prost::Message;
 
 const SCHEMA: &str = "proto/schema";
 const GENERATED: &str = "proto/src/gen";
-const FILES: [&str; 8] =
-    ["types", "backup", "restore", "catalog", "report", "info", "maintenance", "probe"];
+const FILES: [&str; 9] =
+    ["types", "backup", "restore", "catalog", "report", "info", "maintenance", "probe", "table"];
 
 /// Arguments of `cargo xtask bindings`.
 #[derive(Debug, clap::Args)]

@@ -52,6 +52,8 @@ pub struct Opened {
     snapshot: Snapshot,
     urls: Vec<String>,
     address: Address,
+    /// Only its hashes are wanted, of a server that mirrors its table.
+    is_table: bool,
     state: Mutex<State>,
     fetched: AtomicU64,
 }
@@ -112,10 +114,19 @@ impl Opened {
             reach,
             urls: server_urls,
             address,
+            is_table: false,
             state: Mutex::new(State { at, place: None }),
             fetched: AtomicU64::new(0),
             snapshot,
         })
+    }
+
+    /// The table of a snapshot of another server, on the server that it is said to be on: only hashes can be read.
+    ///
+    /// # Errors
+    /// As [`Opened::new`].
+    pub fn table(reach: Reach, found: Found) -> Result<Self, ReadError> {
+        Ok(Self { is_table: true, ..Self::new(reach, found)? })
     }
 
     /// What it is.
@@ -265,7 +276,8 @@ impl Opened {
             }
             _ => link,
         };
-        let message = OpenSnapshotRequest { snapshot_id: self.snapshot.snapshot_id.clone() };
+        let (snapshot_id, table) = (self.snapshot.snapshot_id.clone(), self.is_table);
+        let message = OpenSnapshotRequest { snapshot_id, table };
         let opened = link.restore().open_snapshot(self.address.request(message, Some(QUICK))).await;
         if opened.is_err() {
             state.at = state.at.wrapping_add(1);

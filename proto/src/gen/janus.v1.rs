@@ -1185,6 +1185,10 @@ pub mod backup_service_server {
 pub struct OpenSnapshotRequest {
     #[prost(string, tag = "1")]
     pub snapshot_id: ::prost::alloc::string::String,
+    /// Where only the snapshot's table is here (`TableService.ListTables`), open that: its hashes can be read, its blocks
+    /// can't (SNAPSHOT_UNKNOWN). False, and older servers: SNAPSHOT_UNKNOWN.
+    #[prost(bool, tag = "2")]
+    pub table: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OpenSnapshotResponse {
@@ -1959,7 +1963,8 @@ pub mod catalog_service_client {
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
-    /// What is stored. A server answers for itself, janus for all servers. Clients see their own machine, operators all.
+    /// What is stored. A server answers for itself, janus for all servers. Clients see their own machine, operators and servers
+    /// all.
     /// Retry: all calls are safe to repeat. They fail with INVALID_FIELD (page token of another call) and NOT_ALLOWED.
     #[derive(Debug, Clone)]
     pub struct CatalogServiceClient<T> {
@@ -2172,7 +2177,8 @@ pub mod catalog_service_server {
             tonic::Status,
         >;
     }
-    /// What is stored. A server answers for itself, janus for all servers. Clients see their own machine, operators all.
+    /// What is stored. A server answers for itself, janus for all servers. Clients see their own machine, operators and servers
+    /// all.
     /// Retry: all calls are safe to repeat. They fail with INVALID_FIELD (page token of another call) and NOT_ALLOWED.
     #[derive(Debug)]
     pub struct CatalogServiceServer<T> {
@@ -4097,6 +4103,478 @@ pub mod probe_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "janus.v1.ProbeService";
     impl<T> tonic::server::NamedService for ProbeServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReadTableRequest {
+    #[prost(string, tag = "1")]
+    pub snapshot_id: ::prost::alloc::string::String,
+    /// Another snapshot of the same disk on this server, older or newer: only what differs from it is sent. Empty: what
+    /// differs from a disk of zeros.
+    #[prost(string, tag = "2")]
+    pub since_snapshot_id: ::prost::alloc::string::String,
+    /// Segments before this one are left out. 0: none are.
+    #[prost(uint64, tag = "3")]
+    pub first_segment: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReadTableResponse {
+    /// In the first message only.
+    #[prost(message, optional, tag = "1")]
+    pub start: ::core::option::Option<TableStart>,
+    /// In ascending order over the whole stream; together at most 1 MiB.
+    #[prost(message, repeated, tag = "2")]
+    pub segments: ::prost::alloc::vec::Vec<TableSegment>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TableStart {
+    #[prost(message, optional, tag = "1")]
+    pub snapshot: ::core::option::Option<Snapshot>,
+    /// What is sent differs from this snapshot. Empty: from zeros, also where the one that was asked for isn't here any more
+    /// or is of a disk of another size.
+    #[prost(string, tag = "2")]
+    pub since_snapshot_id: ::prost::alloc::string::String,
+}
+/// A segment of which blocks differ.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TableSegment {
+    #[prost(uint64, tag = "1")]
+    pub segment: u64,
+    /// Of the whole segment in the snapshot, 32 bytes.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub digest: ::prost::bytes::Bytes,
+    /// Which of its blocks differ: 128 bytes, the lowest bit of the first byte is the first block.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub present: ::prost::bytes::Bytes,
+    /// Hashes of these blocks, in order, 32 bytes each; zeros have theirs, too.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub hashes: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListTablesRequest {
+    /// Required for operators and servers; a client may leave it out.
+    #[prost(string, tag = "1")]
+    pub machine: ::prost::alloc::string::String,
+    /// 0: the server's choice; at most 200.
+    #[prost(uint32, tag = "2")]
+    pub page_size: u32,
+    /// Empty for the first page.
+    #[prost(string, tag = "3")]
+    pub page_token: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListTablesResponse {
+    /// Newest first.
+    #[prost(message, repeated, tag = "1")]
+    pub tables: ::prost::alloc::vec::Vec<MirroredTable>,
+    /// Empty: this was the last page.
+    #[prost(string, tag = "2")]
+    pub next_page_token: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MirroredTable {
+    /// As its server has described it; `reachable` is always false.
+    #[prost(message, optional, tag = "1")]
+    pub snapshot: ::core::option::Option<Snapshot>,
+    /// Absent while it is not computed yet.
+    #[prost(message, optional, tag = "2")]
+    pub share: ::core::option::Option<TableShare>,
+}
+/// How much of a snapshot the server that keeps its table can deliver from its own snapshots of the disk.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TableShare {
+    /// Bytes in blocks of the snapshot that aren't zeros.
+    #[prost(uint64, tag = "1")]
+    pub content_bytes: u64,
+    /// So many of them are in blocks that the snapshots below have at the same place.
+    #[prost(uint64, tag = "2")]
+    pub held_bytes: u64,
+    /// Own snapshots that have them: each adds something. At most 12, the nearest in time are looked at first.
+    #[prost(string, repeated, tag = "3")]
+    pub snapshot_ids: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// Generated client implementations.
+pub mod table_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// Hash tables of snapshots, without their blocks. Servers read each other's, so that what a snapshot on a server that is
+    /// away consists of is still known, and how much of it others have. Send `janus-server` with the server that is asked.
+    #[derive(Debug, Clone)]
+    pub struct TableServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> TableServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> TableServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            TableServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// The table of one of this server's own snapshots, or what differs between it and that of another: the cost is in
+        /// proportion to what differs. For servers, operators and the snapshot's machine. Retry: safe, from the last segment that
+        /// came. Fails with SNAPSHOT_UNKNOWN, STORE_DAMAGED, STORE_FAILED, NOT_ALLOWED, TOO_MANY (streams through janus).
+        pub async fn read_table(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReadTableRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ReadTableResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/janus.v1.TableService/ReadTable",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("janus.v1.TableService", "ReadTable"));
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Tables of other servers' snapshots that are kept here. Their hashes are read by RestoreService, opened with `table`.
+        /// Clients see those of their own machine. Retry: safe. Fails with INVALID_FIELD (also a page token of another list),
+        /// NOT_ALLOWED. Servers that don't know this call keep no tables.
+        pub async fn list_tables(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListTablesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListTablesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/janus.v1.TableService/ListTables",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("janus.v1.TableService", "ListTables"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod table_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with TableServiceServer.
+    #[async_trait]
+    pub trait TableService: std::marker::Send + std::marker::Sync + 'static {
+        /// Server streaming response type for the ReadTable method.
+        type ReadTableStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::ReadTableResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The table of one of this server's own snapshots, or what differs between it and that of another: the cost is in
+        /// proportion to what differs. For servers, operators and the snapshot's machine. Retry: safe, from the last segment that
+        /// came. Fails with SNAPSHOT_UNKNOWN, STORE_DAMAGED, STORE_FAILED, NOT_ALLOWED, TOO_MANY (streams through janus).
+        async fn read_table(
+            &self,
+            request: tonic::Request<super::ReadTableRequest>,
+        ) -> std::result::Result<tonic::Response<Self::ReadTableStream>, tonic::Status>;
+        /// Tables of other servers' snapshots that are kept here. Their hashes are read by RestoreService, opened with `table`.
+        /// Clients see those of their own machine. Retry: safe. Fails with INVALID_FIELD (also a page token of another list),
+        /// NOT_ALLOWED. Servers that don't know this call keep no tables.
+        async fn list_tables(
+            &self,
+            request: tonic::Request<super::ListTablesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListTablesResponse>,
+            tonic::Status,
+        >;
+    }
+    /// Hash tables of snapshots, without their blocks. Servers read each other's, so that what a snapshot on a server that is
+    /// away consists of is still known, and how much of it others have. Send `janus-server` with the server that is asked.
+    #[derive(Debug)]
+    pub struct TableServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> TableServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for TableServiceServer<T>
+    where
+        T: TableService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/janus.v1.TableService/ReadTable" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReadTableSvc<T: TableService>(pub Arc<T>);
+                    impl<
+                        T: TableService,
+                    > tonic::server::ServerStreamingService<super::ReadTableRequest>
+                    for ReadTableSvc<T> {
+                        type Response = super::ReadTableResponse;
+                        type ResponseStream = T::ReadTableStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReadTableRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as TableService>::read_table(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReadTableSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/janus.v1.TableService/ListTables" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListTablesSvc<T: TableService>(pub Arc<T>);
+                    impl<
+                        T: TableService,
+                    > tonic::server::UnaryService<super::ListTablesRequest>
+                    for ListTablesSvc<T> {
+                        type Response = super::ListTablesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListTablesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as TableService>::list_tables(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListTablesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for TableServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "janus.v1.TableService";
+    impl<T> tonic::server::NamedService for TableServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }
