@@ -16,7 +16,7 @@
 //! Pages that were read through an older header stay where they are, so a table that is open goes on. What lies behind the
 //! index is of an attempt that did not get to the header.
 
-use std::io;
+use std::{io, ops::Range};
 
 use crate::{
     ids::{
@@ -27,11 +27,13 @@ use crate::{
 };
 
 mod append;
+mod difference;
 mod stack;
 #[cfg(test)]
 mod tests;
 
 pub use append::{Appended, append, needed_bytes, rewrite};
+pub use difference::{Difference, Differing};
 pub use stack::TableStack;
 
 const MAGIC: &[u8; 8] = b"JANUSTBL";
@@ -410,6 +412,13 @@ impl Table {
     /// The segments of the table, ascending, with the digests they have in this snapshot.
     pub fn digests(&self) -> impl Iterator<Item = (u64, BlockHash)> + '_ {
         self.entries.iter().map(|entry| (entry.segment, entry.digest))
+    }
+
+    /// Those of a range of segments.
+    pub fn digests_in(&self, range: Range<u64>) -> impl Iterator<Item = (u64, BlockHash)> + '_ {
+        let at = |segment: u64| self.entries.partition_point(|entry| entry.segment < segment);
+        let entries = self.entries.get(at(range.start)..at(range.end)).unwrap_or_default();
+        entries.iter().map(|entry| (entry.segment, entry.digest))
     }
 
     /// The digest of a segment, if it differs from the parent.

@@ -1,6 +1,6 @@
 //! The tables of a chain, read as one.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use super::{SegmentBitmap, Table, TableError, blocks_of};
 use crate::{
@@ -30,6 +30,21 @@ impl TableStack {
             )));
         }
         Ok(Self { tables, disk_bytes })
+    }
+
+    /// The same with one more table over the others.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with(&self, newest: Arc<Table>) -> Result<Self, TableError> {
+        let tables = std::iter::once(newest).chain(self.tables.iter().cloned());
+        Self::new(tables.collect(), self.disk_bytes)
+    }
+
+    /// The segments that the newest table names, ascending.
+    pub fn newest_segments(&self) -> impl Iterator<Item = u64> + '_ {
+        let newest = self.tables.first().into_iter();
+        newest.flat_map(|table| table.digests().map(|(segment, _)| segment))
     }
 
     /// Size of the disk in bytes.
@@ -110,6 +125,17 @@ impl TableStack {
         named.unwrap_or_else(|| zero_segment_of(self.disk_bytes, segment))
     }
 
+    /// How many blocks of a segment aren't zeros, where indexes alone tell: nothing else names what one table does, and no table
+    /// names zeros over zeros.
+    pub fn content_blocks(&self, segment: u64) -> Option<u64> {
+        let mut naming = self.tables.iter().filter_map(|table| table.entry(segment));
+        match (naming.next(), naming.next()) {
+            (None, _) => Some(0),
+            (Some(entry), None) => Some(entry.count.into()),
+            (Some(_), Some(_)) => None,
+        }
+    }
+
     /// The digests of all segments, in order: 8 MiB for each TiB of disk.
     ///
     /// # Errors
@@ -129,6 +155,21 @@ impl TableStack {
             }
         }
         Ok(digests)
+    }
+
+    /// The digests of a range of segments of the disk, in order.
+    pub fn digests_in(&self, range: Range<u64>) -> Vec<BlockHash> {
+        let range = range.start..range.end.min(segment_count(self.disk_bytes));
+        let zeros = range.clone().map(|segment| zero_segment_of(self.disk_bytes, segment));
+        let mut digests: Vec<BlockHash> = zeros.collect();
+        for table in self.tables.iter().rev() {
+            for (segment, digest) in table.digests_in(range.clone()) {
+                if let Some(place) = digests.get_mut((segment - range.start) as usize) {
+                    *place = digest;
+                }
+            }
+        }
+        digests
     }
 
     /// The digest that names the disk's whole content.

@@ -1,6 +1,6 @@
 //! What is known of the images of all machines: opened with it, told to every janus, kept on disk.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use janus_proto::{
     ids::{MachineKey, SnapshotId},
@@ -11,8 +11,9 @@ use super::{ActiveRun, Change, Machine, RunError, Runs, lock, now_ms};
 use crate::chain::{
     Held,
     health::{Damage, ImageHealth, OpenCheck},
-    opened::{OpenError, OpenedSnapshot, Salvage},
+    opened::{OpenError, OpenedSnapshot, Salvage, open_table},
     ranges::BlockRanges,
+    table::{Table, TableStack},
 };
 use crate::session::{Session, SessionError};
 
@@ -66,6 +67,37 @@ impl Runs {
         self.open_chain(held, |_, folder, chain| {
             OpenedSnapshot::open_rest(self.store.storage(), folder, chain)
         })
+    }
+
+    /// Opens only the tables of some snapshots of a machine, with the blocks of each that are known to be lost; snapshots that
+    /// are gone or can't be opened are left out. Tables of links that they share are opened once.
+    pub fn open_tables(
+        &self,
+        machine: &Machine,
+        ids: &[SnapshotId],
+    ) -> Vec<(SnapshotId, TableStack, BlockRanges)> {
+        // What is not finished shows as a chain that can't be opened; whoever reads blocks of it says so.
+        let _ = self.finish_switches(machine);
+        let _files = machine.keep_files();
+        let (folder, health) = (self.store.machine_folder(&machine.key), machine.health());
+        let storage = self.store.storage();
+        let mut opened: BTreeMap<SnapshotId, Arc<Table>> = BTreeMap::new();
+        let mut stack = |id: SnapshotId| -> Option<(SnapshotId, TableStack, BlockRanges)> {
+            let chain = machine.snapshot(id).and_then(|_| machine.chain(id))?;
+            let mut tables = Vec::with_capacity(chain.len());
+            for held in &chain {
+                let link = held.snapshot();
+                let table = match opened.get(&link.id) {
+                    Some(table) => table.clone(),
+                    None => Arc::new(open_table(storage, &folder, link).ok()?),
+                };
+                opened.insert(link.id, table.clone());
+                tables.push(table);
+            }
+            let stack = TableStack::new(tables, chain.first()?.snapshot().size_bytes).ok()?;
+            Some((id, stack, health.of_chain(storage, &folder, &chain)))
+        };
+        ids.iter().filter_map(|id| stack(*id)).collect()
     }
 
     /// Opens the files of a chain while nothing changes their names.
