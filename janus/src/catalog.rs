@@ -53,7 +53,7 @@ struct Asker {
     /// Trace that the calls to servers belong to.
     trace: Option<TraceContext>,
     principal: Arc<Principal>,
-    /// The only machine that the caller may see; `None` for operators.
+    /// The only machine that the caller may see; `None` for operators and servers.
     own: Option<MachineKey>,
 }
 
@@ -64,7 +64,7 @@ impl Asker {
             .ok_or_else(|| status(ErrorReason::IdentityMissing, "caller has no certificate"))?;
         let own = match &principal.role {
             Role::Client(own) | Role::Restore(own) => Some(own.clone()),
-            // Servers look for what they may seed from others.
+            // Servers look for what they may mirror, or be seeded with.
             Role::Operator(_) | Role::Server(_) => None,
             other => {
                 return Err(status(

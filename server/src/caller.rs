@@ -69,7 +69,8 @@ impl Caller {
         }
     }
 
-    /// True when the caller may read this machine's snapshots.
+    /// True when the caller may read this machine's snapshots. Another server of the group may, to mirror its tables: it has
+    /// such data itself.
     pub fn may_read(&self, machine: &MachineKey) -> bool {
         match &self.0.role {
             Role::Client(own) | Role::Restore(own) => own == machine,

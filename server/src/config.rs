@@ -49,6 +49,8 @@ pub struct Settings {
     pub scrub_mib_per_second: u64,
     /// An image is read again after so many days.
     pub scrub_days: u64,
+    /// Tables of other servers' snapshots are kept here, read through janus.
+    pub mirror_tables: bool,
     /// On SIGTERM, calls may go on for this long.
     pub drain_seconds: u64,
     /// Log filter.
@@ -83,6 +85,7 @@ impl Default for Settings {
             health_listen: String::new(),
             scrub_mib_per_second: 20,
             scrub_days: 30,
+            mirror_tables: true,
             drain_seconds: 10,
             log: "info".into(),
             log_format: LogFormat::Text,
@@ -111,6 +114,10 @@ pub const KEYS: &[(&str, &str)] = &[
     ("health_listen", "Address and port for health checks, plain gRPC and HTTP; empty: none"),
     ("scrub_mib_per_second", "Compare stored images with their hashes, at most so fast; 0: never"),
     ("scrub_days", "Compare an image again after so many days"),
+    (
+        "mirror_tables",
+        "Keep hash tables of other servers' snapshots, for restores while these are away",
+    ),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
     ("reserve", "Free space that new backups leave alone: 5 GiB, or 1% of the file system"),
     ("log", "Log filter, such as info or janus_server=debug"),

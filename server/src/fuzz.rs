@@ -5,6 +5,7 @@
 //! fine. `server/fuzz/` has a target of cargo-fuzz for each; `tests/hostile.rs` runs all of them on the stable toolchain.
 
 mod images;
+mod mirror;
 mod records;
 
 use std::{fs, io, io::Write, os::fd::AsRawFd, path::PathBuf};
@@ -16,6 +17,7 @@ pub use self::{
         fuzz_parent_locator, fuzz_vhd, fuzz_vhdx_bat, fuzz_vhdx_header, fuzz_vhdx_log,
         fuzz_vhdx_metadata, fuzz_vhdx_regions,
     },
+    mirror::{fuzz_mirror_record, fuzz_table_message},
     records::{fuzz_carried, fuzz_manifest, fuzz_session_journal, fuzz_table},
 };
 use crate::storage::{Access, Disk, File};
@@ -44,6 +46,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "carried", run: fuzz_carried, seeds: records::carried_seeds },
     Target { name: "table", run: fuzz_table, seeds: records::table_seeds },
     Target { name: "session_journal", run: fuzz_session_journal, seeds: records::journal_seeds },
+    Target { name: "mirror_record", run: fuzz_mirror_record, seeds: mirror::record_seeds },
+    Target { name: "table_message", run: fuzz_table_message, seeds: mirror::message_seeds },
 ];
 
 /// A file that lives in memory. It is gone when the last of its handles is.

@@ -12,6 +12,7 @@ pub mod chain;
 pub mod config;
 pub mod fuzz;
 pub mod info;
+pub mod mirror;
 mod peer;
 pub mod pki;
 pub mod probe;
@@ -24,6 +25,7 @@ pub mod serve;
 pub mod session;
 pub mod space;
 pub mod status;
+pub mod tables;
 pub mod verify;
 
 pub use janus_proto::{image, storage};

@@ -10,11 +10,11 @@ use janus_proto::{
     model::MAX_MESSAGE_BYTES,
     pb::{
         self, ErrorReason, catalog_service_client::CatalogServiceClient,
-        restore_service_client::RestoreServiceClient,
+        restore_service_client::RestoreServiceClient, table_service_client::TableServiceClient,
     },
     tls::Role,
 };
-use tonic::{Code, Request, Status, metadata::MetadataValue, transport::Channel};
+use tonic::{Code, Request, Status, Streaming, metadata::MetadataValue, transport::Channel};
 
 /// Deadline of calls that are answered from memory.
 pub(crate) const QUICK: Duration = Duration::from_secs(20);
@@ -25,6 +25,7 @@ const PAGE: u32 = 250;
 /// A janus that leads to the other servers, or one of them.
 #[derive(Debug, Clone)]
 pub(crate) struct Peers {
+    pub(crate) url: String,
     pub(crate) role: Role,
     channel: Channel,
 }
@@ -41,7 +42,7 @@ pub(crate) async fn connect(
         match channel::connect_through(url, dialer.clone(), options).await {
             Ok(connection) => {
                 let (channel, role) = (connection.channel, connection.peer.role);
-                return Ok(Peers { role, channel });
+                return Ok(Peers { url: url.clone(), role, channel });
             }
             Err(error) => reason = error.to_string(),
         }
@@ -137,5 +138,15 @@ impl Peers {
     /// RestoreService of whoever the calls go to.
     pub(crate) fn restore(&self) -> RestoreServiceClient<Channel> {
         RestoreServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+    /// The table of a snapshot on a server. Its stream may take as long as it takes; each message has a deadline of its own.
+    pub(crate) async fn table(
+        &self,
+        server: &ServerId,
+        message: pb::ReadTableRequest,
+    ) -> Result<Streaming<pb::ReadTableResponse>, Status> {
+        let tables = TableServiceClient::new(self.channel.clone());
+        let mut tables = tables.max_decoding_message_size(MAX_MESSAGE_BYTES);
+        Ok(tables.read_table(request(message, Some(server))).await?.into_inner())
     }
 }

@@ -12,7 +12,10 @@ use std::{
 
 use janus_proto::{
     error::{ErrorReason, WireError, status},
-    ids::{BlockHash, HandleId, MachineKey, SessionId, SnapshotId, block_count, segment_count},
+    ids::{
+        BlockHash, HandleId, MachineKey, ServerId, SessionId, SnapshotId, block_count,
+        segment_count,
+    },
     model::MAX_RANGES,
     pb::{self, read_hashes_request::Of, restore_service_server::RestoreService},
 };
@@ -31,6 +34,7 @@ use crate::{
         opened::{OpenError, OpenedSnapshot},
         table::TableError,
     },
+    mirror::{Mirror, MirrorError, OpenedTable, record::Description},
     runs::{RunError, Runs},
     session::Session,
 };
@@ -69,6 +73,21 @@ pub enum RestoreError {
     /// A table can't be read.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// Only its hashes are here.
+    #[error(
+        "only the table of snapshot {id} is on server {server}, its blocks are on {holder}: `janus-client restore` reads them there, and from others while it is away"
+    )]
+    OnlyTable {
+        /// What was asked for.
+        id: SnapshotId,
+        /// This server.
+        server: String,
+        /// The snapshot's.
+        holder: ServerId,
+    },
+    /// A mirrored table can't be read.
+    #[error(transparent)]
+    Mirror(#[from] MirrorError),
     /// Blocks are lost.
     #[error("block {block} of the disk is lost: it is not what was backed up any more")]
     Lost {
@@ -81,13 +100,31 @@ pub enum RestoreError {
 }
 
 struct Handle {
-    opened: Arc<OpenedSnapshot>,
+    opened: Opened,
     used: Instant,
+}
+
+/// What a handle stands for.
+#[derive(Clone)]
+enum Opened {
+    Snapshot(Arc<OpenedSnapshot>),
+    /// The hashes of a snapshot of another server.
+    Table(Arc<OpenedTable>),
+}
+
+impl Opened {
+    fn machine(&self) -> &MachineKey {
+        match self {
+            Self::Snapshot(opened) => &opened.held.run.machine,
+            Self::Table(opened) => &opened.description.machine,
+        }
+    }
 }
 
 /// Where hashes are read from.
 enum Content {
     Snapshot(Arc<OpenedSnapshot>),
+    Table(Arc<OpenedTable>, Arc<Mirror>),
     Session(Arc<Session>, Arc<Runs>),
 }
 
@@ -95,6 +132,7 @@ impl Content {
     fn size_bytes(&self) -> u64 {
         match self {
             Self::Snapshot(opened) => opened.held.snapshot().size_bytes,
+            Self::Table(opened, _) => opened.tables.disk_bytes(),
             Self::Session(session, _) => session.disk.size_bytes,
         }
     }
@@ -102,6 +140,10 @@ impl Content {
     fn segment(&self, segment: u64) -> Result<Vec<BlockHash>, RestoreError> {
         Ok(match self {
             Self::Snapshot(opened) => opened.tables.segment(segment)?,
+            Self::Table(opened, mirror) => opened
+                .tables
+                .segment(segment)
+                .inspect_err(|_| mirror.doubt(opened.description.id))?,
             Self::Session(session, runs) => {
                 session.segment(segment).map_err(|error| runs.cannot_compare(session, error))?
             }
@@ -111,6 +153,7 @@ impl Content {
     fn segment_digests(&self) -> Result<Vec<BlockHash>, RestoreError> {
         Ok(match self {
             Self::Snapshot(opened) => opened.tables.segment_digests()?,
+            Self::Table(opened, _) => opened.tables.segment_digests()?,
             Self::Session(session, runs) => {
                 session.segment_digests().map_err(|error| runs.cannot_compare(session, error))?
             }
@@ -121,14 +164,15 @@ impl Content {
 /// The service; see `restore.proto`.
 pub struct Restore {
     runs: Arc<Runs>,
+    mirror: Arc<Mirror>,
     server: String,
     handles: Mutex<HashMap<HandleId, Handle>>,
 }
 
 impl Restore {
-    /// A service over the runs of the server of this name.
-    pub fn new(runs: Arc<Runs>, server: String) -> Self {
-        Self { runs, server, handles: Mutex::default() }
+    /// A service over the runs and the mirror of the server of this name.
+    pub fn new(runs: Arc<Runs>, mirror: Arc<Mirror>, server: String) -> Self {
+        Self { runs, mirror, server, handles: Mutex::default() }
     }
 
     /// Closes handles that nobody has used for their lease: what they have open can't be purged.
@@ -137,7 +181,7 @@ impl Restore {
         handles.retain(|_, handle| handle.used.elapsed() < HANDLE_LEASE);
     }
 
-    fn keep(&self, opened: Arc<OpenedSnapshot>) -> Result<HandleId, RestoreError> {
+    fn keep(&self, opened: Opened) -> Result<HandleId, RestoreError> {
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         handles.retain(|_, handle| handle.used.elapsed() < HANDLE_LEASE);
         if handles.len() >= MAX_HANDLES {
@@ -149,14 +193,41 @@ impl Restore {
     }
 
     /// The snapshot behind a handle, whose lease is renewed. Handles of other machines are unknown to the caller.
-    fn opened(&self, id: &str, caller: &Caller) -> Result<Arc<OpenedSnapshot>, Status> {
+    fn opened(&self, id: &str, caller: &Caller) -> Result<Opened, Status> {
         let id: HandleId = id.parse()?;
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         let handle = handles.get_mut(&id).filter(|handle| handle.used.elapsed() < HANDLE_LEASE);
-        let handle = handle.filter(|handle| caller.may_read(&handle.opened.held.run.machine));
+        let handle = handle.filter(|handle| caller.may_read(handle.opened.machine()));
         let handle = handle.ok_or(RestoreError::UnknownHandle { id })?;
         handle.used = Instant::now();
         Ok(handle.opened.clone())
+    }
+
+    /// A handle for what was opened, as it is answered.
+    fn answer(
+        &self,
+        opened: Opened,
+        snapshot: pb::Snapshot,
+    ) -> Result<pb::OpenSnapshotResponse, RestoreError> {
+        let handle = self.keep(opened)?.to_string();
+        let lease_seconds = HANDLE_LEASE.as_secs() as u32;
+        Ok(pb::OpenSnapshotResponse { handle, lease_seconds, snapshot: Some(snapshot) })
+    }
+
+    /// Opens the mirrored table of a snapshot.
+    async fn open_table(
+        &self,
+        id: SnapshotId,
+        caller: &Caller,
+    ) -> Result<Response<pb::OpenSnapshotResponse>, Status> {
+        let machine = self.mirror.machine_of(id).filter(|machine| caller.may_read(machine));
+        let machine = machine
+            .ok_or_else(|| RestoreError::UnknownSnapshot { id, server: self.server.clone() })?;
+        let mirror = self.mirror.clone();
+        let opened = blocking(move || mirror.open(id)).await?.map_err(RestoreError::Mirror)?;
+        tracing::info!(%machine, snapshot_id = %id, "mirrored table opened");
+        let snapshot = opened.description.wire.clone();
+        Ok(Response::new(self.answer(Opened::Table(Arc::new(opened)), snapshot)?))
     }
 
     fn content(
@@ -166,7 +237,10 @@ impl Restore {
         machine: Result<MachineKey, Status>,
     ) -> Result<Content, Status> {
         match of {
-            Some(Of::Handle(id)) => Ok(Content::Snapshot(self.opened(&id, caller)?)),
+            Some(Of::Handle(id)) => Ok(match self.opened(&id, caller)? {
+                Opened::Snapshot(opened) => Content::Snapshot(opened),
+                Opened::Table(opened) => Content::Table(opened, self.mirror.clone()),
+            }),
             Some(Of::SessionId(id)) => {
                 let id: SessionId = id.parse()?;
                 let session = self.runs.run_of(id, &machine?)?.session(id)?;
@@ -222,13 +296,14 @@ impl RestoreService for Restore {
         request: Request<pb::OpenSnapshotRequest>,
     ) -> Result<Response<pb::OpenSnapshotResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let id: SnapshotId = request.into_inner().snapshot_id.parse()?;
+        let pb::OpenSnapshotRequest { snapshot_id, table } = request.into_inner();
+        let id: SnapshotId = snapshot_id.parse()?;
         let unknown = || RestoreError::UnknownSnapshot { id, server: self.server.clone() };
-        let held = self
-            .runs
-            .snapshot(id)
-            .filter(|held| caller.may_read(&held.run.machine))
-            .ok_or_else(unknown)?;
+        let held = self.runs.snapshot(id);
+        if held.is_none() && table {
+            return self.open_table(id, &caller).await;
+        }
+        let held = held.filter(|held| caller.may_read(&held.run.machine)).ok_or_else(unknown)?;
         let runs = self.runs.clone();
         let opened = blocking(move || runs.open_for_reading(&held)).await?;
         let opened = Arc::new(opened.map_err(|error| match self.runs.snapshot(id) {
@@ -238,13 +313,7 @@ impl RestoreService for Restore {
         })?);
         let snapshot = self.runs.to_wire(&opened.held, &self.server);
         tracing::info!(machine = %opened.held.run.machine, snapshot_id = %id, "snapshot opened");
-        let handle = self.keep(opened)?.to_string();
-        let lease_seconds = HANDLE_LEASE.as_secs() as u32;
-        Ok(Response::new(pb::OpenSnapshotResponse {
-            handle,
-            lease_seconds,
-            snapshot: Some(snapshot),
-        }))
+        Ok(Response::new(self.answer(Opened::Snapshot(opened), snapshot)?))
     }
 
     async fn close_snapshot(
@@ -294,7 +363,14 @@ impl RestoreService for Restore {
     ) -> Result<Response<Self::ReadBlocksStream>, Status> {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
-        let opened = self.opened(&request.handle, &caller)?;
+        let opened = match self.opened(&request.handle, &caller)? {
+            Opened::Snapshot(opened) => opened,
+            Opened::Table(opened) => {
+                let Description { id, server: holder, .. } = opened.description.clone();
+                let server = self.server.clone();
+                return Err(RestoreError::OnlyTable { id, server, holder }.into());
+            }
+        };
         let ranges = ranges(&request.ranges, block_count(opened.held.snapshot().size_bytes))?;
         let encoding = request.encodings().next().unwrap_or(pb::Encoding::None);
         let name_damaged = request.name_damaged;

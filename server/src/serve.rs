@@ -18,6 +18,7 @@ use janus_proto::{
         catalog_service_server::CatalogServiceServer, probe_service_server::ProbeServiceServer,
         restore_service_server::RestoreServiceServer,
         server_info_service_server::ServerInfoServiceServer,
+        table_service_server::TableServiceServer,
     },
     plain_health, program,
     settings::changed_keys,
@@ -36,6 +37,7 @@ use crate::{
     chain::store::{MachineState, Store, StoreError},
     config::{Settings, Size},
     info::Info,
+    mirror::{self, Mirror},
     probe::Probe,
     report::Reporter,
     restore::{HANDLE_LEASE, Restore},
@@ -43,6 +45,7 @@ use crate::{
     runs::{self, Runs},
     space::{self, Space},
     storage,
+    tables::Tables,
     verify::scrub::Scrub,
 };
 
@@ -93,6 +96,7 @@ pub struct Server {
     identity: Identity,
     id: ServerId,
     runs: Arc<Runs>,
+    mirror: Arc<Mirror>,
     door: Door,
     dialer: Dialer,
     plain_health: Option<TcpListener>,
@@ -187,9 +191,21 @@ impl Server {
             .with_limits(runs::Limits::of(&settings));
         let runs = Arc::new(runs);
         runs.look_for_missing();
+        let mirror = Arc::new(Mirror::new(runs.clone(), space::reserve(&settings)));
         let janus_urls = watch::Sender::new(settings.janus_urls.clone());
         let (plain_health, admin) = (None, None);
-        Ok(Self { settings, identity, id, runs, door, dialer, plain_health, admin, janus_urls })
+        Ok(Self {
+            settings,
+            identity,
+            id,
+            runs,
+            mirror,
+            door,
+            dialer,
+            plain_health,
+            admin,
+            janus_urls,
+        })
     }
 
     /// Its runs.
@@ -222,7 +238,9 @@ impl Server {
         let name = self.id.to_string();
         let urls = self.settings.urls.clone();
         let here = pb::ServerAddresses { server_id: name.clone(), urls };
-        let restore = Arc::new(Restore::new(self.runs.clone(), name.clone()));
+        let (runs, mirror) = (self.runs.clone(), self.mirror.clone());
+        let tables = Tables::new(runs.clone(), mirror.clone(), name.clone());
+        let restore = Arc::new(Restore::new(runs, mirror, name.clone()));
         let plain = Routes::new(health_service.clone());
         let routes = Routes::new(health_service)
             .add_service(
@@ -232,6 +250,11 @@ impl Server {
             )
             .add_service(
                 RestoreServiceServer::from_arc(restore.clone())
+                    .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                    .max_encoding_message_size(MAX_MESSAGE_BYTES),
+            )
+            .add_service(
+                TableServiceServer::new(tables)
                     .max_decoding_message_size(MAX_MESSAGE_BYTES)
                     .max_encoding_message_size(MAX_MESSAGE_BYTES),
             )
@@ -283,7 +306,7 @@ impl Server {
         (bytes_per_second > 0).then_some(Scrub { runs, bytes_per_second, again })
     }
 
-    /// Reports to every janus, the end of old runs, and the background check.
+    /// Reports to every janus, the end of old runs, the background check, and the mirror.
     fn tasks(&self, shutdown: &CancellationToken) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
         let reporter = Reporter {
@@ -300,6 +323,12 @@ impl Server {
         };
         let urls = self.janus_urls.subscribe();
         tasks.spawn(reporter.follow(urls, self.dialer.clone(), shutdown.clone()));
+        if self.settings.mirror_tables {
+            let every = Duration::from_secs(self.settings.refresh_seconds);
+            let (mirror, urls) = (self.mirror.clone(), self.janus_urls.subscribe());
+            let (id, dialer) = (self.id.clone(), self.dialer.clone());
+            tasks.spawn(mirror::follow::follow(mirror, id, urls, dialer, every, shutdown.clone()));
+        }
         let keep = Duration::from_secs(self.settings.session_keep_days.saturating_mul(86_400));
         if let Some(scrub) = self.scrub() {
             tasks.spawn(scrub.run(shutdown.clone()));

@@ -5,6 +5,7 @@ use tonic::Status;
 
 use crate::{
     chain::{opened::OpenError, store::StoreError},
+    mirror::MirrorError,
     restore::RestoreError,
     runs::RunError,
     session::SessionError,
@@ -83,7 +84,16 @@ impl From<RestoreError> for Status {
     fn from(error: RestoreError) -> Self {
         let text = error.to_string();
         match error {
-            RestoreError::UnknownSnapshot { .. } => status(ErrorReason::SnapshotUnknown, text),
+            RestoreError::UnknownSnapshot { .. } | RestoreError::OnlyTable { .. } => {
+                status(ErrorReason::SnapshotUnknown, text)
+            }
+            RestoreError::Mirror(MirrorError::Unknown { .. }) => {
+                status(ErrorReason::SnapshotUnknown, text)
+            }
+            RestoreError::Mirror(error) => {
+                tracing::error!(%error, "a mirrored table can't be read");
+                status(ErrorReason::StoreDamaged, text)
+            }
             RestoreError::UnknownHandle { .. } => status(ErrorReason::HandleExpired, text),
             RestoreError::TooMany => status(ErrorReason::TooMany, text),
             RestoreError::Open(error) => error.into(),

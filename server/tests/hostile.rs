@@ -14,7 +14,9 @@ xtask::hostile!(
     manifest,
     carried,
     table,
-    session_journal
+    session_journal,
+    mirror_record,
+    table_message
 );
 
 /// Run by hand when a format changes: `cargo test -p janus-server --test hostile -- --ignored`.
