@@ -36,6 +36,7 @@ pub mod source;
 pub mod sources;
 pub mod state;
 pub mod survey;
+pub mod tables;
 pub mod to_folder;
 pub mod transfer;
 pub mod volume;

@@ -14,6 +14,7 @@ use janus_proto::{
         ErrorReason, backup_service_client::BackupServiceClient,
         catalog_service_client::CatalogServiceClient, restore_service_client::RestoreServiceClient,
         server_info_service_client::ServerInfoServiceClient,
+        table_service_client::TableServiceClient,
     },
     tls::Role,
     trace::{TRACEPARENT, TraceContext},
@@ -389,6 +390,11 @@ impl Link {
     /// Client of CatalogService.
     pub fn catalog(&self) -> CatalogServiceClient<Channel> {
         CatalogServiceClient::new(self.channel.clone())
+    }
+
+    /// Client of TableService.
+    pub fn tables(&self) -> TableServiceClient<Channel> {
+        TableServiceClient::new(self.channel.clone())
     }
 
     /// Client of ServerInfoService.

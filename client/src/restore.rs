@@ -26,6 +26,7 @@ use crate::{
     snapshot::{Opened, SnapshotMedium, opened::Reach, select},
 };
 
+mod away;
 mod counts;
 mod error;
 mod fit;
@@ -57,6 +58,7 @@ pub use self::{
 };
 
 use self::{
+    away::Away,
     counts::Counts,
     queue::Queue,
     serve::SHORT,
@@ -177,14 +179,15 @@ impl Restore {
         let end = (segments.end * SEGMENT_BYTES).min(size_bytes);
         self.progress.set_total(end - segments.start * SEGMENT_BYTES);
         let counts = Arc::new(Counts::new(self.progress.clone()));
-        let holder = Opened::new(self.reach.clone(), found)?;
+        let is_away = !snapshot.reachable;
         let sources = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(RestoreError::Interrupted),
-            sources = self.sources(holder) => sources?,
+            sources = self.all_sources(found) => sources?,
         };
-        let (sources, digests) = sources;
-        let work = self.work(target, &counts, sources, segments.clone(), &digests);
+        let (sources, digests, share) = sources;
+        let work =
+            Work { is_away, ..self.work(target, &counts, sources, segments.clone(), &digests) };
         let survey = Survey::new(target, &digests, size_bytes, segments, &counts);
         let mut survey = survey.start(self.threads);
         let worked = tokio::select! {
@@ -201,7 +204,7 @@ impl Restore {
         worked?;
         let lost = work::merged(lost);
         let missing = Lost::new(&lost, size_bytes).within(&place.window);
-        self.conclude(&snapshot, &sources, &missing, place.bytes())?;
+        self.conclude(&snapshot, &sources, &missing, place.bytes(), share)?;
         self.verify(target, size_bytes, &digests, lost, &counts).await?;
         self.publish(target, &place).await?;
         let [read_bytes, fetched_bytes, written_bytes, verified_bytes, read_back_bytes] =
@@ -243,10 +246,36 @@ impl Restore {
             writers: Writers::start(self.threads, target),
             counts: counts.clone(),
             sources,
+            is_away: false,
             failover_after: self.reach.failover_after,
             zero_lost: self.partial.is_some(),
             lost: Mutex::default(),
         }
+    }
+
+    /// The snapshot's digests, and who delivers; of one that is away also what others say they have of it.
+    async fn all_sources(&self, found: Found) -> Result<Sources, RestoreError> {
+        if found.snapshot.reachable {
+            let (sources, digests) = self.sources(Opened::new(self.reach.clone(), found)?).await?;
+            return Ok((sources, digests, None));
+        }
+        let Snapshot { snapshot_id, server_id, .. } = found.snapshot.clone();
+        let Away { table, digests, neighbours, share } =
+            away::find(&self.reach, &found.snapshot).await?;
+        let is_short = |share: &away::Share| share.held_bytes < share.content_bytes;
+        if let Some(share) = share.filter(is_short).filter(|_| self.partial.is_none()) {
+            table.close().await;
+            return Err(RestoreError::Elsewhere {
+                snapshot: snapshot_id,
+                server: server_id,
+                held_bytes: share.held_bytes,
+                content_bytes: share.content_bytes,
+                missing: Lost::default(),
+            });
+        }
+        tracing::warn!(server = server_id, table = %table.snapshot().server_id, "the snapshot's server can't be reached; its table is known, and others deliver what they have of it");
+        let sources = self.with_neighbours(table, neighbours);
+        Ok((sources, digests.into(), share))
     }
 
     /// The snapshot's digests, and who delivers.
@@ -269,16 +298,21 @@ impl Restore {
         if actual != expected {
             return Err(damaged(&snapshot, DamageError::Whole { actual, expected }));
         }
-        let mut sources = vec![Source::new(0, holder, self.packing)];
+        let sources = self.with_neighbours(holder, neighbours);
+        if let Some(holder) = sources.first() {
+            holder.set_digests(digests.clone());
+        }
+        Ok((sources, digests.into()))
+    }
+
+    fn with_neighbours(&self, first: Opened, neighbours: Vec<Found>) -> Vec<Source> {
+        let mut sources = vec![Source::new(0, first, self.packing)];
         for found in neighbours {
             // One whose entry makes no sense is of no use.
             let Ok(opened) = Opened::new(self.reach.clone(), found) else { continue };
             sources.push(Source::new(sources.len(), opened, self.packing));
         }
-        if let Some(holder) = sources.first() {
-            holder.set_digests(digests.clone());
-        }
-        Ok((sources, digests.into()))
+        sources
     }
 
     fn target_wish(&self) -> target::Wish {
@@ -293,6 +327,10 @@ impl Restore {
         let device_bytes = measuring.await.map_err(|_| RestoreError::Interrupted)?;
         if volume.is_none() && device_bytes.is_none_or(|bytes| bytes == size_bytes) {
             return Ok(Place::whole(size_bytes, logical_sector_bytes, format));
+        }
+        if !found.snapshot.reachable {
+            let Snapshot { snapshot_id: snapshot, server_id: server, .. } = found.snapshot.clone();
+            return Err(RestoreError::OnlyWhole { snapshot, server });
         }
         let opened = Opened::new(self.reach.clone(), found.clone())?;
         let disk = SnapshotMedium::new(opened, self.packing, 0, Handle::current());
@@ -342,6 +380,7 @@ impl Restore {
         sources: &[Source],
         lost: &Lost,
         size_bytes: u64,
+        share: Option<away::Share>,
     ) -> Result<(), RestoreError> {
         if lost.is_empty() {
             return Ok(());
@@ -353,6 +392,16 @@ impl Restore {
             return written.map_err(|source| RestoreError::Map { path, source });
         }
         let missing = lost.clone();
+        if !snapshot.reachable {
+            let content_bytes = share.map_or(size_bytes, |share| share.content_bytes);
+            return Err(RestoreError::Elsewhere {
+                snapshot: snapshot.snapshot_id.clone(),
+                server,
+                held_bytes: content_bytes.saturating_sub(missing.bytes()),
+                content_bytes,
+                missing,
+            });
+        }
         Err(match sources.first().and_then(Source::take_failure) {
             Some(Failure::Link(source)) => {
                 let percent = missing.bytes() as f64 * 100.0 / size_bytes.max(1) as f64;
@@ -400,6 +449,9 @@ impl Restore {
         Err(RestoreError::Map { path, source: kind.into() })
     }
 }
+
+/// Who delivers, the first one with the snapshot or its table; its digests; what others say they have of it.
+type Sources = (Vec<Source>, Arc<[BlockHash]>, Option<away::Share>);
 
 /// Gives all handles back; returns how much each server delivered.
 async fn close(sources: &[Source]) -> Vec<(String, u64)> {

@@ -181,6 +181,11 @@ impl From<RestoreError> for Failure {
                 lost: Some(missing.clone()),
                 ..Self::new(code_of(source), &error)
             },
+            RestoreError::Elsewhere { ref missing, .. } => {
+                let lost = Some(missing.clone()).filter(|missing| !missing.is_empty());
+                Self { lost, ..Self::new(NO_SERVER, &error) }
+            }
+            RestoreError::OnlyWhole { .. } => Self::new(NO_SERVER, error),
             RestoreError::Target(TargetError::Busy { .. } | TargetError::InUse(_)) => {
                 Self::new(BUSY, error)
             }

@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use clap::ArgMatches;
 use janus_proto::{
-    ids::BLOCK_BYTES,
-    pb::{Snapshot, UnreachableServer},
+    ids::{BLOCK_BYTES, ServerId},
+    pb::{Snapshot, TableShare, UnreachableServer},
     show::{amount, date},
     tls::Role,
 };
@@ -15,6 +15,7 @@ use super::{Context, Failure, Outcome, address};
 use crate::{
     catalog::{self, Listing, Query, consistency_name},
     link::Address,
+    tables::{self, Mirrored, percent},
 };
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
@@ -23,11 +24,26 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         return Err(Failure::usage("an operator must name a machine: --machine USER/MACHINE"));
     }
     let query = Query { machine, disk: None, server };
-    let listing = catalog::list(&context.ways().await?, &query).await?;
-    Ok(Outcome { json: listing_json(&listing), text: listing_text(&listing) })
+    let ways = context.ways().await?;
+    let mut listing = catalog::list(&ways, &query).await?;
+    let is_all = listing.unreachable.is_empty() && listing.snapshots.iter().all(|s| s.reachable);
+    let mirrored = match is_all || query.server.is_some() {
+        true => Vec::new(),
+        false => tables::list(&ways, &query, &listing).await,
+    };
+    tables::add_unknown(&mut listing, &mirrored);
+    let (json, text) = (listing_json(&listing, &mirrored), listing_text(&listing, &mirrored));
+    Ok(Outcome { json, text })
 }
 
-fn listing_json(listing: &Listing) -> Value {
+fn listing_json(listing: &Listing, mirrored: &[Mirrored]) -> Value {
+    let elsewhere = |s: &Snapshot| {
+        let (server, share) = elsewhere(s, mirrored)?;
+        let TableShare { content_bytes, held_bytes, .. } = share;
+        Some(
+            json!({ "server": server.as_str(), "content_bytes": content_bytes, "held_bytes": held_bytes }),
+        )
+    };
     let snapshot = |s: &Snapshot| {
         json!({
             "snapshot_id": s.snapshot_id,
@@ -45,6 +61,7 @@ fn listing_json(listing: &Listing) -> Value {
             "consistency": consistency_name(s.consistency()),
             "skipped_bytes": s.skipped_bytes,
             "reachable": s.reachable,
+            "elsewhere": elsewhere(s),
             "damaged_blocks": s.damaged_blocks,
             "verified_ms": s.verified_ms,
         })
@@ -57,7 +74,7 @@ fn listing_json(listing: &Listing) -> Value {
     })
 }
 
-fn listing_text(listing: &Listing) -> String {
+fn listing_text(listing: &Listing, mirrored: &[Mirrored]) -> String {
     let mut text = String::new();
     let wide = |name: fn(&Snapshot) -> &str| {
         listing.snapshots.iter().map(|s| name(s).len()).max().unwrap_or(0)
@@ -77,7 +94,7 @@ fn listing_text(listing: &Listing) -> String {
             consistency_name(s.consistency()),
             skipped(s),
             damage(s),
-            if s.reachable { "" } else { "  unreachable" },
+            availability(s, mirrored),
         );
     }
     if listing.snapshots.is_empty() {
@@ -89,6 +106,22 @@ fn listing_text(listing: &Listing) -> String {
         let _ = writeln!(text, "server {} can't be reached{since}: {}", u.server_id, u.reason);
     }
     text
+}
+
+/// What another server has of a snapshot whose own can't be reached.
+fn elsewhere<'a>(s: &Snapshot, mirrored: &'a [Mirrored]) -> Option<(&'a ServerId, &'a TableShare)> {
+    if s.reachable { None } else { tables::best(mirrored, s) }
+}
+
+fn availability(s: &Snapshot, mirrored: &[Mirrored]) -> String {
+    match elsewhere(s, mirrored) {
+        _ if s.reachable => String::new(),
+        None => "  unreachable".to_owned(),
+        Some((server, share)) => {
+            let percent = percent(share.held_bytes, share.content_bytes);
+            format!("  unreachable, {percent} % of it on {server}")
+        }
+    }
 }
 
 fn skipped(snapshot: &Snapshot) -> String {

@@ -64,7 +64,11 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         return map::run(matches, context, &wanted, &ways).await;
     }
     let to = PathBuf::from(text("to"));
-    let found = wanted.find(&ways).await?;
+    // Others may stand for a server that is away, unless only one was asked for.
+    let found = match wanted.server {
+        Some(_) => wanted.find(&ways).await?,
+        None => wanted.find_away(&ways).await?,
+    };
     let force = matches.get_flag("force");
     let restore = restore_to(matches, context, &ways, &wanted, &to, force)?;
     one(restore, found, context).await
@@ -151,11 +155,15 @@ async fn one(restore: Restore, found: Found, context: &Context) -> Result<Outcom
         None => "",
     };
     let volume = restore.volume.map(|number| format!("volume {number} of ")).unwrap_or_default();
+    let server = &snapshot.server_id;
+    let from = match snapshot.reachable {
+        true => server.clone(),
+        false => format!("others than {server}, which is away,"),
+    };
     let text = format!(
-        "{lost}{smeared}restored {volume}{} of {} from {} to {}: {}, in {:.1} s\n{moved}",
+        "{lost}{smeared}restored {volume}{} of {} from {from} to {}: {}, in {:.1} s\n{moved}",
         snapshot.disk_id,
         date(snapshot.committed_ms),
-        snapshot.server_id,
         to.display(),
         figures(&report),
         report.seconds,

@@ -8,6 +8,7 @@ use super::{Lost, TargetError, place::PlaceError};
 use crate::{
     link::LinkError,
     snapshot::{BadData, ReadError, SelectError},
+    tables::percent,
 };
 
 /// Why a disk was not restored. A file that was to be replaced is as it was, unless `--in-place` was given.
@@ -64,6 +65,35 @@ pub enum RestoreError {
         percent: f64,
         /// Why it is lost.
         source: LinkError,
+    },
+    /// Its server is away from the start, and others don't have all of it.
+    #[error(
+        "snapshot {snapshot} is on server {server}, which can't be reached now; others have {:.1} % of it, {} of {}; take that, with zeros for the rest: --partial MAP; or wait for {server}",
+        percent(*held_bytes, *content_bytes),
+        amount(*held_bytes),
+        amount(*content_bytes)
+    )]
+    Elsewhere {
+        /// Its id.
+        snapshot: String,
+        /// Its server.
+        server: String,
+        /// What others have.
+        held_bytes: u64,
+        /// All of it that isn't zeros.
+        content_bytes: u64,
+        /// What they don't have, where that was tried.
+        missing: Lost,
+    },
+    /// Its server is away, and more than the blocks of the disk would be needed.
+    #[error(
+        "snapshot {snapshot} is on server {server}, which can't be reached now: from other servers only a whole disk is brought back, to a file or to a device of its size"
+    )]
+    OnlyWhole {
+        /// Its id.
+        snapshot: String,
+        /// Its server.
+        server: String,
     },
     /// The map of lost blocks.
     #[error("{}: the map of what is lost can't be written: {source}", path.display())]

@@ -31,7 +31,8 @@ pub(super) async fn find(reach: &Reach, wanted: &Snapshot) -> Vec<Found> {
     near.into_iter().map(|snapshot| listing.found(snapshot)).collect()
 }
 
-fn nearest(snapshots: &[Snapshot], wanted: &Snapshot) -> Vec<Snapshot> {
+/// Of a list, as [`find`] says.
+pub(super) fn nearest(snapshots: &[Snapshot], wanted: &Snapshot) -> Vec<Snapshot> {
     let others = snapshots.iter().filter(|other| {
         other.reachable && other.server_id != wanted.server_id && other.machine == wanted.machine
     });

@@ -42,8 +42,10 @@ pub(super) struct Work {
     pub(super) queue: Queue,
     pub(super) writers: Writers,
     pub(super) counts: Arc<Counts>,
-    /// The first one holds the snapshot.
+    /// The first one holds the snapshot, or only its table.
     pub(super) sources: Vec<Source>,
+    /// It has only the table.
+    pub(super) is_away: bool,
     pub(super) failover_after: Duration,
     /// What is lost is to be zeros, not what the target had.
     pub(super) zero_lost: bool,
@@ -65,6 +67,9 @@ impl Work {
     /// Works until all of it is done or given up.
     pub(super) async fn run(&self, parts: &mut mpsc::Receiver<Part>) -> Result<(), RestoreError> {
         let mut all: Vec<Doing<'_>> = vec![Box::pin(self.feed(parts)), Box::pin(self.bury())];
+        if self.is_away {
+            self.queue.retire(0);
+        }
         for source in &self.sources {
             all.push(Box::pin(self.first_lane(source)));
         }
@@ -75,8 +80,10 @@ impl Work {
         try_join_all(all).await.map(|_| ())
     }
 
+    /// Who knows what the snapshot is.
     pub(super) fn holder(&self) -> Option<&Opened> {
-        self.sources.first().map(|source| &source.opened)
+        let is_there = self.is_away || self.queue.is_source(0);
+        self.sources.first().map(|source| &source.opened).filter(|_| is_there)
     }
 
     async fn first_lane(&self, source: &Source) -> Result<(), RestoreError> {
@@ -193,7 +200,7 @@ impl Work {
 
     /// Compares block by block what is there of a segment that is not whole, as far as it is known what it should be.
     async fn prove(&self, part: &mut Part) {
-        let holder = self.holder().filter(|_| self.queue.is_source(0));
+        let holder = self.holder();
         let whole = match self.table.get(part.segment).filter(|hashes| hashes.is_whole()) {
             Some(hashes) => Some(hashes),
             None => match holder {

@@ -13,6 +13,7 @@ use jiff::{Timestamp, civil, tz::TimeZone};
 use crate::{
     catalog::{self, Found, Listing, Query},
     link::LinkError,
+    tables,
     ways::Ways,
 };
 
@@ -41,7 +42,9 @@ pub enum SelectError {
         committed_ms: i64,
     },
     /// It exists where nobody answers.
-    #[error("snapshot {snapshot} of {disk} is on server {server}, which can't be reached now")]
+    #[error(
+        "snapshot {snapshot} of {disk} is on server {server}, which can't be reached now{hint}"
+    )]
     Away {
         /// Its id.
         snapshot: String,
@@ -49,6 +52,8 @@ pub enum SelectError {
         disk: String,
         /// Its server.
         server: String,
+        /// What can be done.
+        hint: &'static str,
     },
     /// One disk was needed, and there are several.
     #[error("{machine} has several disks: {}; say which: {machine}/{}", disks.join(", "), disks[0])]
@@ -148,7 +153,10 @@ impl Selection {
     /// # Errors
     /// When there is none that can be had, or one of each of several disks.
     pub async fn find(&self, ways: &Ways) -> Result<Found, SelectError> {
-        let mut found = self.find_disks(ways).await?;
+        self.only(self.find_disks(ways).await?)
+    }
+
+    fn only(&self, mut found: Vec<Found>) -> Result<Found, SelectError> {
         match (found.pop(), &self.machine) {
             (Some(one), _) if found.is_empty() => Ok(one),
             (Some(last), Some(machine)) => {
@@ -160,27 +168,48 @@ impl Selection {
         }
     }
 
+    /// Finds the one snapshot that is meant, also where its server can't be reached: others may have parts of it. One that can
+    /// be had is preferred to a newer one that can't.
+    ///
+    /// # Errors
+    /// When there is none, or one of each of several disks.
+    pub async fn find_away(&self, ways: &Ways) -> Result<Found, SelectError> {
+        self.only(self.find_all(ways).await?)
+    }
+
     /// Finds a snapshot of each disk that is meant, one at least, in the order of the disks' names.
     ///
     /// # Errors
     /// When there is none, or one that is meant can't be had.
     pub async fn find_disks(&self, ways: &Ways) -> Result<Vec<Found>, SelectError> {
+        self.find_all(ways).await?.into_iter().map(reachable).collect()
+    }
+
+    /// The same, whether they can be had or not.
+    async fn find_all(&self, ways: &Ways) -> Result<Vec<Found>, SelectError> {
         let query = Query {
             machine: self.machine.clone(),
             disk: self.disk.clone(),
             server: self.server.clone(),
         };
         if let Which::Id(id) = self.which {
-            let found = catalog::find(ways, id, &query).await?;
+            let found = match catalog::find(ways, id, &query).await? {
+                Some(found) => Some(found),
+                None => find_mirrored(ways, id, &query).await?,
+            };
             let is_meant = |found: &Found| {
                 let wanted = self.disk.as_ref().map(DiskId::as_str);
                 wanted.is_none_or(|disk| disk == found.snapshot.disk_id)
             };
             let found = found.filter(is_meant);
             let found = found.ok_or_else(|| self.unknown(&Listing::default()))?;
-            return Ok(vec![reachable(found)?]);
+            return Ok(vec![found]);
         }
         let mut listing = catalog::list(ways, &query).await?;
+        if listing.snapshots.is_empty() && !listing.unreachable.is_empty() {
+            let mirrored = tables::list(ways, &query, &listing).await;
+            tables::add_unknown(&mut listing, &mirrored);
+        }
         let snapshots = std::mem::take(&mut listing.snapshots);
         let mut disks: Vec<_> = snapshots.iter().map(|s| s.disk_id.clone()).collect();
         disks.sort_unstable();
@@ -196,7 +225,7 @@ impl Selection {
                 }
             };
             let Some(snapshot) = newest(of_time) else { continue };
-            found.push(reachable(listing.found(snapshot))?);
+            found.push(listing.found(snapshot));
         }
         if found.is_empty() {
             return Err(self.unknown(&listing));
@@ -265,7 +294,26 @@ fn reachable(found: Found) -> Result<Found, SelectError> {
         snapshot: snapshot.snapshot_id.clone(),
         disk: snapshot.disk_id.clone(),
         server: snapshot.server_id.clone(),
+        hint: "; `janus-client restore` brings back what other servers have of it: --partial MAP",
     })
+}
+
+/// A snapshot that no server has which answers, and janus doesn't know, but whose table some server mirrors.
+async fn find_mirrored(
+    ways: &Ways,
+    id: SnapshotId,
+    query: &Query,
+) -> Result<Option<Found>, LinkError> {
+    if query.server.is_some() {
+        return Ok(None);
+    }
+    let listing = catalog::list(ways, query).await?;
+    if listing.unreachable.is_empty() {
+        return Ok(None);
+    }
+    let mirrored = tables::list(ways, query, &listing).await;
+    let wanted = mirrored.into_iter().find(|one| one.snapshot.snapshot_id == id.to_string());
+    Ok(wanted.map(|one| listing.found(one.snapshot)))
 }
 
 /// The newest one that can be had, of those of a disk, newest first; it is said when a newer one can't.

@@ -120,6 +120,9 @@ pub struct Snapshot {
     pub image: String,
     /// Its server answers.
     pub reachable: bool,
+    /// What another server has of it, while its own doesn't answer.
+    #[serde(default)]
+    pub elsewhere: Option<Elsewhere>,
     /// Blocks that are known to be lost.
     pub damaged_blocks: u64,
     /// Unix milliseconds since when all of it is proven; 0: not yet.
@@ -133,6 +136,17 @@ pub struct Unreachable {
     pub server: String,
     /// Why.
     pub reason: String,
+}
+
+/// What another server has of a snapshot.
+#[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
+pub struct Elsewhere {
+    /// Its name.
+    pub server: String,
+    /// Bytes in blocks of the snapshot that aren't zeros.
+    pub content_bytes: u64,
+    /// Those of them that it has.
+    pub held_bytes: u64,
 }
 
 /// `restore`.

@@ -63,6 +63,7 @@ const PLACED: &[(&str, &str)] = &[
     ("restores", "restore"),
     ("schedule", "client"),
     ("seeding", "security"),
+    ("tables", "restore"),
     ("simulation", "janus"),
     ("thinning_kills", "restore"),
     ("spans", "client"),

@@ -77,7 +77,7 @@ impl Work {
         other: &[u64],
         plan: &mut Plan,
     ) -> Result<(), ServeError> {
-        let holder = self.holder().filter(|_| self.queue.is_source(0));
+        let holder = self.holder();
         let wanted = self.table.of(holder, other).await;
         let known: Vec<u64> =
             other.iter().filter(|segment| wanted.contains_key(segment)).copied().collect();

@@ -1,0 +1,166 @@
+//! A snapshot whose server is away from the start: its table comes from a server that mirrors it, its blocks from those that have
+//! the same ones at the same place.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use janus_proto::{
+    hash::table_digest,
+    ids::{BlockHash, DiskId},
+    pb::Snapshot,
+};
+
+use super::{DamageError, RestoreError, neighbours};
+use crate::{
+    catalog::{self, Found, Query},
+    link::LinkError,
+    snapshot::{Opened, SelectError, opened::Reach, select::check_size},
+    tables::{self, Mirrored},
+};
+
+/// Snapshots that are read, of all servers.
+const MOST: usize = 48;
+/// Catalogs and tables are listed within this.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What stands for the snapshot.
+pub(super) struct Away {
+    /// Its table, on a server that mirrors it.
+    pub(super) table: Opened,
+    pub(super) digests: Vec<BlockHash>,
+    /// Snapshots that have parts of it.
+    pub(super) neighbours: Vec<Found>,
+    /// What others have of it, by what they say: held and all bytes.
+    pub(super) share: Option<Share>,
+}
+
+/// What others have of a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Share {
+    /// At most so much.
+    pub(super) held_bytes: u64,
+    /// Of so much that isn't zeros.
+    pub(super) content_bytes: u64,
+}
+
+/// Finds who can stand for the server of `wanted`.
+pub(super) async fn find(reach: &Reach, wanted: &Snapshot) -> Result<Away, RestoreError> {
+    let machine = reach.machine.clone().or_else(|| wanted.machine.parse().ok());
+    let disk = wanted.disk_id.parse::<DiskId>().ok();
+    let query = Query { machine, disk, server: None };
+    let listing = async {
+        let listing = catalog::list(&reach.ways, &query).await?;
+        let mirrored = tables::list(&reach.ways, &query, &listing).await;
+        Ok::<_, LinkError>((listing, mirrored))
+    };
+    let listed = tokio::time::timeout(PATIENCE, listing).await;
+    let (listing, mut mirrored) = listed.map_err(|_| nobody(wanted))??;
+    mirrored.retain(|one| {
+        one.snapshot.snapshot_id == wanted.snapshot_id
+            && one.snapshot.table_digest == wanted.table_digest
+            && one.snapshot.size_bytes == wanted.size_bytes
+    });
+    // Who can deliver most knows its own table best.
+    mirrored.sort_by_key(|one| {
+        std::cmp::Reverse(one.share.as_ref().map_or(0, |share| share.held_bytes))
+    });
+    let share = share(&mirrored);
+    let told: BTreeSet<&str> = mirrored
+        .iter()
+        .filter_map(|one| one.share.as_ref())
+        .flat_map(|share| share.snapshot_ids.iter().map(String::as_str))
+        .collect();
+    let counted: BTreeSet<&str> =
+        mirrored.iter().filter(|one| one.share.is_some()).map(|one| one.server.as_str()).collect();
+    // Who doesn't say what it has may have something all the same.
+    let near = neighbours::nearest(&listing.snapshots, wanted);
+    let near = near.iter().filter(|one| !counted.contains(one.server_id.as_str()));
+    let named = listing
+        .snapshots
+        .iter()
+        .filter(|one| one.reachable && told.contains(one.snapshot_id.as_str()));
+    let neighbours = named.chain(near).take(MOST).map(|one| listing.found(one.clone())).collect();
+    let mut failed = None;
+    for one in &mirrored {
+        match open(reach, wanted, one, &listing).await {
+            Ok((table, digests)) => return Ok(Away { table, digests, neighbours, share }),
+            Err(error) => {
+                tracing::warn!(server = %one.server, %error, "its table of the snapshot is of no use");
+                failed = Some(error);
+            }
+        }
+    }
+    Err(failed.unwrap_or_else(|| nobody(wanted)))
+}
+
+/// At most what all have together; `None` when not all of them say.
+fn share(mirrored: &[Mirrored]) -> Option<Share> {
+    let shares: Option<Vec<_>> = mirrored.iter().map(|one| one.share.as_ref()).collect();
+    let shares = shares?;
+    let content_bytes = shares.first()?.content_bytes;
+    let held: u64 = shares.iter().map(|share| share.held_bytes).sum();
+    Some(Share { held_bytes: held.min(content_bytes), content_bytes })
+}
+
+/// Opens a mirrored table; it is believed when it gives the snapshot's digest.
+async fn open(
+    reach: &Reach,
+    wanted: &Snapshot,
+    mirrored: &Mirrored,
+    listing: &catalog::Listing,
+) -> Result<(Opened, Vec<BlockHash>), RestoreError> {
+    let server_id = mirrored.server.to_string();
+    let bad = |source: DamageError| RestoreError::Damaged { server: server_id.clone(), source };
+    check_size(wanted).map_err(|error| bad(error.into()))?;
+    let there = Snapshot { server_id: server_id.clone(), ..wanted.clone() };
+    let table = Opened::table(reach.clone(), listing.found(there))?;
+    let digests = table.segment_digests().await?;
+    let actual = table_digest(wanted.size_bytes, &digests);
+    let expected = BlockHash::from_wire("table_digest", &wanted.table_digest)
+        .map_err(|error| bad(error.into()))?;
+    match actual == expected {
+        true => Ok((table, digests)),
+        false => {
+            table.close().await;
+            Err(bad(DamageError::Whole { actual, expected }))
+        }
+    }
+}
+
+fn nobody(wanted: &Snapshot) -> RestoreError {
+    SelectError::Away {
+        snapshot: wanted.snapshot_id.clone(),
+        disk: wanted.disk_id.clone(),
+        server: wanted.server_id.clone(),
+        hint: ", and no other server has its table",
+    }
+    .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use janus_proto::pb::TableShare;
+
+    use super::*;
+
+    #[test]
+    fn what_all_have_together_is_known_when_all_say() {
+        let one = |held: Option<u64>| Mirrored {
+            server: "b".parse().unwrap(),
+            snapshot: Snapshot::default(),
+            share: held.map(|held_bytes| TableShare {
+                content_bytes: 100,
+                held_bytes,
+                snapshot_ids: Vec::new(),
+            }),
+        };
+        let held = |held: &[Option<u64>]| {
+            let all: Vec<_> = held.iter().map(|held| one(*held)).collect();
+            share(&all).map(|share| share.held_bytes)
+        };
+        assert_eq!(held(&[Some(30)]), Some(30));
+        assert_eq!(held(&[Some(30), Some(60)]), Some(90));
+        assert_eq!(held(&[Some(80), Some(60)]), Some(100));
+        assert_eq!(held(&[Some(30), None]), None);
+        assert_eq!(held(&[]), None);
+    }
+}

@@ -1,0 +1,153 @@
+//! Snapshots on servers that are away, as other servers know them: those that mirror their tables say how much of each they can
+//! deliver.
+
+use std::collections::BTreeSet;
+
+use janus_proto::{
+    ids::{MachineKey, ServerId},
+    pb::{ListTablesRequest, MirroredTable, Snapshot, TableShare},
+};
+use tonic::Code;
+
+use crate::{
+    catalog::{Listing, Query},
+    link::{Address, Link, LinkError, QUICK},
+    ways::Ways,
+};
+
+/// Pages read before an endless list is no longer believed.
+const MAX_PAGES: usize = 10_000;
+
+/// A snapshot whose table another server has.
+#[derive(Debug, Clone)]
+pub struct Mirrored {
+    /// Who has the table.
+    pub server: ServerId,
+    /// The snapshot, on its own server.
+    pub snapshot: Snapshot,
+    /// What `server` can deliver of it; `None` while it doesn't know.
+    pub share: Option<TableShare>,
+}
+
+/// Asks the servers of a listing that answer for tables of those that don't. Who can't tell is left out: this only helps.
+pub async fn list(ways: &Ways, query: &Query, listing: &Listing) -> Vec<Mirrored> {
+    let there = listing.snapshots.iter().filter(|snapshot| snapshot.reachable);
+    let there: BTreeSet<&str> = there.map(|snapshot| snapshot.server_id.as_str()).collect();
+    let mut waiting: Vec<ServerId> = there.iter().filter_map(|name| name.parse().ok()).collect();
+    let (mut tries, mut found) = (ways.tries(), Vec::new());
+    while !waiting.is_empty() {
+        let Some((_, link)) = tries.next().await else { break };
+        let mut left = Vec::new();
+        for server in waiting {
+            match list_of(&link, &server, query.machine.as_ref()).await {
+                Ok(tables) => found.extend(tables),
+                Err(error) => {
+                    tracing::debug!(%server, %error, "its mirrored tables can't be listed");
+                    left.push(server);
+                }
+            }
+        }
+        waiting = left;
+    }
+    let is_wanted = |mirrored: &Mirrored| {
+        let disk = query.disk.as_ref();
+        disk.is_none_or(|disk| disk.as_str() == mirrored.snapshot.disk_id)
+            && !there.contains(mirrored.snapshot.server_id.as_str())
+    };
+    found.retain(is_wanted);
+    found
+}
+
+async fn list_of(
+    link: &Link,
+    server: &ServerId,
+    machine: Option<&MachineKey>,
+) -> Result<Vec<Mirrored>, LinkError> {
+    let address = Address { server: Some(server.clone()), run: None, machine: machine.cloned() };
+    let (mut found, mut page_token) = (Vec::new(), String::new());
+    for _ in 0..MAX_PAGES {
+        let machine = machine.map(ToString::to_string).unwrap_or_default();
+        let message = ListTablesRequest { machine, page_size: 0, page_token };
+        let request = address.request(message, Some(QUICK));
+        let page = match link.tables().list_tables(request).await {
+            Ok(page) => page.into_inner(),
+            // It is older, and keeps none.
+            Err(status) if status.code() == Code::Unimplemented => return Ok(found),
+            Err(status) => return Err(LinkError::call("listing mirrored tables")(status)),
+        };
+        let mirrored = |MirroredTable { snapshot, share }| {
+            let snapshot = Snapshot { reachable: false, ..snapshot? };
+            Some(Mirrored { server: server.clone(), snapshot, share })
+        };
+        found.extend(page.tables.into_iter().filter_map(mirrored));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    Ok(found)
+}
+
+/// Adds to a listing what janus doesn't know: snapshots of servers that it has never seen, which others have told of.
+pub fn add_unknown(listing: &mut Listing, mirrored: &[Mirrored]) {
+    for one in mirrored {
+        let id = &one.snapshot.snapshot_id;
+        if listing.snapshots.iter().all(|known| known.snapshot_id != *id) {
+            listing.snapshots.push(one.snapshot.clone());
+        }
+    }
+    listing.snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.committed_ms));
+}
+
+/// The server that has most of a snapshot, and what it has.
+pub fn best<'a>(
+    mirrored: &'a [Mirrored],
+    snapshot: &Snapshot,
+) -> Option<(&'a ServerId, &'a TableShare)> {
+    let of = mirrored.iter().filter(|one| one.snapshot.snapshot_id == snapshot.snapshot_id);
+    let shares = of.filter_map(|one| Some((&one.server, one.share.as_ref()?)));
+    shares.max_by_key(|(_, share)| share.held_bytes)
+}
+
+/// A share in percent, never rounded up to all.
+pub fn percent(held_bytes: u64, content_bytes: u64) -> f64 {
+    match held_bytes < content_bytes {
+        true => (held_bytes as f64 * 1000.0 / content_bytes as f64).floor() / 10.0,
+        false => 100.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_all_of_it_is_a_hundred_percent() {
+        assert_eq!(percent(0, 0), 100.0);
+        assert_eq!(percent(7, 7), 100.0);
+        assert_eq!(percent(999_999, 1_000_000), 99.9);
+        assert_eq!(percent(0, 5), 0.0);
+    }
+
+    #[test]
+    fn what_janus_does_not_know_is_added_in_its_place() {
+        let snapshot = |id: &str, committed_ms| Snapshot {
+            snapshot_id: id.into(),
+            committed_ms,
+            ..Snapshot::default()
+        };
+        let mirrored = |id: &str, committed_ms, held_bytes| Mirrored {
+            server: "b".parse().unwrap(),
+            snapshot: snapshot(id, committed_ms),
+            share: Some(TableShare { content_bytes: 9, held_bytes, snapshot_ids: Vec::new() }),
+        };
+        let known = vec![snapshot("3", 3), snapshot("1", 1)];
+        let mut listing = Listing { snapshots: known, ..Listing::default() };
+        let tables = [mirrored("2", 2, 5), mirrored("3", 3, 4), mirrored("2", 2, 7)];
+        add_unknown(&mut listing, &tables);
+        let ids: Vec<_> = listing.snapshots.iter().map(|one| one.snapshot_id.as_str()).collect();
+        assert_eq!(ids, ["3", "2", "1"]);
+        let held = |id: &str| best(&tables, &snapshot(id, 0)).map(|(_, share)| share.held_bytes);
+        assert_eq!((held("2"), held("3"), held("1")), (Some(7), Some(4), None));
+    }
+}
