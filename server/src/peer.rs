@@ -131,7 +131,7 @@ impl Peers {
                 break;
             }
         }
-        snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.committed_ms));
+        snapshots.sort_by(|a, b| b.snapshot_id.cmp(&a.snapshot_id));
         Ok(snapshots)
     }
 

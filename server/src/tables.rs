@@ -21,6 +21,7 @@ use crate::{
     mirror::{Mirror, record::Description, share::Share},
     restore::RestoreError,
     runs::Runs,
+    spawn_work,
 };
 
 /// Answers made but not yet taken by the transport.
@@ -97,10 +98,10 @@ impl TableService for Tables {
         };
         let (answers, stream) = mpsc::channel(QUEUE);
         let first = request.first_segment;
-        tokio::task::spawn_blocking(move || {
+        spawn_work(async move {
             let since = since.map(|(_, tables)| tables);
-            if let Err(error) = send(&tables, since, first, start, &answers) {
-                let _ = answers.blocking_send(Err(RestoreError::from(error).into()));
+            if let Err(error) = send(&tables, since, first, start, &answers).await {
+                let _ = answers.send(Err(RestoreError::from(error).into())).await;
             }
         });
         Ok(Response::new(ReceiverStream::new(stream)))
@@ -159,8 +160,8 @@ fn to_wire((description, share): &(Description, Option<Arc<Share>>)) -> pb::Mirr
 
 type Answers = mpsc::Sender<Result<pb::ReadTableResponse, Status>>;
 
-/// Sends what differs. A receiver that has gone ends it.
-fn send(
+/// Sends what differs, which blocks. A receiver that has gone ends it.
+async fn send(
     tables: &TableStack,
     since: Option<TableStack>,
     first: u64,
@@ -179,14 +180,14 @@ fn send(
         answer.segments.push(segment(&differing));
         if bytes >= MESSAGE_BYTES {
             bytes = 0;
-            if answers.blocking_send(Ok(std::mem::take(&mut answer))).is_err() {
+            if answers.send(Ok(std::mem::take(&mut answer))).await.is_err() {
                 return Ok(());
             }
         }
     }
     let is_told = answer.start.is_none() && answer.segments.is_empty();
     if !is_told {
-        let _ = answers.blocking_send(Ok(answer));
+        let _ = answers.send(Ok(answer)).await;
     }
     Ok(())
 }

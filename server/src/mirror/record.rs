@@ -76,6 +76,12 @@ impl Description {
     }
 }
 
+/// When a snapshot was made, in milliseconds, as its id says: what is near in time is told by that, not by clocks of commits,
+/// so that a simulation has one order of events.
+pub fn made_ms(id: SnapshotId) -> u64 {
+    id.as_bytes().iter().take(6).fold(0, |all, byte| all << 8 | u64::from(*byte))
+}
+
 /// What a record says.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {

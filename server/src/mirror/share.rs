@@ -9,7 +9,7 @@ use janus_proto::{
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, SnapshotId, block_len, segment_count},
 };
 
-use super::record::Description;
+use super::record::{Description, made_ms};
 use crate::chain::{
     Held,
     ranges::{BlockRanges, segment_blocks},
@@ -43,7 +43,8 @@ pub(super) fn considered(of: &Description, own: &[Held]) -> Vec<SnapshotId> {
     let mut of_disk: Vec<&Held> = of_disk.collect();
     of_disk.sort_by_key(|held| {
         let differs = held.snapshot().table_digest != of.digest;
-        (differs, held.run.committed_ms.abs_diff(of.wire.committed_ms), held.snapshot().id)
+        let id = held.snapshot().id;
+        (differs, made_ms(id).abs_diff(made_ms(of.id)), id)
     });
     of_disk.into_iter().take(MOST).map(|held| held.snapshot().id).collect()
 }

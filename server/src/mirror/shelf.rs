@@ -14,7 +14,7 @@ use janus_proto::ids::{MachineKey, ServerId, SnapshotId};
 
 use super::{
     MirrorError,
-    record::{Description, Record},
+    record::{Description, Record, made_ms},
     share::Share,
 };
 use crate::{
@@ -286,8 +286,8 @@ impl Shelf {
     pub fn nearest(&self, to: &Description) -> Option<SnapshotId> {
         let state = self.lock();
         let fitting = state.kept.values().filter(|kept| fits(&kept.description, to));
-        let nearest = fitting
-            .min_by_key(|kept| kept.description.wire.committed_ms.abs_diff(to.wire.committed_ms))?;
+        let nearest =
+            fitting.min_by_key(|kept| made_ms(kept.description.id).abs_diff(made_ms(to.id)))?;
         let way = way(&state, nearest.description.id)?;
         match way.len() < MOST_LINKS {
             true => way.first(),
@@ -528,9 +528,7 @@ fn fits(base: &Description, of: &Description) -> bool {
 }
 
 fn newest_first(kept: &mut [Arc<Kept>]) {
-    kept.sort_by_key(|kept| {
-        (std::cmp::Reverse(kept.description.wire.committed_ms), kept.description.id)
-    });
+    kept.sort_by_key(|kept| std::cmp::Reverse(kept.description.id));
 }
 
 #[cfg(test)]
