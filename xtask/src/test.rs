@@ -26,7 +26,7 @@ pub struct Args {
     /// More rounds and larger disks
     #[arg(long)]
     soak: bool,
-    /// Only these groups (may be repeated): build, main-job, janus, store, sources, client, restore, security
+    /// Only these groups (may be repeated): build, main-job, janus, store, sources, client, restore, seeding, security
     #[arg(long)]
     group: Vec<String>,
 }

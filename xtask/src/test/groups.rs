@@ -22,6 +22,7 @@ pub(super) const GROUPS: &[Group] = &[
     Group { name: "sources", budget_minutes: 4, run: sources },
     Group { name: "client", budget_minutes: 4, run: client },
     Group { name: "restore", budget_minutes: 3, run: restore },
+    Group { name: "seeding", budget_minutes: 2, run: seeding },
     Group { name: "security", budget_minutes: 2, run: security },
 ];
 
@@ -45,7 +46,7 @@ const RESTORE_MODULES: &[&str] =
 const PLACED: &[(&str, &str)] = &[
     ("admin", "store"),
     ("caches", "restore"),
-    ("carried", "restore"),
+    ("carried", "seeding"),
     ("damage", "restore"),
     ("files", "restore"),
     ("frozen", "sources"),
@@ -62,8 +63,8 @@ const PLACED: &[(&str, &str)] = &[
     ("resilience", "client"),
     ("restores", "restore"),
     ("schedule", "client"),
-    ("seeding", "security"),
-    ("tables", "restore"),
+    ("seeding", "seeding"),
+    ("tables", "seeding"),
     ("simulation", "janus"),
     ("thinning_kills", "restore"),
     ("spans", "client"),
@@ -143,6 +144,10 @@ fn restore(runner: &mut Runner) {
     arguments.extend(RESTORE_MODULES);
     runner.cargo("client restore", &arguments);
     placed(runner, "restore");
+}
+
+fn seeding(runner: &mut Runner) {
+    placed(runner, "seeding");
 }
 
 fn security(runner: &mut Runner) {
