@@ -22,11 +22,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::{
-    Mirror, MirrorError,
-    pull::pull,
-    record::Description,
-};
+use super::{Mirror, MirrorError, pull::pull, record::Description};
 use crate::{
     background, blocking,
     peer::{self, Peers, is_away, told},

@@ -10,11 +10,7 @@ use janus_proto::{
 use tokio::time::{sleep, timeout};
 use tonic::{Status, Streaming};
 
-use super::{
-    Mirror, MirrorError,
-    record::Description,
-    shelf::Fresh,
-};
+use super::{Mirror, MirrorError, record::Description, shelf::Fresh};
 use crate::{
     blocking,
     chain::table::{Differing, SegmentBitmap},
