@@ -66,7 +66,7 @@ impl World {
     }
 
     fn write_folder(&self) -> Carried {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = crate::folder();
         let claim =
             Claim::take(&Disk::default(), folder.path(), self.contents.keys().cloned()).unwrap();
         let entries = self.contents.iter().map(|(disk, content)| {
