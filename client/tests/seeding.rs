@@ -14,7 +14,7 @@ use std::{
 use serde_json::Value;
 use xtask::{
     disk,
-    site::{Client, Plan, Programs, Site},
+    site::{Client, Plan, Programs, Site, answers},
 };
 
 const MIB: u64 = 1 << 20;
@@ -97,11 +97,12 @@ fn the_backup_after_seeding_is_a_delta_and_later_seedings_fetch_what_differs() {
     assert_eq!(here.len(), 1, "{listed:?}");
     scene.assert_restored(&here[0].snapshot_id);
     let again = done(&scene.seed(&["--from", OLD, "--all"]));
-    assert_eq!((&again["written_bytes"], &again["runs"][0]["was_here"]), (&0.into(), &true.into()));
+    assert_eq!(again["written_bytes"], 0);
+    assert!(again["runs"][0]["newest_here_ms"].is_i64(), "{again}");
 
     scene.next_backup(NEW, 20..21, 1);
     let known = done(&scene.seed(&["--from", OLD, MACHINE]));
-    assert_eq!((&known["written_bytes"], &known["runs"][0]["was_here"]), (&0.into(), &true.into()));
+    assert_eq!(known["written_bytes"], 0);
     // Now the old server has what the new one lacks: the chain there goes on.
     scene.next_backup(OLD, 30..32, 3);
     let url = scene.site.server(OLD).unwrap().url();
@@ -111,7 +112,38 @@ fn the_backup_after_seeding_is_a_delta_and_later_seedings_fetch_what_differs() {
     scene.next_backup(OLD, 5..6, 1);
     scene.next_backup(NEW, 5..6, 1);
     let newer = done(&scene.seed(&["--from", OLD, MACHINE]));
-    assert!(newer["runs"][0]["newer_here_ms"].is_i64(), "{newer}");
+    assert!(newer["runs"][0]["newest_here_ms"].is_i64(), "{newer}");
+}
+
+/// Disks that were backed up together or one by one, by runs of different ages, and what was dropped here.
+#[test]
+fn each_disk_is_seeded_for_itself() {
+    let scene = Scene::new();
+    let other = scene.site.folder().join("other.raw");
+    disk::blank(&other, 8 * MIB).unwrap();
+    disk::write_noise(&other, 0..3 * MIB, 9).unwrap();
+    let disks = [("disk", &scene.disk), ("other", &other)];
+    let named = disks.map(|(name, path)| format!("{name}={}", path.display()));
+    let both = scene.site.client("machine", &named).unwrap();
+    let backup = both.answer::<answers::Backup>(&["backup", "--server", OLD]).unwrap();
+    assert_eq!((backup.server.as_str(), backup.disks.len()), (OLD, 2));
+    let written = |target: &str| {
+        done(&scene.seed(&["--from", OLD, target]))["written_bytes"].as_u64().unwrap()
+    };
+    assert_eq!(written("alice/machine/other"), 3 * MIB);
+    assert_eq!(written(MACHINE), 40 * MIB);
+    assert_eq!(written(MACHINE), 0);
+    // A newer run of one disk keeps nobody from an older one of the other, nor does what is in the trash.
+    let delete = scene.site.admin(NEW, &["delete", MACHINE]).unwrap();
+    assert_eq!(delete.status.code(), Some(0), "{delete:?}");
+    disk::write_noise(&scene.disk, 0..MIB, 10).unwrap();
+    let one = scene.client.answer::<answers::Backup>(&["backup", "--server", OLD]).unwrap();
+    assert_eq!(one.disks.len(), 1);
+    assert_eq!(written("alice/machine/disk"), 40 * MIB);
+    assert_eq!(written(MACHINE), 3 * MIB);
+    let backup = both.answer::<answers::Backup>(&["backup", "--server", NEW]).unwrap();
+    let sent = backup.disks.iter().map(|disk| disk.sent_bytes).sum::<u64>();
+    assert_eq!(sent, 0, "{backup:?}");
 }
 
 #[test]
@@ -123,10 +155,12 @@ fn what_cannot_be_seeded_is_told_with_the_way_out() {
         assert!(output.status.code() == Some(1) && said.contains(expected), "{more:?}: {output:?}");
     };
     failed(&["--from", NEW, MACHINE], "is this server");
-    failed(&["--from", "server-x", MACHINE], "server-x");
-    failed(&["--from", OLD, "alice/other"], "has no backup of such a machine");
+    failed(&["--from", OLD, "alice/other"], "machines are known at server-a");
+    failed(&["--from", "server-x", MACHINE], "machines are known at server-a");
     failed(&["--from", &scene.site.url(), MACHINE], "is a janus");
     failed(&["--from", "https://127.0.0.1:1", MACHINE], "can't be reached");
+    let mistyped = scene.seed(&["--from", OLD, "alice/machine/dsik"]);
+    assert!(mistyped.status.code() == Some(1) && json(&mistyped)["failed"] == 1, "{mistyped:?}");
     let usage = scene.seed(&["--from", OLD]);
     assert_eq!(usage.status.code(), Some(2), "{usage:?}");
     // Without a server that runs, too.

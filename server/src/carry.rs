@@ -83,7 +83,12 @@ pub enum CarryError {
         server: ServerId,
         /// What is wrong there.
         reason: String,
+        /// It may be well again later.
+        passes: bool,
     },
+    /// There is nothing to be seeded.
+    #[error(transparent)]
+    Seed(Box<crate::seed::SeedError>),
     /// The run was not opened, written or committed.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -96,7 +101,8 @@ impl CarryError {
     /// True when the same command, given again, may go on where this one ended: nothing is wrong with what is carried.
     pub fn may_go_on(&self) -> bool {
         match self {
-            Self::Stopped | Self::Io { .. } | Self::Source { .. } => true,
+            Self::Stopped | Self::Io { .. } => true,
+            Self::Source { passes, .. } => *passes,
             Self::Carried(error) => !error.is_damage(),
             Self::Foreign(ForeignError::Io { .. }) => true,
             _ => false,

@@ -93,6 +93,20 @@ pub struct Origin {
     pub taken_ms: i64,
 }
 
+impl Origin {
+    /// True when both are of the same content.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.run == other.run && (self.run.is_some() || self.taken_ms == other.taken_ms)
+    }
+}
+
+impl Run {
+    /// True when it was made of a carried run, or is that one itself.
+    pub fn is_made_of(&self, run: BackupId) -> bool {
+        self.backup == run || self.origin.and_then(|origin| origin.run) == Some(run)
+    }
+}
+
 /// Why a run was dropped, kept beside its manifest in the trash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrashRecord {

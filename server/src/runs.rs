@@ -248,7 +248,8 @@ impl Runs {
             Maker::Client { use_counter } => (machine.next_counter(use_counter)?, None),
             // Whose turn it is is not for an import to change.
             Maker::Import(origin) => {
-                import::check_place(&machine, &origin)?;
+                let disks = wanted.iter().map(|wanted| &wanted.disk);
+                import::check_place(&machine, &origin, disks)?;
                 (machine.use_counter(), Some(origin))
             }
         };
@@ -378,7 +379,9 @@ impl Runs {
         };
         let origin = active.origin();
         let (sequence, committed_ms) = match &origin {
-            Some(origin) => import::check_place(machine, origin)?,
+            Some(origin) => {
+                import::check_place(machine, origin, disks.iter().map(|disk| &disk.disk))?
+            }
             None => machine.next_place(),
         };
         Ok(Run {

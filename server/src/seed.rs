@@ -4,29 +4,34 @@
 //! import ([`remote`]), only what its heads here don't hold travels, and a seeding that ends early is gone on with. Everything
 //! here blocks, on a runtime of its own for the calls.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use janus_proto::{
     channel::{Dialer, Expect},
+    error::{self, ErrorReason, WireError},
     ids::{BackupId, DiskId, MachineKey, ServerId},
     pb,
     tls::Role,
 };
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
     carry::{CarryError, NewDisk, NewRun},
-    peer::{self, Peers},
+    chain::Held,
+    peer::{self, Peers, is_away},
 };
 
+pub mod choice;
 mod pace;
 mod remote;
 
-use self::{pace::Pace, remote::Remote};
+use self::{choice::Choice, pace::Pace, remote::Remote};
+
+/// How long a server that is away is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Why nothing can be seeded.
 #[derive(Debug, thiserror::Error)]
@@ -64,28 +69,12 @@ pub enum SeedError {
         server: ServerId,
     },
     /// It has no such machine.
-    #[error(
-        "server {server} has no backup of such a machine: `janus-server usage` there lists them"
-    )]
+    #[error("server {server} has no backup of what was named; machines are known at {}", .known.join(", "))]
     Nothing {
         /// Which server.
         server: ServerId,
-    },
-    /// A call failed.
-    #[error("server {server}: {}", peer::told(status))]
-    Call {
-        /// Which server.
-        server: ServerId,
-        /// What came back.
-        status: Box<Status>,
-    },
-    /// An answer that makes no sense.
-    #[error("server {server}: its answer makes no sense: {source}")]
-    Answer {
-        /// Which server.
-        server: ServerId,
-        /// What is wrong with it.
-        source: janus_proto::error::WireError,
+        /// Servers that have any.
+        known: Vec<String>,
     },
     /// The calls need threads.
     #[error("no threads for calls: {0}")]
@@ -185,127 +174,158 @@ impl Seeder {
     /// The machines that are meant and have backups there.
     ///
     /// # Errors
-    /// When the list can't be had.
-    pub fn machines(&self, which: &Which) -> Result<Vec<MachineKey>, SeedError> {
-        let all = self.runtime.block_on(self.link.peers.machines());
-        let mut machines = Vec::new();
-        for info in all.map_err(|status| self.failed(status))? {
-            let is_there = info.servers.iter().any(|there| {
-                there.server_id == self.link.server.as_str() && there.snapshot_count > 0
-            });
-            let key = info.machine.parse::<MachineKey>();
-            let key = key.map_err(|error| self.nonsense(error))?;
-            if is_there && which.takes(&key) {
+    /// When the list can't be had, or there are none.
+    pub fn machines(&self, which: &Which) -> Result<Vec<MachineKey>, CarryError> {
+        let Link { server, .. } = &self.link;
+        let all = self.link.again(|| async { Ok(self.link.peers.machines().await?) }, || {});
+        let (mut machines, mut known) = (Vec::new(), BTreeSet::new());
+        for info in self.runtime.block_on(all)? {
+            let holders = info.servers.iter().filter(|there| there.snapshot_count > 0);
+            let holders: Vec<_> = holders.map(|there| there.server_id.as_str()).collect();
+            let key: MachineKey = info.machine.parse().map_err(|error| self.nonsense(&error))?;
+            if holders.contains(&server.as_str()) && which.takes(&key) {
                 machines.push(key);
             }
+            known.extend(holders.into_iter().map(str::to_owned));
         }
-        Ok(machines)
+        match machines.is_empty() {
+            true => Err(SeedError::Nothing {
+                server: server.clone(),
+                known: if known.is_empty() {
+                    vec!["no server".into()]
+                } else {
+                    known.into_iter().collect()
+                },
+            }
+            .into()),
+            false => Ok(machines),
+        }
     }
 
-    /// The newest snapshots of a machine's disks there, as the runs to be made of them here, oldest first. One that was
-    /// begun comes before: there may be a newer one each day that a large disk takes.
+    /// What is to be taken of a machine, of which `here` is held here, and `begun` was begun.
     ///
     /// # Errors
-    /// When they can't be listed or opened.
-    pub fn newest(
+    /// When its snapshots can't be listed, or none of them is meant.
+    pub fn choose(
         &self,
         machine: &MachineKey,
         which: &Which,
+        here: &[Held],
         begun: Option<BackupId>,
-    ) -> Result<Vec<NewRun>, CarryError> {
-        let refused = |error: SeedError| self.link.error(error.to_string());
-        let all = self.runtime.block_on(self.link.peers.snapshots(&self.link.server, machine));
-        let all = all.map_err(|status| refused(self.failed(status)))?;
-        let mut runs: BTreeMap<(i64, String), Vec<pb::Snapshot>> = BTreeMap::new();
-        let newest = newest(&all);
-        let begun = begun.map(|begun| begun.to_string());
-        for snapshot in &all {
-            let disk = snapshot.disk_id.parse().map_err(|error| refused(self.nonsense(error)))?;
-            let is_newest = newest.get(snapshot.disk_id.as_str()) == Some(&snapshot);
-            let is_begun = begun.as_ref() == Some(&snapshot.backup_id);
-            if (is_newest || is_begun) && which.takes_disk(&disk) {
-                let key = (snapshot.committed_ms, snapshot.backup_id.clone());
-                runs.entry(key).or_default().push(snapshot.clone());
-            }
+    ) -> Result<Choice, CarryError> {
+        let list = || async { Ok(self.link.peers.snapshots(&self.link.server, machine).await?) };
+        let listed = self.runtime.block_on(self.link.again(list, || {}))?;
+        let choice = choice::choose(&listed, here, begun, |disk| which.takes_disk(disk));
+        let choice = choice.map_err(|error| self.nonsense(&error))?;
+        match choice.runs.is_empty() && choice.here.is_empty() {
+            true => Err(self.link.error("it has no backup of such a disk of that machine".into())),
+            false => Ok(choice),
         }
-        runs.into_iter().map(|((_, run), disks)| self.run(machine, &run, &disks)).collect()
     }
 
-    fn run(
+    /// Opens snapshots of one run of a machine, to be imported.
+    ///
+    /// # Errors
+    /// When one can't be opened.
+    pub fn open(
         &self,
         machine: &MachineKey,
-        run: &str,
         snapshots: &[pb::Snapshot],
     ) -> Result<NewRun, CarryError> {
-        let nonsense = |error| self.link.error(self.nonsense(error).to_string());
+        let nonsense = |error| self.nonsense(&error);
         let first = snapshots.first();
         let disk = |snapshot: &pb::Snapshot| {
-            let content = Remote::open(self, snapshot.clone())?;
             Ok::<_, CarryError>(NewDisk {
                 disk: snapshot.disk_id.parse().map_err(nonsense)?,
                 size_bytes: snapshot.size_bytes,
                 logical_sector_bytes: snapshot.logical_sector_bytes,
                 consistency: snapshot.consistency,
                 skipped_bytes: snapshot.skipped_bytes,
-                data_bytes: Some(content.data_bytes()),
-                content: Box::new(content),
+                // Nobody knows before it is read: what is full then ends it as a client's backup.
+                data_bytes: None,
+                content: Box::new(Remote::open(self, snapshot.clone())?),
             })
         };
+        let run = first.map(|snapshot| snapshot.backup_id.parse()).transpose();
         Ok(NewRun {
             machine: machine.clone(),
-            run: Some(run.parse().map_err(nonsense)?),
+            run: run.map_err(nonsense)?,
             taken_ms: first.map_or(0, |snapshot| snapshot.committed_ms),
             seal: first.map(|snapshot| snapshot.client_seal.to_vec()).unwrap_or_default(),
             disks: snapshots.iter().map(disk).collect::<Result<_, _>>()?,
         })
     }
 
-    fn failed(&self, status: Status) -> SeedError {
-        SeedError::Call { server: self.link.server.clone(), status: Box::new(status) }
+    fn nonsense(&self, error: &WireError) -> CarryError {
+        self.link.error(format!("its answer makes no sense: {error}"))
     }
+}
 
-    fn nonsense(&self, source: janus_proto::error::WireError) -> SeedError {
-        SeedError::Answer { server: self.link.server.clone(), source }
+impl From<SeedError> for CarryError {
+    fn from(error: SeedError) -> Self {
+        Self::Seed(Box::new(error))
+    }
+}
+
+/// Why a call came to nothing.
+enum CallError {
+    Status(Status),
+    Wire(WireError),
+    Stopped,
+}
+
+impl From<Status> for CallError {
+    fn from(status: Status) -> Self {
+        Self::Status(status)
+    }
+}
+
+impl From<WireError> for CallError {
+    fn from(error: WireError) -> Self {
+        Self::Wire(error)
     }
 }
 
 impl Link {
+    /// Something is wrong there that doesn't pass.
     fn error(&self, reason: String) -> CarryError {
-        CarryError::Source { server: self.server.clone(), reason }
+        CarryError::Source { server: self.server.clone(), reason, passes: false }
     }
-}
 
-/// Of each disk the newest snapshot without known damage, or the newest if there is none.
-fn newest(snapshots: &[pb::Snapshot]) -> HashMap<&str, &pb::Snapshot> {
-    let mut newest: HashMap<&str, &pb::Snapshot> = HashMap::new();
-    let rank = |snapshot: &pb::Snapshot| (snapshot.damaged_blocks == 0, snapshot.committed_ms);
-    for snapshot in snapshots {
-        let known = newest.entry(&snapshot.disk_id).or_insert(snapshot);
-        if rank(snapshot) > rank(known) {
-            *known = snapshot;
+    /// Makes a call, again for as long as the other server is away but not for too long; before each next try `forget` is
+    /// called.
+    async fn again<T, F: Future<Output = Result<T, CallError>>>(
+        &self,
+        call: impl Fn() -> F,
+        forget: impl Fn(),
+    ) -> Result<T, CarryError> {
+        let mut away_since = None;
+        loop {
+            let done = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => Err(CallError::Stopped),
+                done = call() => done,
+            };
+            let status = match done {
+                Ok(done) => return Ok(done),
+                Err(CallError::Stopped) => return Err(CarryError::Stopped),
+                Err(CallError::Wire(error)) => return Err(self.error(error.to_string())),
+                Err(CallError::Status(status)) => status,
+            };
+            let has_expired = error::reason(&status) == Some(ErrorReason::HandleExpired);
+            let passes = is_away(&status) || has_expired;
+            let since: Instant = *away_since.get_or_insert_with(Instant::now);
+            if !passes || since.elapsed() > PATIENCE {
+                let (server, reason) = (self.server.clone(), peer::told(&status));
+                return Err(CarryError::Source { server, reason, passes });
+            }
+            forget();
+            tracing::debug!(server = %self.server, error = peer::told(&status), "away; trying again");
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Err(CarryError::Stopped),
+                () = sleep(PAUSE) => {}
+            }
         }
-    }
-    newest
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn snapshot(disk: &str, committed_ms: i64, damaged_blocks: u64) -> pb::Snapshot {
-        pb::Snapshot { disk_id: disk.into(), committed_ms, damaged_blocks, ..Default::default() }
-    }
-
-    #[test]
-    fn the_newest_whole_snapshot_of_each_disk_is_taken() {
-        let all = [
-            snapshot("a", 3, 7),
-            snapshot("a", 2, 0),
-            snapshot("a", 1, 0),
-            snapshot("b", 9, 1),
-            snapshot("b", 8, 1),
-        ];
-        let newest = newest(&all);
-        assert_eq!((newest["a"].committed_ms, newest["b"].committed_ms), (2, 9));
     }
 }

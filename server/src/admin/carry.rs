@@ -283,7 +283,7 @@ fn image(admin: &Admin, path: &Path, arguments: &ImportArguments) -> Result<NewR
         data_bytes: None,
         content,
     };
-    let taken_ms = time_of_image(admin, machine, &disk.disk, modified_ms.unwrap_or_else(now_ms));
+    let taken_ms = modified_ms.unwrap_or_else(now_ms);
     Ok(NewRun {
         machine: machine.clone(),
         run: None,
@@ -291,19 +291,6 @@ fn image(admin: &Admin, path: &Path, arguments: &ImportArguments) -> Result<NewR
         seal: Vec::new(),
         disks: vec![disk],
     })
-}
-
-/// The time of an image is that of its file. The first one of a disk comes after the machine's other disks, whatever its time:
-/// no other snapshot of the disk is here that it could be taken for newer than.
-fn time_of_image(admin: &Admin, machine: &MachineKey, disk: &DiskId, modified_ms: i64) -> i64 {
-    let known = admin.runs().machine(machine);
-    let snapshots = known.map(|machine| machine.snapshots()).unwrap_or_default();
-    match snapshots.first() {
-        Some(newest) if snapshots.iter().all(|held| held.snapshot().disk != *disk) => {
-            modified_ms.max(newest.run.committed_ms + 1)
-        }
-        _ => modified_ms,
-    }
 }
 
 /// Tells once a second how far it is.

@@ -15,8 +15,7 @@ use serde_json::{Value, json};
 use super::{Admin, AdminError, Answer, Task, carry::Progress, table::table};
 use crate::{
     carry::{self, CarryError, Imported},
-    runs::RunError,
-    seed::{SeedError, Seeder, Which},
+    seed::{Seeder, Which},
     serve,
 };
 
@@ -106,9 +105,6 @@ pub(super) fn run(
     )?;
     let machines = seeder.machines(&which)?;
     let server = seeder.server().to_string();
-    if machines.is_empty() {
-        return Err(SeedError::Nothing { server: seeder.server().clone() }.into());
-    }
     let (mut text, mut listed, mut failed, mut written_bytes) = (String::new(), vec![], 0, 0);
     for machine in &machines {
         task.check()?;
@@ -117,21 +113,18 @@ pub(super) fn run(
             Ok(()) => {}
             Err(CarryError::Stopped) => return Err(AdminError::Cancelled),
             // The others can be seeded all the same.
-            Err(error) => {
-                failed += 1;
-                told.failed(&error);
-            }
+            Err(error) => told.failed(&error),
         }
+        failed += usize::from(told.has_failed);
         written_bytes += told.written_bytes;
         text.push_str(&told.text);
         listed.extend(told.runs);
     }
     let (count, seconds) = (machines.len(), began.elapsed().as_secs_f64());
     text.push_str(&format!(
-        "{} of {count} machines done, {} of data fetched from {server} in {seconds:.1} s{}\n",
+        "{} of {count} machines done, {} of data written from {server} in {seconds:.1} s\n",
         count - failed,
         amount(written_bytes),
-        if failed > 0 { "; the same command goes on where it failed" } else { "" }
     ));
     let json = json!({
         "from": server,
@@ -195,15 +188,24 @@ fn seed(
     told: &mut Told<'_>,
 ) -> Result<(), CarryError> {
     let here = admin.runs().machine(machine);
-    let open = here.map(|here| here.active()).unwrap_or_default();
+    let open = here.as_ref().map(|here| here.active()).unwrap_or_default();
+    let held = here.map(|here| here.snapshots()).unwrap_or_default();
     let begun = open.iter().find_map(|run| run.origin()?.run);
-    for new in seeder.newest(machine, which, begun)? {
+    let choice = seeder.choose(machine, which, &held, begun)?;
+    choice.passed_over.iter().for_each(|disk| told.passed_over(disk));
+    choice.here.iter().for_each(|(disk, newest_ms)| told.here(disk, *newest_ms));
+    for snapshots in &choice.runs {
         let doing = format!("of {machine} seeded");
         let progress = Progress::new(&doing, task);
-        match carry::import(admin.runs(), &new, &|done, all| progress.hear(done, all)) {
+        let hear = |done, all| progress.hear(done, all);
+        let imported = seeder
+            .open(machine, snapshots)
+            .and_then(|new| carry::import(admin.runs(), &new, &hear));
+        match imported {
             Ok(imported) => told.seeded(&imported),
-            Err(CarryError::Run(RunError::Older { newest_ms, .. })) => told.newer(newest_ms),
-            Err(error) => return Err(error),
+            Err(CarryError::Stopped) => return Err(CarryError::Stopped),
+            // Other runs of it have other disks.
+            Err(error) => told.failed(&error),
         }
     }
     Ok(())
@@ -215,11 +217,12 @@ struct Told<'a> {
     text: String,
     runs: Vec<Value>,
     written_bytes: u64,
+    has_failed: bool,
 }
 
 impl<'a> Told<'a> {
     fn new(machine: &'a MachineKey) -> Self {
-        Self { machine, text: String::new(), runs: Vec::new(), written_bytes: 0 }
+        Self { machine, text: String::new(), runs: Vec::new(), written_bytes: 0, has_failed: false }
     }
 
     fn seeded(&mut self, imported: &Imported) {
@@ -247,16 +250,26 @@ impl<'a> Told<'a> {
         }));
     }
 
-    fn newer(&mut self, newest_ms: i64) {
+    fn here(&mut self, disk: &DiskId, newest_ms: i64) {
         let (machine, when) = (self.machine, date(newest_ms));
-        self.text.push_str(&format!("{machine}: a backup as new or newer is here ({when})\n"));
-        self.runs.push(json!({ "machine": machine, "newer_here_ms": newest_ms }));
+        self.text.push_str(&format!("{machine}: {disk}, a backup as new is here ({when})\n"));
+        self.runs.push(json!({ "machine": machine, "disks": [disk], "newest_here_ms": newest_ms }));
+    }
+
+    fn passed_over(&mut self, disk: &DiskId) {
+        let machine = self.machine;
+        self.text.push_str(&format!(
+            "{machine}: {disk}, its newest backup there has lost something: an older one is taken\n"
+        ));
     }
 
     fn failed(&mut self, error: &CarryError) {
         let machine = self.machine;
-        self.text.push_str(&format!("{machine}: FAILED: {error}\n"));
+        let again =
+            if error.may_go_on() { "; the same command goes on from what is here" } else { "" };
+        self.text.push_str(&format!("{machine}: FAILED: {error}{again}\n"));
         self.runs.push(json!({ "machine": machine, "error": error.to_string() }));
+        self.has_failed = true;
     }
 }
 

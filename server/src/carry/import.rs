@@ -1,6 +1,11 @@
 //! What lies on this machine into the store, as one run: only what its heads don't hold is read, compared and written.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{Arc, mpsc},
+    thread,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use janus_proto::{
@@ -80,7 +85,8 @@ pub fn import(
     new: &NewRun,
     hear: &dyn Fn(u64, u64) -> bool,
 ) -> Result<Imported, CarryError> {
-    if let Some(run) = new.run.and_then(|carried| runs.imported(&new.machine, carried)) {
+    let disks: Vec<&DiskId> = new.disks.iter().map(|disk| &disk.disk).collect();
+    if let Some(run) = new.run.and_then(|run| runs.imported(&new.machine, run, &disks)) {
         return Ok(Imported { run, was_here: true, went_on: false, written_bytes: 0 });
     }
     let mut again = 1;
@@ -100,7 +106,10 @@ fn try_import(
     let wanted: Vec<WantedDisk> = new.disks.iter().map(NewDisk::wanted).collect();
     let origin = Origin { run: new.run, taken_ms: new.taken_ms };
     let open = runs.start_import(&new.machine, &wanted, origin)?;
-    let written = Writing { runs, run: &open, epoch: open.record().epoch }.all(new, hear);
+    let written = {
+        let _renewing = Renewing::start(&open, runs.lease() / 3);
+        Writing { runs, run: &open, epoch: open.record().epoch }.all(new, hear)
+    };
     match &written {
         Ok(_) => {}
         Err(error) if error.may_go_on() => runs.leave_import(&open),
@@ -138,6 +147,36 @@ impl NewDisk {
             self.content.digest(*segment).is_none_or(|known| known != *digest)
         });
         Ok(data_bytes.min(differing.count() as u64 * SEGMENT_BYTES))
+    }
+}
+
+/// Keeps the lease of a run while its content is waited for, which may take longer.
+struct Renewing {
+    end: Option<mpsc::Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Renewing {
+    fn start(run: &Arc<ActiveRun>, every: Duration) -> Self {
+        let (end, ended) = mpsc::channel();
+        let run = run.clone();
+        let renew = move || {
+            while ended.recv_timeout(every) == Err(mpsc::RecvTimeoutError::Timeout) {
+                run.renew();
+            }
+        };
+        // Without a thread the lease lasts as long as it does.
+        let thread = thread::Builder::new().name("lease".into()).spawn(renew).ok();
+        Self { end: Some(end), thread }
+    }
+}
+
+impl Drop for Renewing {
+    fn drop(&mut self) {
+        self.end = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 

@@ -146,14 +146,16 @@ pub enum RunError {
     },
     /// It would come before what is here.
     #[error(
-        "machine {machine} has a newer backup here (of {}; what is to be imported is of {}), and an older one can't come after \
-         it: import it as another machine (--machine USER/NAME), or delete what is newer and purge the trash",
+        "machine {machine} has a newer backup of disk {disk} here (of {}; what is to be imported is of {}), and an older one can't \
+         come after it: import it as another machine (--machine USER/NAME), or delete what is newer",
         date(*newest_ms), date(*taken_ms)
     )]
     Older {
         /// The machine.
         machine: MachineKey,
-        /// Time of its newest run, be it in the trash.
+        /// The disk.
+        disk: DiskId,
+        /// Time of its newest snapshot.
         newest_ms: i64,
         /// Time of the content.
         taken_ms: i64,

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use janus_proto::ids::{BackupId, MachineKey};
+use janus_proto::ids::{BackupId, DiskId, MachineKey};
 
 use super::{ActiveRun, Machine, Maker, RunError, Runs, WantedDisk};
 use crate::{
@@ -25,7 +25,8 @@ impl Runs {
         origin: Origin,
     ) -> Result<Arc<ActiveRun>, RunError> {
         let open = self.machine(key).and_then(|machine| {
-            machine.active().into_iter().find(|run| run.origin() == Some(origin))
+            let is_it = |run: &ActiveRun| run.origin().is_some_and(|open| open.is_same(&origin));
+            machine.active().into_iter().find(|run| is_it(run))
         });
         let fits = |run: &ActiveRun| {
             let disks = run.record().disks;
@@ -49,12 +50,17 @@ impl Runs {
         run.release();
     }
 
-    /// The run here that was made of a carried one, or that is that one itself.
-    pub fn imported(&self, key: &MachineKey, carried: BackupId) -> Option<Arc<Run>> {
+    /// The run here that was made of a carried one, or that is that one itself, with all of these disks.
+    pub fn imported(
+        &self,
+        key: &MachineKey,
+        carried: BackupId,
+        disks: &[&DiskId],
+    ) -> Option<Arc<Run>> {
         let machine = self.machine(key)?;
-        let is_made_of_it = |run: &Run| {
-            run.backup == carried || run.origin.and_then(|origin| origin.run) == Some(carried)
-        };
+        let has = |run: &Run, disk: &DiskId| run.snapshots.iter().any(|one| one.disk == *disk);
+        let is_made_of_it =
+            |run: &Run| run.is_made_of(carried) && disks.iter().all(|disk| has(run, disk));
         let held = machine.snapshots().into_iter().find(|held| is_made_of_it(&held.run));
         held.map(|held| held.run)
     }
@@ -74,10 +80,15 @@ impl Runs {
 }
 
 /// Place of an imported run among those of its machine.
-pub(super) fn check_place(machine: &Machine, origin: &Origin) -> Result<(u64, i64), RunError> {
+pub(super) fn check_place<'a>(
+    machine: &Machine,
+    origin: &Origin,
+    disks: impl Iterator<Item = &'a DiskId>,
+) -> Result<(u64, i64), RunError> {
     let taken_ms = origin.taken_ms;
-    machine.place_of_import(taken_ms).map_err(|newest_ms| RunError::Older {
+    machine.place_of_import(taken_ms, disks).map_err(|(disk, newest_ms)| RunError::Older {
         machine: machine.key.clone(),
+        disk,
         newest_ms,
         taken_ms,
     })

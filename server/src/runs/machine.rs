@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use janus_proto::ids::{BackupId, MachineKey, SnapshotId};
+use janus_proto::ids::{BackupId, DiskId, MachineKey, SnapshotId};
 
 use super::{ActiveRun, MAX_COUNTER_JUMP, RunError, lock, now_ms};
 use crate::chain::{
@@ -322,18 +322,28 @@ impl Machine {
     }
 
     /// The same of an imported run, which has the time of its content, so that who asks for the newest gets what is newest.
+    /// Where the machine has a newer run of other disks, or one in the trash, it comes right after that.
     ///
     /// # Errors
-    /// With the time of the run here that is newer, be it in the trash: runs of a machine are in the order of their times.
-    pub(super) fn place_of_import(&self, taken_ms: i64) -> Result<(u64, i64), i64> {
+    /// With a disk of it that has a newer snapshot here, and its time.
+    pub(super) fn place_of_import<'a>(
+        &self,
+        taken_ms: i64,
+        disks: impl Iterator<Item = &'a DiskId>,
+    ) -> Result<(u64, i64), (DiskId, i64)> {
         let sequence = self.next_place().0;
         // A clock of elsewhere may be ahead of ours, and the next run comes after this one.
-        let committed_ms = taken_ms.min(now_ms());
-        let newest_ms = lock(&self.state).history.last().map(|run| run.committed_ms);
-        match newest_ms.filter(|newest_ms| *newest_ms >= committed_ms) {
-            Some(newest_ms) => Err(newest_ms),
-            None => Ok((sequence, committed_ms)),
+        let taken_ms = taken_ms.min(now_ms());
+        let here = self.snapshots();
+        for disk in disks {
+            let newest = here.iter().find(|held| held.snapshot().disk == *disk);
+            let newest_ms = newest.map(|held| held.run.committed_ms);
+            if let Some(newest_ms) = newest_ms.filter(|newest_ms| *newest_ms >= taken_ms) {
+                return Err((disk.clone(), newest_ms));
+            }
         }
+        let last_ms = lock(&self.state).history.last().map(|run| run.committed_ms);
+        Ok((sequence, last_ms.map_or(taken_ms, |last_ms| taken_ms.max(last_ms.saturating_add(1)))))
     }
 
     pub(super) fn committed_now(&self, run: Arc<Run>) {

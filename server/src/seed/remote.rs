@@ -8,40 +8,31 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, VecDeque},
     ops::Range,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use bytes::Bytes;
 use janus_proto::{
-    error::{self, WireError},
-    hash::{segment_digest, table_digest, zero_segment_of},
-    ids::{
-        BLOCK_BYTES, BlockHash, MAX_DISK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES, block_count,
-        segment_count,
-    },
+    error::WireError,
+    hash::{segment_digest, table_digest},
+    ids::{BLOCK_BYTES, BlockHash, MAX_DISK_BYTES, SEGMENT_BLOCKS, block_count, segment_count},
     model::{Batch, Extent},
-    pb::{self, BlockRange, Encoding, ErrorReason, HashBatch, HashLevel, read_hashes_request::Of},
+    pb::{self, BlockRange, Encoding, HashBatch, HashLevel, read_hashes_request::Of},
 };
-use tokio::{
-    runtime::Handle,
-    time::{Instant, sleep, timeout},
-};
+use tokio::{runtime::Handle, time::timeout};
 use tonic::{Status, Streaming};
 
-use super::{Link, Pace, Seeder};
+use super::{CallError, Link, Pace, Seeder};
 use crate::{
     carry::{CarryError, Content},
-    peer::{self, QUICK, is_away, request},
+    peer::{QUICK, request},
 };
 
 /// Segments whose hashes are asked for at once: 2 MiB of hashes.
 const HASHED_AT_ONCE: usize = 64;
 /// Longest silence of a stream that should be flowing.
 const SILENCE: Duration = Duration::from_secs(60);
-/// How long a server that is away is waited for: as long as this server keeps a silent run.
-const PATIENCE: Duration = Duration::from_secs(60);
-const PAUSE: Duration = Duration::from_secs(1);
 
 /// The snapshot.
 pub(super) struct Remote {
@@ -58,7 +49,7 @@ struct Source {
     pace: Arc<Pace>,
     snapshot_id: String,
     /// While it is open there.
-    handle: tokio::sync::Mutex<Option<String>>,
+    handle: Mutex<Option<String>>,
 }
 
 /// What was asked for and not yet taken.
@@ -68,25 +59,6 @@ struct Ahead {
     hashes: VecDeque<(u64, Vec<BlockHash>)>,
     /// By the first block.
     blocks: BTreeMap<u64, Bytes>,
-}
-
-/// Why a call came to nothing.
-enum CallError {
-    Status(Status),
-    Wire(WireError),
-    Stopped,
-}
-
-impl From<Status> for CallError {
-    fn from(status: Status) -> Self {
-        Self::Status(status)
-    }
-}
-
-impl From<WireError> for CallError {
-    fn from(error: WireError) -> Self {
-        Self::Wire(error)
-    }
 }
 
 impl Remote {
@@ -100,7 +72,7 @@ impl Remote {
             link,
             pace: seeder.pace.clone(),
             snapshot_id: snapshot.snapshot_id.clone(),
-            handle: tokio::sync::Mutex::default(),
+            handle: Mutex::default(),
         };
         let runtime = seeder.runtime.handle().clone();
         let count = segment_count(snapshot.size_bytes);
@@ -111,14 +83,6 @@ impl Remote {
             return Err(source.link.error(format!("its hashes are not those of snapshot {id}")));
         }
         Ok(Self { runtime, source, snapshot, digests, ahead: RefCell::default() })
-    }
-
-    /// At most so many bytes of it aren't zeros.
-    pub(super) fn data_bytes(&self) -> u64 {
-        let size = self.snapshot.size_bytes;
-        let digests = (0..).zip(&self.digests);
-        let data = digests.filter(|(segment, digest)| **digest != zero_segment_of(size, *segment));
-        (data.count() as u64 * SEGMENT_BYTES).min(size)
     }
 
     fn blocks_of(&self, segment: u64) -> Range<u64> {
@@ -199,7 +163,7 @@ impl Content for Remote {
 impl Remote {
     fn lost(&self, block: u64) -> CarryError {
         self.source.link.error(format!(
-            "block {block} of disk {} is lost there: `janus-server verify {}` on it tells what else is",
+            "block {block} of disk {} is lost there: `janus-server verify {}` on it tells what else is, and the machine's next backup to it heals its newest snapshot",
             self.snapshot.disk_id, self.snapshot.machine
         ))
     }
@@ -218,49 +182,28 @@ impl Source {
         &self,
         call: impl Fn() -> F,
     ) -> Result<T, CarryError> {
-        let mut away_since = None;
-        loop {
-            let done = tokio::select! {
-                biased;
-                () = self.link.stop.cancelled() => Err(CallError::Stopped),
-                done = call() => done,
-            };
-            let status = match done {
-                Ok(done) => return Ok(done),
-                Err(CallError::Stopped) => return Err(CarryError::Stopped),
-                Err(CallError::Wire(error)) => return Err(self.link.error(error.to_string())),
-                Err(CallError::Status(status)) => status,
-            };
-            let has_expired = error::reason(&status) == Some(ErrorReason::HandleExpired);
-            let since: Instant = *away_since.get_or_insert_with(Instant::now);
-            if !(is_away(&status) || has_expired) || since.elapsed() > PATIENCE {
-                return Err(self.link.error(peer::told(&status)));
-            }
-            self.handle.lock().await.take();
-            tracing::debug!(server = %self.link.server, error = peer::told(&status), "away; trying again");
-            tokio::select! {
-                biased;
-                () = self.link.stop.cancelled() => return Err(CarryError::Stopped),
-                () = sleep(PAUSE) => {}
-            }
-        }
+        let forget = || drop(self.lock().take());
+        self.link.again(call, forget).await
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<String>> {
+        self.handle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn handle(&self) -> Result<String, Status> {
-        let mut handle = self.handle.lock().await;
-        if let Some(handle) = &*handle {
-            return Ok(handle.clone());
+        if let Some(handle) = self.lock().clone() {
+            return Ok(handle);
         }
         let message =
             pb::OpenSnapshotRequest { snapshot_id: self.snapshot_id.clone(), ..Default::default() };
         let mut request = request(message, Some(&self.link.server));
         request.set_timeout(QUICK);
         let opened = self.link.peers.restore().open_snapshot(request).await?.into_inner().handle;
-        Ok(handle.insert(opened).clone())
+        Ok(self.lock().insert(opened).clone())
     }
 
     async fn close(&self) {
-        let Some(handle) = self.handle.lock().await.take() else { return };
+        let Some(handle) = self.lock().take() else { return };
         let message = pb::CloseSnapshotRequest { handle };
         let mut request = request(message, Some(&self.link.server));
         request.set_timeout(QUICK);
