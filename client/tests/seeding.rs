@@ -124,7 +124,8 @@ fn each_disk_is_seeded_for_itself() {
     disk::write_noise(&other, 0..3 * MIB, 9).unwrap();
     let disks = [("disk", &scene.disk), ("other", &other)];
     let named = disks.map(|(name, path)| format!("{name}={}", path.display()));
-    let both = scene.site.client("machine", &named).unwrap();
+    let mut both = scene.client.clone();
+    both.settings.set("disks", named.to_vec());
     let backup = both.answer::<answers::Backup>(&["backup", "--server", OLD]).unwrap();
     assert_eq!((backup.server.as_str(), backup.disks.len()), (OLD, 2));
     let written = |target: &str| {
@@ -144,6 +145,31 @@ fn each_disk_is_seeded_for_itself() {
     let backup = both.answer::<answers::Backup>(&["backup", "--server", NEW]).unwrap();
     let sent = backup.disks.iter().map(|disk| disk.sent_bytes).sum::<u64>();
     assert_eq!(sent, 0, "{backup:?}");
+}
+
+/// By a rule of its settings a server gets what another has, and either alone can restore the newest point.
+#[test]
+fn a_rule_brings_the_newest_backups_by_itself() {
+    let mut scene = Scene::new();
+    scene.site.stop_server(NEW).unwrap();
+    let settings = &mut scene.site.server(NEW).unwrap().settings;
+    settings.set(&format!("replicate.{OLD}.machines"), vec!["alice/*"]);
+    settings.set(&format!("replicate.{OLD}.every_seconds"), 1);
+    scene.site.start_server(NEW).unwrap();
+    scene.await_replicated(40 * MIB);
+    for (at, seed) in [(20, 3), (22, 4)] {
+        disk::write_noise(&scene.disk, at * MIB..(at + 1) * MIB, seed).unwrap();
+        let backup = scene.client.answer::<answers::Backup>(&["backup", "--server", OLD]).unwrap();
+        assert_eq!(backup.disks[0].sent_bytes, MIB);
+        scene.await_replicated(MIB);
+    }
+    scene.site.kill_server(OLD).unwrap();
+    scene.assert_restored("disk");
+    // Its next own one is a delta of what changed since.
+    disk::write_noise(&scene.disk, 0..MIB, 5).unwrap();
+    let backup = scene.client.backup().unwrap();
+    assert_eq!((backup.server.as_str(), backup.disks[0].sent_bytes), (NEW, MIB));
+    assert_eq!(backup.disks[0].kind, "delta");
 }
 
 #[test]
@@ -216,6 +242,23 @@ fn a_seeding_goes_on_after_its_server_or_the_other_one_was_killed() {
 }
 
 impl Scene {
+    /// Until the new server has fetched a run once more, and no more of it than so many bytes.
+    fn await_replicated(&self, bytes: u64) {
+        let until = Instant::now() + Duration::from_secs(60);
+        let newest = |server| {
+            let list = self.client.list().unwrap();
+            let mut of = list.snapshots.into_iter().filter(move |one| one.server == server);
+            of.next().map(|newest| newest.committed_ms)
+        };
+        while newest(NEW) != newest(OLD) {
+            assert!(Instant::now() < until, "{}", self.site.log(NEW));
+            thread::sleep(Duration::from_millis(100));
+        }
+        let log = self.site.log(NEW);
+        let last = log.lines().rev().find(|line| line.contains("replicated")).unwrap_or_default();
+        assert!(last.contains(&format!("bytes={bytes}")), "{log}");
+    }
+
     /// Until the new server has so many bytes.
     fn await_stored(&self, bytes: u64) {
         let images = self.images.clone();

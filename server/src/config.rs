@@ -1,5 +1,6 @@
 //! Settings of `janus-server`, with their defaults.
 
+pub mod replicate;
 pub mod retention;
 pub mod size;
 
@@ -12,7 +13,7 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-pub use self::{retention::Retention, size::Size};
+pub use self::{replicate::Replicate, retention::Retention, size::Size};
 use crate::image::Format;
 
 /// Settings of one server. Every key is also an environment variable and a flag.
@@ -65,6 +66,8 @@ pub struct Settings {
     pub quotas: BTreeMap<String, String>,
     /// What is kept.
     pub retention: Retention,
+    /// What comes here from other servers by itself, by their names.
+    pub replicate: BTreeMap<String, Replicate>,
 }
 
 impl Default for Settings {
@@ -93,6 +96,7 @@ impl Default for Settings {
             reserve: "1%".into(),
             quotas: BTreeMap::new(),
             retention: Retention::default(),
+            replicate: BTreeMap::new(),
         }
     }
 }
@@ -181,6 +185,7 @@ impl Settings {
             .map_err(|reason| ConfigError::Invalid { key: "reserve", reason })?;
         self.quotas().map_err(|reason| ConfigError::Invalid { key: "quotas", reason })?;
         self.retention.check()?;
+        self.replicate.iter().try_for_each(|(name, rule)| rule.check(name))?;
         match self.janus_urls.iter().chain(&self.urls).find(|url| !url.starts_with("https://")) {
             Some(url) => invalid("janus_urls", &format!("{url:?} does not begin with https://")),
             None => Ok(()),

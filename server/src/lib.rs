@@ -16,6 +16,7 @@ pub mod mirror;
 mod peer;
 pub mod pki;
 pub mod probe;
+pub mod replicate;
 pub mod report;
 pub mod restore;
 pub mod retention;

@@ -9,18 +9,20 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use janus_proto::{
     channel::{Dialer, Expect},
     error::{self, ErrorReason, WireError},
-    ids::{BackupId, DiskId, MachineKey, ServerId},
+    ids::{BackupId, DiskId, MachineKey, ServerId, check_name},
     pb,
     tls::Role,
 };
+use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
-    carry::{CarryError, NewDisk, NewRun},
+    carry::{self, CarryError, Imported, NewDisk, NewRun},
     chain::Held,
     peer::{self, Peers, is_away},
+    runs::Runs,
 };
 
 pub mod choice;
@@ -82,7 +84,7 @@ pub enum SeedError {
 }
 
 /// Which machines.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Which {
     /// One, with all its disks or one of them.
     Machine(MachineKey, Option<DiskId>),
@@ -107,6 +109,38 @@ impl Which {
             _ => true,
         }
     }
+}
+
+impl std::str::FromStr for Which {
+    type Err = WireError;
+
+    /// `*`, `USER/*`, `USER/MACHINE` or `USER/MACHINE/DISK`.
+    fn from_str(text: &str) -> Result<Self, WireError> {
+        if text == "*" {
+            return Ok(Self::All);
+        }
+        if let Some(user) = text.strip_suffix("/*") {
+            return check_name("user", user).map(|()| Self::User(user.to_owned()));
+        }
+        let (machine, disk) = match text.match_indices('/').nth(1) {
+            Some((at, _)) => (&text[..at], Some(text[at + 1..].parse()?)),
+            None => (text, None),
+        };
+        Ok(Self::Machine(machine.parse()?, disk))
+    }
+}
+
+/// What comes of a machine.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A backup as new is here, of that time.
+    Here(&'a DiskId, i64),
+    /// The newest backup there has lost something: an older one is taken.
+    PassedOver(&'a DiskId),
+    /// A run was taken in.
+    Seeded(&'a Imported),
+    /// A run was not.
+    Failed(&'a CarryError),
 }
 
 /// Another server, to seed from.
@@ -203,10 +237,7 @@ impl Seeder {
     }
 
     /// What is to be taken of a machine, of which `here` is held here, and `begun` was begun.
-    ///
-    /// # Errors
-    /// When its snapshots can't be listed, or none of them is meant.
-    pub fn choose(
+    fn choose(
         &self,
         machine: &MachineKey,
         which: &Which,
@@ -224,14 +255,7 @@ impl Seeder {
     }
 
     /// Opens snapshots of one run of a machine, to be imported.
-    ///
-    /// # Errors
-    /// When one can't be opened.
-    pub fn open(
-        &self,
-        machine: &MachineKey,
-        snapshots: &[pb::Snapshot],
-    ) -> Result<NewRun, CarryError> {
+    fn open(&self, machine: &MachineKey, snapshots: &[pb::Snapshot]) -> Result<NewRun, CarryError> {
         let nonsense = |error| self.nonsense(&error);
         let first = snapshots.first();
         let disk = |snapshot: &pb::Snapshot| {
@@ -254,6 +278,38 @@ impl Seeder {
             seal: first.map(|snapshot| snapshot.client_seal.to_vec()).unwrap_or_default(),
             disks: snapshots.iter().map(disk).collect::<Result<_, _>>()?,
         })
+    }
+
+    /// Takes in the newest backup of each disk that is meant of a machine. `hear` gets the bytes of a run that are done and
+    /// all, and answers whether to go on; `tell` hears what comes of each.
+    ///
+    /// # Errors
+    /// When nothing of it can be taken, or it was stopped. What keeps one run away is told, and the others are taken.
+    pub fn seed(
+        &self,
+        runs: &Arc<Runs>,
+        machine: &MachineKey,
+        which: &Which,
+        hear: &dyn Fn(u64, u64) -> bool,
+        tell: &mut dyn FnMut(Event<'_>),
+    ) -> Result<(), CarryError> {
+        let here = runs.machine(machine);
+        let open = here.as_ref().map(|here| here.active()).unwrap_or_default();
+        let held = here.map(|here| here.snapshots()).unwrap_or_default();
+        let begun = open.iter().find_map(|run| run.origin()?.run);
+        let choice = self.choose(machine, which, &held, begun)?;
+        choice.passed_over.iter().for_each(|disk| tell(Event::PassedOver(disk)));
+        choice.here.iter().for_each(|(disk, newest_ms)| tell(Event::Here(disk, *newest_ms)));
+        for snapshots in &choice.runs {
+            let opened = self.open(machine, snapshots);
+            match opened.and_then(|new| carry::import(runs, &new, hear)) {
+                Ok(imported) => tell(Event::Seeded(&imported)),
+                Err(CarryError::Stopped) => return Err(CarryError::Stopped),
+                // Other runs have other disks.
+                Err(error) => tell(Event::Failed(&error)),
+            }
+        }
+        Ok(())
     }
 
     fn nonsense(&self, error: &WireError) -> CarryError {
@@ -326,6 +382,25 @@ impl Link {
                 () = self.stop.cancelled() => return Err(CarryError::Stopped),
                 () = sleep(PAUSE) => {}
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_are_named_one_by_one_by_user_or_all() {
+        let which = |text: &str| text.parse::<Which>();
+        assert_eq!(which("*").unwrap(), Which::All);
+        assert_eq!(which("alice/*").unwrap(), Which::User("alice".into()));
+        let web1 = || "alice/web1".parse().unwrap();
+        assert_eq!(which("alice/web1").unwrap(), Which::Machine(web1(), None));
+        let sda = Some("sda".parse().unwrap());
+        assert_eq!(which("alice/web1/sda").unwrap(), Which::Machine(web1(), sda));
+        for wrong in ["", "alice", "alice/", "alice/web1/", "a/b/../c", "/*", "*/web1"] {
+            assert!(which(wrong).is_err(), "{wrong}");
         }
     }
 }

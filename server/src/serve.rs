@@ -39,6 +39,7 @@ use crate::{
     info::Info,
     mirror::{self, Mirror},
     probe::Probe,
+    replicate::Replication,
     report::Reporter,
     restore::{HANDLE_LEASE, Restore},
     retention,
@@ -270,6 +271,10 @@ impl Server {
         let gate = Gate::new(routes, self.identity.clone(), self.id.clone()).map_err(wiring)?;
         let admin = Arc::new(Admin::new(self.runs.clone(), self.settings.clone()));
         let mut tasks = self.tasks(&shutdown);
+        for (name, rule) in &self.settings.replicate {
+            let follow = self.replication().follow(name, rule, shutdown.clone());
+            tasks.spawn(follow.map_err(wiring)?);
+        }
         tasks.spawn(tell(health, is_low.subscribe(), shutdown.clone()));
         if self.settings.retention.automatic {
             let at = self.settings.retention.time_of_day().map_err(wiring)?;
@@ -296,6 +301,15 @@ impl Server {
         while tasks.join_next().await.is_some() {}
         tracing::info!(server = name, "stopped");
         Ok(())
+    }
+
+    fn replication(&self) -> Replication {
+        Replication {
+            runs: self.runs.clone(),
+            own: self.id.clone(),
+            dialer: self.dialer.clone(),
+            janus_urls: self.janus_urls.subscribe(),
+        }
     }
 
     /// The background check of all images, unless it is off.

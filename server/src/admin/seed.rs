@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 
 use super::{Admin, AdminError, Answer, Task, carry::Progress, table::table};
 use crate::{
-    carry::{self, CarryError, Imported},
-    seed::{Seeder, Which},
+    carry::{CarryError, Imported},
+    seed::{Event, Seeder, Which},
     serve,
 };
 
@@ -31,7 +31,7 @@ pub struct Arguments {
     /// One machine, or one of its disks
     #[arg(value_name = "USER/MACHINE[/DISK]", required_unless_present_any = ["user", "all"],
         conflicts_with_all = ["user", "all"])]
-    target: Option<Target>,
+    target: Option<Which>,
     /// All machines of a user
     #[arg(long, conflicts_with = "all")]
     user: Option<String>,
@@ -51,31 +51,10 @@ enum Action {
     Status,
 }
 
-/// A machine, or one of its disks.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Target {
-    machine: MachineKey,
-    disk: Option<DiskId>,
-}
-
-impl std::str::FromStr for Target {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let said = |error: janus_proto::error::WireError| error.to_string();
-        let (machine, disk) = match text.match_indices('/').nth(1) {
-            Some((at, _)) => (&text[..at], Some(&text[at + 1..])),
-            None => (text, None),
-        };
-        let disk = disk.map(|disk| disk.parse().map_err(said)).transpose()?;
-        Ok(Self { machine: machine.parse().map_err(said)?, disk })
-    }
-}
-
 impl Arguments {
     fn which(&self) -> Which {
         match (&self.target, &self.user) {
-            (Some(target), _) => Which::Machine(target.machine.clone(), target.disk.clone()),
+            (Some(target), _) => target.clone(),
             (None, Some(user)) => Which::User(user.clone()),
             (None, None) => Which::All,
         }
@@ -109,7 +88,10 @@ pub(super) fn run(
     for machine in &machines {
         task.check()?;
         let mut told = Told::new(machine);
-        match seed(admin, &seeder, machine, &which, task, &mut told) {
+        let doing = format!("of {machine} seeded");
+        let progress = Progress::new(&doing, task);
+        let hear = |done, all| progress.hear(done, all);
+        match seeder.seed(admin.runs(), machine, &which, &hear, &mut |event| told.event(&event)) {
             Ok(()) => {}
             Err(CarryError::Stopped) => return Err(AdminError::Cancelled),
             // The others can be seeded all the same.
@@ -178,39 +160,6 @@ fn status(admin: &Admin) -> Answer {
     Answer::new(text, json!({ "open": listed }))
 }
 
-/// Takes in the newest backup of each disk of a machine.
-fn seed(
-    admin: &Admin,
-    seeder: &Seeder,
-    machine: &MachineKey,
-    which: &Which,
-    task: &Task<'_>,
-    told: &mut Told<'_>,
-) -> Result<(), CarryError> {
-    let here = admin.runs().machine(machine);
-    let open = here.as_ref().map(|here| here.active()).unwrap_or_default();
-    let held = here.map(|here| here.snapshots()).unwrap_or_default();
-    let begun = open.iter().find_map(|run| run.origin()?.run);
-    let choice = seeder.choose(machine, which, &held, begun)?;
-    choice.passed_over.iter().for_each(|disk| told.passed_over(disk));
-    choice.here.iter().for_each(|(disk, newest_ms)| told.here(disk, *newest_ms));
-    for snapshots in &choice.runs {
-        let doing = format!("of {machine} seeded");
-        let progress = Progress::new(&doing, task);
-        let hear = |done, all| progress.hear(done, all);
-        let imported = seeder
-            .open(machine, snapshots)
-            .and_then(|new| carry::import(admin.runs(), &new, &hear));
-        match imported {
-            Ok(imported) => told.seeded(&imported),
-            Err(CarryError::Stopped) => return Err(CarryError::Stopped),
-            // Other runs of it have other disks.
-            Err(error) => told.failed(&error),
-        }
-    }
-    Ok(())
-}
-
 /// What is said of a machine.
 struct Told<'a> {
     machine: &'a MachineKey,
@@ -223,6 +172,15 @@ struct Told<'a> {
 impl<'a> Told<'a> {
     fn new(machine: &'a MachineKey) -> Self {
         Self { machine, text: String::new(), runs: Vec::new(), written_bytes: 0, has_failed: false }
+    }
+
+    fn event(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Here(disk, newest_ms) => self.here(disk, *newest_ms),
+            Event::PassedOver(disk) => self.passed_over(disk),
+            Event::Seeded(imported) => self.seeded(imported),
+            Event::Failed(error) => self.failed(error),
+        }
     }
 
     fn seeded(&mut self, imported: &Imported) {
@@ -270,24 +228,5 @@ impl<'a> Told<'a> {
         self.text.push_str(&format!("{machine}: FAILED: {error}{again}\n"));
         self.runs.push(json!({ "machine": machine, "error": error.to_string() }));
         self.has_failed = true;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_target_is_a_machine_or_one_of_its_disks() {
-        let target = |text: &str| text.parse::<Target>();
-        assert_eq!(target("alice/web1").unwrap().disk, None);
-        let one = target("alice/web1/sda").unwrap();
-        assert_eq!(
-            (one.machine.to_string().as_str(), one.disk.unwrap().to_string().as_str()),
-            ("alice/web1", "sda")
-        );
-        for wrong in ["alice", "", "alice/", "alice/web1/", "a/b/../c"] {
-            assert!(target(wrong).is_err(), "{wrong}");
-        }
     }
 }

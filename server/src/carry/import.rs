@@ -64,6 +64,7 @@ pub struct NewRun {
 }
 
 /// What came of an import.
+#[derive(Debug)]
 pub struct Imported {
     /// The run in the store.
     pub run: Arc<Run>,

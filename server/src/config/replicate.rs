@@ -1,0 +1,142 @@
+//! Section `[replicate.NAME]`: what is brought here from another server, and when.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use time::{Time, macros::format_description};
+
+use super::ConfigError;
+use crate::seed::Which;
+
+const MINUTE_MS: i64 = 60_000;
+const DAY_MS: i64 = 24 * 60 * MINUTE_MS;
+
+/// A rule. Its name is that of the other server, unless `from` says another or a URL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Replicate {
+    /// Name or URL of the other server; empty: the rule's name.
+    pub from: String,
+    /// `*`, `USER/*`, `USER/MACHINE` or `USER/MACHINE/DISK`.
+    pub machines: Vec<String>,
+    /// Part of the day, UTC, `HH:MM-HH:MM`; empty: always.
+    pub hours: String,
+    /// Fetched at most so fast; 0: no limit.
+    pub mib_per_second: u32,
+    /// How often it is looked for newer backups.
+    pub every_seconds: u64,
+}
+
+impl Default for Replicate {
+    fn default() -> Self {
+        Self {
+            from: String::new(),
+            machines: vec!["*".into()],
+            hours: String::new(),
+            mib_per_second: 0,
+            every_seconds: 900,
+        }
+    }
+}
+
+/// A part of each day, in milliseconds since midnight; it may go over midnight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hours {
+    from: i64,
+    to: i64,
+}
+
+impl Hours {
+    /// How long it still lasts; `None` outside.
+    pub fn left(&self, now_ms: i64) -> Option<Duration> {
+        let since = now_ms.rem_euclid(DAY_MS);
+        let begun = (since - self.from).rem_euclid(DAY_MS);
+        // The same time twice is all day.
+        let length = (self.to - self.from - 1).rem_euclid(DAY_MS) + 1;
+        let left = u64::try_from(length - begun).ok().filter(|left| *left > 0)?;
+        Some(Duration::from_millis(left))
+    }
+}
+
+impl Replicate {
+    /// Which machines.
+    ///
+    /// # Errors
+    /// Says what isn't one.
+    pub fn which(&self) -> Result<Vec<Which>, String> {
+        let parse = |text: &String| {
+            let failed = |error| {
+                format!("{text:?} is none of *, USER/*, USER/MACHINE, USER/MACHINE/DISK: {error}")
+            };
+            text.parse().map_err(failed)
+        };
+        self.machines.iter().map(parse).collect()
+    }
+
+    /// When.
+    ///
+    /// # Errors
+    /// When that isn't a part of the day.
+    pub fn hours(&self) -> Result<Hours, String> {
+        if self.hours.is_empty() {
+            return Ok(Hours { from: 0, to: DAY_MS });
+        }
+        let parse = |text: &str| {
+            let time = Time::parse(text.trim(), format_description!("[hour]:[minute]")).ok()?;
+            Some((i64::from(time.hour()) * 60 + i64::from(time.minute())) * MINUTE_MS)
+        };
+        let parts = self.hours.split_once('-');
+        let parts = parts.and_then(|(from, to)| Some((parse(from)?, parse(to)?)));
+        let (from, to) = parts.ok_or_else(|| format!("{:?} is not as 22:00-06:00", self.hours))?;
+        Ok(Hours { from, to })
+    }
+
+    pub(super) fn check(&self, name: &str) -> Result<(), ConfigError> {
+        let invalid = |reason: String| ConfigError::Invalid {
+            key: "replicate",
+            reason: format!("{name}: {reason}"),
+        };
+        self.which().map_err(invalid)?;
+        self.hours().map_err(invalid)?;
+        match self.every_seconds {
+            0 => Err(invalid("every_seconds must be at least 1".into())),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hours_may_go_over_midnight() {
+        let left = |hours: &str, hour: i64, minute: i64| {
+            let rule = Replicate { hours: hours.into(), ..Replicate::default() };
+            let now = 20_000 * DAY_MS + (hour * 60 + minute) * MINUTE_MS;
+            rule.hours().unwrap().left(now).map(|left| left.as_secs() / 60)
+        };
+        assert_eq!(left("22:00-06:00", 23, 0), Some(7 * 60));
+        assert_eq!(left("22:00-06:00", 5, 59), Some(1));
+        assert_eq!(left("22:00-06:00", 6, 0), None);
+        assert_eq!(left("22:00-06:00", 21, 59), None);
+        assert_eq!(left("08:30 - 09:00", 8, 30), Some(30));
+        assert_eq!(left("08:30-09:00", 9, 0), None);
+        assert_eq!(left("", 13, 0), Some(11 * 60));
+        assert_eq!(left("13:00-13:00", 13, 0), Some(24 * 60));
+        for wrong in ["22-6", "22:00", "25:00-06:00", "night"] {
+            let rule = Replicate { hours: wrong.into(), ..Replicate::default() };
+            assert!(rule.check("north").is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn wrong_rules_are_named() {
+        let rule = Replicate { machines: vec!["alice".into()], ..Replicate::default() };
+        let said = rule.check("north").unwrap_err().to_string();
+        assert!(said.contains("north") && said.contains("USER/MACHINE"), "{said}");
+        let rule = Replicate { every_seconds: 0, ..Replicate::default() };
+        assert!(rule.check("north").is_err());
+        Replicate::default().check("north").unwrap();
+    }
+}
