@@ -50,7 +50,7 @@ pub enum RestoreError {
     },
     /// Its server was lost, and others don't have all of it.
     #[error(
-        "server {server} was lost, and {} of {} ({percent:.1} %) are nowhere else; go on with the same command when it is back, or take the rest: --partial MAP: {source}",
+        "server {server} can't be reached any more, and {} of {} ({percent:.1} %) are nowhere else; go on with the same command when it is back, or take the rest: --partial MAP: {source}",
         amount(missing.bytes()),
         amount(*size_bytes)
     )]

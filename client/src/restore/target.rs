@@ -74,6 +74,9 @@ pub enum TargetError {
     /// A device is no image file.
     #[error("{}: is a block device; only files are written as images, so leave --format out", .0.display())]
     DeviceFormat(PathBuf),
+    /// A folder.
+    #[error("{path}: is a folder; name the file that the disk shall be, such as {path}/disk.raw", path = .0.display())]
+    Folder(PathBuf),
     /// Neither a file nor a device.
     #[error("{}: is neither a file nor a block device", .0.display())]
     Kind(PathBuf),
@@ -179,6 +182,7 @@ impl Target {
         };
         if !meta.file_type().is_block_device() {
             return match meta.is_file() {
+                false if meta.is_dir() => Err(TargetError::Folder(path.into())),
                 false => Err(TargetError::Kind(path.into())),
                 true if !wish.force => Err(TargetError::Exists(path.into())),
                 true => Ok(There::File),

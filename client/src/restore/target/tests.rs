@@ -39,6 +39,8 @@ fn a_file_appears_only_when_it_is_complete() {
     let content = fs::read(&path).unwrap();
     assert_eq!((content.len(), content[4095], content[4096], content[8192]), (8704, 0, 5, 0));
     assert!(matches!(open(&path, 4096, false), Err(TargetError::Exists(_))));
+    let folder = open(dir.path(), 4096, true).unwrap_err();
+    assert!(folder.to_string().contains("/disk.raw"), "{folder}");
     let target = open(&path, 4096, true).unwrap();
     assert_eq!(target.content(), Content::Old);
     target.publish().unwrap();
