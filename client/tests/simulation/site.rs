@@ -148,16 +148,18 @@ pub struct ServerHost {
     process: Option<Process>,
     runs: Weak<Runs>,
     pub life: u64,
+    /// It mirrors the tables of the others.
+    mirrors: bool,
 }
 
 impl ServerHost {
-    pub fn new(number: usize) -> Self {
+    pub fn new(number: usize, mirrors: bool) -> Self {
         // In memory where there is such a place: real files without a disk.
         let memory = Path::new("/dev/shm");
         let place = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
         let folder = tempfile::Builder::new().prefix("janus-simulation-").tempdir_in(place);
         let (node, folder) = (Node::Server(number), folder.unwrap());
-        Self { node, folder, process: None, runs: Weak::new(), life: 0 }
+        Self { node, folder, process: None, runs: Weak::new(), life: 0, mirrors }
     }
 
     pub fn is_up(&self) -> bool {
@@ -179,6 +181,7 @@ impl ServerHost {
             drain_seconds: 3,
             // It works by the real clock.
             scrub_mib_per_second: 0,
+            mirror_tables: self.mirrors,
             ..ServerSettings::default()
         };
         let door = Door::Known(network.listen(self.node));

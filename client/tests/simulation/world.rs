@@ -94,7 +94,10 @@ impl World {
         Arc::new(Self {
             network: Network::new(seed, Box::new(tap)),
             rules,
-            servers: (0..SERVERS).map(|n| Mutex::new(ServerHost::new(n))).collect(),
+            // It takes its time, and starts and commits are what rules are about.
+            servers: (0..SERVERS)
+                .map(|n| Mutex::new(ServerHost::new(n, seed.is_multiple_of(3))))
+                .collect(),
             janus: (0..JANUS).map(|n| Mutex::new(JanusHost::new(n))).collect(),
             leaving: (0..SERVERS).map(|_| AtomicBool::new(false)).collect(),
             slow_by,
