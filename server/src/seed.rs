@@ -1,7 +1,7 @@
 //! Seeding: the newest backups of another server's machines into this store, so that the next one here is a delta.
 //!
 //! What the other server has is read as what was carried here is ([`crate::carry`]): a snapshot there is the content of an
-//! import ([`remote`]), only what its heads here don't hold travels, and a seeding that ends early is gone on with. Everything
+//! import (`remote`), only what its heads here don't hold travels, and a seeding that ends early is gone on with. Everything
 //! here blocks, on a runtime of its own for the calls.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
