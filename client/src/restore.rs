@@ -292,12 +292,7 @@ impl Restore {
         };
         let (digests, neighbours) = tokio::join!(holder.segment_digests(), neighbours);
         let digests = digests?;
-        let actual = table_digest(snapshot.size_bytes, &digests);
-        let expected = BlockHash::from_wire("table_digest", &snapshot.table_digest)
-            .map_err(|error| damaged(&snapshot, error))?;
-        if actual != expected {
-            return Err(damaged(&snapshot, DamageError::Whole { actual, expected }));
-        }
+        check_digests(&snapshot, &digests).map_err(|error| damaged(&snapshot, error))?;
         let sources = self.with_neighbours(holder, neighbours);
         if let Some(holder) = sources.first() {
             holder.set_digests(digests.clone());
@@ -466,6 +461,16 @@ async fn close(sources: &[Source]) -> Vec<(String, u64)> {
     delivered.retain(|(_, bytes)| *bytes > 0);
     futures::future::join_all(sources.iter().map(|source| source.opened.close())).await;
     delivered
+}
+
+/// Segment digests are a snapshot's when together they give its table digest.
+fn check_digests(snapshot: &Snapshot, digests: &[BlockHash]) -> Result<(), DamageError> {
+    let actual = table_digest(snapshot.size_bytes, digests);
+    let expected = BlockHash::from_wire("table_digest", &snapshot.table_digest)?;
+    match actual == expected {
+        true => Ok(()),
+        false => Err(DamageError::Whole { actual, expected }),
+    }
 }
 
 fn damaged(snapshot: &Snapshot, source: impl Into<DamageError>) -> RestoreError {

@@ -25,7 +25,7 @@ mod programs;
 mod sites;
 
 pub use browser::Browser;
-pub use client::{Client, Finished, Running};
+pub use client::{Client, Finished, Running, Taken};
 pub use network::{Cut, Network};
 pub use process::{Process, stop_children_on_interrupt};
 pub use programs::{PROGRAMS_VARIABLE, Profile, Programs, cargo, target, workspace};

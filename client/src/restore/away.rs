@@ -4,12 +4,11 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use janus_proto::{
-    hash::table_digest,
     ids::{BlockHash, DiskId},
     pb::Snapshot,
 };
 
-use super::{DamageError, RestoreError, neighbours};
+use super::{RestoreError, check_digests, damaged, neighbours};
 use crate::{
     catalog::{self, Found, Query},
     link::LinkError,
@@ -108,20 +107,15 @@ async fn open(
     mirrored: &Mirrored,
     listing: &catalog::Listing,
 ) -> Result<(Opened, Vec<BlockHash>), RestoreError> {
-    let server_id = mirrored.server.to_string();
-    let bad = |source: DamageError| RestoreError::Damaged { server: server_id.clone(), source };
-    check_size(wanted).map_err(|error| bad(error.into()))?;
-    let there = Snapshot { server_id: server_id.clone(), ..wanted.clone() };
-    let table = Opened::table(reach.clone(), listing.found(there))?;
+    let there = Snapshot { server_id: mirrored.server.to_string(), ..wanted.clone() };
+    check_size(wanted).map_err(|error| damaged(&there, error))?;
+    let table = Opened::table(reach.clone(), listing.found(there.clone()))?;
     let digests = table.segment_digests().await?;
-    let actual = table_digest(wanted.size_bytes, &digests);
-    let expected = BlockHash::from_wire("table_digest", &wanted.table_digest)
-        .map_err(|error| bad(error.into()))?;
-    match actual == expected {
-        true => Ok((table, digests)),
-        false => {
+    match check_digests(&there, &digests) {
+        Ok(()) => Ok((table, digests)),
+        Err(error) => {
             table.close().await;
-            Err(bad(DamageError::Whole { actual, expected }))
+            Err(damaged(&there, error))
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use xtask::{
     disk,
-    site::{Client, Plan, Programs, Running, Site, answers},
+    site::{Client, Plan, Programs, Running, Site, Taken, answers},
 };
 
 pub const MIB: u64 = 1 << 20;
@@ -18,13 +18,6 @@ pub struct Scene {
     pub site: Site,
     pub client: Client,
     pub disk: PathBuf,
-}
-
-/// A backup and what the disk was then.
-pub struct Taken {
-    pub snapshot: String,
-    pub server: String,
-    pub copy: PathBuf,
 }
 
 impl Scene {
@@ -42,11 +35,7 @@ impl Scene {
     }
 
     pub fn backup(&self) -> Taken {
-        let backup = self.client.backup().unwrap();
-        let snapshot = backup.disks[0].snapshot_id.clone();
-        let copy = self.site.folder().join(format!("copy-{snapshot}"));
-        disk::copy(&self.disk, &copy).unwrap();
-        Taken { snapshot, server: backup.server, copy }
+        self.client.backup_and_copy(&self.disk, self.site.folder()).unwrap()
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

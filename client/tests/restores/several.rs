@@ -8,7 +8,9 @@ use std::{
 
 use xtask::{disk, site::answers};
 
-use crate::scene::{MIB, Scene, Taken};
+use xtask::site::Taken;
+
+use crate::scene::{MIB, Scene};
 
 const SIZE: u64 = 96 * MIB;
 

@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use crate::scene::{MIB, Scene, Taken};
+use xtask::site::Taken;
+
+use crate::scene::{MIB, Scene};
 
 const A: &str = "server-a";
 const B: &str = "server-b";

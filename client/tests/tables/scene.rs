@@ -10,7 +10,7 @@ use std::{
 
 use xtask::{
     disk,
-    site::{Client, Plan, Programs, Site, answers},
+    site::{Client, Plan, Programs, Site, Taken, answers},
 };
 
 use crate::caller::Caller;
@@ -24,13 +24,6 @@ pub struct Scene {
     pub site: Site,
     pub client: Client,
     pub disk: PathBuf,
-}
-
-/// A backup and what the disk was then.
-pub struct Taken {
-    pub snapshot: String,
-    pub server: String,
-    pub copy: PathBuf,
 }
 
 impl Scene {
@@ -51,11 +44,7 @@ impl Scene {
     }
 
     pub fn backup(&self) -> Taken {
-        let backup = self.client.backup().unwrap();
-        let snapshot = backup.disks[0].snapshot_id.clone();
-        let copy = self.path(&format!("copy-{snapshot}"));
-        disk::copy(&self.disk, &copy).unwrap();
-        Taken { snapshot, server: backup.server, copy }
+        self.client.backup_and_copy(&self.disk, self.site.folder()).unwrap()
     }
 
     /// A backup that goes to `server`.

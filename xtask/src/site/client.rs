@@ -13,7 +13,10 @@ use rustix::process::Signal;
 use serde::de::DeserializeOwned;
 
 use super::{Programs, Settings, answers, process};
-use crate::measure::{self, Used};
+use crate::{
+    disk,
+    measure::{self, Used},
+};
 
 /// Nothing takes a client this long but in the soak.
 const LONGEST: Duration = Duration::from_secs(600);
@@ -28,6 +31,17 @@ pub struct Client {
     programs: Programs,
     folder: PathBuf,
     show_progress: bool,
+}
+
+/// A backup and what its disk was then.
+#[derive(Debug, Clone)]
+pub struct Taken {
+    /// Id of the snapshot.
+    pub snapshot: String,
+    /// Its server.
+    pub server: String,
+    /// A copy of the disk.
+    pub copy: PathBuf,
 }
 
 /// A client that runs.
@@ -134,6 +148,18 @@ impl Client {
     /// When the backup fails.
     pub fn backup(&self) -> Result<answers::Backup> {
         self.answer(&["backup"])
+    }
+
+    /// Backs up the one disk of the settings, and copies it into `folder` as it is now.
+    ///
+    /// # Errors
+    /// When the backup fails, or the copy.
+    pub fn backup_and_copy(&self, disk: &Path, folder: &Path) -> Result<Taken> {
+        let answers::Backup { server, disks, .. } = self.backup()?;
+        let snapshot = disks.into_iter().next().context("no disk")?.snapshot_id;
+        let copy = folder.join(format!("copy-{snapshot}"));
+        disk::copy(disk, &copy)?;
+        Ok(Taken { snapshot, server, copy })
     }
 
     /// Lists this machine's snapshots.
