@@ -42,7 +42,6 @@ use crate::{
     config::Settings,
     retention::{Retention, RetentionError},
     runs::{Machine, Runs},
-    seed::SeedError,
     serve::ServeError,
 };
 
@@ -150,9 +149,6 @@ pub enum AdminError {
     /// What is carried by hand.
     #[error(transparent)]
     Carry(CarryError),
-    /// Another server to seed from.
-    #[error(transparent)]
-    Seed(#[from] SeedError),
     /// Certificate, key or CA.
     #[error(transparent)]
     Tls(#[from] TlsError),

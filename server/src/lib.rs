@@ -13,6 +13,7 @@ pub mod config;
 pub mod fuzz;
 pub mod info;
 pub mod mirror;
+mod pace;
 mod peer;
 pub mod pki;
 pub mod probe;

@@ -14,10 +14,13 @@ use janus_proto::{
     },
     tls::Role,
 };
+use tokio::time::timeout;
 use tonic::{Code, Request, Status, Streaming, metadata::MetadataValue, transport::Channel};
 
 /// Deadline of calls that are answered from memory.
 pub(crate) const QUICK: Duration = Duration::from_secs(20);
+/// Longest silence of a server that should be sending.
+const SILENCE: Duration = Duration::from_secs(60);
 /// Pages read before an endless list is no longer believed.
 const MAX_PAGES: usize = 10_000;
 const PAGE: u32 = 250;
@@ -86,6 +89,33 @@ pub(crate) fn request<T>(message: T, server: Option<&ServerId>) -> Request<T> {
     request
 }
 
+/// All pages of a list: `page` reads the one of a token, and says the next one's.
+async fn pages<T, F: Future<Output = Result<(Vec<T>, String), Status>>>(
+    page: impl Fn(String) -> F,
+) -> Result<Vec<T>, Status> {
+    let (mut all, mut token) = (Vec::new(), String::new());
+    for _ in 0..MAX_PAGES {
+        let (items, next) = page(token).await?;
+        all.extend(items);
+        token = next;
+        if token.is_empty() {
+            break;
+        }
+    }
+    Ok(all)
+}
+
+/// The answer of a server that should be answering, or the next message of a stream that should be flowing.
+///
+/// # Errors
+/// Its own, or that nothing came for too long.
+pub(crate) async fn unless_silent<T>(
+    answer: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    let silent = |_| Status::deadline_exceeded("the server went silent");
+    timeout(SILENCE, answer).await.map_err(silent)?
+}
+
 impl Peers {
     fn catalog(&self) -> CatalogServiceClient<Channel> {
         CatalogServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -93,19 +123,14 @@ impl Peers {
 
     /// All machines, with how they stand on each server, as far as janus knows.
     pub(crate) async fn machines(&self) -> Result<Vec<pb::MachineInfo>, Status> {
-        let (mut machines, mut page_token) = (Vec::new(), String::new());
-        for _ in 0..MAX_PAGES {
+        pages(|page_token| async move {
             let mut request =
                 request(pb::ListMachinesRequest { page_size: PAGE, page_token }, None);
             request.set_timeout(QUICK);
             let page = self.catalog().list_machines(request).await?.into_inner();
-            machines.extend(page.machines);
-            page_token = page.next_page_token;
-            if page_token.is_empty() {
-                break;
-            }
-        }
-        Ok(machines)
+            Ok((page.machines, page.next_page_token))
+        })
+        .await
     }
 
     /// All snapshots of a machine on one server, which answers itself, newest first.
@@ -114,8 +139,7 @@ impl Peers {
         server: &ServerId,
         machine: &MachineKey,
     ) -> Result<Vec<pb::Snapshot>, Status> {
-        let (mut snapshots, mut page_token) = (Vec::new(), String::new());
-        for _ in 0..MAX_PAGES {
+        let mut snapshots = pages(|page_token| async move {
             let message = pb::ListSnapshotsRequest {
                 machine: machine.to_string(),
                 disk_id: String::new(),
@@ -125,13 +149,10 @@ impl Peers {
             let mut request = request(message, Some(server));
             request.set_timeout(QUICK);
             let page = self.catalog().list_snapshots(request).await?.into_inner();
-            snapshots.extend(page.snapshots);
-            page_token = page.next_page_token;
-            if page_token.is_empty() {
-                break;
-            }
-        }
-        snapshots.sort_by(|a, b| b.snapshot_id.cmp(&a.snapshot_id));
+            Ok((page.snapshots, page.next_page_token))
+        })
+        .await?;
+        snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.committed_ms));
         Ok(snapshots)
     }
 

@@ -113,7 +113,7 @@ impl Replication {
             rule.bytes_per_second,
             stop,
         );
-        let done = connected.map_err(CarryError::from).and_then(|seeder| {
+        let done = connected.and_then(|seeder| {
             rule.which.iter().try_for_each(|which| self.seed(&seeder, which, stop))
         });
         let failed = match done {

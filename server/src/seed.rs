@@ -21,19 +21,21 @@ use tonic::Status;
 use crate::{
     carry::{self, CarryError, Imported, NewDisk, NewRun},
     chain::Held,
+    pace::Pace,
     peer::{self, Peers, is_away},
     runs::Runs,
 };
 
 pub mod choice;
-mod pace;
 mod remote;
 
-use self::{choice::Choice, pace::Pace, remote::Remote};
+use self::{choice::Choice, remote::Remote};
 
 /// How long a server that is away is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_secs(1);
+/// What of the limit wasn't used for so long may be made up for.
+const CREDIT: Duration = Duration::from_secs(1);
 
 /// Why nothing can be seeded.
 #[derive(Debug, thiserror::Error)]
@@ -169,7 +171,7 @@ impl Seeder {
         janus_urls: &[String],
         bytes_per_second: Option<u64>,
         stop: &CancellationToken,
-    ) -> Result<Self, SeedError> {
+    ) -> Result<Self, CarryError> {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         let runtime = runtime.worker_threads(2).enable_all().build().map_err(SeedError::Threads)?;
         let unreachable = |reason| SeedError::Unreachable { reason };
@@ -179,7 +181,7 @@ impl Seeder {
                 let connecting = peer::connect(&urls, Expect::ServerOrJanus, dialer);
                 let peers = runtime.block_on(connecting).map_err(unreachable)?;
                 let Role::Server(server) = peers.role.clone() else {
-                    return Err(SeedError::Janus { url: from.to_owned() });
+                    return Err(SeedError::Janus { url: from.to_owned() }.into());
                 };
                 (peers, server)
             }
@@ -187,17 +189,17 @@ impl Seeder {
                 let server: ServerId =
                     from.parse().map_err(|_| SeedError::From { from: from.to_owned() })?;
                 if janus_urls.is_empty() {
-                    return Err(SeedError::NoJanus { server });
+                    return Err(SeedError::NoJanus { server }.into());
                 }
                 let connecting = peer::connect(janus_urls, Expect::Janus, dialer);
                 (runtime.block_on(connecting).map_err(unreachable)?, server)
             }
         };
         if server == *own {
-            return Err(SeedError::Own { server });
+            return Err(SeedError::Own { server }.into());
         }
         let link = Link { peers, server, stop: stop.clone() };
-        Ok(Self { runtime, link, pace: Arc::new(Pace::new(bytes_per_second)) })
+        Ok(Self { runtime, link, pace: Arc::new(Pace::new(bytes_per_second, CREDIT)) })
     }
 
     /// The other server.

@@ -13,7 +13,7 @@ use std::{
 use chains::{Content, Model, changed};
 use janus_proto::carried::{CarriedDisk, CarriedError, Manifest};
 use janus_server::{
-    carry::{self, CarryError, Imported, NewDisk, NewRun},
+    carry::{self, CarryError, Imported, NewRun},
     chain::Run,
     image::Format,
     runs::RunError,
@@ -71,25 +71,8 @@ impl Scene {
 
 /// What a folder holds.
 fn carried(folder: &Path) -> Result<NewRun, CarryError> {
-    let manifest = Manifest::read(&Disk::default(), folder)?;
-    let disks = manifest.disks.iter().map(|entry| {
-        Ok::<_, CarryError>(NewDisk {
-            disk: entry.disk.clone(),
-            size_bytes: entry.size_bytes,
-            logical_sector_bytes: entry.logical_sector_bytes,
-            consistency: entry.consistency,
-            skipped_bytes: entry.skipped_bytes,
-            data_bytes: Some(entry.data_bytes),
-            content: Box::new(CarriedDisk::open(&Disk::default(), folder, entry)?),
-        })
-    });
-    Ok(NewRun {
-        machine: manifest.machine.clone(),
-        run: Some(manifest.run),
-        taken_ms: manifest.committed_ms,
-        seal: manifest.seal(),
-        disks: disks.collect::<Result<_, _>>()?,
-    })
+    let storage = Disk::default();
+    NewRun::carried(&storage, folder, &Manifest::read(&storage, folder)?)
 }
 
 fn import(model: &Model, folder: &Path) -> Result<Imported, CarryError> {

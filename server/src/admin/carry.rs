@@ -8,7 +8,7 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use janus_proto::{
-    carried::{CarriedDisk, Manifest},
+    carried::Manifest,
     ids::{DiskId, MachineKey},
     pb::Consistency,
     show::{amount, date},
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::{Admin, AdminError, Answer, Task, trash::Target};
 use crate::{
-    carry::{self, CarryError, NewDisk, NewRun},
+    carry::{self, CarryError, Imported, NewDisk, NewRun},
     chain::Run,
     runs::now_ms,
 };
@@ -172,15 +172,7 @@ pub(super) fn import(
     let progress = Progress::new("compared and taken in", task);
     let imported = carry::import(admin.runs(), &new, &|done, all| progress.hear(done, all))?;
     let run = &imported.run;
-    let what = match (imported.was_here, imported.went_on) {
-        (true, _) => "is here already".to_owned(),
-        (false, went_on) => format!(
-            "is here: {} of data written in {:.1} s{}",
-            amount(imported.written_bytes),
-            began.elapsed().as_secs_f64(),
-            if went_on { ", after what was here of it" } else { "" }
-        ),
-    };
+    let what = what_came(&imported, &format!(" in {:.1} s", began.elapsed().as_secs_f64()));
     let (when, count) = (date(run.committed_ms), disks(run.snapshots.len()));
     let mut text = format!("{}: the run of {when}, {count}, {what}\n", run.machine);
     for snapshot in &run.snapshots {
@@ -205,6 +197,17 @@ pub(super) fn import(
     ))
 }
 
+/// What came of an import, and what it `took`, in words.
+pub(super) fn what_came(imported: &Imported, took: &str) -> String {
+    let after = if imported.went_on { ", after what was here of it" } else { "" };
+    match imported.was_here {
+        true => "is here already".into(),
+        false => {
+            format!("is here: {} of data written{took}{after}", amount(imported.written_bytes))
+        }
+    }
+}
+
 fn kind(parent: Option<janus_proto::ids::SnapshotId>) -> &'static str {
     if parent.is_none() { "full" } else { "delta" }
 }
@@ -227,32 +230,15 @@ fn disks(count: usize) -> String {
     if count == 1 { "1 disk".into() } else { format!("{count} disks") }
 }
 
-/// Opens what is in a folder.
+/// Opens what is in a folder, for the machine that it names if no other is named.
 fn carried(
     admin: &Admin,
     folder: &Path,
     machine: Option<&MachineKey>,
 ) -> Result<NewRun, CarryError> {
     let storage = admin.runs().store().storage();
-    let manifest = Manifest::read(storage, folder)?;
-    let disk = |entry: &janus_proto::carried::DiskEntry| {
-        Ok::<_, CarryError>(NewDisk {
-            disk: entry.disk.clone(),
-            size_bytes: entry.size_bytes,
-            logical_sector_bytes: entry.logical_sector_bytes,
-            consistency: entry.consistency,
-            skipped_bytes: entry.skipped_bytes,
-            data_bytes: Some(entry.data_bytes),
-            content: Box::new(CarriedDisk::open(storage, folder, entry)?),
-        })
-    };
-    Ok(NewRun {
-        machine: machine.unwrap_or(&manifest.machine).clone(),
-        run: Some(manifest.run),
-        taken_ms: manifest.committed_ms,
-        seal: manifest.seal(),
-        disks: manifest.disks.iter().map(disk).collect::<Result<_, _>>()?,
-    })
+    let new = NewRun::carried(storage, folder, &Manifest::read(storage, folder)?)?;
+    Ok(NewRun { machine: machine.cloned().unwrap_or(new.machine), ..new })
 }
 
 /// Opens an image of another program, or a raw one.

@@ -12,7 +12,11 @@ use janus_proto::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Admin, AdminError, Answer, Task, carry::Progress, table::table};
+use super::{
+    Admin, AdminError, Answer, Task,
+    carry::{Progress, what_came},
+    table::table,
+};
 use crate::{
     carry::{CarryError, Imported},
     seed::{Event, Seeder, Which},
@@ -186,14 +190,7 @@ impl<'a> Told<'a> {
     fn seeded(&mut self, imported: &Imported) {
         let run = &imported.run;
         let disks: Vec<_> = run.snapshots.iter().map(|one| one.disk.to_string()).collect();
-        let what = match (imported.was_here, imported.went_on) {
-            (true, _) => "is here already".to_owned(),
-            (false, went_on) => format!(
-                "is here: {} of data written{}",
-                amount(imported.written_bytes),
-                if went_on { ", after what was here of it" } else { "" }
-            ),
-        };
+        let what = what_came(imported, "");
         let (machine, when) = (self.machine, date(run.committed_ms));
         self.text.push_str(&format!("{machine}: {}, backup of {when}, {what}\n", disks.join(", ")));
         self.written_bytes += imported.written_bytes;

@@ -21,13 +21,17 @@ use crate::storage::{Access, Disk, File};
 /// The content of a disk that is to be imported.
 pub trait Content {
     /// Digest of a segment, where it is known unread.
-    fn digest(&self, segment: u64) -> Option<BlockHash>;
+    fn digest(&self, _segment: u64) -> Option<BlockHash> {
+        None
+    }
 
     /// Hashes of all blocks of a segment, where they are known unread. What is read is compared with them.
     ///
     /// # Errors
     /// When they can't be read.
-    fn hashes(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, CarryError>;
+    fn hashes(&self, _segment: u64) -> Result<Option<Vec<BlockHash>>, CarryError> {
+        Ok(None)
+    }
 
     /// Of these segments, ascending, hashes will be asked for.
     fn expect_segments(&self, _segments: &[u64]) {}
@@ -41,7 +45,9 @@ pub trait Content {
     }
 
     /// True when a range is known to be zeros.
-    fn is_zero(&self, range: Range<u64>) -> bool;
+    fn is_zero(&self, _range: Range<u64>) -> bool {
+        false
+    }
 
     /// Fills `buffer` from byte `offset` on.
     ///
@@ -60,10 +66,6 @@ impl Content for CarriedDisk {
 
     fn hashes(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, CarryError> {
         Ok(Some(self.segment(segment)?))
-    }
-
-    fn is_zero(&self, _: Range<u64>) -> bool {
-        false
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), CarryError> {
@@ -103,14 +105,6 @@ impl Foreign {
 }
 
 impl Content for Foreign {
-    fn digest(&self, _: u64) -> Option<BlockHash> {
-        None
-    }
-
-    fn hashes(&self, _: u64) -> Result<Option<Vec<BlockHash>>, CarryError> {
-        Ok(None)
-    }
-
     fn is_zero(&self, range: Range<u64>) -> bool {
         self.chain.layers.look_up(range).is_ok_and(|places| places.is_zero())
     }
@@ -142,14 +136,6 @@ pub fn raw(storage: &Disk, path: &Path) -> Result<(Box<dyn Content>, u64), Carry
 }
 
 impl Content for Raw {
-    fn digest(&self, _: u64) -> Option<BlockHash> {
-        None
-    }
-
-    fn hashes(&self, _: u64) -> Result<Option<Vec<BlockHash>>, CarryError> {
-        Ok(None)
-    }
-
     fn is_zero(&self, range: Range<u64>) -> bool {
         let next = self.file.next_data(range.start);
         next.is_ok_and(|data| data.is_none_or(|data| data.start >= range.end))

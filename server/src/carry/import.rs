@@ -2,6 +2,7 @@
 
 use std::{
     ops::Range,
+    path::Path,
     sync::{Arc, mpsc},
     thread,
     time::Duration,
@@ -10,6 +11,7 @@ use std::{
 use bytes::Bytes;
 use janus_proto::{
     buffers::Buffer,
+    carried::{CarriedDisk, DiskEntry, Manifest},
     hash::{TableDigester, hash_blocks, segment_digest, zero_hash},
     ids::{
         BLOCK_BYTES, BackupId, BlockHash, DiskId, MachineKey, SEGMENT_BLOCKS, SEGMENT_BYTES,
@@ -23,6 +25,7 @@ use crate::{
     chain::{Origin, Run},
     runs::{ActiveRun, CommitDisk, RunError, Runs, WantedDisk, Writer},
     session::Session,
+    storage::Disk,
 };
 
 const BLOCK: usize = BLOCK_BYTES as usize;
@@ -125,6 +128,33 @@ fn try_import(
         }
     }
     written
+}
+
+impl NewRun {
+    /// What lies in a folder, as its manifest says.
+    ///
+    /// # Errors
+    /// When a disk can't be opened or isn't what the manifest says.
+    pub fn carried(storage: &Disk, folder: &Path, manifest: &Manifest) -> Result<Self, CarryError> {
+        let disk = |entry: &DiskEntry| {
+            Ok::<_, CarryError>(NewDisk {
+                disk: entry.disk.clone(),
+                size_bytes: entry.size_bytes,
+                logical_sector_bytes: entry.logical_sector_bytes,
+                consistency: entry.consistency,
+                skipped_bytes: entry.skipped_bytes,
+                data_bytes: Some(entry.data_bytes),
+                content: Box::new(CarriedDisk::open(storage, folder, entry)?),
+            })
+        };
+        Ok(Self {
+            machine: manifest.machine.clone(),
+            run: Some(manifest.run),
+            taken_ms: manifest.committed_ms,
+            seal: manifest.seal(),
+            disks: manifest.disks.iter().map(disk).collect::<Result<_, _>>()?,
+        })
+    }
 }
 
 impl NewDisk {
@@ -255,20 +285,22 @@ impl<'a> Transfer<'a> {
     fn run(&mut self, meter: &mut Meter<'_>) -> Result<(), CarryError> {
         let size = self.disk.size_bytes;
         let here = self.session.segment_digests().map_err(|error| self.cannot_compare(error))?;
+        let blocks_of = |segment: u64| {
+            segment * SEGMENT_BLOCKS..((segment + 1) * SEGMENT_BLOCKS).min(block_count(size))
+        };
         let is_here = |segment: u64, here: &BlockHash| {
             self.disk.content.digest(segment).as_ref() == Some(here)
+                && !self.is_lost(&blocks_of(segment))
         };
-        let differing = (0..).zip(&here).filter(|(segment, here)| !is_here(*segment, here));
-        let differing: Vec<u64> = differing.map(|(segment, _)| segment).collect();
-        self.disk.content.expect_segments(&differing);
+        let wanted = (0..).zip(&here).filter(|(segment, here)| !is_here(*segment, here));
+        let wanted: Vec<u64> = wanted.map(|(segment, _)| segment).collect();
+        self.disk.content.expect_segments(&wanted);
+        let mut wanted = wanted.into_iter().peekable();
         for (segment, here) in (0..segment_count(size)).zip(here) {
-            let blocks =
-                segment * SEGMENT_BLOCKS..((segment + 1) * SEGMENT_BLOCKS).min(block_count(size));
-            if self.disk.content.digest(segment) == Some(here) && !self.is_lost(&blocks) {
-                self.digester.push(&here);
-                self.writing.run.renew();
-            } else {
-                self.segment(segment, blocks.clone())?;
+            let blocks = blocks_of(segment);
+            match wanted.next_if_eq(&segment) {
+                Some(_) => self.segment(segment, blocks.clone())?,
+                None => self.digester.push(&here),
             }
             let end = (blocks.end * BLOCK_BYTES).min(size);
             meter.add(end - blocks.start * BLOCK_BYTES)?;

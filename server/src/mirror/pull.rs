@@ -7,21 +7,20 @@ use janus_proto::{
     ids::{BlockHash, SnapshotId},
     pb,
 };
-use tokio::time::{sleep, timeout};
-use tonic::{Status, Streaming};
+use tokio::time::sleep;
+use tonic::Status;
 
 use super::{Mirror, MirrorError, record::Description, shelf::Fresh};
 use crate::{
     blocking,
     chain::table::{Differing, SegmentBitmap},
-    peer::{Peers, is_away},
+    pace::Pace,
+    peer::{Peers, is_away, unless_silent},
     space::Space,
 };
 
 /// What all tables together may take of a link: 16 Mbit/s. The hashes of 256 GiB of new data are through in 17 minutes.
 const BYTES_PER_SECOND: u64 = 2 << 20;
-/// Longest silence of a server that should be sending.
-const SILENCE: Duration = Duration::from_secs(60);
 /// Streams that bring nothing before a table is left for later.
 const TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(500);
@@ -96,13 +95,15 @@ struct Pulling<'a> {
     mirror: &'a Arc<Mirror>,
     wanted: &'a Description,
     fresh: Option<Fresh>,
+    pace: Pace,
     bytes: u64,
     unlooked: u64,
 }
 
 impl<'a> Pulling<'a> {
     fn new(mirror: &'a Arc<Mirror>, wanted: &'a Description) -> Self {
-        Self { mirror, wanted, fresh: None, bytes: 0, unlooked: LOOK_BYTES }
+        let pace = Pace::new(Some(BYTES_PER_SECOND), Duration::ZERO);
+        Self { mirror, wanted, fresh: None, pace, bytes: 0, unlooked: LOOK_BYTES }
     }
 
     /// One stream, to its end.
@@ -116,9 +117,8 @@ impl<'a> Pulling<'a> {
             since_snapshot_id: since.map(|id| id.to_string()).unwrap_or_default(),
             first_segment: self.fresh.as_ref().map_or(0, Fresh::next),
         };
-        let asked = timeout(SILENCE, peers.table(&self.wanted.server, message)).await;
-        let mut answers = asked.map_err(|_| silent())??;
-        while let Some(answer) = next(&mut answers).await? {
+        let mut answers = unless_silent(peers.table(&self.wanted.server, message)).await?;
+        while let Some(answer) = unless_silent(answers.message()).await? {
             self.take(answer, since).await?;
         }
         Ok(())
@@ -161,7 +161,7 @@ impl<'a> Pulling<'a> {
             self.unlooked = 0;
         }
         self.bytes += bytes;
-        sleep(Duration::from_secs_f64(bytes as f64 / BYTES_PER_SECOND as f64)).await;
+        self.pace.pay(bytes).await;
         Ok(())
     }
 
@@ -209,16 +209,6 @@ impl Mirror {
             _ => Ok(()),
         }
     }
-}
-
-fn silent() -> Status {
-    Status::deadline_exceeded("the server went silent")
-}
-
-async fn next(
-    answers: &mut Streaming<pb::ReadTableResponse>,
-) -> Result<Option<pb::ReadTableResponse>, Status> {
-    timeout(SILENCE, answers.message()).await.map_err(|_| silent())?
 }
 
 /// A segment as it came, as far as that can be told without the disk.

@@ -108,11 +108,12 @@ impl Counter<'_> {
         digest: BlockHash,
         theirs: &[Option<BlockHash>],
     ) -> Result<(), TableError> {
-        let same = self.own.iter().zip(theirs).position(|((_, _, lost), theirs)| {
+        let (table, own) = (self.table, self.own);
+        let same = own.iter().zip(theirs).position(|((_, _, lost), theirs)| {
             *theirs == Some(digest) && !lost.intersects(&segment_blocks(segment))
         });
-        let is_last = segment + 1 == segment_count(self.table.disk_bytes());
-        let blocks = self.table.content_blocks(segment).filter(|_| !is_last);
+        let is_last = segment + 1 == segment_count(table.disk_bytes());
+        let blocks = table.content_blocks(segment).filter(|_| !is_last);
         if let (Some(number), Some(blocks)) = (same, blocks) {
             self.adds(number);
             self.share.content_bytes += blocks * BLOCK_BYTES;
@@ -120,8 +121,8 @@ impl Counter<'_> {
             return Ok(());
         }
         let first = segment * SEGMENT_BLOCKS;
-        let wanted = self.table.segment(segment)?;
-        let length = |block: usize| block_len(self.table.disk_bytes(), first + block as u64);
+        let wanted = table.segment(segment)?;
+        let length = |block: usize| block_len(table.disk_bytes(), first + block as u64);
         let mut missing: Vec<usize> = (0..wanted.len())
             .filter(|block| wanted.get(*block) != Some(&zero_hash(length(*block))))
             .collect();
@@ -134,7 +135,7 @@ impl Counter<'_> {
         }
         // Snapshots of one chain mostly have a segment in common: it is read once.
         let mut seen: Vec<BlockHash> = Vec::new();
-        for (number, ((_, stack, lost), theirs)) in self.own.iter().zip(theirs).enumerate() {
+        for (number, ((_, stack, lost), theirs)) in own.iter().zip(theirs).enumerate() {
             let Some(theirs) = theirs.filter(|theirs| !seen.contains(theirs)) else { continue };
             if missing.is_empty() {
                 break;
@@ -148,10 +149,8 @@ impl Counter<'_> {
             missing.retain(|block| {
                 hashes.get(*block) != wanted.get(*block) || lost.contains(first + *block as u64)
             });
-            if missing.len() < before
-                && let Some(adds) = self.adds.get_mut(number)
-            {
-                *adds = true;
+            if missing.len() < before {
+                self.adds(number);
             }
         }
         self.share.content_bytes += content;

@@ -53,11 +53,11 @@ pub fn choose(
             .iter()
             .copied()
             .filter(|snapshot| begun.is_some_and(|begun| snapshot.backup_id == begun.to_string()));
+        let known = here.iter().filter(|held| held.snapshot().disk == disk);
+        let known = known.max_by_key(|held| held.run.committed_ms);
         let mut seen = BTreeSet::new();
         for snapshot in begun.chain(taken) {
             let run: BackupId = snapshot.backup_id.parse()?;
-            let known = here.iter().filter(|held| held.snapshot().disk == disk);
-            let known = known.max_by_key(|held| held.run.committed_ms);
             match known.filter(|held| covers(held, run, snapshot.committed_ms)) {
                 Some(held) if taken == Some(snapshot) => {
                     choice.here.push((disk.clone(), held.run.committed_ms));

@@ -9,7 +9,6 @@ use std::{
     collections::{BTreeMap, VecDeque},
     ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -23,16 +22,15 @@ use janus_proto::{
 use tokio::{runtime::Handle, time::timeout};
 use tonic::{Status, Streaming};
 
-use super::{CallError, Link, Pace, Seeder};
+use super::{CallError, Link, Seeder};
 use crate::{
     carry::{CarryError, Content},
-    peer::{QUICK, request},
+    pace::Pace,
+    peer::{QUICK, request, unless_silent},
 };
 
 /// Segments whose hashes are asked for at once: 2 MiB of hashes.
 const HASHED_AT_ONCE: usize = 64;
-/// Longest silence of a stream that should be flowing.
-const SILENCE: Duration = Duration::from_secs(60);
 
 /// The snapshot.
 pub(super) struct Remote {
@@ -123,10 +121,6 @@ impl Content for Remote {
             ahead.hashes.push_back((segment, hashes));
         }
         Ok(ahead.hashes.pop_front().map(|(_, hashes)| hashes))
-    }
-
-    fn is_zero(&self, _: Range<u64>) -> bool {
-        false
     }
 
     fn expect(&self, extents: &[Extent]) -> Result<(), CarryError> {
@@ -321,11 +315,6 @@ fn take(
     }
     taken.extend(hashes.iter().map(|hash| BlockHash(*hash)));
     Ok(())
-}
-
-async fn unless_silent<T>(answer: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
-    let silent = |_| Status::deadline_exceeded("the server went silent");
-    timeout(SILENCE, answer).await.map_err(silent)?
 }
 
 #[cfg(test)]

@@ -1,16 +1,15 @@
 //! How fast checks read, and when they stop: a rate, shared by all threads that read.
 
 use std::{
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::image::CheckError;
+use crate::pace::Rate;
 
 /// Longest sleep before it is asked again whether to stop.
 const SLICE: Duration = Duration::from_millis(50);
@@ -28,8 +27,7 @@ pub trait Pace: Sync {
 
 /// At most so many bytes in a second, and none while somebody else is busy.
 pub struct Limit<'a> {
-    bytes_per_second: u64,
-    due: Mutex<Instant>,
+    rate: Option<Rate>,
     read: AtomicU64,
     stop: CancellationToken,
     is_busy: &'a (dyn Fn() -> bool + Sync),
@@ -43,8 +41,7 @@ impl<'a> Limit<'a> {
         is_busy: &'a (dyn Fn() -> bool + Sync),
     ) -> Self {
         Self {
-            bytes_per_second,
-            due: Mutex::new(Instant::now()),
+            rate: (bytes_per_second > 0).then(|| Rate::new(bytes_per_second, CREDIT)),
             read: AtomicU64::new(0),
             stop,
             is_busy,
@@ -73,17 +70,8 @@ impl Pace for Limit<'_> {
             self.sleep_until(Instant::now() + SLICE)?;
         }
         self.read.fetch_add(bytes, Ordering::Relaxed);
-        if self.bytes_per_second == 0 {
-            return self.sleep_until(Instant::now());
-        }
         let now = Instant::now();
-        let due = {
-            let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
-            let start = (*due).max(now.checked_sub(CREDIT).unwrap_or(now));
-            *due = start + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
-            start
-        };
-        self.sleep_until(due)
+        self.sleep_until(self.rate.as_ref().map_or(now, |rate| rate.take(bytes, now).start))
     }
 }
 

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use janus_proto::{
-    carried::{CarriedDisk, Claim, DiskWriter, Manifest},
+    carried::{Claim, DiskWriter, Manifest},
     ids::{BackupId, SEGMENT_BYTES},
 };
 use janus_server::{
-    carry::{self, CarryError, NewDisk, NewRun},
+    carry::{self, CarryError, NewRun},
     image::Geometry,
     runs::now_ms,
     storage::Disk,
@@ -91,23 +91,7 @@ impl World {
 
 impl Carried {
     fn opened(&self, machine: &janus_proto::ids::MachineKey) -> NewRun {
-        let open = |entry: &janus_proto::carried::DiskEntry| NewDisk {
-            disk: entry.disk.clone(),
-            size_bytes: entry.size_bytes,
-            logical_sector_bytes: entry.logical_sector_bytes,
-            consistency: entry.consistency,
-            skipped_bytes: entry.skipped_bytes,
-            data_bytes: Some(entry.data_bytes),
-            content: Box::new(
-                CarriedDisk::open(&Disk::default(), self.folder.path(), entry).unwrap(),
-            ),
-        };
-        NewRun {
-            machine: machine.clone(),
-            run: Some(self.manifest.run),
-            taken_ms: self.manifest.committed_ms,
-            seal: self.manifest.seal(),
-            disks: self.manifest.disks.iter().map(open).collect(),
-        }
+        let new = NewRun::carried(&Disk::default(), self.folder.path(), &self.manifest).unwrap();
+        NewRun { machine: machine.clone(), ..new }
     }
 }
