@@ -153,7 +153,8 @@ fn a_rule_brings_the_newest_backups_by_itself() {
     let mut scene = Scene::new();
     scene.site.stop_server(NEW).unwrap();
     let settings = &mut scene.site.server(NEW).unwrap().settings;
-    settings.set(&format!("replicate.{OLD}.machines"), vec!["alice/*"]);
+    // One that has no backup there keeps no other away.
+    settings.set(&format!("replicate.{OLD}.machines"), vec!["bob/*", "alice/*"]);
     settings.set(&format!("replicate.{OLD}.every_seconds"), 1);
     scene.site.start_server(NEW).unwrap();
     scene.await_replicated(40 * MIB);

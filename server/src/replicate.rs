@@ -113,9 +113,7 @@ impl Replication {
             rule.bytes_per_second,
             stop,
         );
-        let done = connected.and_then(|seeder| {
-            rule.which.iter().try_for_each(|which| self.seed(&seeder, which, stop))
-        });
+        let done = connected.and_then(|seeder| self.seed(&seeder, &rule.which, stop));
         let failed = match done {
             Ok(()) | Err(CarryError::Stopped) => String::new(),
             Err(error) => error.to_string(),
@@ -134,11 +132,11 @@ impl Replication {
     fn seed(
         &self,
         seeder: &Seeder,
-        which: &Which,
+        which: &[Which],
         stop: &CancellationToken,
     ) -> Result<(), CarryError> {
         let from = seeder.server();
-        for machine in seeder.machines(which)? {
+        for (machine, which) in seeder.machines(which)? {
             let mut tell = |event: Event<'_>| match event {
                 Event::Seeded(imported) if !imported.was_here => {
                     let (backup_id, bytes) = (imported.run.backup, imported.written_bytes);

@@ -207,11 +207,14 @@ impl Seeder {
         &self.link.server
     }
 
-    /// The machines that are meant and have backups there.
+    /// The machines that are meant and have backups there, each with what means it.
     ///
     /// # Errors
     /// When the list can't be had, or there are none.
-    pub fn machines(&self, which: &Which) -> Result<Vec<MachineKey>, CarryError> {
+    pub fn machines<'w>(
+        &self,
+        which: &'w [Which],
+    ) -> Result<Vec<(MachineKey, &'w Which)>, CarryError> {
         let Link { server, .. } = &self.link;
         let all = self.link.again(|| async { Ok(self.link.peers.machines().await?) }, || {});
         let (mut machines, mut known) = (Vec::new(), BTreeSet::new());
@@ -219,8 +222,9 @@ impl Seeder {
             let holders = info.servers.iter().filter(|there| there.snapshot_count > 0);
             let holders: Vec<_> = holders.map(|there| there.server_id.as_str()).collect();
             let key: MachineKey = info.machine.parse().map_err(|error| self.nonsense(&error))?;
-            if holders.contains(&server.as_str()) && which.takes(&key) {
-                machines.push(key);
+            if holders.contains(&server.as_str()) {
+                let meant = which.iter().filter(|which| which.takes(&key));
+                machines.extend(meant.map(|which| (key.clone(), which)));
             }
             known.extend(holders.into_iter().map(str::to_owned));
         }

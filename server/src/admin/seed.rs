@@ -86,16 +86,16 @@ pub(super) fn run(
         bytes_per_second,
         task.token(),
     )?;
-    let machines = seeder.machines(&which)?;
+    let machines = seeder.machines(std::slice::from_ref(&which))?;
     let server = seeder.server().to_string();
     let (mut text, mut listed, mut failed, mut written_bytes) = (String::new(), vec![], 0, 0);
-    for machine in &machines {
+    for (machine, which) in &machines {
         task.check()?;
         let mut told = Told::new(machine);
         let doing = format!("of {machine} seeded");
         let progress = Progress::new(&doing, task);
         let hear = |done, all| progress.hear(done, all);
-        match seeder.seed(admin.runs(), machine, &which, &hear, &mut |event| told.event(&event)) {
+        match seeder.seed(admin.runs(), machine, which, &hear, &mut |event| told.event(&event)) {
             Ok(()) => {}
             Err(CarryError::Stopped) => return Err(AdminError::Cancelled),
             // The others can be seeded all the same.
