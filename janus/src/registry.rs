@@ -362,12 +362,13 @@ impl Registry {
         told.into_iter().flatten().copied().collect()
     }
 
-    /// Unix milliseconds of the newest backup of each machine on each server, as reported.
+    /// Unix milliseconds of the newest backup of each machine on each server, as reported: of one whose blocks are all there.
     pub fn last_backups(&self) -> BTreeMap<(String, ServerId), i64> {
         let inner = self.lock();
         let mut newest = BTreeMap::new();
         for (server, state) in &inner.servers {
-            for snapshot in state.told.snapshots.values() {
+            let all = state.told.snapshots.values();
+            for snapshot in all.filter(|snapshot| snapshot.missing_blocks == 0) {
                 let key = (snapshot.machine.clone(), server.clone());
                 let at = newest.entry(key).or_insert(i64::MIN);
                 *at = snapshot.committed_ms.max(*at);

@@ -76,6 +76,16 @@ pub enum CarryError {
         /// The block.
         block: u64,
     },
+    /// A snapshot builds on a stub.
+    #[error(
+        "disk {disk} of {machine} isn't complete here: `janus-server seed status` tells what still comes from other servers"
+    )]
+    Incomplete {
+        /// The machine.
+        machine: MachineKey,
+        /// The disk.
+        disk: DiskId,
+    },
     /// Another server, or the way to it.
     #[error("server {server}: {reason}")]
     Source {

@@ -11,6 +11,7 @@ pub mod opened;
 pub mod ranges;
 pub mod retain;
 pub mod store;
+pub mod stub;
 
 use std::sync::Arc;
 
@@ -85,12 +86,15 @@ pub struct Run {
 }
 
 /// What an imported run was made from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
     /// The carried run; none where the image of another program was taken in.
     pub run: Option<BackupId>,
     /// Unix milliseconds: its content is of that time.
     pub taken_ms: i64,
+    /// The server it came from, as it was named: by its name or URL.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
 }
 
 impl Origin {
@@ -103,7 +107,7 @@ impl Origin {
 impl Run {
     /// True when it was made of a carried run, or is that one itself.
     pub fn is_made_of(&self, run: BackupId) -> bool {
-        self.backup == run || self.origin.and_then(|origin| origin.run) == Some(run)
+        self.backup == run || self.origin.as_ref().and_then(|origin| origin.run) == Some(run)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Settings of `janus-server`, with their defaults.
 
+pub mod fill;
 pub mod replicate;
 pub mod retention;
 pub mod size;
@@ -13,7 +14,7 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-pub use self::{replicate::Replicate, retention::Retention, size::Size};
+pub use self::{fill::Fill, replicate::Replicate, retention::Retention, size::Size};
 use crate::image::Format;
 
 /// Settings of one server. Every key is also an environment variable and a flag.
@@ -66,6 +67,8 @@ pub struct Settings {
     pub quotas: BTreeMap<String, String>,
     /// What is kept.
     pub retention: Retention,
+    /// How stubs are filled.
+    pub fill: Fill,
     /// What comes here from other servers by itself, by their names.
     pub replicate: BTreeMap<String, Replicate>,
 }
@@ -96,6 +99,7 @@ impl Default for Settings {
             reserve: "1%".into(),
             quotas: BTreeMap::new(),
             retention: Retention::default(),
+            fill: Fill::default(),
             replicate: BTreeMap::new(),
         }
     }
@@ -185,6 +189,7 @@ impl Settings {
             .map_err(|reason| ConfigError::Invalid { key: "reserve", reason })?;
         self.quotas().map_err(|reason| ConfigError::Invalid { key: "quotas", reason })?;
         self.retention.check()?;
+        self.fill.check()?;
         self.replicate.iter().try_for_each(|(name, rule)| rule.check(name))?;
         match self.janus_urls.iter().chain(&self.urls).find(|url| !url.starts_with("https://")) {
             Some(url) => invalid("janus_urls", &format!("{url:?} does not begin with https://")),

@@ -10,6 +10,7 @@ pub mod carry;
 pub mod catalog;
 pub mod chain;
 pub mod config;
+pub mod fill;
 pub mod fuzz;
 pub mod info;
 pub mod mirror;

@@ -41,6 +41,8 @@ use crate::{
 
 /// How long a handle lives without being used.
 pub const HANDLE_LEASE: Duration = Duration::from_secs(600);
+/// How long a reader waits for a segment of a stub.
+const FETCH: Duration = Duration::from_secs(20);
 const MAX_HANDLES: usize = 256;
 /// Answers made but not yet taken by the transport, about 1 MiB each.
 const QUEUE: usize = 4;
@@ -379,11 +381,27 @@ impl RestoreService for Restore {
         let span = tracing::Span::current();
         tokio::task::spawn_blocking(move || {
             let _in_span = span.entered();
-            let lost = send_blocks(&opened, &ranges, encoding, name_damaged, &answers);
+            let fetch = fetch_of(&runs, &opened);
+            let fetch = fetch.as_ref().map(|fetch| fetch as &dyn Fn(u64));
+            let lost = send_blocks(&opened, &ranges, encoding, name_damaged, fetch, &answers);
             runs.note_lost(&opened, &lost);
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
+}
+
+/// Gets a segment from elsewhere, where what was opened builds on a stub. After one that didn't come in time no other is tried.
+fn fetch_of(runs: &Runs, opened: &OpenedSnapshot) -> Option<impl Fn(u64)> {
+    let base = opened.chain.len().checked_sub(1)?;
+    let stub = opened.chain.get(base).filter(|_| opened.is_stub(base))?.snapshot().id;
+    let is_late = std::cell::Cell::new(false);
+    Some(move |segment| {
+        if !is_late.get() {
+            let began = Instant::now();
+            runs.wanted().fetch(stub, segment, FETCH);
+            is_late.set(began.elapsed() >= FETCH);
+        }
+    })
 }
 
 /// A stream that broke off: why, for the caller.

@@ -227,7 +227,7 @@ fn disk_point(machine: &Machine, held: &Held) -> DiskPoint {
     DiskPoint {
         disk: snapshot.disk.clone(),
         // Without one of its links it can't be read.
-        is_faulty: base.is_none() || machine.is_damaged(snapshot.id),
+        is_faulty: base.is_none() || machine.is_faulty(snapshot.id),
         chain: base.unwrap_or(snapshot.id),
     }
 }

@@ -24,7 +24,7 @@ use std::{
 
 use janus_proto::{
     ids::{BLOCK_BYTES, BackupId, BlockHash, DiskId, MachineKey, SessionId, SnapshotId},
-    model::Batch,
+    model::{Batch, Extent},
     show::amount,
 };
 use tokio::{sync::broadcast, time::Instant};
@@ -44,6 +44,7 @@ use crate::{
         Held, Origin, Run,
         store::{MachineState, Store, StoreError},
     },
+    fill::Wanted,
     image::Format,
     session::{Marks, Session, SessionError},
     space::WHAT_HELPS,
@@ -117,6 +118,7 @@ pub struct Runs {
     sessions: Mutex<HashMap<SessionId, Arc<ActiveRun>>>,
     changes: broadcast::Sender<Change>,
     limits: Limits,
+    wanted: Wanted,
 }
 
 impl Runs {
@@ -140,6 +142,7 @@ impl Runs {
             sessions: Mutex::new(sessions),
             changes,
             limits: Limits::NONE,
+            wanted: Wanted::default(),
         }
     }
 
@@ -153,6 +156,16 @@ impl Runs {
     /// The store.
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// What readers of stubs wait for.
+    pub fn wanted(&self) -> &Wanted {
+        &self.wanted
+    }
+
+    /// All stubs.
+    pub fn stubs(&self) -> Vec<Held> {
+        self.machines().iter().flat_map(|machine| machine.stubs()).collect()
     }
 
     /// How long a lease lasts.
@@ -242,12 +255,13 @@ impl Runs {
         if lock(&self.sessions).len() >= MAX_OPEN_RUNS {
             return Err(RunError::TooMany);
         }
-        let planned = wanted.iter().map(|disk| PlannedDisk::new(self, &machine, disk));
+        let stubs = matches!(maker, Maker::Import { stubs: true, .. });
+        let planned = wanted.iter().map(|disk| PlannedDisk::new(self, &machine, disk, stubs));
         let planned = planned.collect::<Result<Vec<_>, _>>()?;
         let (used, origin) = match maker {
             Maker::Client { use_counter } => (machine.next_counter(use_counter)?, None),
             // Whose turn it is is not for an import to change.
-            Maker::Import(origin) => {
+            Maker::Import { origin, .. } => {
                 let disks = wanted.iter().map(|wanted| &wanted.disk);
                 import::check_place(&machine, &origin, disks)?;
                 (machine.use_counter(), Some(origin))
@@ -350,6 +364,7 @@ impl Runs {
         active.set_in_doubt(is_in_doubt.then(|| run.clone()));
         published?;
         machine.committed_now(run.clone());
+        self.note_stubs(&machine, &run, &open);
         self.look_again(&machine);
         self.forget_sessions(&active);
         if let Err(error) = self.store.remove_open(&open) {
@@ -450,12 +465,12 @@ impl Runs {
 }
 
 /// Who makes a run.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 enum Maker {
     /// A client, with the use counter it was sent with.
     Client { use_counter: u64 },
-    /// An administrator, of what lies here.
-    Import(Origin),
+    /// An administrator, of what lies here or elsewhere; with stubs of disks that have no chain here.
+    Import { origin: Origin, stubs: bool },
 }
 
 /// Whoever starts a backup may have it elsewhere meanwhile: an import of a large disk takes hours.
@@ -497,23 +512,45 @@ impl Writer {
         &self.session
     }
 
+    /// Takes in what blocks of a stub will be, renewing the lease.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn promise(&self, extents: &[Extent], hashes: &[u8], settled: u64) -> Result<(), RunError> {
+        self.check()?;
+        if let Some(metered) = &self.metered {
+            let blocks = (hashes.len() / BlockHash::LEN) as u64;
+            metered.count(self.run.machine.user(), blocks * BLOCK_BYTES)?;
+        }
+        self.session.promise(extents, hashes, settled).map_err(|error| self.explain(error))
+    }
+
     /// Takes in one message, renewing the lease.
     ///
     /// # Errors
     /// When the run was taken over, is committing or has ended, the user's quota is used up, or the store can't be written.
     pub fn apply(&self, batch: Option<&Batch>, settled: u64) -> Result<Marks, RunError> {
-        self.run.check_epoch(self.epoch)?;
-        self.run.renew();
-        if self.run.is_committing() || self.run.in_doubt().is_some() {
-            return Err(RunError::State { backup: self.run.backup, state: "being committed" });
-        }
+        self.check()?;
         if let (Some(metered), Some(batch)) = (&self.metered, batch) {
             metered.count(self.run.machine.user(), batch.data_len() as u64)?;
         }
-        self.session.apply(batch, settled).map_err(|error| match error {
+        self.session.apply(batch, settled).map_err(|error| self.explain(error))
+    }
+
+    fn check(&self) -> Result<(), RunError> {
+        self.run.check_epoch(self.epoch)?;
+        self.run.renew();
+        match self.run.is_committing() || self.run.in_doubt().is_some() {
+            true => Err(RunError::State { backup: self.run.backup, state: "being committed" }),
+            false => Ok(()),
+        }
+    }
+
+    fn explain(&self, error: SessionError) -> RunError {
+        match error {
             full @ SessionError::Full { .. } => RunError::Full(self.lacking(&full)),
             error => error.into(),
-        })
+        }
     }
 
     /// What to tell whose data found no room: how much is missing, and what helps.

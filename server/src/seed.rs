@@ -29,7 +29,8 @@ use crate::{
 pub mod choice;
 mod remote;
 
-use self::{choice::Choice, remote::Remote};
+use self::choice::Choice;
+pub(crate) use self::remote::Remote;
 
 /// How long a server that is away is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -150,6 +151,9 @@ pub struct Seeder {
     runtime: tokio::runtime::Runtime,
     link: Link,
     pace: Arc<Pace>,
+    /// The other server, as it was named.
+    from: String,
+    stubs: bool,
 }
 
 /// How it is called.
@@ -158,6 +162,8 @@ struct Link {
     peers: Peers,
     server: ServerId,
     stop: CancellationToken,
+    /// How long a server that is away is waited for.
+    patience: Duration,
 }
 
 impl Seeder {
@@ -198,8 +204,56 @@ impl Seeder {
         if server == *own {
             return Err(SeedError::Own { server }.into());
         }
-        let link = Link { peers, server, stop: stop.clone() };
-        Ok(Self { runtime, link, pace: Arc::new(Pace::new(bytes_per_second, CREDIT)) })
+        let link = Link { peers, server, stop: stop.clone(), patience: PATIENCE };
+        let pace = Arc::new(Pace::new(bytes_per_second, CREDIT));
+        Ok(Self { runtime, link, pace, from: from.to_owned(), stubs: false })
+    }
+
+    /// Disks that have no chain here get only hashes: their blocks are fetched later (`fill`).
+    #[must_use]
+    pub fn hashes_only(mut self, stubs: bool) -> Self {
+        self.stubs = stubs;
+        self
+    }
+
+    /// Waits so long for a server that is away.
+    #[must_use]
+    pub(crate) fn with_patience(mut self, patience: Duration) -> Self {
+        self.link.patience = patience;
+        self
+    }
+
+    /// A snapshot on a server that is reached the same way.
+    pub(crate) fn remote(
+        &self,
+        server: &ServerId,
+        snapshot: pb::Snapshot,
+    ) -> Result<Remote, CarryError> {
+        Remote::open(self.runtime.handle(), self.link.to(server), &self.pace, snapshot)
+    }
+
+    /// Servers that have backups of a machine and are reached the same way.
+    pub(crate) fn holders(&self, machine: &MachineKey) -> Result<Vec<ServerId>, CarryError> {
+        let all = self.link.again(|| async { Ok(self.link.peers.machines().await?) }, || {});
+        let mut holders = Vec::new();
+        for info in self.runtime.block_on(all)? {
+            let of_machine = info.servers.iter().filter(|_| info.machine == machine.to_string());
+            for there in of_machine.filter(|there| there.snapshot_count > 0) {
+                holders.push(there.server_id.parse().map_err(|error| self.nonsense(&error))?);
+            }
+        }
+        Ok(holders)
+    }
+
+    /// Snapshots of a machine on one of them.
+    pub(crate) fn snapshots_of(
+        &self,
+        server: &ServerId,
+        machine: &MachineKey,
+    ) -> Result<Vec<pb::Snapshot>, CarryError> {
+        let link = self.link.to(server);
+        let list = || async { Ok(link.peers.snapshots(&link.server, machine).await?) };
+        self.runtime.block_on(link.again(list, || {}))
     }
 
     /// The other server.
@@ -250,8 +304,7 @@ impl Seeder {
         here: &[Held],
         begun: Option<BackupId>,
     ) -> Result<Choice, CarryError> {
-        let list = || async { Ok(self.link.peers.snapshots(&self.link.server, machine).await?) };
-        let listed = self.runtime.block_on(self.link.again(list, || {}))?;
+        let listed = self.snapshots_of(self.server(), machine)?;
         let choice = choice::choose(&listed, here, begun, |disk| which.takes_disk(disk));
         let choice = choice.map_err(|error| self.nonsense(&error))?;
         match choice.runs.is_empty() && choice.here.is_empty() {
@@ -273,7 +326,7 @@ impl Seeder {
                 skipped_bytes: snapshot.skipped_bytes,
                 // Nobody knows before it is read: what is full then ends it as a client's backup.
                 data_bytes: None,
-                content: Box::new(Remote::open(self, snapshot.clone())?),
+                content: Box::new(self.remote(self.server(), snapshot.clone())?),
             })
         };
         let run = first.map(|snapshot| snapshot.backup_id.parse()).transpose();
@@ -282,6 +335,8 @@ impl Seeder {
             run: run.map_err(nonsense)?,
             taken_ms: first.map_or(0, |snapshot| snapshot.committed_ms),
             seal: first.map(|snapshot| snapshot.client_seal.to_vec()).unwrap_or_default(),
+            from: Some(self.from.clone()),
+            stubs: self.stubs,
             disks: snapshots.iter().map(disk).collect::<Result<_, _>>()?,
         })
     }
@@ -349,6 +404,11 @@ impl From<WireError> for CallError {
 }
 
 impl Link {
+    /// The same way to another server.
+    fn to(&self, server: &ServerId) -> Self {
+        Self { server: server.clone(), ..self.clone() }
+    }
+
     /// Something is wrong there that doesn't pass.
     fn error(&self, reason: String) -> CarryError {
         CarryError::Source { server: self.server.clone(), reason, passes: false }
@@ -377,7 +437,7 @@ impl Link {
             let has_expired = error::reason(&status) == Some(ErrorReason::HandleExpired);
             let passes = is_away(&status) || has_expired;
             let since: Instant = *away_since.get_or_insert_with(Instant::now);
-            if !passes || since.elapsed() > PATIENCE {
+            if !passes || since.elapsed() > self.patience {
                 let (server, reason) = (self.server.clone(), peer::told(&status));
                 return Err(CarryError::Source { server, reason, passes });
             }

@@ -36,6 +36,7 @@ use crate::{
     catalog::Catalog,
     chain::store::{MachineState, Store, StoreError},
     config::{Settings, Size},
+    fill::Filler,
     info::Info,
     mirror::{self, Mirror},
     probe::Probe,
@@ -275,6 +276,7 @@ impl Server {
             let follow = self.replication().follow(name, rule, shutdown.clone());
             tasks.spawn(follow.map_err(wiring)?);
         }
+        tasks.spawn(self.filler().run(shutdown.clone()));
         tasks.spawn(tell(health, is_low.subscribe(), shutdown.clone()));
         if self.settings.retention.automatic {
             let at = self.settings.retention.time_of_day().map_err(wiring)?;
@@ -301,6 +303,16 @@ impl Server {
         while tasks.join_next().await.is_some() {}
         tracing::info!(server = name, "stopped");
         Ok(())
+    }
+
+    fn filler(&self) -> Filler {
+        Filler {
+            runs: self.runs.clone(),
+            own: self.id.clone(),
+            dialer: self.dialer.clone(),
+            janus_urls: self.janus_urls.subscribe(),
+            settings: self.settings.fill.clone(),
+        }
     }
 
     fn replication(&self) -> Replication {

@@ -271,17 +271,8 @@ impl Session {
             self.note_synced(&mut inner)?;
             return Ok(inner.index.marks);
         }
-        if inner.finished {
-            self.cut(&inner.index)?;
-            inner.finished = false;
-        }
         let hashes = batch.map_or(&[][..], Batch::hashes);
-        let hashes_at = inner
-            .journal
-            .append(extents, hashes, settled)
-            .map_err(SessionError::io("write", &self.journal_path()))?;
-        inner.index.note(extents, hashes_at, settled, self.start.head().is_some());
-        self.stored_bytes.store(inner.index.sent_blocks * BLOCK_BYTES, Ordering::Relaxed);
+        self.note(&mut inner, extents, hashes, settled)?;
         if let Some(batch) = batch {
             let written = self.write(&inner.index, batch);
             inner.failed = written.is_err();
@@ -290,6 +281,45 @@ impl Session {
         self.note_synced(&mut inner)?;
         self.sync_in_background(&mut inner);
         Ok(inner.index.marks)
+    }
+
+    /// Takes in what blocks will be that the stub gets later. After a crash nothing of it counts.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn promise(
+        &self,
+        extents: &[Extent],
+        hashes: &[u8],
+        settled: u64,
+    ) -> Result<(), SessionError> {
+        let mut inner = self.lock();
+        if inner.failed {
+            return Err(SessionError::Failed);
+        }
+        let settled = settled.max(inner.index.marks.received);
+        self.note(&mut inner, extents, hashes, settled)
+    }
+
+    /// Writes a record to the journal and takes it in.
+    fn note(
+        &self,
+        inner: &mut Inner,
+        extents: &[Extent],
+        hashes: &[u8],
+        settled: u64,
+    ) -> Result<(), SessionError> {
+        if inner.finished {
+            self.cut(&inner.index)?;
+            inner.finished = false;
+        }
+        let hashes_at = inner
+            .journal
+            .append(extents, hashes, settled)
+            .map_err(SessionError::io("write", &self.journal_path()))?;
+        inner.index.note(extents, hashes_at, settled, self.start.head().is_some());
+        self.stored_bytes.store(inner.index.sent_blocks * BLOCK_BYTES, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Block hashes of one segment as a commit would store them now.

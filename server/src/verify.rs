@@ -47,6 +47,9 @@ pub fn check_image(
     pace: &dyn Pace,
 ) -> Result<Damage, CheckError> {
     runs.mend_manifest(held);
+    if known(runs, held).is_some_and(|known| known.missing.is_some()) {
+        return Err(CheckError::Stub);
+    }
     let mut check = begun(runs, held, way);
     // A file that can't be opened gets a second chance, as damaged blocks do.
     let opened = match open(runs, held)? {

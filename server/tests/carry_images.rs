@@ -59,7 +59,8 @@ fn import(
         content,
     };
     let machine = model.key.clone();
-    let new = NewRun { machine, run: None, taken_ms, seal: Vec::new(), disks: vec![disk] };
+    let (seal, disks) = (Vec::new(), vec![disk]);
+    let new = NewRun { machine, run: None, taken_ms, seal, from: None, stubs: false, disks };
     carry::import(&model.runs, &new, &|_, _| true)
 }
 

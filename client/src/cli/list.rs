@@ -63,6 +63,7 @@ fn listing_json(listing: &Listing, mirrored: &[Mirrored]) -> Value {
             "reachable": s.reachable,
             "elsewhere": elsewhere(s),
             "damaged_blocks": s.damaged_blocks,
+            "missing_blocks": s.missing_blocks,
             "verified_ms": s.verified_ms,
         })
     };
@@ -84,7 +85,7 @@ fn listing_text(listing: &Listing, mirrored: &[Mirrored]) -> String {
         let kind = if s.parent_snapshot_id.is_empty() { "full " } else { "delta" };
         let _ = writeln!(
             text,
-            "{}  {}  {:disks$}  {:servers$}  {kind}  {:>10}  {:>10} on disk  {}{}{}{}",
+            "{}  {}  {:disks$}  {:servers$}  {kind}  {:>10}  {:>10} on disk  {}{}{}{}{}",
             s.snapshot_id,
             date(s.committed_ms),
             s.disk_id,
@@ -94,6 +95,7 @@ fn listing_text(listing: &Listing, mirrored: &[Mirrored]) -> String {
             consistency_name(s.consistency()),
             skipped(s),
             damage(s),
+            incomplete(s),
             availability(s, mirrored),
         );
     }
@@ -128,6 +130,16 @@ fn skipped(snapshot: &Snapshot) -> String {
     match snapshot.skipped_bytes {
         0 => String::new(),
         bytes => format!("  {} skipped", amount(bytes)),
+    }
+}
+
+fn incomplete(snapshot: &Snapshot) -> String {
+    match snapshot.missing_blocks {
+        0 => String::new(),
+        blocks => {
+            let bytes = amount((blocks * BLOCK_BYTES).min(snapshot.size_bytes));
+            format!("  INCOMPLETE: up to {bytes} still come from other servers")
+        }
     }
 }
 

@@ -116,6 +116,10 @@ pub struct Snapshot {
     /// As given in the commit: so many bytes are zeros here whatever the disk held. 0: none, or not told.
     #[prost(uint64, tag = "19")]
     pub skipped_bytes: u64,
+    /// Blocks that aren't on this server yet, since its base is a stub: only the hashes were seeded, and the blocks are still
+    /// fetched from other servers. Zero blocks between them may be counted. A restore finds them there. 0: it is complete.
+    #[prost(uint64, tag = "20")]
+    pub missing_blocks: u64,
 }
 /// A server that is known but did not answer.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

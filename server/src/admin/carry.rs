@@ -203,7 +203,12 @@ pub(super) fn what_came(imported: &Imported, took: &str) -> String {
     match imported.was_here {
         true => "is here already".into(),
         false => {
-            format!("is here: {} of data written{took}{after}", amount(imported.written_bytes))
+            let promised = match imported.promised_bytes {
+                0 => String::new(),
+                bytes => format!(", {} to come (`janus-server seed status`)", amount(bytes)),
+            };
+            let written = amount(imported.written_bytes);
+            format!("is here: {written} of data written{took}{after}{promised}")
         }
     }
 }
@@ -275,6 +280,8 @@ fn image(admin: &Admin, path: &Path, arguments: &ImportArguments) -> Result<NewR
         run: None,
         taken_ms,
         seal: Vec::new(),
+        from: None,
+        stubs: false,
         disks: vec![disk],
     })
 }

@@ -1,6 +1,9 @@
 //! `janus-server seed`: the newest backups of another server's machines into this store.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use clap::{Args, Subcommand};
 use janus_proto::{
@@ -19,9 +22,15 @@ use super::{
 };
 use crate::{
     carry::{CarryError, Imported},
+    chain::ranges::BlockRanges,
+    config::replicate::Hours,
+    runs::now_ms,
     seed::{Event, Seeder, Which},
     serve,
 };
+
+/// How often it is looked whether it is time.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// What to seed, and from where.
 #[derive(Debug, Clone, PartialEq, Eq, Args, Serialize, Deserialize)]
@@ -42,6 +51,13 @@ pub struct Arguments {
     /// All machines
     #[arg(long)]
     all: bool,
+    /// Fetch only hashes of disks that have no backup here: their next backup can come at once, as a delta, and
+    /// what it builds on is filled in the background
+    #[arg(long)]
+    hashes_only: bool,
+    /// Fetch only in this part of the day, UTC: HH:MM-HH:MM; wait for it meanwhile
+    #[arg(long, value_name = "HOURS")]
+    hours: Option<Hours>,
     /// Fetch at most so many MiB in a second
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     mib_per_second: Option<u32>,
@@ -51,7 +67,7 @@ pub struct Arguments {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Action {
-    /// Show what is being seeded or imported here, and what was stopped on its way
+    /// Show what is being seeded or imported here, what was stopped on its way, and stubs that aren't full
     Status,
 }
 
@@ -85,7 +101,8 @@ pub(super) fn run(
         &settings.janus_urls,
         bytes_per_second,
         task.token(),
-    )?;
+    )?
+    .hashes_only(arguments.hashes_only);
     let machines = seeder.machines(std::slice::from_ref(&which))?;
     let server = seeder.server().to_string();
     let (mut text, mut listed, mut failed, mut written_bytes) = (String::new(), vec![], 0, 0);
@@ -94,7 +111,7 @@ pub(super) fn run(
         let mut told = Told::new(machine);
         let doing = format!("of {machine} seeded");
         let progress = Progress::new(&doing, task);
-        let hear = |done, all| progress.hear(done, all);
+        let hear = |done, all| wait_for(arguments.hours, task) && progress.hear(done, all);
         match seeder.seed(admin.runs(), machine, which, &hear, &mut |event| told.event(&event)) {
             Ok(()) => {}
             Err(CarryError::Stopped) => return Err(AdminError::Cancelled),
@@ -120,6 +137,21 @@ pub(super) fn run(
         "runs": listed,
     });
     Ok(Answer { is_bad: failed > 0, ..Answer::new(text, json) })
+}
+
+/// Waits for the hours that were named; false when it is to stop.
+fn wait_for(hours: Option<Hours>, task: &Task<'_>) -> bool {
+    let is_time = || hours.is_none_or(|hours| hours.left(now_ms()).is_some());
+    if !is_time() {
+        task.tell("waiting for the hours that were named".to_owned());
+    }
+    while !is_time() {
+        if task.token().is_cancelled() {
+            return false;
+        }
+        std::thread::sleep(LOOK);
+    }
+    true
 }
 
 /// Runs that are made of what another server or a folder has, and aren't done.
@@ -157,11 +189,52 @@ fn status(admin: &Admin) -> Answer {
             }
         }
     }
-    let text = match listed.is_empty() {
+    let (stub_rows, stubs) = stubs(admin);
+    let mut text = match listed.is_empty() && stubs.is_empty() {
         true => "nothing is being seeded or imported here\n".to_owned(),
-        false => table(&rows),
+        false => String::new(),
     };
-    Answer::new(text, json!({ "open": listed }))
+    if !listed.is_empty() {
+        text.push_str(&table(&rows));
+    }
+    if !stubs.is_empty() {
+        text.push_str(&table(&stub_rows));
+    }
+    Answer::new(text, json!({ "open": listed, "stubs": stubs }))
+}
+
+/// Stubs, and what they lack.
+fn stubs(admin: &Admin) -> (Vec<Vec<String>>, Vec<Value>) {
+    let head = ["machine", "disk", "stub lacks", "backup of", "asked of the next backup"];
+    let (mut rows, mut listed) = (vec![head.map(str::to_owned).to_vec()], Vec::new());
+    for machine in admin.runs().machines() {
+        let health = machine.health();
+        for held in machine.stubs() {
+            let (run, snapshot) = (&held.run, held.snapshot());
+            let size = snapshot.size_bytes;
+            let bytes = |blocks: &BlockRanges| (blocks.blocks() * BLOCK_BYTES).min(size);
+            let missing = health.missing(snapshot).map_or(0, bytes);
+            let asked = health.damage(snapshot).map_or(0, |damage| bytes(&damage.blocks));
+            let taken_ms = run.origin.as_ref().map_or(run.committed_ms, |origin| origin.taken_ms);
+            rows.push(vec![
+                machine.key.to_string(),
+                snapshot.disk.to_string(),
+                format!("up to {} of {}", amount(missing), amount(size)),
+                date(taken_ms),
+                if asked == 0 { "-".to_owned() } else { amount(asked) },
+            ]);
+            listed.push(json!({
+                "machine": machine.key,
+                "disk_id": snapshot.disk,
+                "snapshot_id": snapshot.id,
+                "missing_bytes": missing,
+                "size_bytes": size,
+                "taken_ms": taken_ms,
+                "asked_bytes": asked,
+            }));
+        }
+    }
+    (rows, listed)
 }
 
 /// What is said of a machine.
@@ -202,6 +275,7 @@ impl<'a> Told<'a> {
             "was_here": imported.was_here,
             "went_on": imported.went_on,
             "written_bytes": imported.written_bytes,
+            "promised_bytes": imported.promised_bytes,
         }));
     }
 

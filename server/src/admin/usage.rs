@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     chain::{
-        Held, Snapshot,
+        Held, Snapshot, stub,
         table::{Table, TableError},
     },
     runs::Machine,
@@ -194,8 +194,9 @@ impl Files<'_> {
     /// Bytes that image and table occupy now; a missing file has none.
     fn allocated(&self, snapshot: &Snapshot) -> u64 {
         let file = |name: &str| self.storage.metadata(&self.folder.join(name)).ok().flatten();
-        let occupied = |name: &str| file(name).map_or(0, |file| file.allocated_bytes);
-        occupied(&snapshot.image) + occupied(&snapshot.table)
+        let occupied = |name: &str| file(name).map(|file| file.allocated_bytes);
+        let image = occupied(&snapshot.image).or_else(|| occupied(&stub::name(&snapshot.image)));
+        image.unwrap_or(0) + occupied(&snapshot.table).unwrap_or(0)
     }
 
     /// Bytes of a snapshot's blocks that all of its children hold anew.

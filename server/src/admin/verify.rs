@@ -160,7 +160,7 @@ fn check(
     let result = match result {
         Ok(damage) => Ok(damage),
         Err(CheckError::Stopped) => return Err(AdminError::Cancelled),
-        Err(error @ CheckError::Io(_)) => Err(error.to_string()),
+        Err(error @ (CheckError::Io(_) | CheckError::Stub)) => Err(error.to_string()),
     };
     Ok(Checked { held: held.clone(), read_bytes: limit.read_bytes(), result })
 }

@@ -32,6 +32,11 @@ pub fn export(
     let opened = run.snapshots.iter().map(|snapshot| {
         let unknown = || crate::runs::RunError::Unknown { id: snapshot.id.to_string() };
         let held: Held = runs.snapshot(snapshot.id).ok_or_else(unknown)?;
+        let machine = runs.machine(&run.machine);
+        if machine.is_some_and(|machine| machine.missing_blocks(snapshot.id) > 0) {
+            let (machine, disk) = (run.machine.clone(), snapshot.disk.clone());
+            return Err(CarryError::Incomplete { machine, disk });
+        }
         let opened = runs.open_for_reading(&held);
         opened.map_err(|source| CarryError::Open { disk: snapshot.disk.clone(), source })
     });
@@ -49,7 +54,7 @@ pub fn export(
         }
     };
     // Of a run that was imported itself the carried one's name goes on: it is the same content.
-    let id = run.origin.and_then(|origin| origin.run).unwrap_or(run.backup);
+    let id = run.origin.as_ref().and_then(|origin| origin.run).unwrap_or(run.backup);
     let (machine, seal) = (run.machine.clone(), &run.client_seal);
     let manifest = Manifest::new(id, machine, run.committed_ms, seal, entries);
     claim.finish(&manifest)?;

@@ -62,6 +62,10 @@ pub struct NewRun {
     pub taken_ms: i64,
     /// The client's seal.
     pub seal: Vec<u8>,
+    /// The server it comes from, by its name or URL.
+    pub from: Option<String>,
+    /// Disks that have no chain here get only hashes, and are filled later.
+    pub stubs: bool,
     /// All its disks.
     pub disks: Vec<NewDisk>,
 }
@@ -77,6 +81,8 @@ pub struct Imported {
     pub went_on: bool,
     /// Bytes of data that were written.
     pub written_bytes: u64,
+    /// Bytes of data that stubs get later.
+    pub promised_bytes: u64,
 }
 
 /// Takes a run in.
@@ -91,7 +97,13 @@ pub fn import(
 ) -> Result<Imported, CarryError> {
     let disks: Vec<&DiskId> = new.disks.iter().map(|disk| &disk.disk).collect();
     if let Some(run) = new.run.and_then(|run| runs.imported(&new.machine, run, &disks)) {
-        return Ok(Imported { run, was_here: true, went_on: false, written_bytes: 0 });
+        return Ok(Imported {
+            run,
+            was_here: true,
+            went_on: false,
+            written_bytes: 0,
+            promised_bytes: 0,
+        });
     }
     let mut again = 1;
     loop {
@@ -108,8 +120,8 @@ fn try_import(
     hear: &dyn Fn(u64, u64) -> bool,
 ) -> Result<Imported, CarryError> {
     let wanted: Vec<WantedDisk> = new.disks.iter().map(NewDisk::wanted).collect();
-    let origin = Origin { run: new.run, taken_ms: new.taken_ms };
-    let open = runs.start_import(&new.machine, &wanted, origin)?;
+    let origin = Origin { run: new.run, taken_ms: new.taken_ms, from: new.from.clone() };
+    let open = runs.start_import(&new.machine, &wanted, origin, new.stubs)?;
     let written = {
         let _renewing = Renewing::start(&open, runs.lease() / 3);
         Writing { runs, run: &open, epoch: open.record().epoch }.all(new, hear)
@@ -152,6 +164,8 @@ impl NewRun {
             run: Some(manifest.run),
             taken_ms: manifest.committed_ms,
             seal: manifest.seal(),
+            from: None,
+            stubs: false,
             disks: manifest.disks.iter().map(disk).collect::<Result<_, _>>()?,
         })
     }
@@ -229,13 +243,18 @@ impl Writing<'_> {
         self.runs.check_room_for(needed)?;
         let mut meter = Meter::new(new.disks.iter().map(|disk| disk.size_bytes).sum(), hear);
         let mut commits = Vec::with_capacity(new.disks.len());
-        let mut written_bytes = 0;
+        let (mut written_bytes, mut promised_bytes) = (0, 0);
         for (session, disk) in sessions.iter().zip(&new.disks) {
             let writer = Writer::new(self.run.clone(), session.disk.session, self.epoch)?;
             let writer = writer.within_quota(self.runs.clone());
             let mut transfer = Transfer::new(self, session, disk, writer);
             transfer.run(&mut meter)?;
             written_bytes += transfer.written_bytes;
+            if session.disk.stub {
+                // Once full it takes so much.
+                promised_bytes += session.stored_bytes();
+                self.runs.check_room_for(promised_bytes)?;
+            }
             commits.push(CommitDisk {
                 disk: disk.disk.clone(),
                 expected_head: session.disk.head,
@@ -246,7 +265,7 @@ impl Writing<'_> {
         }
         let (machine, backup) = (&new.machine, self.run.backup);
         let run = self.runs.commit(machine, backup, self.epoch, &commits, &new.seal)?;
-        Ok(Imported { run, was_here: false, went_on, written_bytes })
+        Ok(Imported { run, was_here: false, went_on, written_bytes, promised_bytes })
     }
 }
 
@@ -332,6 +351,9 @@ impl<'a> Transfer<'a> {
                 _ => wanted.push(Extent { first, count: 1, zero }),
             }
         }
+        if self.session.disk.stub {
+            return self.promise(&wanted, &hashes, &blocks);
+        }
         if known.is_some() {
             let data: Vec<Extent> = wanted.iter().filter(|extent| !extent.zero).copied().collect();
             if !data.is_empty() {
@@ -416,6 +438,23 @@ impl<'a> Transfer<'a> {
             }
         }
         self.flush(&mut message, blocks.end)
+    }
+
+    /// Says what the blocks of a segment are, whose data comes later.
+    fn promise(
+        &mut self,
+        wanted: &[Extent],
+        hashes: &[BlockHash],
+        blocks: &Range<u64>,
+    ) -> Result<(), CarryError> {
+        let data = wanted.iter().filter(|extent| !extent.zero);
+        let of = |extent: &Extent| {
+            let from = (extent.first - blocks.start) as usize;
+            hashes.iter().skip(from).take(extent.count as usize)
+        };
+        let told: Vec<u8> = data.flat_map(of).flat_map(|hash| hash.0).collect();
+        self.writer.promise(wanted, &told, blocks.end)?;
+        Ok(())
     }
 
     fn flush(&mut self, message: &mut Message, settled: u64) -> Result<(), CarryError> {

@@ -11,7 +11,7 @@ use janus_proto::{
 };
 use serde::Serialize;
 
-use super::{Held, History, Snapshot};
+use super::{Held, History, Snapshot, stub};
 
 /// A snapshot that can't be read, or not as a whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -107,7 +107,7 @@ pub fn find(history: &History, there: &HashSet<String>) -> Gaps {
 
 fn own_missing(snapshot: &Snapshot, there: &HashSet<String>) -> Vec<Missing> {
     let mut missing = Vec::new();
-    if !there.contains(&snapshot.image) {
+    if !there.contains(&snapshot.image) && !there.contains(&stub::name(&snapshot.image)) {
         missing.push(Missing::Image(snapshot.image.clone()));
     }
     if !there.contains(&snapshot.table) {

@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     path::Path,
 };
 
@@ -18,6 +19,7 @@ use super::{
     opened::open_table,
     ranges::{BlockRanges, segment_blocks},
     store::{StoreError, read, read_or_put_aside, write},
+    stub,
 };
 use crate::storage::Disk;
 
@@ -84,6 +86,9 @@ pub struct ImageHealth {
     pub damage: Damage,
     /// How far a new check is.
     pub check: Option<OpenCheck>,
+    /// Of a stub: the blocks that aren't here yet. A range may have blocks of zeros too, and none of them is damage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing: Option<BlockRanges>,
 }
 
 /// What is known of the images and snapshots of a machine.
@@ -93,6 +98,8 @@ pub struct Health {
     pub images: BTreeMap<Uuid, ImageHealth>,
     /// Damaged blocks of each damaged snapshot.
     pub snapshots: BTreeMap<SnapshotId, u64>,
+    /// Blocks that each incomplete snapshot lacks, since a stub of its chain does.
+    pub incomplete: BTreeMap<SnapshotId, u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -101,6 +108,8 @@ struct HealthFile {
     machine: MachineKey,
     images: BTreeMap<Uuid, ImageHealth>,
     snapshots: BTreeMap<SnapshotId, u64>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    incomplete: BTreeMap<SnapshotId, u64>,
 }
 
 impl Health {
@@ -138,7 +147,12 @@ impl Health {
     /// What a file says, if it is of this machine.
     fn of(file: Option<HealthFile>, machine: &MachineKey) -> Self {
         let own = file.filter(|file| file.machine == *machine);
-        own.map(|file| Self { images: file.images, snapshots: file.snapshots }).unwrap_or_default()
+        let known = own.map(|file| Self {
+            images: file.images,
+            snapshots: file.snapshots,
+            incomplete: file.incomplete,
+        });
+        known.unwrap_or_default()
     }
 
     /// Keeps it.
@@ -151,13 +165,14 @@ impl Health {
         folder: &Path,
         machine: &MachineKey,
     ) -> Result<(), StoreError> {
-        let (machine, images, snapshots) =
-            (machine.clone(), self.images.clone(), self.snapshots.clone());
-        write(
-            storage,
-            &folder.join(FILE),
-            &HealthFile { format: FORMAT, machine, images, snapshots },
-        )
+        let file = HealthFile {
+            format: FORMAT,
+            machine: machine.clone(),
+            images: self.images.clone(),
+            snapshots: self.snapshots.clone(),
+            incomplete: self.incomplete.clone(),
+        };
+        write(storage, &folder.join(FILE), &file)
     }
 
     /// What is known of an image.
@@ -168,6 +183,47 @@ impl Health {
     /// Damage of an image, if it has any.
     pub fn damage(&self, snapshot: &Snapshot) -> Option<&Damage> {
         self.image(snapshot).map(|image| &image.damage).filter(|damage| !damage.is_none())
+    }
+
+    /// Blocks that a stub lacks; `None`: it is none.
+    pub fn missing(&self, snapshot: &Snapshot) -> Option<&BlockRanges> {
+        self.image(snapshot)?.missing.as_ref()
+    }
+
+    /// True when nothing is damaged, and nothing missing.
+    pub fn is_whole(&self) -> bool {
+        let is_whole = |image: &ImageHealth| image.damage.is_none() && image.missing.is_none();
+        self.snapshots.is_empty()
+            && self.incomplete.is_empty()
+            && self.images.values().all(is_whole)
+    }
+
+    /// Finds stubs of which it isn't known what they lack: what was known is lost, or a crash came first.
+    ///
+    /// # Errors
+    /// As the file system says.
+    pub(super) fn look_for_stubs(
+        &mut self,
+        storage: &Disk,
+        folder: &Path,
+        history: &History,
+    ) -> io::Result<()> {
+        let mut found = Vec::new();
+        for held in history.links() {
+            let snapshot = held.snapshot();
+            let is_known = snapshot.parent.is_some() || self.missing(snapshot).is_some();
+            if !is_known && stub::is_here(storage, folder, snapshot)? {
+                found.push((snapshot.data_write, stub::all_blocks(storage, folder, snapshot)));
+            }
+        }
+        if found.is_empty() {
+            return Ok(());
+        }
+        for (image, missing) in found {
+            self.images.entry(image).or_default().missing = Some(missing);
+        }
+        self.count(storage, folder, history);
+        Ok(())
     }
 
     /// Forgets images that are gone, and bounds what is kept of the others.
@@ -185,6 +241,9 @@ impl Health {
             if let Some(check) = &mut known.check {
                 check.found.bound(snapshot, most);
             }
+            if let Some(missing) = &mut known.missing {
+                missing.coarsen(MAX_DAMAGED_RANGES);
+            }
             kept = MAX_KEPT_RANGES.min(kept + known.damage.blocks.len());
         }
     }
@@ -198,8 +257,9 @@ impl Health {
         })
     }
 
-    /// Counts the damaged blocks of all snapshots anew. Reads tables, but only of chains with damage.
+    /// Counts the damaged and the missing blocks of all snapshots anew. Reads tables, but only of chains that aren't whole.
     pub fn count(&mut self, storage: &Disk, folder: &Path, history: &History) {
+        self.incomplete = self.count_missing(storage, folder, history);
         let mut damaged: BTreeMap<SnapshotId, BlockRanges> = BTreeMap::new();
         // A chain of which a table or manifest is lost can't be opened, whatever newer links hold.
         let mut closed: BTreeSet<SnapshotId> = BTreeSet::new();
@@ -223,6 +283,42 @@ impl Health {
         self.snapshots = damaged.into_iter().map(|(id, blocks)| (id, blocks.blocks())).collect();
     }
 
+    fn count_missing(
+        &self,
+        storage: &Disk,
+        folder: &Path,
+        history: &History,
+    ) -> BTreeMap<SnapshotId, u64> {
+        let mut missing: BTreeMap<SnapshotId, BlockRanges> = BTreeMap::new();
+        for held in history.links_oldest_first() {
+            let snapshot = held.snapshot();
+            let below = snapshot.parent.and_then(|parent| missing.get(&parent).cloned());
+            let blocks = self.missing_through(storage, folder, held, below.unwrap_or_default());
+            if !blocks.is_empty() {
+                missing.insert(snapshot.id, blocks);
+            }
+        }
+        missing.retain(|id, _| history.snapshot(*id).is_some());
+        missing.into_iter().map(|(id, blocks)| (id, blocks.blocks())).collect()
+    }
+
+    /// Blocks that a snapshot lacks whose parent lacks these.
+    pub fn missing_through(
+        &self,
+        storage: &Disk,
+        folder: &Path,
+        held: &Held,
+        mut below: BlockRanges,
+    ) -> BlockRanges {
+        if !below.is_empty() {
+            take_own_out(storage, folder, held.snapshot(), &mut below);
+        }
+        match self.missing(held.snapshot()) {
+            Some(missing) => missing.clone(),
+            None => below,
+        }
+    }
+
     fn has_lost_its_table(&self, storage: &Disk, folder: &Path, snapshot: &Snapshot) -> bool {
         let is_unusable = self.damage(snapshot).is_some_and(|damage| damage.unusable.is_some());
         is_unusable && open_table(storage, folder, snapshot).is_err()
@@ -241,12 +337,18 @@ impl Health {
         let blocks = self.seen_through(storage, folder, child, of_link.damage.blocks);
         let unusable = of_child.damage.unusable.or(of_link.damage.unusable);
         let proven_ms = of_link.proven_ms.min(of_child.proven_ms);
-        ImageHealth { proven_ms, damage: Damage { blocks, unusable }, check: None }
+        ImageHealth { proven_ms, damage: Damage { blocks, unusable }, ..ImageHealth::default() }
     }
 
     /// Damaged blocks of the snapshot at the end of a chain, newest first.
     pub fn of_chain(&self, storage: &Disk, folder: &Path, chain: &[Held]) -> BlockRanges {
         let add = |below, held| self.seen_through(storage, folder, held, below);
+        chain.iter().rev().fold(BlockRanges::default(), add)
+    }
+
+    /// The same of those that are missing, since a stub of the chain isn't full.
+    pub fn missing_of_chain(&self, storage: &Disk, folder: &Path, chain: &[Held]) -> BlockRanges {
+        let add = |below, held| self.missing_through(storage, folder, held, below);
         chain.iter().rev().fold(BlockRanges::default(), add)
     }
 

@@ -23,7 +23,7 @@ use std::{
 use janus_proto::ids::{BLOCK_BYTES, SnapshotId};
 
 use super::{
-    Snapshot,
+    Snapshot, stub,
     table::{self, Table, TableError},
 };
 use crate::{
@@ -227,7 +227,7 @@ impl Pair<'_> {
         let file = self.storage.open_data(&child_path, Access::Read);
         let child = Image::open(file.map_err(MergeError::io("open", &child_path))?)
             .map_err(MergeError::image(&child_path))?;
-        let link_path = self.folder.join(&self.link.image);
+        let link_path = self.link_path()?;
         let path = match way {
             Way::InPlace => link_path,
             Way::Clone => self.cloned(&link_path, &self.child.image)?,
@@ -256,6 +256,14 @@ impl Pair<'_> {
             set_identity(target.file(), self.child.data_write).map_err(&damaged)?;
         }
         Ok((target, moved))
+    }
+
+    /// The link's image; of a stub too, when the child has all that it lacks.
+    fn link_path(&self) -> Result<PathBuf, MergeError> {
+        let path = self.folder.join(&self.link.image);
+        let stub = stub::path(&path);
+        let is_stub = self.storage.exists(&stub).map_err(MergeError::io("look for", &stub))?;
+        Ok(if is_stub { stub } else { path })
     }
 
     fn make_table(

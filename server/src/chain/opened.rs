@@ -19,6 +19,7 @@ use janus_proto::{
 use super::{
     Held, Snapshot,
     ranges::BlockRanges,
+    stub,
     table::{Table, TableError, TableStack},
 };
 use crate::{
@@ -197,6 +198,14 @@ impl OpenedSnapshot {
         self.images.first()?.as_ref().map(|image| image.format())
     }
 
+    /// True when the image at this place of the chain was a stub's when it was opened.
+    pub fn is_stub(&self, place: usize) -> bool {
+        self.images
+            .get(place)
+            .and_then(Option::as_ref)
+            .is_some_and(|image| stub::is_of(image.file()))
+    }
+
     /// What a child of its own image is to say about it, when that can be opened.
     pub fn as_parent(&self) -> Option<Parent> {
         let name = &self.held.snapshot().image;
@@ -349,7 +358,7 @@ impl<'a> Salvage<'a> {
 /// When it is missing, cut or damaged.
 pub fn open_image(storage: &Disk, folder: &Path, snapshot: &Snapshot) -> Result<Image, OpenError> {
     let path = folder.join(&snapshot.image);
-    let file = storage.open_data(&path, Access::Read).map_err(failed(&path))?;
+    let file = stub::open(storage, &path, Access::Read).map_err(failed(&path))?;
     let (expected, actual) = (snapshot.image_length_bytes, length(&file)?);
     if actual < expected {
         return Err(OpenError::Short { path, expected, actual });
@@ -365,7 +374,7 @@ fn open_cut(
     error: &OpenError,
 ) -> Option<Arc<Image>> {
     let OpenError::Short { .. } = error else { return None };
-    let file = storage.open_data(&folder.join(&snapshot.image), Access::Read).ok()?;
+    let file = stub::open(storage, &folder.join(&snapshot.image), Access::Read).ok()?;
     Image::open(file).ok().map(Arc::new)
 }
 

@@ -46,6 +46,20 @@ impl BlockRanges {
         }
     }
 
+    /// Makes no more than so many ranges of them, by adding the blocks of the smallest gaps.
+    pub fn coarsen(&mut self, most: usize) {
+        let mut least_gap = SEGMENT_BLOCKS;
+        while self.len() > most.max(1) {
+            let ranges: Vec<Range<u64>> = self.iter().collect();
+            for pair in ranges.windows(2) {
+                if pair[1].start - pair[0].end < least_gap {
+                    self.insert(pair[0].end..pair[1].start);
+                }
+            }
+            least_gap *= 2;
+        }
+    }
+
     /// True when one of these blocks is in the set.
     pub fn intersects(&self, blocks: &Range<u64>) -> bool {
         self.0.intersects(blocks)
@@ -135,6 +149,23 @@ mod tests {
         ranges.remove(6..8);
         assert_eq!(serde_json::to_string(&ranges).unwrap(), "\"5+1 8+2 20+1\"");
         assert!(ranges.intersects(&(0..6)) && !ranges.intersects(&(6..8)));
+    }
+
+    #[test]
+    fn many_ranges_become_few_which_hold_all_their_blocks() {
+        let mut ranges = BlockRanges::default();
+        (0..5000).for_each(|index| ranges.insert(index * 3000..index * 3000 + 7));
+        let all = ranges.clone();
+        ranges.coarsen(5000);
+        assert_eq!(ranges, all);
+        ranges.coarsen(4096);
+        assert!(ranges.len() <= 4096, "{}", ranges.len());
+        assert!(all.iter().flatten().all(|block| ranges.contains(block)));
+        let end = 4999 * 3000 + 7;
+        assert_eq!(
+            (ranges.iter().next().unwrap().start, ranges.iter().last().unwrap().end),
+            (0, end)
+        );
     }
 
     #[test]

@@ -47,7 +47,7 @@ use self::{
     records::{DAMAGED, put_aside},
 };
 use super::{
-    FORMAT, Held, History, Origin, Run, health::Health, merge::Intent, opened::OpenedSnapshot,
+    FORMAT, Held, History, Origin, Run, health::Health, merge::Intent, opened::OpenedSnapshot, stub,
 };
 use crate::{
     image::Format,
@@ -162,6 +162,9 @@ pub struct OpenDisk {
     /// Format of the image.
     #[serde(default)]
     pub format: Format,
+    /// It will be a stub: only hashes are received.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stub: bool,
 }
 
 impl OpenDisk {
@@ -183,9 +186,17 @@ impl OpenDisk {
             && head.newest_format() == Some(self.format)
     }
 
-    /// The image (by the extension of its format) or table (`table`) once committed, relative to the machine's folder.
+    /// The image (by the extension of its format) or table (`table`) as manifests name it, relative to the machine's folder.
     pub fn published(&self, kind: &str) -> String {
         format!("{}.{kind}", self.stem)
+    }
+
+    /// The file that a commit makes of it.
+    fn published_file(&self, kind: &str) -> String {
+        match self.stub && kind == self.format.extension() {
+            true => stub::name(&self.published(kind)),
+            false => self.published(kind),
+        }
     }
 
     /// What the two files of a snapshot end in.
@@ -459,7 +470,9 @@ impl Store {
     /// As the file system says.
     pub fn is_taken(&self, machine: &MachineKey, stem: &str) -> Result<bool, StoreError> {
         let folder = self.machine_folder(machine);
-        for kind in ["vhdx", "vhdx.partial", "vhd", "vhd.partial", "journal"] {
+        for kind in
+            ["vhdx", "vhdx.stub", "vhdx.partial", "vhd", "vhd.stub", "vhd.partial", "journal"]
+        {
             if exists(&self.storage, &folder.join(format!("{stem}.{kind}")))? {
                 return Ok(true);
             }
@@ -548,6 +561,8 @@ impl Store {
         unread |= !trash::load(&self.storage, folder, &file.machine, &mut state.history)?;
         state.incomplete = unread;
         self.finish_merges(&mut file, &mut state)?;
+        let looked = state.health.look_for_stubs(&self.storage, folder, &state.history);
+        looked.map_err(StoreError::io("look for stubs in", folder))?;
         for path in files_in(&self.storage, &folder.join(OPEN), "json")? {
             match read::<OpenRun>(&self.storage, &path) {
                 Ok(Some(run)) if state.history.run(run.backup).is_some() => {
@@ -609,7 +624,8 @@ fn last_sequence(storage: &Disk, folder: &Path) -> Result<u64, StoreError> {
 fn published_files(folder: &Path, state: &MachineState) -> HashSet<PathBuf> {
     let files = |held: &Held| {
         let snapshot = held.snapshot();
-        [folder.join(&snapshot.image), folder.join(&snapshot.table)]
+        let image = folder.join(&snapshot.image);
+        [stub::path(&image), image, folder.join(&snapshot.table)]
     };
     state.history.links().flat_map(files).collect()
 }

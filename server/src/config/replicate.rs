@@ -40,7 +40,7 @@ impl Default for Replicate {
 }
 
 /// A part of each day, in milliseconds since midnight; it may go over midnight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hours {
     from: i64,
     to: i64,
@@ -55,6 +55,25 @@ impl Hours {
         let length = (self.to - self.from - 1).rem_euclid(DAY_MS) + 1;
         let left = u64::try_from(length - begun).ok().filter(|left| *left > 0)?;
         Some(Duration::from_millis(left))
+    }
+}
+
+impl std::str::FromStr for Hours {
+    type Err = String;
+
+    /// `HH:MM-HH:MM`, UTC; empty: always.
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Ok(Self { from: 0, to: DAY_MS });
+        }
+        let parse = |text: &str| {
+            let time = Time::parse(text.trim(), format_description!("[hour]:[minute]")).ok()?;
+            Some((i64::from(time.hour()) * 60 + i64::from(time.minute())) * MINUTE_MS)
+        };
+        let parts = text.split_once('-');
+        let parts = parts.and_then(|(from, to)| Some((parse(from)?, parse(to)?)));
+        let (from, to) = parts.ok_or_else(|| format!("{text:?} is not as 22:00-06:00"))?;
+        Ok(Self { from, to })
     }
 }
 
@@ -78,17 +97,7 @@ impl Replicate {
     /// # Errors
     /// When that isn't a part of the day.
     pub fn hours(&self) -> Result<Hours, String> {
-        if self.hours.is_empty() {
-            return Ok(Hours { from: 0, to: DAY_MS });
-        }
-        let parse = |text: &str| {
-            let time = Time::parse(text.trim(), format_description!("[hour]:[minute]")).ok()?;
-            Some((i64::from(time.hour()) * 60 + i64::from(time.minute())) * MINUTE_MS)
-        };
-        let parts = self.hours.split_once('-');
-        let parts = parts.and_then(|(from, to)| Some((parse(from)?, parse(to)?)));
-        let (from, to) = parts.ok_or_else(|| format!("{:?} is not as 22:00-06:00", self.hours))?;
-        Ok(Hours { from, to })
+        self.hours.parse()
     }
 
     pub(super) fn check(&self, name: &str) -> Result<(), ConfigError> {

@@ -168,7 +168,7 @@ pub(super) fn manifest_seeds() -> Vec<Vec<u8>> {
         committed_ms: 1,
         sequence: 1,
         client_seal: vec![1, 2],
-        origin: Some(Origin { run: Some(BackupId::new()), taken_ms: 1 }),
+        origin: Some(Origin { run: Some(BackupId::new()), taken_ms: 1, from: None }),
         snapshots: vec![snapshot(parent, None), snapshot(SnapshotId::new(), Some(parent))],
     };
     let open = OpenRun {

@@ -28,12 +28,14 @@ use crate::chain::{
 /// Extents after which a message is sent though it is not full.
 const ENOUGH_EXTENTS: usize = 1024;
 
-/// Sends the blocks of the ranges; returns those that were found to be lost.
+/// Sends the blocks of the ranges; returns those that were found to be lost. Of a chain that builds on a stub `fetch` gets a segment of
+/// it from elsewhere, if it can.
 pub(crate) fn send_blocks(
     opened: &OpenedSnapshot,
     ranges: &[Range<u64>],
     encoding: pb::Encoding,
     name_damaged: bool,
+    fetch: Option<&dyn Fn(u64)>,
     answers: &Answers<pb::ReadBlocksResponse>,
 ) -> BlockRanges {
     let mut message = Message {
@@ -41,6 +43,7 @@ pub(crate) fn send_blocks(
         ahead: opened.ahead(),
         encoding,
         name_damaged,
+        fetch,
         answers,
         extents: Vec::new(),
         hashes: Vec::new(),
@@ -60,6 +63,7 @@ struct Message<'a> {
     ahead: Ahead<'a>,
     encoding: pb::Encoding,
     name_damaged: bool,
+    fetch: Option<&'a dyn Fn(u64)>,
     answers: &'a Answers<pb::ReadBlocksResponse>,
     extents: Vec<Extent>,
     hashes: Vec<BlockHash>,
@@ -200,6 +204,7 @@ impl Message<'_> {
     ) -> Result<(), Option<Status>> {
         let mut hashes = hashes.iter();
         let mut salvage = Salvage::new(self.opened);
+        let mut fetched = None;
         let (mut kept, mut kept_hashes) = (Vec::new(), Vec::new());
         let (mut data, mut at) = (Buffer::take(), 0);
         for extent in extents {
@@ -209,7 +214,15 @@ impl Message<'_> {
             }
             for (block, hash) in (extent.first..extent.end()).zip(hashes.by_ref()) {
                 let len = block_len(self.size_bytes(), block);
-                if salvage.read(block, *hash, &mut data[at..at + len]) {
+                let bytes = &mut data[at..at + len];
+                let mut is_here = salvage.read(block, *hash, bytes);
+                let segment = block / SEGMENT_BLOCKS;
+                if let Some(fetch) = self.fetch.filter(|_| !is_here && fetched != Some(segment)) {
+                    fetched = Some(segment);
+                    fetch(segment);
+                    is_here = salvage.read(block, *hash, bytes);
+                }
+                if is_here {
                     push(&mut kept, Extent { first: block, count: 1, zero: false });
                     kept_hashes.push(*hash);
                     at += len;

@@ -36,6 +36,7 @@ impl PlannedDisk {
         runs: &Runs,
         machine: &Machine,
         wanted: &WantedDisk,
+        stubs: bool,
     ) -> Result<Self, RunError> {
         let head = readable_head(runs, machine, &wanted.disk)?;
         let mut disk = OpenDisk {
@@ -50,6 +51,7 @@ impl PlannedDisk {
                 .as_ref()
                 .and_then(OpenedSnapshot::newest_format)
                 .unwrap_or(runs.new_chains),
+            stub: stubs && head.is_none(),
         };
         if !head.as_ref().is_some_and(|head| disk.goes_on(head)) {
             disk.format = runs.new_chains;
@@ -233,7 +235,7 @@ impl ActiveRun {
 
     /// What it is made from, when that is no backup of a client.
     pub fn origin(&self) -> Option<Origin> {
-        lock(&self.state).record.origin
+        lock(&self.state).record.origin.clone()
     }
 
     /// How long its holder may still be silent; none when nobody holds it.
@@ -419,6 +421,7 @@ mod tests {
                 head: None,
                 stem: "sda/1".into(),
                 format,
+                stub: false,
             };
             let said = refuse_what_a_vhd_cannot_hold(&disk).map_err(|error| error.to_string());
             match refused {

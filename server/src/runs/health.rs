@@ -9,10 +9,12 @@ use janus_proto::{
 
 use super::{ActiveRun, Change, Machine, RunError, Runs, lock, now_ms};
 use crate::chain::{
-    Held,
+    Held, Run,
     health::{Damage, ImageHealth, OpenCheck},
     opened::{OpenError, OpenedSnapshot, Salvage, open_table},
     ranges::BlockRanges,
+    store::OpenRun,
+    stub,
     table::{Table, TableStack},
 };
 use crate::session::{Session, SessionError};
@@ -36,10 +38,13 @@ impl Runs {
     /// A snapshot as the catalog shows it.
     pub fn to_wire(&self, held: &Held, server_id: &str) -> pb::Snapshot {
         let machine = self.machine(&held.run.machine);
+        let id = held.snapshot().id;
         let (damaged_blocks, verified_ms) =
-            machine.map_or((0, 0), |machine| machine.health_of(held.snapshot().id));
+            machine.as_ref().map_or((0, 0), |machine| machine.health_of(id));
+        let missing_blocks = machine.map_or(0, |machine| machine.missing_blocks(id));
         let folder = self.store.relative_folder(&held.run.machine);
-        pb::Snapshot { damaged_blocks, verified_ms, ..held.to_wire(server_id, &folder) }
+        let wire = held.to_wire(server_id, &folder);
+        pb::Snapshot { damaged_blocks, verified_ms, missing_blocks, ..wire }
     }
 
     /// Opens a snapshot to build on it.
@@ -95,7 +100,9 @@ impl Runs {
                 tables.push(table);
             }
             let stack = TableStack::new(tables, chain.first()?.snapshot().size_bytes).ok()?;
-            Some((id, stack, health.of_chain(storage, &folder, &chain)))
+            let mut lost = health.of_chain(storage, &folder, &chain);
+            lost.extend(&health.missing_of_chain(storage, &folder, &chain));
+            Some((id, stack, lost))
         };
         ids.iter().filter_map(|id| stack(*id)).collect()
     }
@@ -186,10 +193,50 @@ impl Runs {
             }
         }
         for (place, damage) in by_image {
-            if let Some(held) = opened.chain.get(place) {
+            let Some(held) = opened.chain.get(place) else { continue };
+            if opened.is_stub(place) {
+                self.note_lacking(held, &damage.blocks);
+            } else {
                 self.note_damage(held, &damage);
             }
         }
+    }
+
+    /// Disks of a run were committed as stubs: notes what they lack.
+    pub(super) fn note_stubs(&self, machine: &Machine, run: &Arc<Run>, open: &OpenRun) {
+        let (storage, folder) = (self.store.storage(), self.store.machine_folder(&machine.key));
+        let is_stub = |held: &Held| {
+            open.disks.iter().any(|disk| disk.stub && disk.snapshot == held.snapshot().id)
+        };
+        for held in Held::all(run).filter(is_stub) {
+            let missing = stub::all_blocks(storage, &folder, held.snapshot());
+            self.change(machine, &held, Keep::Now, |known| known.missing = Some(missing));
+        }
+    }
+
+    /// Blocks of a stub turned out not to be here: they are fetched again.
+    fn note_lacking(&self, held: &Held, blocks: &BlockRanges) {
+        let Some(machine) = self.machine(&held.run.machine) else { return };
+        if machine.health().missing(held.snapshot()).is_some() {
+            self.change(&machine, held, Keep::Later, |known| {
+                if let Some(missing) = &mut known.missing {
+                    missing.extend(blocks);
+                }
+            });
+        }
+    }
+
+    /// What a stub lacks now, and what of that nobody has who could be asked. All here: it is one no more.
+    pub fn note_filled(&self, held: &Held, missing: Option<&BlockRanges>, nobodys: &BlockRanges) {
+        let Some(machine) = self.machine(&held.run.machine) else { return };
+        let began_ms = now_ms();
+        self.change(&machine, held, Keep::Now, |known| {
+            known.missing = missing.cloned();
+            known.damage = Damage { blocks: nobodys.clone(), unusable: None };
+            if missing.is_none() {
+                known.proven_ms = began_ms;
+            }
+        });
     }
 
     /// What a commit found in the heads of its sessions.
@@ -245,7 +292,8 @@ impl Runs {
             let mut met = std::mem::take(&mut known.damage);
             suspected.blocks.iter().for_each(|range| met.blocks.remove(range));
             met.unusable = met.unusable.filter(|_| suspected.unusable.is_none());
-            *known = ImageHealth { proven_ms: began_ms, damage, check: None };
+            let missing = known.missing.take();
+            *known = ImageHealth { proven_ms: began_ms, damage, check: None, missing };
             known.damage.extend(&met);
         });
     }
@@ -264,8 +312,10 @@ impl Runs {
         let known = health.images.entry(image).or_default();
         let old = known.clone();
         change(known);
-        let (is_new, mut is_damage) =
-            (known.proven_ms != old.proven_ms, known.damage != old.damage);
+        let (is_new, mut is_damage) = (
+            known.proven_ms != old.proven_ms,
+            known.damage != old.damage || known.missing != old.missing,
+        );
         let history = machine.history(Clone::clone);
         is_damage |= health.lacks_orphans(&history);
         if is_damage {
@@ -276,6 +326,8 @@ impl Runs {
         if is_new || is_damage {
             let changed = history.newest_first().map(|held| held.snapshot().id).filter(|id| {
                 before.snapshots.get(id) != machine.health_count(*id).as_ref()
+                    || before.incomplete.get(id).copied().unwrap_or(0)
+                        != machine.missing_blocks(*id)
                     || before.proven_ms(&history, *id) != machine.health_of(*id).1
             });
             self.tell_health(&machine.key, changed.collect());
@@ -301,18 +353,21 @@ impl Runs {
     pub fn look_again(&self, machine: &Machine) {
         let _turn = machine.take_health_turn();
         let mut health = machine.health();
-        let is_whole = health.images.values().all(|image| image.damage.is_none());
         let lacks_orphans = || machine.history(|history| health.lacks_orphans(history));
-        if is_whole && health.snapshots.is_empty() && !lacks_orphans() {
+        if health.is_whole() && !lacks_orphans() {
             return;
         }
         let history = machine.history(Clone::clone);
-        let before = health.snapshots.clone();
+        let before = health.clone();
         health.tidy(&history);
         health.count(self.store.storage(), &self.store.machine_folder(&machine.key), &history);
-        let ids = health.snapshots.keys().chain(before.keys());
-        let changed =
-            ids.filter(|id| before.get(id) != health.snapshots.get(id)).copied().collect();
+        let counts =
+            [&health, &before].map(|one| one.snapshots.keys().chain(one.incomplete.keys()));
+        let differs = |id: &&SnapshotId| {
+            before.snapshots.get(id) != health.snapshots.get(id)
+                || before.incomplete.get(id) != health.incomplete.get(id)
+        };
+        let changed = counts.into_iter().flatten().filter(differs).copied().collect();
         self.keep(machine, health, Keep::Now);
         self.tell_health(&machine.key, changed);
     }
@@ -354,7 +409,8 @@ impl Runs {
         for machine in self.machines() {
             let health = machine.health();
             // What is known of a link that is being merged isn't kept: it would be the next one for ever.
-            let may_check = |held: &Held| machine.still_has(held) && !skip(held);
+            let is_full = |held: &Held| health.missing(held.snapshot()).is_none();
+            let may_check = |held: &Held| machine.still_has(held) && is_full(held) && !skip(held);
             for held in machine.links().into_iter().filter(may_check) {
                 let known = health.image(held.snapshot());
                 let proven_ms = known.map_or(0, |known| known.proven_ms);

@@ -14,7 +14,8 @@ use crate::{
 };
 
 impl Runs {
-    /// Opens a run that is made of what lies here, or goes on with one that was begun from the same and not ended.
+    /// Opens a run that is made of what lies here, or goes on with one that was begun from the same and not ended. With `stubs`
+    /// disks that have no chain here get only hashes.
     ///
     /// # Errors
     /// As [`Self::start`]; `Older` when the machine has a newer run here.
@@ -23,6 +24,7 @@ impl Runs {
         key: &MachineKey,
         wanted: &[WantedDisk],
         origin: Origin,
+        stubs: bool,
     ) -> Result<Arc<ActiveRun>, RunError> {
         let open = self.machine(key).and_then(|machine| {
             let is_it = |run: &ActiveRun| run.origin().is_some_and(|open| open.is_same(&origin));
@@ -32,7 +34,9 @@ impl Runs {
             let disks = run.record().disks;
             disks.len() == wanted.len()
                 && disks.iter().zip(wanted).all(|(open, wanted)| {
-                    open.disk == wanted.disk && open.size_bytes == wanted.size_bytes
+                    open.disk == wanted.disk
+                        && open.size_bytes == wanted.size_bytes
+                        && open.stub == (stubs && open.head.is_none())
                 })
         };
         let backup = match open {
@@ -42,7 +46,7 @@ impl Runs {
             Some(run) if fits(&run) && !run.is_closed() => run.backup,
             _ => BackupId::new(),
         };
-        self.begin(key, backup, wanted, Maker::Import(origin))
+        self.begin(key, backup, wanted, Maker::Import { origin, stubs })
     }
 
     /// Leaves a run open for whoever goes on with it. A backup of the machine may come first, and ends it.

@@ -108,11 +108,6 @@ impl Machine {
         Some(self.chain(id)?.last()?.snapshot().id)
     }
 
-    /// True when a snapshot was found to be damaged.
-    pub fn is_damaged(&self, id: SnapshotId) -> bool {
-        self.health_of(id).0 > 0
-    }
-
     /// The chain that ends in a snapshot, newest first; `None` when a link is missing.
     pub fn chain(&self, id: SnapshotId) -> Option<Vec<Held>> {
         lock(&self.state).history.chain(id)
@@ -124,7 +119,7 @@ impl Machine {
     }
 
     /// Nobody opens files of this machine meanwhile.
-    pub(super) fn change_files(&self) -> RwLockWriteGuard<'_, ()> {
+    pub(crate) fn change_files(&self) -> RwLockWriteGuard<'_, ()> {
         self.files.write().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -149,7 +144,7 @@ impl Machine {
         lock(&self.state).history.bring_back(backup);
     }
 
-    pub(super) fn take_merging(&self) -> MutexGuard<'_, ()> {
+    pub(crate) fn take_merging(&self) -> MutexGuard<'_, ()> {
         lock(&self.merging)
     }
 
@@ -254,6 +249,23 @@ impl Machine {
         let state = lock(&self.state);
         let damaged = state.health.snapshots.get(&snapshot).copied().unwrap_or(0);
         (damaged, state.health.proven_ms(&state.history, snapshot))
+    }
+
+    /// Blocks that a snapshot lacks, since a stub that it builds on isn't full.
+    pub fn missing_blocks(&self, snapshot: SnapshotId) -> u64 {
+        lock(&self.state).health.incomplete.get(&snapshot).copied().unwrap_or(0)
+    }
+
+    /// Its stubs.
+    pub fn stubs(&self) -> Vec<Held> {
+        let state = lock(&self.state);
+        let is_stub = |held: &&Held| state.health.missing(held.snapshot()).is_some();
+        state.history.links().filter(is_stub).cloned().collect()
+    }
+
+    /// True when a snapshot has lost something, or lacks something.
+    pub fn is_faulty(&self, snapshot: SnapshotId) -> bool {
+        self.health_of(snapshot).0 > 0 || self.missing_blocks(snapshot) > 0
     }
 
     pub(super) fn take_turn(&self) -> MutexGuard<'_, ()> {

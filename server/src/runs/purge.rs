@@ -53,6 +53,8 @@ pub enum Wait {
     Incomplete,
     /// More than one image builds on it, and blocks can't be shared here.
     Children(usize),
+    /// It is a stub, and the image that builds on it lacks something too.
+    Stub,
     /// Somebody reads it.
     Opened,
     /// Merging would leave less than the reserve.
@@ -73,6 +75,7 @@ impl fmt::Display for Wait {
                 "a manifest of this machine is damaged (*.damaged): what it names may build on this",
             ),
             Self::Children(count) => write!(f, "{count} images build on it: all but one must go first"),
+            Self::Stub => f.write_str("it is a stub that isn't full, and what builds on it needs the rest"),
             Self::Opened => f.write_str("a restore still reads it"),
             Self::Space { needed_bytes, free_bytes } => write!(
                 f,
@@ -225,6 +228,9 @@ impl Purge<'_> {
         };
         let folder = self.runs.store.machine_folder(&self.machine.key);
         let storage = self.runs.store.storage();
+        if self.lacking_without(link, children) {
+            return Err(Wait::Stub);
+        }
         let (link_snapshot, child) = (link.snapshot(), child_held.snapshot());
         let pair = Pair { storage, folder: &folder, link: link_snapshot, child };
         let way = self.way(&pair, children.len())?;
@@ -241,6 +247,18 @@ impl Purge<'_> {
         self.report.merged += 1;
         self.report.moved += moved;
         Ok(())
+    }
+
+    /// True when one of the children lacks what the link does.
+    fn lacking_without(&self, link: &Held, children: &[Held]) -> bool {
+        let health = self.machine.health();
+        let Some(missing) = health.missing(link.snapshot()) else { return false };
+        let folder = self.runs.store.machine_folder(&self.machine.key);
+        let storage = self.runs.store.storage();
+        let lacks = |child: &Held| {
+            !health.missing_through(storage, &folder, child, missing.clone()).is_empty()
+        };
+        children.iter().any(lacks)
     }
 
     /// How to merge, if it can be done now.

@@ -42,8 +42,9 @@ pub fn choose(
     let mut choice = Choice::default();
     let mut runs: BTreeMap<(i64, BackupId), Vec<pb::Snapshot>> = BTreeMap::new();
     for (disk, snapshots) in disks {
-        let whole =
-            |snapshot: &&pb::Snapshot| (snapshot.damaged_blocks == 0, snapshot.committed_ms);
+        let whole = |snapshot: &&pb::Snapshot| {
+            (snapshot.damaged_blocks == 0 && snapshot.missing_blocks == 0, snapshot.committed_ms)
+        };
         let newest = snapshots.iter().copied().max_by_key(|snapshot| snapshot.committed_ms);
         let taken = snapshots.iter().copied().max_by_key(whole);
         if newest != taken {
@@ -76,7 +77,7 @@ pub fn choose(
 
 /// True when a snapshot here is of that run, or newer.
 fn covers(held: &Held, run: BackupId, committed_ms: i64) -> bool {
-    let taken_ms = held.run.origin.map_or(held.run.committed_ms, |origin| origin.taken_ms);
+    let taken_ms = held.run.origin.as_ref().map_or(held.run.committed_ms, |origin| origin.taken_ms);
     held.run.is_made_of(run) || taken_ms >= committed_ms
 }
 
@@ -119,7 +120,7 @@ mod tests {
             committed_ms,
             sequence: 1,
             client_seal: Vec::new(),
-            origin: origin.map(|run| Origin { run: Some(run), taken_ms: committed_ms }),
+            origin: origin.map(|run| Origin { run: Some(run), taken_ms: committed_ms, from: None }),
             snapshots: vec![snapshot],
         };
         Held::all(&Arc::new(run)).next().unwrap()

@@ -15,14 +15,17 @@ use bytes::Bytes;
 use janus_proto::{
     error::WireError,
     hash::{segment_digest, table_digest},
-    ids::{BLOCK_BYTES, BlockHash, MAX_DISK_BYTES, SEGMENT_BLOCKS, block_count, segment_count},
+    ids::{
+        BLOCK_BYTES, BlockHash, MAX_DISK_BYTES, SEGMENT_BLOCKS, block_count, block_len,
+        segment_count,
+    },
     model::{Batch, Extent},
     pb::{self, BlockRange, Encoding, HashBatch, HashLevel, read_hashes_request::Of},
 };
 use tokio::{runtime::Handle, time::timeout};
 use tonic::{Status, Streaming};
 
-use super::{CallError, Link, Seeder};
+use super::{CallError, Link};
 use crate::{
     carry::{CarryError, Content},
     pace::Pace,
@@ -33,7 +36,7 @@ use crate::{
 const HASHED_AT_ONCE: usize = 64;
 
 /// The snapshot.
-pub(super) struct Remote {
+pub(crate) struct Remote {
     runtime: Handle,
     source: Source,
     snapshot: pb::Snapshot,
@@ -61,18 +64,22 @@ struct Ahead {
 
 impl Remote {
     /// Opens a snapshot and reads what its segments are.
-    pub(super) fn open(seeder: &Seeder, snapshot: pb::Snapshot) -> Result<Self, CarryError> {
-        let link = seeder.link.clone();
+    pub(super) fn open(
+        runtime: &Handle,
+        link: Link,
+        pace: &Arc<Pace>,
+        snapshot: pb::Snapshot,
+    ) -> Result<Self, CarryError> {
         if snapshot.size_bytes > MAX_DISK_BYTES {
             return Err(link.error(format!("snapshot {} is too large", snapshot.snapshot_id)));
         }
         let source = Source {
             link,
-            pace: seeder.pace.clone(),
+            pace: pace.clone(),
             snapshot_id: snapshot.snapshot_id.clone(),
             handle: Mutex::default(),
         };
-        let runtime = seeder.runtime.handle().clone();
+        let runtime = runtime.clone();
         let count = segment_count(snapshot.size_bytes);
         let digests = runtime.block_on(source.again(|| source.digests(count)))?;
         let expected = BlockHash::from_wire("table_digest", &snapshot.table_digest);
@@ -81,6 +88,33 @@ impl Remote {
             return Err(source.link.error(format!("its hashes are not those of snapshot {id}")));
         }
         Ok(Self { runtime, source, snapshot, digests, ahead: RefCell::default() })
+    }
+
+    /// Length of a block of its disk in bytes.
+    pub(crate) fn block_len(&self, block: u64) -> Option<usize> {
+        let size = self.snapshot.size_bytes;
+        (block < block_count(size)).then(|| block_len(size, block))
+    }
+
+    /// Hashes of one segment, if its disk is as long.
+    pub(crate) fn hashes_of(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, CarryError> {
+        match self.digest(segment) {
+            Some(_) => self.hashes(segment),
+            None => Ok(None),
+        }
+    }
+
+    /// Tells the other server that it is still needed.
+    pub(crate) fn touch(&self) {
+        if self.digests.is_empty() {
+            return;
+        }
+        let first = self.blocks_of(0);
+        let first = first.start..first.end.min(1);
+        // Whatever comes of it shows when it is read.
+        let _ = self
+            .runtime
+            .block_on(self.source.again(|| self.source.hashes(std::slice::from_ref(&first))));
     }
 
     fn blocks_of(&self, segment: u64) -> Range<u64> {

@@ -43,6 +43,9 @@ pub enum CheckError {
     /// Asked to stop.
     #[error("the check was stopped")]
     Stopped,
+    /// Not all of it is here.
+    #[error("it is a stub: `janus-server seed status` tells what it lacks")]
+    Stub,
     /// A file can't be read now, though nothing says that it is damaged.
     #[error(transparent)]
     Io(#[from] OpenError),

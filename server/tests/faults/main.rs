@@ -173,6 +173,44 @@ fn imported(world: &mut World) -> Result<(), String> {
     world.import()
 }
 
+/// Stubs that a backup completes, and that are full then.
+fn stubbed(world: &mut World) -> Result<(), String> {
+    world.disk("root", (1 << 20) + 512);
+    world.import_stubs()?;
+    world.fill()?;
+    world.backup()?;
+    world.fill_up()?;
+    world.change(5);
+    world.backup()
+}
+
+/// A stub that is never full goes, since what builds on it has all of its own.
+fn replaced(world: &mut World) -> Result<(), String> {
+    world.disk("root", (256 << 10) + 512);
+    world.import_stubs()?;
+    world.fill()?;
+    world.change(5);
+    world.backup()?;
+    world.fill()?;
+    world.drop_oldest(1)?;
+    world.purge()?;
+    world.has_no_stubs()?;
+    world.change(6);
+    world.backup()
+}
+
+#[test]
+fn stubs_survive_every_crash() {
+    crashes::every("stubbed", stubbed);
+    crashes::every("replaced", replaced);
+}
+
+#[test]
+fn stubs_survive_every_failure() {
+    live::every("stubbed", stubbed);
+    live::every("replaced", replaced);
+}
+
 #[test]
 fn an_import_survives_every_crash() {
     crashes::every("imported", imported);

@@ -125,6 +125,8 @@ pub struct Snapshot {
     pub elsewhere: Option<Elsewhere>,
     /// Blocks that are known to be lost.
     pub damaged_blocks: u64,
+    /// Blocks that aren't on its server yet.
+    pub missing_blocks: u64,
     /// Unix milliseconds since when all of it is proven; 0: not yet.
     pub verified_ms: i64,
 }

@@ -22,6 +22,7 @@ use crate::{
     chain::{
         Run,
         merge::{Intent, MergeError, PARTIAL},
+        stub,
     },
     storage::Disk,
 };
@@ -96,8 +97,8 @@ impl Store {
             None => {}
         }
         if intent.link_goes() {
-            for name in [&intent.link.image, &intent.link.table] {
-                let path = folder.join(name);
+            let image = folder.join(&intent.link.image);
+            for path in [stub::path(&image), image, folder.join(&intent.link.table)] {
                 self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
             }
         }

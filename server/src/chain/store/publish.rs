@@ -58,7 +58,7 @@ fn name_and_publish(
     for disk in &open.disks {
         for kind in disk.kinds() {
             let (partial, path) =
-                (folder.join(disk.partial(kind)), folder.join(disk.published(kind)));
+                (folder.join(disk.partial(kind)), folder.join(disk.published_file(kind)));
             // When an earlier publication is in doubt, the file has its name already.
             let has_name = !exists(storage, &partial)? && exists(storage, &path)?;
             if !has_name {
@@ -85,7 +85,7 @@ pub(super) fn take_back(
 ) -> Result<(), StoreError> {
     for disk in &run.disks {
         for kind in disk.kinds() {
-            let path = folder.join(disk.published(kind));
+            let path = folder.join(disk.published_file(kind));
             if !committed.contains(&path) && exists(storage, &path)? {
                 storage
                     .rename(&path, &folder.join(disk.partial(kind)))

@@ -282,7 +282,7 @@ impl Scene {
         let size = held.snapshot().size_bytes;
         let (answers, mut stream) = mpsc::channel(1 << 14);
         let whole = std::iter::once(0..block_count(size)).collect::<Vec<_>>();
-        send_blocks(&opened, &whole, pb::Encoding::None, true, &answers);
+        send_blocks(&opened, &whole, pb::Encoding::None, true, None, &answers);
         drop(answers);
         let mut restored = Restored { bytes: vec![0; size as usize], lost: BlockRanges::default() };
         let mut next = 0;

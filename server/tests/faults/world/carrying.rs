@@ -4,17 +4,32 @@ use std::sync::Arc;
 
 use janus_proto::{
     carried::{Claim, DiskWriter, Manifest},
+    channel::{ConnectOptions, Dial, Dialing, Target},
     ids::{BackupId, SEGMENT_BYTES},
 };
 use janus_server::{
     carry::{self, CarryError, NewRun},
+    chain::Held,
+    config::Fill,
+    fill::Filler,
     image::Geometry,
     runs::now_ms,
     storage::Disk,
 };
 
+use tokio_util::sync::CancellationToken;
+
 use super::World;
 use crate::promises::Promise;
+
+/// Connects to nobody.
+struct Nobody;
+
+impl Dial for Nobody {
+    fn dial<'a>(&'a self, _: &'a Target, _: &'a ConnectOptions) -> Dialing<'a> {
+        Box::pin(std::future::pending())
+    }
+}
 
 /// A folder with the disks as they are.
 pub(super) struct Carried {
@@ -35,8 +50,60 @@ impl World {
         self.take_in(1)
     }
 
-    /// Imports until so many bytes are done.
+    /// Imports only the hashes of the disks as they are now.
+    pub fn import_stubs(&mut self) -> Result<(), String> {
+        self.take_in_as(u64::MAX, true)?;
+        self.carried = None;
+        Ok(())
+    }
+
+    /// Fills stubs with what newer snapshots have, and tells what else is to be asked of the client.
+    pub fn fill(&mut self) -> Result<(), String> {
+        self.until_done("fill", |world| {
+            world.runs()?;
+            let filler = Filler {
+                runs: Arc::clone(world.runs.as_ref().unwrap()),
+                own: "server".parse().unwrap(),
+                dialer: Arc::new(Nobody),
+                janus_urls: tokio::sync::watch::channel(Vec::new()).1,
+                settings: Fill { ask_clients_after_seconds: 0, ..Fill::default() },
+            };
+            filler.once(&CancellationToken::new());
+            world.check()?;
+            // It is tried again for ever.
+            let machine = world.machine.clone();
+            let known = world.runs()?.machine(&machine).ok_or("no machine")?;
+            let health = known.health();
+            let is_asked = |held: &Held| health.damage(held.snapshot()).is_some();
+            match known.stubs().iter().all(is_asked) {
+                true => Ok(()),
+                false => Err("what a stub lacks isn't asked of the client".into()),
+            }
+        })
+    }
+
+    /// The same, when all of them must be full then.
+    pub fn fill_up(&mut self) -> Result<(), String> {
+        self.until_done("fill up", |world| {
+            world.fill()?;
+            world.has_no_stubs()
+        })
+    }
+
+    /// There must be no stubs.
+    pub fn has_no_stubs(&mut self) -> Result<(), String> {
+        match self.runs()?.stubs().is_empty() {
+            true => Ok(()),
+            false => Err("a stub isn't full".into()),
+        }
+    }
+
     fn take_in(&mut self, until: u64) -> Result<(), String> {
+        self.take_in_as(until, false)
+    }
+
+    /// Imports until so many bytes are done.
+    fn take_in_as(&mut self, until: u64, stubs: bool) -> Result<(), String> {
         let carried = match self.carried.take() {
             Some(carried) => carried,
             None => self.write_folder(),
@@ -48,7 +115,8 @@ impl World {
         let done = self.until_done("import", |world| {
             world.runs()?;
             let runs = Arc::clone(world.runs.as_ref().unwrap());
-            match carry::import(&runs, &carried.opened(&world.machine), &|done, _| done < until) {
+            let new = NewRun { stubs, ..carried.opened(&world.machine) };
+            match carry::import(&runs, &new, &|done, _| done < until) {
                 Ok(imported) => {
                     let run = imported.run;
                     let of = |s: &janus_server::chain::Snapshot| (s.id, s.disk.clone());

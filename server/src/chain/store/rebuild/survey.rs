@@ -18,7 +18,9 @@ use super::{
     steps::forget,
 };
 use crate::{
-    chain::{Held, History, Run, Snapshot, TrashRecord, TrashedRun, health::Health, table::Table},
+    chain::{
+        Held, History, Run, Snapshot, TrashRecord, TrashedRun, health::Health, stub, table::Table,
+    },
     image::Image,
     storage::{Access, Disk},
 };
@@ -307,7 +309,8 @@ impl Survey<'_> {
         }
         let named = |held: &Held| {
             let snapshot = held.snapshot();
-            [self.folder.join(&snapshot.image), self.folder.join(&snapshot.table)]
+            let image = self.folder.join(&snapshot.image);
+            [stub::path(&image), image, self.folder.join(&snapshot.table)]
         };
         let known: HashSet<PathBuf> = self.history.links().flat_map(named).collect();
         for disk in folders_in(self.storage, self.folder)? {

@@ -1,0 +1,218 @@
+//! Seeded by hashes alone: the next backup is a delta at once, and what it builds on comes later.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use serde_json::Value;
+use xtask::{disk, packages, site::answers};
+
+use super::scene::{MACHINE, MIB, NEW, OLD, Scene, done};
+
+/// Fetched in a second, so that it takes a while.
+const SLOW: u32 = 4;
+
+impl Scene {
+    fn set(&mut self, key: &str, value: impl Into<Value>) {
+        self.site.server(NEW).unwrap().settings.set(key, value);
+    }
+
+    fn restart_new(&mut self) {
+        let is_running = self.site.server(NEW).unwrap().process().is_some();
+        if is_running {
+            self.site.stop_server(NEW).unwrap();
+        }
+        self.site.start_server(NEW).unwrap();
+        self.site.await_ready(&self.client).unwrap();
+    }
+
+    /// Seeds by hashes, as slowly as is said, and answers what it said.
+    fn seed_hashes(&mut self, mib_per_second: u32, more: &[(&str, Value)]) -> Value {
+        self.set("fill.mib_per_second", mib_per_second);
+        for (key, value) in more {
+            self.set(key, value.clone());
+        }
+        self.restart_new();
+        done(&self.seed(&["--from", OLD, MACHINE, "--hashes-only"]))
+    }
+
+    fn stubs(&self) -> Vec<Value> {
+        let status = done(&self.site.admin(NEW, &["seed", "status", "--json"]).unwrap());
+        status["stubs"].as_array().unwrap().clone()
+    }
+
+    fn lacking(&self) -> u64 {
+        self.stubs().iter().map(|stub| stub["missing_bytes"].as_u64().unwrap()).sum()
+    }
+
+    /// Until its stubs lack no more than so many bytes.
+    fn await_filled(&self, rest: u64) {
+        let until = Instant::now() + Duration::from_secs(90);
+        while self.lacking() > rest {
+            assert!(Instant::now() < until, "{:?}\n{}", self.stubs(), self.site.log(NEW));
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Snapshots on the new server, newest first.
+    fn new_ones(&self) -> Vec<answers::Snapshot> {
+        let list = self.client.list().unwrap();
+        list.snapshots.into_iter().filter(|one| one.server == NEW).collect()
+    }
+
+    fn image(&self, snapshot: &answers::Snapshot) -> PathBuf {
+        self.images.join(&snapshot.image)
+    }
+
+    /// The disk as another program sees it that finds the parents by itself.
+    fn read_elsewhere(&self, snapshot: &answers::Snapshot) -> Option<Vec<u8>> {
+        let mut command = Command::new("7z");
+        command.args(["x", "-y", "-so", "-tVHDX", "--"]).arg(self.image(snapshot));
+        let output = command.output().unwrap();
+        output.status.success().then_some(output.stdout)
+    }
+
+    /// Only the new server is left, and has all of its newest snapshot.
+    fn assert_new_alone_has_it(&mut self) {
+        if self.site.server(OLD).unwrap().process().is_some() {
+            self.site.kill_server(OLD).unwrap();
+        }
+        let newest = &self.new_ones()[0];
+        assert_eq!((newest.missing_blocks, newest.damaged_blocks), (0, 0), "{newest:?}");
+        self.assert_restored(&newest.snapshot_id);
+        let verify = self.site.admin(NEW, &["verify", MACHINE, "--json"]).unwrap();
+        assert_eq!(verify.status.code(), Some(0), "{verify:?}");
+        assert!(self.read_elsewhere(newest).unwrap() == fs::read(&self.disk).unwrap());
+    }
+
+    /// Only the new server is asked, without janus: what it lacks it has to get itself.
+    fn restore_from_new_alone(&mut self, snapshot: &str) {
+        let url = self.site.server(NEW).unwrap().url();
+        let mut direct = self.client.twin("direct").unwrap();
+        direct.settings.set("urls", vec![url]);
+        let to = self.site.folder().join("direct.raw");
+        direct.restore(snapshot, &to).unwrap();
+        disk::compare(&self.disk, &to).unwrap();
+        fs::remove_file(to).unwrap();
+    }
+}
+
+#[test]
+fn the_backup_after_seeding_hashes_is_a_delta_and_the_rest_comes_in_the_background() {
+    packages::require(packages::TEST_TOOLS).unwrap();
+    let mut scene = Scene::new();
+    let seeded = scene.seed_hashes(SLOW, &[]);
+    println!("{seeded}");
+    let run = &seeded["runs"][0];
+    assert_eq!((&run["written_bytes"], &run["promised_bytes"]), (&0.into(), &(40 * MIB).into()));
+    assert!(scene.lacking() > 30 * MIB);
+    // What clients and other programs see meanwhile.
+    let stub = scene.new_ones().remove(0);
+    assert!(stub.missing_blocks > 0 && stub.damaged_blocks == 0, "{stub:?}");
+    assert!(!scene.image(&stub).exists());
+    scene.restore_from_new_alone(&stub.snapshot_id);
+    scene.next_backup(NEW, 20..21, 1);
+    let child = scene.new_ones().remove(0);
+    assert!(child.parent_snapshot_id == Some(stub.snapshot_id.clone()), "{child:?}");
+    if scene.lacking() > 0 {
+        assert_eq!(scene.read_elsewhere(&child), None, "zeros were read");
+    }
+    scene.await_filled(0);
+    assert!(scene.image(&stub).exists());
+    assert!(scene.read_elsewhere(&child).unwrap() == fs::read(&scene.disk).unwrap());
+    scene.assert_new_alone_has_it();
+}
+
+#[test]
+fn what_a_stub_lacks_is_read_from_elsewhere_and_never_as_zeros() {
+    let mut scene = Scene::new();
+    // At another time of the day: only what is read is fetched.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let hour = (now / 3600 + 12) % 24;
+    let hours = format!("{hour:02}:00-{hour:02}:59");
+    scene.seed_hashes(0, &[("fill.hours", hours.into())]);
+    let stub = scene.new_ones().remove(0);
+    let verify = scene.site.admin(NEW, &["verify", MACHINE]).unwrap();
+    let said = String::from_utf8_lossy(&verify.stdout);
+    assert!(verify.status.code() == Some(1) && said.contains("it is a stub"), "{verify:?}");
+    assert!(scene.read_elsewhere(&stub).is_none());
+    let folder = scene.site.folder().join("carried");
+    let export = ["export", &stub.snapshot_id, "--to", folder.to_str().unwrap()];
+    let exported = scene.site.admin(NEW, &export).unwrap();
+    assert!(
+        exported.status.code() == Some(1) && !folder.join("janus.json").exists(),
+        "{exported:?}"
+    );
+
+    scene.site.kill_server(OLD).unwrap();
+    let to = scene.site.folder().join("lost.raw");
+    let to_text = to.to_str().unwrap();
+    let lost = scene.client.failure(&["restore", &stub.snapshot_id, to_text]).unwrap();
+    println!("{lost:?}");
+    assert!(!to.exists());
+    scene.site.start_server(OLD).unwrap();
+    scene.site.await_ready(&scene.client).unwrap();
+    scene.restore_from_new_alone(&stub.snapshot_id);
+    // What was read is here to stay.
+    scene.site.kill_server(OLD).unwrap();
+    scene.restore_from_new_alone(&stub.snapshot_id);
+}
+
+#[test]
+fn a_stub_goes_on_after_its_server_or_its_source_was_killed() {
+    let mut scene = Scene::new();
+    scene.seed_hashes(SLOW, &[]);
+    scene.await_filled(30 * MIB);
+    scene.site.kill_server(NEW).unwrap();
+    scene.site.start_server(NEW).unwrap();
+    scene.site.await_ready(&scene.client).unwrap();
+    let lacking = scene.lacking();
+    assert!((1..=30 * MIB).contains(&lacking), "{lacking}");
+    scene.site.kill_server(OLD).unwrap();
+    thread::sleep(Duration::from_secs(1));
+    scene.site.start_server(OLD).unwrap();
+    scene.site.await_ready(&scene.client).unwrap();
+    // The source lets go of what was seeded, as far as it isn't read.
+    let delete = scene.site.admin(OLD, &["delete", MACHINE, "--purge"]).unwrap();
+    println!("{delete:?}");
+    scene.set("fill.mib_per_second", 0);
+    scene.restart_new();
+    scene.await_filled(0);
+    scene.next_backup(NEW, 20..21, 1);
+    scene.assert_new_alone_has_it();
+}
+
+#[test]
+fn what_no_server_has_any_more_comes_with_the_next_backup() {
+    let mut scene = Scene::new();
+    scene.seed_hashes(4, &[("fill.ask_clients_after_seconds", 1.into())]);
+    scene.await_filled(20 * MIB);
+    scene.site.kill_server(OLD).unwrap();
+    let until = Instant::now() + Duration::from_secs(60);
+    while scene.stubs()[0]["asked_bytes"] == 0 {
+        assert!(Instant::now() < until, "{:?}\n{}", scene.stubs(), scene.site.log(NEW));
+        thread::sleep(Duration::from_millis(200));
+    }
+    let lacking = scene.lacking();
+    disk::write_noise(&scene.disk, 38 * MIB..39 * MIB, 77).unwrap();
+    let backup = scene.client.backup().unwrap();
+    let sent = backup.disks[0].sent_bytes;
+    assert_eq!((backup.server.as_str(), backup.disks[0].kind.as_str()), (NEW, "delta"));
+    assert!(sent >= lacking.min(38 * MIB) && sent <= 24 * MIB, "{sent} of {lacking}: {backup:?}");
+    let newest = scene.new_ones().remove(0);
+    assert_eq!((newest.missing_blocks, newest.damaged_blocks), (0, 0), "{newest:?}");
+    scene.assert_restored(&newest.snapshot_id);
+    // What didn't change since completes the stub; what did is lost with the old server.
+    scene.await_filled(2 * MIB);
+    let stub = scene.new_ones().pop().unwrap();
+    assert!(stub.missing_blocks * 4096 <= MIB, "{stub:?}");
+    // The next one is small again.
+    disk::write_noise(&scene.disk, 10 * MIB..11 * MIB, 78).unwrap();
+    let backup = scene.client.backup().unwrap();
+    assert_eq!(backup.disks[0].sent_bytes, MIB, "{backup:?}");
+    scene.assert_restored(&backup.disks[0].snapshot_id);
+}

@@ -1,0 +1,38 @@
+//! Section `[fill]`: how stubs get their blocks.
+
+use serde::{Deserialize, Serialize};
+
+use super::{ConfigError, replicate::Hours};
+
+/// The section.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Fill {
+    /// Part of the day, UTC, `HH:MM-HH:MM`; empty: always. What somebody reads is fetched at any time.
+    pub hours: String,
+    /// Fetched at most so fast; 0: no limit.
+    pub mib_per_second: u32,
+    /// What no server has for so long is asked of the machine's next backup.
+    pub ask_clients_after_seconds: u64,
+}
+
+impl Default for Fill {
+    fn default() -> Self {
+        Self { hours: String::new(), mib_per_second: 0, ask_clients_after_seconds: 600 }
+    }
+}
+
+impl Fill {
+    /// When.
+    ///
+    /// # Errors
+    /// When that isn't a part of the day.
+    pub fn hours(&self) -> Result<Hours, String> {
+        self.hours.parse()
+    }
+
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
+        let invalid = |reason| ConfigError::Invalid { key: "fill.hours", reason };
+        self.hours().map(drop).map_err(invalid)
+    }
+}

@@ -1,0 +1,231 @@
+//! Where blocks of a stub can be had.
+
+use std::{
+    collections::{BTreeSet, VecDeque},
+    sync::Arc,
+};
+
+use janus_proto::{
+    ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, ServerId, block_len},
+    model::Extent,
+    pb,
+};
+
+use crate::{
+    carry::{CarryError, Content},
+    chain::{
+        Held,
+        opened::{OpenedSnapshot, Salvage},
+        ranges::{BlockRanges, segment_blocks},
+    },
+    runs::Runs,
+    seed::{Remote, Seeder},
+};
+
+/// Snapshots of this server that are looked at.
+const MOST_HERE: usize = 32;
+/// Snapshots of other servers.
+const MOST_THERE: usize = 12;
+
+/// One that has blocks, and the segments that it wasn't asked for yet.
+pub(super) struct Source {
+    of: Of,
+    pub(super) todo: VecDeque<u64>,
+}
+
+enum Of {
+    /// A newer snapshot here.
+    Here(Box<OpenedSnapshot>),
+    /// One on another server.
+    There(Box<Remote>),
+}
+
+/// One that was not opened yet.
+enum Candidate {
+    Here(Box<OpenedSnapshot>),
+    There(Arc<Seeder>, ServerId, Box<pb::Snapshot>),
+}
+
+/// All of them, the best first.
+pub(super) struct Sources {
+    left: VecDeque<Candidate>,
+    current: Option<Source>,
+}
+
+impl Sources {
+    /// Snapshots here that hold blocks of their own where something is missing.
+    pub(super) fn here(runs: &Runs, stub: &Held, missing: &BlockRanges) -> Self {
+        let (machine, snapshot) = (runs.machine(&stub.run.machine), stub.snapshot());
+        let all = machine.map(|machine| machine.snapshots()).unwrap_or_default();
+        let others = all.into_iter().filter(|held| {
+            held.snapshot().disk == snapshot.disk && held.snapshot().id != snapshot.id
+        });
+        let opened = others.take(MOST_HERE).filter_map(|held| runs.open_for_reading(&held).ok());
+        let helps = |opened: &OpenedSnapshot| {
+            let mut own = opened.tables.newest_segments();
+            own.any(|segment| missing.intersects(&segment_blocks(segment)))
+        };
+        let left = opened.filter(helps).map(|opened| Candidate::Here(Box::new(opened))).collect();
+        Self { left, current: None }
+    }
+
+    /// Snapshots of the disk on other servers: the one that the hashes came from, then the nearest in time.
+    pub(super) fn add_there(
+        &mut self,
+        seeder: &Arc<Seeder>,
+        stub: &Held,
+        own: &ServerId,
+    ) -> Result<(), CarryError> {
+        let run = stub.run.origin.as_ref().and_then(|origin| origin.run).map(|run| run.to_string());
+        let disk = stub.snapshot().disk.as_str();
+        let mut found: Vec<(ServerId, pb::Snapshot)> = Vec::new();
+        for server in seeder.holders(&stub.run.machine)? {
+            if server == *own {
+                continue;
+            }
+            // One that is away has nothing now.
+            let Ok(snapshots) = seeder.snapshots_of(&server, &stub.run.machine) else { continue };
+            let of_disk = snapshots.into_iter().filter(|one| one.disk_id == disk);
+            found.extend(of_disk.map(|snapshot| (server.clone(), snapshot)));
+        }
+        found.sort_by_key(|(_, snapshot)| {
+            let is_it = Some(&snapshot.backup_id) == run.as_ref();
+            (!is_it, snapshot.missing_blocks, (snapshot.committed_ms - stub.run.committed_ms).abs())
+        });
+        for (server, snapshot) in found.into_iter().take(MOST_THERE) {
+            self.left.push_back(Candidate::There(seeder.clone(), server, Box::new(snapshot)));
+        }
+        Ok(())
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.left.is_empty() && self.current.is_none()
+    }
+
+    /// The one to be asked now; `None` when all were.
+    pub(super) fn current(
+        &mut self,
+        missing: &BlockRanges,
+    ) -> Result<Option<&mut Source>, CarryError> {
+        while self.current.is_none() {
+            let Some(candidate) = self.left.pop_front() else { return Ok(None) };
+            let segments: BTreeSet<u64> = missing
+                .iter()
+                .flat_map(|range| range.start / SEGMENT_BLOCKS..range.end.div_ceil(SEGMENT_BLOCKS))
+                .collect();
+            let (of, todo) = match candidate {
+                Candidate::Here(opened) => {
+                    let own: BTreeSet<u64> = opened.tables.newest_segments().collect();
+                    (Of::Here(opened), segments.intersection(&own).copied().collect())
+                }
+                Candidate::There(seeder, server, snapshot) => {
+                    let remote = seeder.remote(&server, *snapshot)?;
+                    (Of::There(Box::new(remote)), segments.into_iter().collect())
+                }
+            };
+            self.current = Some(Source { of, todo });
+        }
+        Ok(self.current.as_mut())
+    }
+
+    /// The current one has nothing more.
+    pub(super) fn next(&mut self) {
+        self.current = None;
+    }
+
+    /// Keeps the current one open.
+    pub(super) fn touch(&mut self) {
+        if let Some(Source { of: Of::There(remote), .. }) = &self.current {
+            remote.touch();
+        }
+    }
+}
+
+impl Source {
+    /// Reads to their places in the buffer of a segment what it has of these blocks, which have these hashes; says which.
+    pub(super) fn read(
+        &mut self,
+        segment: u64,
+        digest: BlockHash,
+        hashes: &[BlockHash],
+        wanted: &[Extent],
+        buffer: &mut [u8],
+    ) -> Result<BlockRanges, CarryError> {
+        match &self.of {
+            Of::Here(opened) => Ok(read_here(opened, segment, hashes, wanted, buffer)),
+            Of::There(remote) => read_there(remote, segment, digest, hashes, wanted, buffer),
+        }
+    }
+}
+
+fn read_here(
+    opened: &OpenedSnapshot,
+    segment: u64,
+    hashes: &[BlockHash],
+    wanted: &[Extent],
+    buffer: &mut [u8],
+) -> BlockRanges {
+    let mut came = BlockRanges::default();
+    let (Ok(own), Ok(holders)) = (opened.tables.segment(segment), opened.tables.holders(segment))
+    else {
+        return came;
+    };
+    let start = segment * SEGMENT_BLOCKS;
+    let mut salvage = Salvage::new(opened);
+    for block in wanted.iter().flat_map(|extent| extent.first..extent.end()) {
+        let index = (block - start) as usize;
+        let holder = holders.get(index).copied().flatten();
+        let is_here = holder.is_some_and(|holder| !opened.is_stub(holder));
+        let (Some(hash), Some(known)) = (hashes.get(index), own.get(index)) else { continue };
+        let from = index * BLOCK_BYTES as usize;
+        let length = block_len(opened.tables.disk_bytes(), block);
+        let Some(bytes) = buffer.get_mut(from..from + length) else { continue };
+        if is_here && hash == known && salvage.read(block, *hash, bytes) {
+            came.insert(block..block + 1);
+        }
+    }
+    came
+}
+
+fn read_there(
+    remote: &Remote,
+    segment: u64,
+    digest: BlockHash,
+    hashes: &[BlockHash],
+    wanted: &[Extent],
+    buffer: &mut [u8],
+) -> Result<BlockRanges, CarryError> {
+    let start = segment * SEGMENT_BLOCKS;
+    let mut extents = wanted.to_vec();
+    if remote.digest(segment) != Some(digest) {
+        let Some(known) = remote.hashes_of(segment)? else { return Ok(BlockRanges::default()) };
+        let mut common = BlockRanges::default();
+        for block in wanted.iter().flat_map(|extent| extent.first..extent.end()) {
+            let index = (block - start) as usize;
+            if known.get(index).is_some_and(|known| Some(known) == hashes.get(index)) {
+                common.insert(block..block + 1);
+            }
+        }
+        let as_extent = |range: std::ops::Range<u64>| Extent {
+            first: range.start,
+            count: range.end - range.start,
+            zero: false,
+        };
+        extents = common.iter().map(as_extent).collect();
+    }
+    let mut came = BlockRanges::default();
+    if extents.is_empty() {
+        return Ok(came);
+    }
+    remote.expect(&extents)?;
+    for block in extents.iter().flat_map(|extent| extent.first..extent.end()) {
+        let from = ((block - start) * BLOCK_BYTES) as usize;
+        let Some(length) = remote.block_len(block) else { continue };
+        let Some(bytes) = buffer.get_mut(from..from + length) else { continue };
+        // What is lost there is not among what came.
+        if remote.read_at(block * BLOCK_BYTES, bytes).is_ok() {
+            came.insert(block..block + 1);
+        }
+    }
+    Ok(came)
+}

@@ -1,0 +1,229 @@
+//! One stub at work.
+
+use std::sync::Arc;
+
+use janus_proto::{
+    hash::{hash_blocks, zero_hash},
+    ids::{
+        BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, SEGMENT_BYTES, SnapshotId, block_count, block_len,
+    },
+    model::Extent,
+};
+
+use super::{FillError, sources::Source};
+use crate::{
+    chain::{
+        Held,
+        opened::open_table,
+        ranges::{BlockRanges, segment_blocks},
+        stub,
+        table::TableStack,
+    },
+    image,
+    image::Image,
+    runs::{Machine, Runs},
+    storage::Access,
+};
+
+/// A stub that is being filled.
+pub(super) struct Stub<'a> {
+    runs: &'a Runs,
+    machine: Arc<Machine>,
+    held: &'a Held,
+    image: Image,
+    tables: TableStack,
+    /// What isn't here, as far as is known.
+    pub(super) missing: BlockRanges,
+    /// What is here by now and not yet durable.
+    came: Vec<(u64, BlockRanges)>,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Stub<'a> {
+    pub(super) fn open(runs: &'a Runs, held: &'a Held) -> Result<Self, FillError> {
+        let machine = runs.machine(&held.run.machine).ok_or(FillError::Gone)?;
+        let missing = machine.health().missing(held.snapshot()).cloned().ok_or(FillError::Gone)?;
+        let (storage, snapshot) = (runs.store().storage(), held.snapshot());
+        let folder = runs.store().machine_folder(&machine.key);
+        let file =
+            stub::open(storage, &folder.join(&snapshot.image), Access::Write).map_err(own)?;
+        let image = Image::open(file).map_err(own)?;
+        let table = Arc::new(open_table(storage, &folder, snapshot).map_err(own)?);
+        let tables = TableStack::new(vec![table], snapshot.size_bytes).map_err(own)?;
+        let buffer = vec![0; SEGMENT_BYTES.min(snapshot.size_bytes) as usize];
+        Ok(Self { runs, machine, held, image, tables, missing, came: Vec::new(), buffer })
+    }
+
+    pub(super) fn id(&self) -> SnapshotId {
+        self.held.snapshot().id
+    }
+
+    /// True when blocks of a segment are missing.
+    pub(super) fn lacks(&self, segment: u64) -> bool {
+        self.missing.intersects(&segment_blocks(segment))
+            && !self.came.iter().any(|(came, lacking)| *came == segment && lacking.is_empty())
+    }
+
+    /// Writes what a source has of a segment.
+    pub(super) fn fill_segment(
+        &mut self,
+        segment: u64,
+        source: &mut Source,
+    ) -> Result<(), FillError> {
+        let size = self.held.snapshot().size_bytes;
+        let hashes = self.tables.segment(segment).map_err(own)?;
+        let lacking = self.look(segment, &hashes)?;
+        let mut still = lacking.clone();
+        if !lacking.is_empty() {
+            self.runs.check_room_for(SEGMENT_BYTES).map_err(own)?;
+            let digest = self.tables.digest(segment);
+            let extents: Vec<Extent> = lacking
+                .iter()
+                .map(|range| Extent {
+                    first: range.start,
+                    count: range.end - range.start,
+                    zero: false,
+                })
+                .collect();
+            let mut buffer = std::mem::take(&mut self.buffer);
+            let start = segment * SEGMENT_BLOCKS;
+            let place = |block: u64| {
+                let from = ((block - start) * BLOCK_BYTES) as usize;
+                from..from + block_len(size, block)
+            };
+            let read = source.read(segment, digest, &hashes, &extents, &mut buffer);
+            let written = read.map_err(FillError::from).and_then(|came| {
+                // One after another: what was read may still not be what it should be.
+                for range in came.iter() {
+                    let bytes = &buffer[place(range.start).start..place(range.end - 1).end];
+                    let mut found = Vec::with_capacity((range.end - range.start) as usize);
+                    hash_blocks(bytes, &mut found);
+                    let good = (range.clone()).zip(&found).filter(|(block, hash)| {
+                        hashes.get((block - start) as usize) == Some(*hash)
+                    });
+                    let mut runs = BlockRanges::default();
+                    good.for_each(|(block, _)| runs.insert(block..block + 1));
+                    for run in runs.iter() {
+                        let bytes = &buffer[place(run.start).start..place(run.end - 1).end];
+                        self.write(run.start * BLOCK_BYTES, bytes)?;
+                        still.remove(run);
+                    }
+                }
+                Ok(())
+            });
+            self.buffer = buffer;
+            written?;
+        }
+        self.came.retain(|(came, _)| *came != segment);
+        self.came.push((segment, still));
+        Ok(())
+    }
+
+    /// Blocks of a segment that aren't here.
+    fn look(&mut self, segment: u64, hashes: &[BlockHash]) -> Result<BlockRanges, FillError> {
+        let size = self.held.snapshot().size_bytes;
+        let start = segment * SEGMENT_BLOCKS;
+        let begin = segment * SEGMENT_BYTES;
+        let end = (begin + SEGMENT_BYTES).min(size);
+        let bytes = &mut self.buffer[..(end - begin) as usize];
+        for (range, from) in self.image.extents(begin..end).map_err(own)? {
+            let part = &mut bytes[(range.start - begin) as usize..(range.end - begin) as usize];
+            match from {
+                image::Source::File(at) => self.image.read_file_at(part, at).map_err(own)?,
+                _ => part.fill(0),
+            }
+        }
+        let mut found = Vec::with_capacity(hashes.len());
+        hash_blocks(bytes, &mut found);
+        let mut lacking = BlockRanges::default();
+        for ((block, hash), found) in (start..block_count(size)).zip(hashes).zip(&found) {
+            if hash != found && *hash != zero_hash(block_len(size, block)) {
+                lacking.insert(block..block + 1);
+            }
+        }
+        Ok(lacking)
+    }
+
+    /// Writes blocks to their place in the image, unless a merge has it.
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), FillError> {
+        let _merging = self.machine.take_merging();
+        if !self.machine.still_has(self.held) {
+            return Err(FillError::Gone);
+        }
+        for (range, from) in self.image.extents(offset..offset + bytes.len() as u64).map_err(own)? {
+            // All that isn't zeros has a place.
+            let image::Source::File(at) = from else { continue };
+            let part = &bytes[(range.start - offset) as usize..(range.end - offset) as usize];
+            self.image.file().write_all_at(part, at).map_err(own)?;
+        }
+        Ok(())
+    }
+
+    /// Makes what came durable, and tells it.
+    pub(super) fn keep(&mut self) -> Result<(), FillError> {
+        if self.came.is_empty() {
+            return Ok(());
+        }
+        self.image.file().sync_data().map_err(own)?;
+        let end = block_count(self.held.snapshot().size_bytes);
+        for (segment, lacking) in self.came.drain(..) {
+            let blocks = segment_blocks(segment);
+            self.missing.remove(blocks.start..blocks.end.min(end));
+            self.missing.extend(&lacking);
+        }
+        let mut nobodys = self.known_nobodys();
+        let gone: Vec<_> = nobodys.iter().collect();
+        for range in gone {
+            for block in range.filter(|block| !self.missing.contains(*block)) {
+                nobodys.remove(block..block + 1);
+            }
+        }
+        self.runs.note_filled(self.held, Some(&self.missing), &nobodys);
+        Ok(())
+    }
+
+    fn known_nobodys(&self) -> BlockRanges {
+        let health = self.machine.health();
+        health.damage(self.held.snapshot()).map(|damage| damage.blocks.clone()).unwrap_or_default()
+    }
+
+    /// Nobody has what is missing: the next backup is asked for it.
+    pub(super) fn ask_clients(&self, most: usize) {
+        let mut nobodys = self.missing.clone();
+        nobodys.coarsen(most);
+        if nobodys != self.known_nobodys() {
+            let (machine, disk) = (&self.held.run.machine, &self.held.snapshot().disk);
+            tracing::warn!(%machine, %disk, blocks = nobodys.blocks(), "no server has the rest of a stub: the machine's next backup is asked for it");
+            self.runs.note_filled(self.held, Some(&self.missing), &nobodys);
+        }
+    }
+
+    /// All is here: the image gets its name.
+    pub(super) fn finish(self) -> Result<(), FillError> {
+        self.image.file().sync_all().map_err(own)?;
+        let storage = self.runs.store().storage();
+        let path =
+            self.runs.store().machine_folder(&self.machine.key).join(&self.held.snapshot().image);
+        let _merging = self.machine.take_merging();
+        if !self.machine.still_has(self.held) {
+            return Err(FillError::Gone);
+        }
+        {
+            let _files = self.machine.change_files();
+            let stub = stub::path(&path);
+            // A crash may have come right after the renaming.
+            if storage.exists(&stub).map_err(own)? {
+                storage.rename(&stub, &path).map_err(own)?;
+            }
+            if let Some(folder) = path.parent() {
+                storage.sync_folder(folder).map_err(own)?;
+            }
+        }
+        self.runs.note_filled(self.held, None, &BlockRanges::default());
+        Ok(())
+    }
+}
+
+fn own(error: impl std::fmt::Display) -> FillError {
+    FillError::Own(error.to_string())
+}
