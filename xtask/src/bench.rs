@@ -24,6 +24,7 @@ mod networks;
 mod peers;
 mod proxies;
 mod restores;
+mod seeding;
 mod sources;
 
 /// Arguments of `cargo xtask bench`.
@@ -59,6 +60,9 @@ pub struct Args {
     /// A snapshot served over NBD, beside the same disk served by qemu-nbd; of a disk of at most 2048 MiB
     #[arg(long, conflicts_with_all = ["against", "encoding", "proxies", "store", "sources", "cache", "networks", "restore"])]
     nbd: bool,
+    /// A new server seeded from another one, beside rsync of the same files over TLS; of a disk of at most 2048 MiB
+    #[arg(long, conflicts_with_all = ["against", "encoding", "proxies", "store", "sources", "cache", "networks", "nbd", "restore"])]
+    seeding: bool,
     /// Restores only: whole and 1 % back, from one and two servers, beside a copy and, with --against, other programs
     #[arg(long, conflicts_with_all = ["proxies", "store", "sources", "cache", "networks"])]
     restore: bool,
@@ -137,6 +141,11 @@ pub fn run(args: &Args) -> Result<()> {
         let json = args.json.clone().unwrap_or_else(|| folder.join("nbd.json"));
         let programs = Programs::built_or(Profile::Release)?;
         return nbd::run(&programs, &folder, args.size_mib.min(2048) << 20, &json);
+    }
+    if args.seeding {
+        let json = args.json.clone().unwrap_or_else(|| folder.join("seeding.json"));
+        let programs = Programs::built_or(Profile::Release)?;
+        return seeding::run(&programs, &folder, args.size_mib.min(2048) << 20, &json);
     }
     let programs = Programs::build(Profile::Release)?;
     if args.proxies {
