@@ -73,6 +73,7 @@ impl<'a> Stub<'a> {
         let size = self.held.snapshot().size_bytes;
         let hashes = self.tables.segment(segment).map_err(own)?;
         let lacking = self.look(segment, &hashes)?;
+        self.write_again(segment, &hashes, &lacking)?;
         let mut still = lacking.clone();
         if !lacking.is_empty() {
             self.runs.check_room_for(SEGMENT_BYTES).map_err(own)?;
@@ -142,6 +143,31 @@ impl<'a> Stub<'a> {
             }
         }
         Ok(lacking)
+    }
+
+    /// Writes blocks of a segment that was just looked at and that look right, but aren't known to be durable: the system may have failed
+    /// to write them, and tells that once.
+    fn write_again(
+        &self,
+        segment: u64,
+        hashes: &[BlockHash],
+        lacking: &BlockRanges,
+    ) -> Result<(), FillError> {
+        let size = self.held.snapshot().size_bytes;
+        let start = segment * SEGMENT_BLOCKS;
+        let mut right = BlockRanges::default();
+        for (block, hash) in (start..block_count(size)).zip(hashes) {
+            let has_data = *hash != zero_hash(block_len(size, block));
+            if has_data && self.missing.contains(block) && !lacking.contains(block) {
+                right.insert(block..block + 1);
+            }
+        }
+        for run in right.iter() {
+            let from = ((run.start - start) * BLOCK_BYTES) as usize;
+            let length: usize = run.clone().map(|block| block_len(size, block)).sum();
+            self.write(run.start * BLOCK_BYTES, &self.buffer[from..from + length])?;
+        }
+        Ok(())
     }
 
     /// Writes blocks to their place in the image, unless a merge has it.

@@ -175,7 +175,7 @@ fn imported(world: &mut World) -> Result<(), String> {
 
 /// Stubs that a backup completes, and that are full then.
 fn stubbed(world: &mut World) -> Result<(), String> {
-    world.disk("root", (1 << 20) + 512);
+    world.disk("root", (256 << 10) + 512);
     world.import_stubs()?;
     world.fill()?;
     world.backup()?;
