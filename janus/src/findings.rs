@@ -176,14 +176,15 @@ fn unseeded(server: &ServerStatus, machines: &[MachineStatus]) -> Option<String>
     let without: Vec<&str> =
         machines.iter().filter(has_none).map(|machine| machine.machine.as_str()).collect();
     let named = without.iter().take(MOST_NAMED).copied().collect::<Vec<_>>().join(", ");
-    match without.len() {
-        0 => None,
-        1..=MOST_NAMED => Some(format!("{} has no backup of {named} yet", name_of(server))),
-        count => {
-            let more = count - MOST_NAMED;
-            Some(format!("{} has no backup of {named} and {more} more yet", name_of(server)))
-        }
-    }
+    let more = match without.len() {
+        0 => return None,
+        1..=MOST_NAMED => String::new(),
+        count => format!(" and {} more", count - MOST_NAMED),
+    };
+    let name = name_of(server);
+    Some(format!(
+        "{name} has no backup of {named}{more} yet (`janus-server seed` there fetches them)"
+    ))
 }
 
 #[cfg(test)]
@@ -225,7 +226,10 @@ mod tests {
         let seen = found(vec![server("a"), server("b")], vec![both.clone(), one.clone()]);
         assert_eq!(seen.len(), 1);
         assert_eq!(seen[0].about, About::Unseeded("b".into()));
-        assert_eq!(seen[0].text, "b has no backup of u/one yet");
+        assert_eq!(
+            seen[0].text,
+            "b has no backup of u/one yet (`janus-server seed` there fetches them)"
+        );
         // Of a server that can't be reached it isn't known, and it is named for that already.
         let down = ServerStatus { ready: false, reason: "down".into(), ..server("b") };
         let seen = found(vec![server("a"), down], vec![both, one]);

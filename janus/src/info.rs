@@ -92,6 +92,9 @@ impl Info {
                 .as_ref()
                 .map(|id| self.fleet.registry().damaged(id, own))
                 .unwrap_or_default(),
+            incomplete_snapshots: server
+                .as_ref()
+                .map_or(0, |id| self.fleet.registry().incomplete(id, own)),
             server_id: server.map(String::from).unwrap_or_default(),
             url: upstream.url(),
             ready: down.is_none(),
@@ -164,6 +167,7 @@ impl Info {
             report_age_ms: self.report_age_ms(Some(server)),
             settings: self.fleet.registry().settings_of(server),
             damaged: self.fleet.registry().damaged(server, own),
+            incomplete_snapshots: self.fleet.registry().incomplete(server, own),
             free_bytes: vitals.free_bytes,
             total_bytes: vitals.total_bytes,
             certificate_expires_ms: vitals.certificate_expires_ms,
@@ -200,7 +204,10 @@ impl ServerInfoService for Info {
         let mut status = self.status(principal.and_then(|caller| caller.machine()));
         if principal.is_none() {
             status.machines.clear();
-            status.servers.iter_mut().for_each(|server| server.damaged.clear());
+            for server in &mut status.servers {
+                server.damaged.clear();
+                server.incomplete_snapshots = 0;
+            }
         }
         Ok(Response::new(status))
     }

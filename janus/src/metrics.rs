@@ -129,6 +129,10 @@ impl Figures {
         });
         let help = "Snapshots on the server that have lost blocks, as it has reported last";
         by_server(encoder, "server_damaged_snapshots", help, &damaged)?;
+        let incomplete =
+            told(&|line| (line.report_age_ms >= 0).then_some(line.incomplete_snapshots as f64));
+        let help = "Snapshots on the server whose stubs aren't full, as it has reported last";
+        by_server(encoder, "server_incomplete_snapshots", help, &incomplete)?;
         let starts = counter(&|upstream| upstream.counters().starts.load(Ordering::Relaxed));
         by_server(encoder, "server_starts", "Backups started there by this janus", &starts)?;
         let sent = counter(&|upstream| upstream.counters().bytes_sent.load(Ordering::Relaxed));

@@ -319,6 +319,11 @@ impl Registry {
         self.lock().servers.get(server).map(|state| state.damaged(machine)).unwrap_or_default()
     }
 
+    /// Snapshots on a server, or of this machine there, that lack blocks.
+    pub fn incomplete(&self, server: &ServerId, machine: Option<&MachineKey>) -> u64 {
+        self.lock().servers.get(server).map_or(0, |state| state.incomplete(machine))
+    }
+
     /// URLs under which clients reach a server, as it has reported them.
     pub fn urls_of(&self, server: &ServerId) -> Option<Vec<String>> {
         Some(self.lock().servers.get(server)?.urls.clone())

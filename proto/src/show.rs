@@ -75,9 +75,13 @@ fn server_line(text: &mut String, server: &ServerStatus) {
         0 => String::new(),
         count => format!("; {count} DAMAGED snapshots"),
     };
+    let incomplete = match server.incomplete_snapshots {
+        0 => String::new(),
+        count => format!("; {count} snapshots incomplete"),
+    };
     let _ = writeln!(
         text,
-        "{}  {}  {state}{since}; {report}; {} starts, {} to it, {} from it{space}{certificate}{damaged}",
+        "{}  {}  {state}{since}; {report}; {} starts, {} to it, {} from it{space}{certificate}{damaged}{incomplete}",
         if server.server_id.is_empty() { "?" } else { &server.server_id },
         server.url,
         server.starts,
@@ -116,6 +120,7 @@ fn server_json(server: &ServerStatus) -> Value {
         "free_bytes": Some(server.free_bytes).filter(|_| server.total_bytes > 0),
         "total_bytes": Some(server.total_bytes).filter(|total| *total > 0),
         "certificate_expires_ms": known(server.certificate_expires_ms),
+        "incomplete_snapshots": server.incomplete_snapshots,
         "damaged": server.damaged.iter().map(damaged_json).collect::<Vec<_>>(),
         "settings": server.settings.as_ref().map(|told| json!({
             "image_path": told.image_path,

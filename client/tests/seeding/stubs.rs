@@ -114,6 +114,8 @@ fn the_backup_after_seeding_hashes_is_a_delta_and_the_rest_comes_in_the_backgrou
     let stub = scene.new_ones().remove(0);
     assert!(stub.missing_blocks > 0 && stub.damaged_blocks == 0, "{stub:?}");
     assert!(!scene.image(&stub).exists());
+    let status = scene.client.run(&["status"]).unwrap();
+    assert!(status.stdout.contains("1 snapshots incomplete"), "{status:?}");
     scene.restore_from_new_alone(&stub.snapshot_id);
     scene.next_backup(NEW, 20..21, 1);
     let child = scene.new_ones().remove(0);

@@ -157,6 +157,11 @@ impl ServerState {
         damaged.into_values().take(MOST_DAMAGED).collect()
     }
 
+    /// Snapshots here, or of this machine, that lack blocks.
+    pub fn incomplete(&self, machine: Option<&MachineKey>) -> u64 {
+        self.snapshots(machine, None).filter(|one| one.missing_blocks > 0).count() as u64
+    }
+
     fn is_newest(&self, of: &pb::Snapshot) -> bool {
         let mut others = self.told.snapshots.values();
         !others.any(|other| {

@@ -2964,6 +2964,9 @@ pub struct ServerStatus {
     /// Its snapshots with lost blocks, as it has reported them; of at most 20 machines.
     #[prost(message, repeated, tag = "14")]
     pub damaged: ::prost::alloc::vec::Vec<DamagedMachine>,
+    /// Its snapshots that aren't complete, since a stub below them is still filled. 0: none, or an older janus or server.
+    #[prost(uint64, tag = "15")]
+    pub incomplete_snapshots: u64,
 }
 /// A machine with damaged snapshots on a server.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
