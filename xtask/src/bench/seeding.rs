@@ -21,9 +21,9 @@ use crate::{
 };
 
 const MIB: u64 = 1 << 20;
-const SOURCE: &str = "source";
+const SOURCE: &str = "server-a";
 /// Each gets the disk in another way.
-const TARGETS: [&str; 3] = ["janus", "direct", "hashes"];
+const TARGETS: [&str; 3] = ["target-a", "target-b", "target-c"];
 
 #[derive(Serialize)]
 struct Row {
