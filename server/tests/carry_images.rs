@@ -49,19 +49,23 @@ fn import(
     (content, size_bytes, logical_sector_bytes): (Box<dyn Content>, u64, u32),
     taken_ms: i64,
 ) -> Result<Imported, CarryError> {
+    let occupied_bytes = content.occupied_bytes();
     let disk = NewDisk {
         disk: "sda".parse().unwrap(),
         size_bytes,
         logical_sector_bytes,
         consistency: 2,
         skipped_bytes: 0,
-        data_bytes: None,
+        data_bytes: occupied_bytes,
         content,
     };
     let machine = model.key.clone();
     let (seal, disks) = (Vec::new(), vec![disk]);
     let new = NewRun { machine, run: None, taken_ms, seal, from: None, stubs: false, disks };
-    carry::import(&model.runs, &new, &|_, _| true)
+    let imported = carry::import(&model.runs, &new, &|_, _| true)?;
+    // So much room is looked for before.
+    assert!(imported.written_bytes <= occupied_bytes.unwrap());
+    Ok(imported)
 }
 
 fn foreign(path: &Path) -> Result<(Box<dyn Content>, u64, u32), CarryError> {

@@ -271,7 +271,7 @@ fn image(admin: &Admin, path: &Path, arguments: &ImportArguments) -> Result<NewR
         logical_sector_bytes,
         consistency,
         skipped_bytes: 0,
-        data_bytes: None,
+        data_bytes: content.occupied_bytes(),
         content,
     };
     let taken_ms = modified_ms.unwrap_or_else(now_ms);

@@ -33,6 +33,11 @@ pub trait Content {
         Ok(None)
     }
 
+    /// Bytes that it occupies where it lies, which its data takes at most, if that is known.
+    fn occupied_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// Of these segments, ascending, hashes will be asked for.
     fn expect_segments(&self, _segments: &[u64]) {}
 
@@ -80,6 +85,7 @@ impl Content for CarriedDisk {
 /// A chain of another program.
 struct Foreign {
     chain: ForeignChain,
+    occupied_bytes: Option<u64>,
 }
 
 /// Opens the VHD or VHDX at `path` with its parents; returns the size of the disk and its sectors as well.
@@ -90,7 +96,9 @@ pub fn foreign(storage: &Disk, path: &Path) -> Result<(Box<dyn Content>, u64, u3
     let chain = open_chain(storage, path)?;
     let geometry = chain.layers.geometry();
     check_size(path, geometry.disk_bytes)?;
-    let content = Box::new(Foreign { chain });
+    let occupied = |path: &PathBuf| Some(storage.metadata(path).ok()??.allocated_bytes);
+    let occupied_bytes = chain.paths.iter().map(occupied).sum();
+    let content = Box::new(Foreign { chain, occupied_bytes });
     Ok((content, geometry.disk_bytes, geometry.logical_sector_bytes))
 }
 
@@ -105,6 +113,10 @@ impl Foreign {
 }
 
 impl Content for Foreign {
+    fn occupied_bytes(&self) -> Option<u64> {
+        self.occupied_bytes
+    }
+
     fn is_zero(&self, range: Range<u64>) -> bool {
         self.chain.layers.look_up(range).is_ok_and(|places| places.is_zero())
     }
@@ -136,6 +148,11 @@ pub fn raw(storage: &Disk, path: &Path) -> Result<(Box<dyn Content>, u64), Carry
 }
 
 impl Content for Raw {
+    fn occupied_bytes(&self) -> Option<u64> {
+        // Of a device nobody knows.
+        self.file.metadata().ok().map(|file| file.allocated_bytes).filter(|bytes| *bytes > 0)
+    }
+
     fn is_zero(&self, range: Range<u64>) -> bool {
         let next = self.file.next_data(range.start);
         next.is_ok_and(|data| data.is_none_or(|data| data.start >= range.end))
