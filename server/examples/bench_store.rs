@@ -202,7 +202,7 @@ fn verify(args: &Args, folder: &Path) -> Value {
     for _ in 0..3 {
         drop_cached(folder);
         let started = Instant::now();
-        let pace = Limit::new(0, CancellationToken::new(), &|| false);
+        let pace = Limit::new(0, CancellationToken::new(), || false);
         let found = check_image(&runs, &held, Way::Anew(threads), &pace).unwrap();
         assert!(found.is_none(), "{found:?}");
         ours = ours.min(started.elapsed().as_secs_f64());

@@ -98,7 +98,7 @@ pub enum Which {
 }
 
 impl Which {
-    fn takes(&self, machine: &MachineKey) -> bool {
+    pub(crate) fn takes(&self, machine: &MachineKey) -> bool {
         match self {
             Self::Machine(wanted, _) => wanted == machine,
             Self::User(user) => machine.user() == user,

@@ -92,7 +92,7 @@ fn a_file_that_is_back_is_proven_by_a_check() {
     assert_eq!(started(&mut model).len(), 0);
     let held = model.runs.snapshot(runs[1].snapshots[0].id).unwrap();
     assert!(model.runs.open_snapshot(&held).is_err(), "not before it was looked at");
-    let pace = janus_server::verify::pace::Limit::new(0, Default::default(), &|| false);
+    let pace = janus_server::verify::pace::Limit::new(0, Default::default(), || false);
     let way = janus_server::verify::Way::Anew(1);
     let found = janus_server::verify::check_image(&model.runs, &held, way, &pace).unwrap();
     assert!(found.is_none());

@@ -141,7 +141,7 @@ fn check(
     task: &Task<'_>,
 ) -> Result<Checked, AdminError> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
-    let limit = Limit::new(mib_per_second << 20, task.token().clone(), &|| false);
+    let limit = Limit::new(mib_per_second << 20, task.token().clone(), || false);
     let image = format!("{}/{}", held.run.machine, held.snapshot().image);
     let size = held.snapshot().image_allocated_bytes;
     let result = std::thread::scope(|scope| {

@@ -83,13 +83,7 @@ impl Replicate {
     /// # Errors
     /// Says what isn't one.
     pub fn which(&self) -> Result<Vec<Which>, String> {
-        let parse = |text: &String| {
-            let failed = |error| {
-                format!("{text:?} is none of *, USER/*, USER/MACHINE, USER/MACHINE/DISK: {error}")
-            };
-            text.parse().map_err(failed)
-        };
-        self.machines.iter().map(parse).collect()
+        which(&self.machines)
     }
 
     /// When.
@@ -112,6 +106,17 @@ impl Replicate {
             _ => Ok(()),
         }
     }
+}
+
+/// Reads names of machines.
+pub(super) fn which(texts: &[String]) -> Result<Vec<Which>, String> {
+    let parse = |text: &String| {
+        let failed = |error| {
+            format!("{text:?} is none of *, USER/*, USER/MACHINE, USER/MACHINE/DISK: {error}")
+        };
+        text.parse().map_err(failed)
+    };
+    texts.iter().map(parse).collect()
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ pub struct Limit<'a> {
     rate: Option<Rate>,
     read: AtomicU64,
     stop: CancellationToken,
-    is_busy: &'a (dyn Fn() -> bool + Sync),
+    is_busy: Box<dyn Fn() -> bool + Send + Sync + 'a>,
 }
 
 impl<'a> Limit<'a> {
@@ -38,13 +38,13 @@ impl<'a> Limit<'a> {
     pub fn new(
         bytes_per_second: u64,
         stop: CancellationToken,
-        is_busy: &'a (dyn Fn() -> bool + Sync),
+        is_busy: impl Fn() -> bool + Send + Sync + 'a,
     ) -> Self {
         Self {
             rate: (bytes_per_second > 0).then(|| Rate::new(bytes_per_second, CREDIT)),
             read: AtomicU64::new(0),
             stop,
-            is_busy,
+            is_busy: Box::new(is_busy),
         }
     }
 
@@ -82,7 +82,7 @@ mod tests {
     #[test]
     fn a_limit_is_kept_and_a_stop_heard() {
         let stop = CancellationToken::new();
-        let limit = Limit::new(1 << 20, stop.clone(), &|| false);
+        let limit = Limit::new(1 << 20, stop.clone(), || false);
         let began = Instant::now();
         (0..9).for_each(|_| limit.take(1 << 16).unwrap());
         let took = began.elapsed();

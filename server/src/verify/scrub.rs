@@ -84,7 +84,7 @@ fn check(
         }
         looked.1
     };
-    let limit = Limit::new(bytes_per_second, stop, &is_busy);
+    let limit = Limit::new(bytes_per_second, stop, is_busy);
     let began = Instant::now();
     check_image(runs, held, Way::GoOn, &limit)?;
     tracing::info!(image = held.snapshot().image, machine = %held.run.machine, read_bytes = limit.read_bytes(), seconds = began.elapsed().as_secs(), "image checked");

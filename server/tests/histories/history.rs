@@ -162,7 +162,7 @@ impl History {
         let begun_ms = now_ms();
         for checked in 0.. {
             let Some(held) = self.model.runs.next_to_check(begun_ms, &|_| false) else { break };
-            let limit = Limit::new(0, CancellationToken::new(), &|| false);
+            let limit = Limit::new(0, CancellationToken::new(), || false);
             let found = check_image(&self.model.runs, &held, Way::GoOn, &limit).unwrap();
             let is_touched = self.touched.contains_key(&held.snapshot().id);
             assert!(is_touched || found.is_none(), "{}: {found:?}", held.snapshot().image);

@@ -237,7 +237,7 @@ impl Scene {
 
     /// Checks all images; returns the bytes read.
     pub fn verify(&self) -> u64 {
-        let limit = Limit::new(0, CancellationToken::new(), &|| false);
+        let limit = Limit::new(0, CancellationToken::new(), || false);
         for held in self.snapshots() {
             check_image(&self.runs, &held, Way::Anew(2), &limit).unwrap();
         }
@@ -246,7 +246,7 @@ impl Scene {
 
     /// Checks one image, one operation after another.
     pub fn check(&self, held: &Held) -> Result<Damage, CheckError> {
-        let limit = Limit::new(0, CancellationToken::new(), &|| false);
+        let limit = Limit::new(0, CancellationToken::new(), || false);
         check_image(&self.runs, held, Way::Anew(1), &limit)
     }
 
@@ -256,7 +256,7 @@ impl Scene {
 
     /// Checks the image that is next until so many bytes are read; returns how many were.
     pub fn scrub_some(&self, most: u64) -> u64 {
-        let limit = Limit::new(0, CancellationToken::new(), &|| false);
+        let limit = Limit::new(0, CancellationToken::new(), || false);
         let held = self.scrub_next().unwrap();
         match check_image(&self.runs, &held, Way::GoOn, &Until { limit: &limit, most }) {
             Ok(_) | Err(CheckError::Stopped) => limit.read_bytes(),

@@ -45,7 +45,7 @@ impl World {
         self.until_done("verify", |world| {
             let mut found = 0;
             for held in world.there()? {
-                let limit = Limit::new(0, CancellationToken::new(), &|| false);
+                let limit = Limit::new(0, CancellationToken::new(), || false);
                 let damage = match check_image(world.runs()?, &held, Way::Anew(1), &limit) {
                     Ok(damage) => damage,
                     Err(CheckError::Io(error)) => return Err(error.to_string()),
