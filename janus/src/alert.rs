@@ -215,7 +215,7 @@ mod tests {
 
     fn status(servers: Vec<ServerStatus>, hours_ago: i64) -> GetRouterStatusResponse {
         let last_backup_ms = NOW_MS - hours_ago * HOUR_MS;
-        let at = MachineUse { server_id: "a".into(), use_counter: 1, last_backup_ms };
+        let at = MachineUse { server_id: "a".into(), last_backup_ms, ..MachineUse::default() };
         let machine = MachineStatus {
             machine: "u/m".into(),
             last_backup_ms,

@@ -58,6 +58,8 @@ pub enum About {
     Disk(String),
     /// Damaged snapshots on this server.
     Damage(String),
+    /// A backup of a machine on a server that can't be restored: both names.
+    Proof(String, String),
     /// What servers differ in.
     Agreement,
 }
@@ -115,6 +117,18 @@ pub fn findings(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64
         }
         if let Some((verdict, text)) = expiring(&name, server.certificate_expires_ms, now_ms) {
             say(verdict, About::Certificate(name), text);
+        }
+    }
+    for (machine, at) in
+        status.machines.iter().flat_map(|one| one.uses.iter().map(move |at| (one, at)))
+    {
+        let failure = at.proof.as_ref().map_or("", |proof| &proof.failure);
+        if !failure.is_empty() {
+            let (name, server) = (machine.machine.clone(), at.server_id.clone());
+            let text = format!(
+                "{server}: a proof failed: {failure}; `janus-server prove status` there says more"
+            );
+            say(Verdict::Warning, About::Proof(name, server), text);
         }
     }
     let own = format!("janus {}", status.janus_id);
@@ -216,6 +230,7 @@ mod tests {
                     server_id: server.into(),
                     use_counter: 1,
                     last_backup_ms,
+                    proof: None,
                 })
                 .collect(),
             ..Default::default()
@@ -269,6 +284,36 @@ mod tests {
         );
         let text = "a has 3 damaged snapshots of u/m, u/n; the next backup there heals the newest";
         assert_eq!(seen[0].text, text);
+    }
+
+    #[test]
+    fn a_failed_proof_is_a_warning_until_another_one_is_good() {
+        let with = |failure: &str| {
+            let proof = janus_proto::pb::Proof {
+                proven_ms: 5,
+                tried_ms: 9,
+                failure: failure.into(),
+                warnings: 1,
+            };
+            let at = MachineUse {
+                server_id: "a".into(),
+                last_backup_ms: NOW_MS,
+                proof: Some(proof),
+                ..Default::default()
+            };
+            let machine = MachineStatus {
+                machine: "u/m".into(),
+                last_backup_ms: NOW_MS,
+                uses: vec![at],
+                ..Default::default()
+            };
+            found(vec![server("a")], vec![machine])
+        };
+        assert!(with("").is_empty());
+        let seen = with("u/m/sda: block 7 is lost");
+        let about = About::Proof("u/m".into(), "a".into());
+        assert_eq!((seen[0].verdict, &seen[0].about), (Verdict::Warning, &about));
+        assert!(seen[0].text.contains("block 7") && seen[0].text.starts_with("a: "), "{seen:?}");
     }
 
     #[test]

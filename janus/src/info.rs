@@ -78,6 +78,12 @@ impl Info {
         age.map_or(-1, millis)
     }
 
+    /// When a backup on a server was last proven.
+    fn proven_ms(&self, server: &ServerId, own: Option<&MachineKey>) -> i64 {
+        let proofs = self.fleet.registry().proofs(server, own);
+        proofs.iter().map(|(_, proof)| proof.proven_ms).max().unwrap_or(0)
+    }
+
     fn line(&self, upstream: &Upstream, own: Option<&MachineKey>) -> ServerStatus {
         let server = upstream.server();
         let down = self.fleet.stand(upstream, Need::Starts).err();
@@ -95,6 +101,7 @@ impl Info {
             incomplete_snapshots: server
                 .as_ref()
                 .map_or(0, |id| self.fleet.registry().incomplete(id, own)),
+            proven_ms: server.as_ref().map_or(0, |id| self.proven_ms(id, own)),
             server_id: server.map(String::from).unwrap_or_default(),
             url: upstream.url(),
             ready: down.is_none(),
@@ -132,8 +139,8 @@ impl Info {
             }
             machine.uses.push(MachineUse {
                 server_id: server.into(),
-                use_counter: 0,
                 last_backup_ms,
+                ..Default::default()
             });
         }
         for server in self.fleet.registry().servers() {
@@ -144,8 +151,15 @@ impl Info {
                     None => machine.uses.push(MachineUse {
                         server_id: server.to_string(),
                         use_counter,
-                        last_backup_ms: 0,
+                        ..Default::default()
                     }),
+                }
+            }
+            for (name, proof) in self.fleet.registry().proofs(&server, own) {
+                let machine = machines.get_mut(name.as_str());
+                let mut uses = machine.into_iter().flat_map(|machine| &mut machine.uses);
+                if let Some(at) = uses.find(|at| at.server_id == server.as_str()) {
+                    at.proof = Some(proof);
                 }
             }
         }
@@ -168,6 +182,7 @@ impl Info {
             settings: self.fleet.registry().settings_of(server),
             damaged: self.fleet.registry().damaged(server, own),
             incomplete_snapshots: self.fleet.registry().incomplete(server, own),
+            proven_ms: self.proven_ms(server, own),
             free_bytes: vitals.free_bytes,
             total_bytes: vitals.total_bytes,
             certificate_expires_ms: vitals.certificate_expires_ms,

@@ -3,7 +3,7 @@
 use std::{fmt, sync::atomic::Ordering, time::Duration};
 
 use axum::{Router, http::header, response::IntoResponse, routing::get};
-use janus_proto::pb::{GetRouterStatusResponse, ServerStatus};
+use janus_proto::pb::{GetRouterStatusResponse, Proof, ServerStatus};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric, text},
@@ -63,6 +63,7 @@ impl Collector for Figures {
         self.servers(encoder, &servers, &status)?;
         errors(encoder, &servers)?;
         self.machines(encoder)?;
+        self.proofs(encoder)?;
         self.latencies(encoder)?;
         let differing = differences(&fleet.registry().settings()).len() as f64;
         let help = "Settings that should be equal on all servers and are not";
@@ -154,6 +155,32 @@ impl Figures {
             ConstGauge::new(seconds(committed_ms)).encode(family.encode_family(&labels)?)?;
         }
         Ok(())
+    }
+
+    /// When backups of each machine were last proven on each server, and whether the newest proof says that a restore would fail.
+    fn proofs(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let registry = self.info.fleet().registry();
+        let mut proofs = Vec::new();
+        for server in registry.servers() {
+            let of = registry.proofs(&server, None).into_iter();
+            proofs.extend(of.map(|(machine, proof)| (machine, server.clone(), proof)));
+        }
+        proofs.sort_by(|one, other| (&one.0, &one.1).cmp(&(&other.0, &other.1)));
+        let mut family = |name: &str, help: &str, figure: &dyn Fn(&Proof) -> Option<f64>| {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for (machine, server, proof) in &proofs {
+                let Some(figure) = figure(proof) else { continue };
+                let labels = [("machine", machine.as_str()), ("server", server.as_str())];
+                ConstGauge::new(figure).encode(family.encode_family(&labels)?)?;
+            }
+            Ok(())
+        };
+        let name = "janus_machine_last_proven_timestamp_seconds";
+        let help = "Unix time at which a backup of the machine was last proven on the server";
+        family(name, help, &|proof| Some(seconds(proof.proven_ms)).filter(|at| *at > 0.0))?;
+        let name = "janus_machine_proof_failed";
+        let help = "1 when the newest proof found that a backup of the machine on the server can't be restored";
+        family(name, help, &|proof| Some(f64::from(!proof.failure.is_empty())))
     }
 
     fn latencies(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {

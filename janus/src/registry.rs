@@ -324,6 +324,20 @@ impl Registry {
         self.lock().servers.get(server).map_or(0, |state| state.incomplete(machine))
     }
 
+    /// What was proven of machines' backups on a server, as it has reported: of this one, or of all.
+    pub fn proofs(
+        &self,
+        server: &ServerId,
+        machine: Option<&MachineKey>,
+    ) -> Vec<(MachineKey, pb::Proof)> {
+        let inner = self.lock();
+        let told = inner.servers.get(server).map(|state| &state.told.proofs);
+        let of = told.into_iter().flatten();
+        of.filter(|(key, _)| machine.is_none_or(|machine| machine == *key))
+            .map(|(key, proof)| (key.clone(), proof.clone()))
+            .collect()
+    }
+
     /// URLs under which clients reach a server, as it has reported them.
     pub fn urls_of(&self, server: &ServerId) -> Option<Vec<String>> {
         Some(self.lock().servers.get(server)?.urls.clone())

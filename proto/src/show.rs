@@ -4,7 +4,9 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use crate::pb::{DamagedMachine, GetRouterStatusResponse, MachineStatus, ServerStatus};
+use crate::pb::{
+    DamagedMachine, GetRouterStatusResponse, MachineStatus, MachineUse, Proof, ServerStatus,
+};
 
 /// Bytes as people read them.
 pub fn amount(bytes: u64) -> String {
@@ -44,11 +46,33 @@ pub fn router_status(status: &GetRouterStatusResponse) -> String {
             date(machine.last_backup_ms),
             machine.server_id
         );
+        for at in &machine.uses {
+            proof_line(&mut text, machine, at);
+        }
     }
     for warning in &status.warnings {
         let _ = writeln!(text, "warning: {warning}");
     }
     text
+}
+
+/// What was proven of a machine on one server, if anything was tried.
+fn proof_line(text: &mut String, machine: &MachineStatus, at: &MachineUse) {
+    let Some(proof) = &at.proof else { return };
+    let proven = match proof.proven_ms {
+        0 => "never proven".to_owned(),
+        at => format!("last proven {}", date(at)),
+    };
+    let failed = match proof.failure.as_str() {
+        "" => String::new(),
+        failure => format!("; FAILED on {}: {failure}", date(proof.tried_ms)),
+    };
+    let warnings = match proof.warnings {
+        0 => String::new(),
+        count => format!("; {count} warnings"),
+    };
+    let (machine, server) = (&machine.machine, &at.server_id);
+    let _ = writeln!(text, "{machine}  {proven} on {server}{failed}{warnings}");
 }
 
 fn server_line(text: &mut String, server: &ServerStatus) {
@@ -79,9 +103,13 @@ fn server_line(text: &mut String, server: &ServerStatus) {
         0 => String::new(),
         count => format!("; {count} snapshots incomplete"),
     };
+    let proven = match server.proven_ms {
+        0 => String::new(),
+        at => format!("; last proof {}", date(at)),
+    };
     let _ = writeln!(
         text,
-        "{}  {}  {state}{since}; {report}; {} starts, {} to it, {} from it{space}{certificate}{damaged}{incomplete}",
+        "{}  {}  {state}{since}; {report}; {} starts, {} to it, {} from it{space}{certificate}{proven}{damaged}{incomplete}",
         if server.server_id.is_empty() { "?" } else { &server.server_id },
         server.url,
         server.starts,
@@ -121,6 +149,7 @@ fn server_json(server: &ServerStatus) -> Value {
         "total_bytes": Some(server.total_bytes).filter(|total| *total > 0),
         "certificate_expires_ms": known(server.certificate_expires_ms),
         "incomplete_snapshots": server.incomplete_snapshots,
+        "proven_ms": known(server.proven_ms),
         "damaged": server.damaged.iter().map(damaged_json).collect::<Vec<_>>(),
         "settings": server.settings.as_ref().map(|told| json!({
             "image_path": told.image_path,
@@ -148,7 +177,17 @@ fn machine_json(machine: &MachineStatus) -> Value {
             "server": at.server_id,
             "use_counter": at.use_counter,
             "last_backup_ms": Some(at.last_backup_ms).filter(|ms| *ms > 0),
+            "proof": at.proof.as_ref().map(proof_json),
         })).collect::<Vec<_>>(),
+    })
+}
+
+fn proof_json(proof: &Proof) -> Value {
+    json!({
+        "proven_ms": known(proof.proven_ms),
+        "tried_ms": proof.tried_ms,
+        "failure": proof.failure,
+        "warnings": proof.warnings,
     })
 }
 

@@ -272,6 +272,7 @@ fn machine_report(machine: &Machine) -> pb::MachineReport {
         machine: machine.key.to_string(),
         use_counter: machine.use_counter(),
         has_chain: machine.has_chain(),
+        proof: None,
     }
 }
 

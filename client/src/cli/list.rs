@@ -65,6 +65,7 @@ fn listing_json(listing: &Listing, mirrored: &[Mirrored]) -> Value {
             "damaged_blocks": s.damaged_blocks,
             "missing_blocks": s.missing_blocks,
             "verified_ms": s.verified_ms,
+            "proven_ms": s.proven_ms,
         })
     };
     let unreachable = |u: &UnreachableServer| json!({ "server": u.server_id, "reason": u.reason, "since_ms": u.since_ms });
@@ -85,7 +86,7 @@ fn listing_text(listing: &Listing, mirrored: &[Mirrored]) -> String {
         let kind = if s.parent_snapshot_id.is_empty() { "full " } else { "delta" };
         let _ = writeln!(
             text,
-            "{}  {}  {:disks$}  {:servers$}  {kind}  {:>10}  {:>10} on disk  {}{}{}{}{}",
+            "{}  {}  {:disks$}  {:servers$}  {kind}  {:>10}  {:>10} on disk  {}{}{}{}{}{}",
             s.snapshot_id,
             date(s.committed_ms),
             s.disk_id,
@@ -96,6 +97,7 @@ fn listing_text(listing: &Listing, mirrored: &[Mirrored]) -> String {
             skipped(s),
             damage(s),
             incomplete(s),
+            proven(s),
             availability(s, mirrored),
         );
     }
@@ -140,6 +142,13 @@ fn incomplete(snapshot: &Snapshot) -> String {
             let bytes = amount((blocks * BLOCK_BYTES).min(snapshot.size_bytes));
             format!("  INCOMPLETE: up to {bytes} still come from other servers")
         }
+    }
+}
+
+fn proven(snapshot: &Snapshot) -> String {
+    match snapshot.proven_ms {
+        0 => String::new(),
+        at => format!("  proven {}", date(at)),
     }
 }
 

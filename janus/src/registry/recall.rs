@@ -79,6 +79,7 @@ impl ServerState {
             machine: machine.to_string(),
             use_counter: used.counter,
             has_chain: used.chain == Chain::Present,
+            proof: self.told.proofs.get(machine).cloned(),
         });
         pb::StateChange {
             machines: machines.collect(),

@@ -58,6 +58,8 @@ impl Version {
 #[derive(Debug, Default)]
 pub(super) struct Told {
     pub chains: HashMap<MachineKey, bool>,
+    /// What was proven of machines there, of those that have chains.
+    pub proofs: HashMap<MachineKey, pb::Proof>,
     pub snapshots: HashMap<SnapshotId, pb::Snapshot>,
 }
 
@@ -67,6 +69,10 @@ impl Told {
         for machine in change.machines {
             let Ok(key) = machine.machine.parse::<MachineKey>() else { continue };
             if self.chains.len() < MAX_MACHINES || self.chains.contains_key(&key) {
+                match machine.proof {
+                    Some(proof) => self.proofs.insert(key.clone(), proof),
+                    None => self.proofs.remove(&key),
+                };
                 self.chains.insert(key, machine.has_chain);
             }
         }

@@ -45,8 +45,12 @@ pub async fn report(
     snapshots: Vec<pb::Snapshot>,
     use_counter: u64,
 ) -> (mpsc::Sender<ReportRequest>, Streaming<pb::ReportResponse>) {
-    let machines =
-        vec![pb::MachineReport { machine: "alice/web".into(), use_counter, has_chain: true }];
+    let machines = vec![pb::MachineReport {
+        machine: "alice/web".into(),
+        use_counter,
+        has_chain: true,
+        proof: None,
+    }];
     let full = pb::StateChange { machines, snapshots, ..Default::default() };
     report_all(keys, janus, server, pb::ReportHello::default(), full).await
 }
@@ -265,6 +269,7 @@ async fn the_status_shows_how_a_machine_stands_with_each_server() {
         server_id: server.into(),
         use_counter,
         last_backup_ms,
+        proof: None,
     };
     assert_eq!(status.machines[0].uses, [of("a", 5, 2), of("b", 6, 0)]);
 }

@@ -120,6 +120,10 @@ pub struct Snapshot {
     /// fetched from other servers. Zero blocks between them may be counted. A restore finds them there. 0: it is complete.
     #[prost(uint64, tag = "20")]
     pub missing_blocks: u64,
+    /// Unix milliseconds at which its newest proof began: all of it was read as a restore reads it, and was right. 0: it was
+    /// never proven, its newest proof failed, or an older server.
+    #[prost(int64, tag = "21")]
+    pub proven_ms: i64,
 }
 /// A server that is known but did not answer.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2491,6 +2495,25 @@ pub struct MachineReport {
     /// False: no snapshot here yet, so the machine counts as never having used this server.
     #[prost(bool, tag = "3")]
     pub has_chain: bool,
+    /// Absent: none of its backups here was ever proven, or an older server.
+    #[prost(message, optional, tag = "4")]
+    pub proof: ::core::option::Option<Proof>,
+}
+/// Whether backups of a machine on one server could be restored, as far as that was tried there.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Proof {
+    /// Unix milliseconds at which the newest proof of a whole backup that went well began. 0: there was none yet.
+    #[prost(int64, tag = "1")]
+    pub proven_ms: i64,
+    /// Unix milliseconds at which the newest proof of all began.
+    #[prost(int64, tag = "2")]
+    pub tried_ms: i64,
+    /// What speaks against a restore, for people. Empty: nothing is known to.
+    #[prost(string, tag = "3")]
+    pub failure: ::prost::alloc::string::String,
+    /// Other things to look at that the newest proof found, such as a file system that was damaged when it was backed up.
+    #[prost(uint64, tag = "4")]
+    pub warnings: u64,
 }
 /// The settings that should be equal on all servers.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2967,6 +2990,9 @@ pub struct ServerStatus {
     /// Its snapshots that aren't complete, since a stub below them is still filled. 0: none, or an older janus or server.
     #[prost(uint64, tag = "15")]
     pub incomplete_snapshots: u64,
+    /// Unix milliseconds at which the newest proof that went well began there, of whatever machine; 0: there was none.
+    #[prost(int64, tag = "16")]
+    pub proven_ms: i64,
 }
 /// A machine with damaged snapshots on a server.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3011,6 +3037,9 @@ pub struct MachineUse {
     /// Unix milliseconds of the commit of its newest backup there; 0: none.
     #[prost(int64, tag = "3")]
     pub last_backup_ms: i64,
+    /// Whether that server has proven its backups, as it has reported last. Absent: never, or not told.
+    #[prost(message, optional, tag = "4")]
+    pub proof: ::core::option::Option<Proof>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetRouterStatusResponse {

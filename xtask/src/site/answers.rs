@@ -129,6 +129,8 @@ pub struct Snapshot {
     pub missing_blocks: u64,
     /// Unix milliseconds since when all of it is proven; 0: not yet.
     pub verified_ms: i64,
+    /// Unix milliseconds at which it was last proven; 0: not yet.
+    pub proven_ms: i64,
 }
 
 /// A server that did not answer a `list`.
@@ -209,6 +211,35 @@ pub struct Damaged {
 pub struct Status {
     /// One for each server.
     pub servers: Vec<ServerStatus>,
+    /// One for each machine.
+    pub machines: Vec<MachineStatus>,
+}
+
+/// One machine of `status`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct MachineStatus {
+    /// `<user>/<machine>`.
+    pub machine: String,
+    /// How it stands with each server.
+    pub uses: Vec<MachineUse>,
+}
+
+/// A machine on one server.
+#[derive(Debug, Clone, Deserialize)]
+pub struct MachineUse {
+    /// The server.
+    pub server: String,
+    /// What was proven of it there.
+    pub proof: Option<Proof>,
+}
+
+/// What was proven of a machine on a server.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Proof {
+    /// When, Unix milliseconds.
+    pub proven_ms: Option<i64>,
+    /// Why a restore would fail; empty: it would not.
+    pub failure: String,
 }
 
 /// One server of `status`.
@@ -226,6 +257,8 @@ pub struct ServerStatus {
     pub report_age_ms: i64,
     /// Machines with damaged snapshots there.
     pub damaged: Vec<Damaged>,
+    /// When a backup there was last proven, Unix milliseconds.
+    pub proven_ms: Option<i64>,
     /// Starts that janus sent there.
     pub starts: u64,
     /// Body bytes that janus forwarded to it.
