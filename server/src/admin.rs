@@ -13,6 +13,7 @@ pub mod ask;
 mod carry;
 mod missing;
 pub mod offline;
+mod prove;
 mod rebuild;
 mod retention;
 mod seed;
@@ -40,6 +41,7 @@ use crate::{
     carry::CarryError,
     chain::store::StoreError,
     config::Settings,
+    prove::ProveError,
     retention::{Retention, RetentionError},
     runs::{Machine, Runs},
     serve::ServeError,
@@ -75,6 +77,8 @@ pub enum Command {
     Trash(trash::TrashAction),
     /// Read stored images now and compare them with their hashes
     Verify(verify::Arguments),
+    /// Prove that a backup can be restored: read it as a restore does, with its file systems
+    Prove(prove::Arguments),
     /// Copy a run with all its disks to a folder, to be carried to another server
     Export(carry::ExportArguments),
     /// Take in the newest backups of another server's machines, so that the next ones here are deltas
@@ -149,6 +153,9 @@ pub enum AdminError {
     /// What is carried by hand.
     #[error(transparent)]
     Carry(CarryError),
+    /// A proof.
+    #[error(transparent)]
+    Prove(ProveError),
     /// Certificate, key or CA.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -165,6 +172,15 @@ impl From<CarryError> for AdminError {
         match error {
             CarryError::Stopped => Self::Cancelled,
             error => Self::Carry(error),
+        }
+    }
+}
+
+impl From<ProveError> for AdminError {
+    fn from(error: ProveError) -> Self {
+        match error {
+            ProveError::Stopped => Self::Cancelled,
+            error => Self::Prove(error),
         }
     }
 }
@@ -246,7 +262,11 @@ impl Admin {
     /// # Errors
     /// As [`AdminError`] says.
     pub fn run(&self, command: Command, task: &Task<'_>) -> Result<Answer, AdminError> {
-        if !matches!(command, Command::Usage(_) | Command::Verify(_) | Command::Export(_)) {
+        let gives_nothing_back = matches!(
+            command,
+            Command::Usage(_) | Command::Verify(_) | Command::Prove(_) | Command::Export(_)
+        );
+        if !gives_nothing_back {
             self.runs.store().give_spare();
         }
         match command {
@@ -257,6 +277,7 @@ impl Admin {
             Command::Delete { target } => trash::delete(self, &target),
             Command::Trash(action) => trash::trash(self, &action, task),
             Command::Verify(arguments) => verify::run(self, &arguments, task),
+            Command::Prove(arguments) => prove::run(self, &arguments, task),
             Command::Export(arguments) => carry::export(self, &arguments, task),
             Command::Import(arguments) => carry::import(self, &arguments, task),
             Command::Seed(arguments) => seed::run(self, &arguments, task),

@@ -1,6 +1,7 @@
 //! Settings of `janus-server`, with their defaults.
 
 pub mod fill;
+pub mod prove;
 pub mod replicate;
 pub mod retention;
 pub mod size;
@@ -14,7 +15,7 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-pub use self::{fill::Fill, replicate::Replicate, retention::Retention, size::Size};
+pub use self::{fill::Fill, prove::Prove, replicate::Replicate, retention::Retention, size::Size};
 use crate::image::Format;
 
 /// Settings of one server. Every key is also an environment variable and a flag.
@@ -71,6 +72,8 @@ pub struct Settings {
     pub fill: Fill,
     /// What comes here from other servers by itself, by their names.
     pub replicate: BTreeMap<String, Replicate>,
+    /// Which backups are proven, and how.
+    pub prove: Prove,
 }
 
 impl Default for Settings {
@@ -101,6 +104,7 @@ impl Default for Settings {
             retention: Retention::default(),
             fill: Fill::default(),
             replicate: BTreeMap::new(),
+            prove: Prove::default(),
         }
     }
 }
@@ -190,6 +194,7 @@ impl Settings {
         self.quotas().map_err(|reason| ConfigError::Invalid { key: "quotas", reason })?;
         self.retention.check()?;
         self.fill.check()?;
+        self.prove.check()?;
         self.replicate.iter().try_for_each(|(name, rule)| rule.check(name))?;
         match self.janus_urls.iter().chain(&self.urls).find(|url| !url.starts_with("https://")) {
             Some(url) => invalid("janus_urls", &format!("{url:?} does not begin with https://")),

@@ -18,6 +18,7 @@ mod pace;
 mod peer;
 pub mod pki;
 pub mod probe;
+pub mod prove;
 pub mod replicate;
 pub mod report;
 pub mod restore;

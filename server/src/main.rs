@@ -1,11 +1,13 @@
 //! `janus-server`: serves backups, and makes the certificates of a group. With a `[janus]` section in its settings the same
-//! process routes backups too; only this file knows of both.
+//! process routes backups too; only this file knows of both. By a hidden command it is the reader of file systems
+//! that proofs start.
 
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Arg, ArgAction, ArgMatches, Command, FromArgMatches, Subcommand};
 use janus::serve::Janus;
+use janus_client::browse::reader;
 use janus_proto::{
     log::{self, LogPlan},
     manual, memory, program,
@@ -23,6 +25,9 @@ use tokio_util::sync::CancellationToken;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|name| name == reader::COMMAND) {
+        return reader::run();
+    }
     let serve = loader().add_flags(Command::new("serve").about("Serve backups and restores"));
     let pki = PkiCommand::augment_subcommands(Command::new("pki").about("Make certificates"))
         .subcommand_required(true);
@@ -142,6 +147,7 @@ fn loader() -> Loader<Settings> {
     Loader::new("JANUS_SERVER")
         .describe(config::KEYS)
         .describe_section("retention", config::retention::KEYS)
+        .describe_section("prove", config::prove::KEYS)
         .describe_section("janus", janus::config::KEYS)
 }
 

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     chain::Held,
+    prove::record::Standing,
     runs::{Change, Machine, Runs},
 };
 
@@ -272,8 +273,14 @@ fn machine_report(machine: &Machine) -> pb::MachineReport {
         machine: machine.key.to_string(),
         use_counter: machine.use_counter(),
         has_chain: machine.has_chain(),
-        proof: None,
+        proof: proof(machine),
     }
+}
+
+/// What was proven of it, if anything was tried.
+fn proof(machine: &Machine) -> Option<pb::Proof> {
+    let Standing { proven_ms, tried_ms, failure, warnings, .. } = machine.proofs().standing();
+    (tried_ms > 0).then_some(pb::Proof { proven_ms, tried_ms, failure, warnings })
 }
 
 async fn push(

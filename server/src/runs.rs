@@ -13,6 +13,7 @@ mod machine;
 mod manifests;
 mod missing;
 mod names;
+mod proofs;
 mod purge;
 mod trash;
 

@@ -40,6 +40,7 @@ use crate::{
     info::Info,
     mirror::{self, Mirror},
     probe::Probe,
+    prove::follow::Schedule,
     replicate::Replication,
     report::Reporter,
     restore::{HANDLE_LEASE, Restore},
@@ -277,6 +278,11 @@ impl Server {
             tasks.spawn(follow.map_err(wiring)?);
         }
         tasks.spawn(self.filler().run(shutdown.clone()));
+        if let Some(schedule) =
+            Schedule::of(&self.settings.prove, self.runs.clone()).map_err(wiring)?
+        {
+            tasks.spawn(schedule.follow(shutdown.clone()));
+        }
         tasks.spawn(tell(health, is_low.subscribe(), shutdown.clone()));
         if self.settings.retention.automatic {
             let at = self.settings.retention.time_of_day().map_err(wiring)?;

@@ -65,6 +65,9 @@ struct MachineUsage {
     disks: Vec<DiskUsage>,
     /// Of the allocated bytes: what was dropped and not purged.
     trash_bytes: u64,
+    /// Unix milliseconds at which a backup of it was last proven; absent: never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    proven_ms: Option<i64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -141,8 +144,14 @@ fn of_machine(
     let dropped = trashed.iter().flat_map(|trashed| &trashed.run.snapshots);
     let trash_bytes = dropped.map(|snapshot| files.allocated(snapshot)).sum();
     let bytes = Bytes { allocated_bytes: trash_bytes, unique_bytes: trash_bytes, logical_bytes: 0 };
-    let mut usage =
-        MachineUsage { machine: machine.key.clone(), bytes, disks: Vec::new(), trash_bytes };
+    let proven_ms = Some(machine.proofs().standing().proven_ms).filter(|ms| *ms > 0);
+    let mut usage = MachineUsage {
+        machine: machine.key.clone(),
+        bytes,
+        disks: Vec::new(),
+        trash_bytes,
+        proven_ms,
+    };
     for (disk, newest_first) in disks {
         task.check()?;
         let allocated = newest_first.iter().map(|held| files.allocated(held.snapshot()));
@@ -240,10 +249,13 @@ fn text(usage: &Usage) -> String {
         right("LOGICAL"),
         right("ALLOCATED"),
         right("UNIQUE"),
+        "LAST PROVEN".to_owned(),
     ]];
     for machine in &usage.machines {
         let count: usize = machine.disks.iter().map(|disk| disk.snapshot_count).sum();
-        rows.push(row(machine.machine.to_string(), count.to_string(), machine.bytes));
+        let mut of_machine = row(machine.machine.to_string(), count.to_string(), machine.bytes);
+        of_machine.push(machine.proven_ms.map_or_else(|| "never".to_owned(), date));
+        rows.push(of_machine);
         for disk in &machine.disks {
             rows.push(row(format!("  {}", disk.disk), disk.snapshot_count.to_string(), disk.bytes));
             for one in disk.snapshots.iter().flatten() {

@@ -7,6 +7,7 @@
 //! <image_path>/<user>/<machine>/.machine.json          use counter
 //! <image_path>/<user>/<machine>/.pins.json             pinned snapshots
 //! <image_path>/<user>/<machine>/.health.json           what is known of the images: see [`super::health`]
+//! <image_path>/<user>/<machine>/.proofs.json           what was proven: see [`crate::prove::record`]
 //! <image_path>/<user>/<machine>/.runs/<sequence>.json  run manifests: a run is committed when its file is here
 //! <image_path>/<user>/<machine>/.trash/<sequence>.json those of dropped runs, each with a record .why.json
 //! <image_path>/<user>/<machine>/.merge/<link>.json     merges that are decided and not finished
@@ -39,8 +40,9 @@ use std::{
 use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId, StoreGeneration};
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::records::read;
 pub(crate) use self::records::{parse, with_sum};
-pub(super) use self::records::{read, read_or_put_aside, write};
+pub(crate) use self::records::{read_or_put_aside, write};
 use self::{
     folders::{check_layout, exists, files_in, folders_in, free_name, is_folder, list},
     publish::take_back,
@@ -51,6 +53,7 @@ use super::{
 };
 use crate::{
     image::Format,
+    prove::record::Proofs,
     storage::{Access, Disk, File},
 };
 
@@ -279,6 +282,8 @@ pub struct MachineState {
     pub unfinished: Vec<Intent>,
     /// What is known of the images.
     pub health: Health,
+    /// What was proven of its backups.
+    pub proofs: Proofs,
 }
 
 /// The folder tree of one server, locked for this process.
@@ -538,6 +543,7 @@ impl Store {
         let last = last_sequence(&self.storage, folder)?;
         state.last_sequence = last.max(file.counters.purged_sequence);
         state.health = Health::load(&self.storage, folder, &file.machine)?;
+        state.proofs = Proofs::load(&self.storage, folder, &file.machine, self.generation)?;
         let mut unread = false;
         for path in files_in(&self.storage, &folder.join(RUNS), "json")? {
             match read::<Run>(&self.storage, &path) {

@@ -41,10 +41,11 @@ impl Runs {
         let id = held.snapshot().id;
         let (damaged_blocks, verified_ms) =
             machine.as_ref().map_or((0, 0), |machine| machine.health_of(id));
-        let missing_blocks = machine.map_or(0, |machine| machine.missing_blocks(id));
+        let (missing_blocks, proven_ms) =
+            machine.map_or((0, 0), |machine| (machine.missing_blocks(id), machine.proven_ms(id)));
         let folder = self.store.relative_folder(&held.run.machine);
         let wire = held.to_wire(server_id, &folder);
-        pb::Snapshot { damaged_blocks, verified_ms, missing_blocks, ..wire }
+        pb::Snapshot { damaged_blocks, verified_ms, missing_blocks, proven_ms, ..wire }
     }
 
     /// Opens a snapshot to build on it.
@@ -393,7 +394,7 @@ impl Runs {
         machine.set_health(health, saved);
     }
 
-    fn tell_health(&self, machine: &MachineKey, mut snapshots: Vec<SnapshotId>) {
+    pub(super) fn tell_health(&self, machine: &MachineKey, mut snapshots: Vec<SnapshotId>) {
         snapshots.sort_unstable();
         snapshots.dedup();
         for some in snapshots.chunks(MOST_TOLD) {

@@ -15,6 +15,7 @@ use crate::chain::{
     merge::Intent,
     store::{Counters, MachineState},
 };
+use crate::prove::record::Proofs;
 
 /// Aborted runs remembered per machine, to tell a late caller what became of them.
 const ABORTED_KEPT: usize = 64;
@@ -51,6 +52,8 @@ struct State {
     health: Health,
     /// Something of that is not in its file yet.
     health_unsaved: bool,
+    /// What was proven of its backups.
+    proofs: Proofs,
 }
 
 impl Machine {
@@ -72,6 +75,7 @@ impl Machine {
             opened: Vec::new(),
             health: state.health,
             health_unsaved: false,
+            proofs: state.proofs,
         };
         Self {
             key,
@@ -266,6 +270,20 @@ impl Machine {
     /// True when a snapshot has lost something, or lacks something.
     pub fn is_faulty(&self, snapshot: SnapshotId) -> bool {
         self.health_of(snapshot).0 > 0 || self.missing_blocks(snapshot) > 0
+    }
+
+    /// What was proven of its backups.
+    pub fn proofs(&self) -> Proofs {
+        lock(&self.state).proofs.clone()
+    }
+
+    /// Since when a snapshot is proven (Unix milliseconds; 0: it isn't).
+    pub fn proven_ms(&self, snapshot: SnapshotId) -> i64 {
+        lock(&self.state).proofs.proven_ms(snapshot)
+    }
+
+    pub(super) fn set_proofs(&self, proofs: Proofs) {
+        lock(&self.state).proofs = proofs;
     }
 
     pub(super) fn take_turn(&self) -> MutexGuard<'_, ()> {

@@ -57,6 +57,7 @@ const PLACED: &[(&str, &str)] = &[
     ("nbd_export", "restore"),
     ("networks", "security"),
     ("packages", "sources"),
+    ("prove", "seeding"),
     ("reasons", "security"),
     ("ntfs", "sources"),
     ("reading", "sources"),

@@ -13,7 +13,7 @@ use crate::storage::Disk;
 const MAX_FILE_BYTES: u64 = 4 << 20;
 
 /// Replaces a file by a value.
-pub(in crate::chain) fn write<T: Serialize>(
+pub(crate) fn write<T: Serialize>(
     storage: &Disk,
     path: &Path,
     value: &T,
@@ -34,7 +34,7 @@ pub(super) fn text<T: Serialize>(path: &Path, value: &T) -> Result<Vec<u8>, Stor
 pub(super) const DAMAGED: &str = "damaged";
 
 /// A file that can be made again: a damaged one is kept beside and counts as missing.
-pub(in crate::chain) fn read_or_put_aside<T: DeserializeOwned>(
+pub(crate) fn read_or_put_aside<T: DeserializeOwned>(
     storage: &Disk,
     path: &Path,
 ) -> Result<Option<T>, StoreError> {
