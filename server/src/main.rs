@@ -1,6 +1,6 @@
 //! `janus-server`: serves backups, and makes the certificates of a group. With a `[janus]` section in its settings the same
-//! process routes backups too; only this file knows of both. By a hidden command it is the reader of file systems
-//! that proofs start.
+//! process routes backups too; only this file knows of both. By hidden commands it is what proofs
+//! start: the reader of file systems, and who starts a machine.
 
 use std::process::ExitCode;
 
@@ -16,6 +16,7 @@ use janus_proto::{
 use janus_server::{
     admin, config,
     pki::{self, PkiCommand},
+    prove::boot,
     serve::Server,
 };
 use serde::{Deserialize, Serialize};
@@ -25,8 +26,11 @@ use tokio_util::sync::CancellationToken;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    if std::env::args_os().nth(1).is_some_and(|name| name == reader::COMMAND) {
-        return reader::run();
+    let mut arguments = std::env::args_os().skip(1);
+    match arguments.next() {
+        Some(name) if name == reader::COMMAND => return reader::run(),
+        Some(name) if name == boot::COMMAND => return boot::run(arguments),
+        _ => {}
     }
     let serve = loader().add_flags(Command::new("serve").about("Serve backups and restores"));
     let pki = PkiCommand::augment_subcommands(Command::new("pki").about("Make certificates"))

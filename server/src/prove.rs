@@ -1,9 +1,10 @@
 //! Proof that a backup can be restored: all of it is read as a restore reads it and compared with its hashes, its file
-//! systems are opened and their files read.
+//! systems are opened and their files read, and where that is wished its machine is started.
 //!
 //! What came of it is kept ([`record`]) and told to every janus. A proof changes nothing but what is known, and it stops where it
 //! is when it is told to: it then counts as not tried.
 
+pub mod boot;
 pub mod choice;
 mod content;
 mod files;
@@ -17,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use janus_client::source::medium::Medium;
 use janus_proto::{
     ids::{BLOCK_BYTES, BackupId, DiskId, SEGMENT_BYTES, SnapshotId},
     pb::Consistency,
@@ -25,9 +27,10 @@ use janus_proto::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
+    boot::QEMU,
     content::{Content, SnapshotDisk, read_all},
     files::Look,
-    record::{DiskProof, Proof, Proofs, Said, VolumeProof},
+    record::{Boot, DiskProof, Proof, Proofs, Said, VolumeProof},
 };
 use crate::{
     chain::{
@@ -35,7 +38,7 @@ use crate::{
         opened::{OpenError, OpenedSnapshot, Salvage, open_table},
     },
     runs::{Machine, Runs, now_ms},
-    verify::{CheckError, Pace},
+    verify::{CheckError, Pace, pace::Limit},
 };
 
 /// How often it is told how far it is.
@@ -55,6 +58,11 @@ pub enum ProveError {
         /// Which.
         snapshot: SnapshotId,
     },
+    /// A machine can't be started here.
+    #[error(
+        "{QEMU} isn't installed, so no machine can be started: install it (Debian: qemu-system-x86), or prove without --boot"
+    )]
+    NoQemu,
 }
 
 impl From<CheckError> for ProveError {
@@ -122,6 +130,8 @@ pub struct Prover<'a> {
     pub runs: &'a Runs,
     /// Content of files that is read at most, of each volume.
     pub files_bytes: u64,
+    /// How its machine is started, if it is.
+    pub boot: Option<boot::Wish>,
     /// How fast is read.
     pub pace: Arc<dyn Pace + Send>,
     /// Ends it.
@@ -144,6 +154,7 @@ impl Prover<'_> {
         for (held, opened) in &opened {
             disks.push(self.disk(held, opened)?);
         }
+        let boot = self.boot(target, &opened, &disks)?;
         Ok(Proof {
             backup: target.run.backup,
             committed_ms: target.run.committed_ms,
@@ -151,6 +162,40 @@ impl Prover<'_> {
             ended_ms: now_ms(),
             is_whole: target.is_whole(),
             disks,
+            boot,
+        })
+    }
+
+    /// Starts the machine, where that is wished and makes sense.
+    fn boot(
+        &self,
+        target: &Target,
+        opened: &[(Held, Result<Arc<OpenedSnapshot>, OpenError>)],
+        disks: &[DiskProof],
+    ) -> Result<Boot, ProveError> {
+        let not_tried = |why: &str| Ok(Boot::NotTried { why: why.into() });
+        let Some(wish) = &self.boot else { return Ok(Boot::NotWanted) };
+        if disks.iter().any(|disk| !disk.failures.is_empty()) {
+            return not_tried("its content is damaged");
+        }
+        if !target.run.client_seal.is_empty() {
+            return not_tried("it is sealed: only its client can read what is in it");
+        }
+        // A machine that waits for its disk would not be up in time: this is read as fast as it goes.
+        let pace = Arc::new(Limit::new(0, self.stop.clone(), || false));
+        let disk = |opened: &Arc<OpenedSnapshot>| -> Arc<dyn Medium> {
+            Arc::new(SnapshotDisk::new(opened.clone(), pace.clone()))
+        };
+        let disks: Vec<_> =
+            opened.iter().filter_map(|(_, opened)| opened.as_ref().ok()).map(disk).collect();
+        (self.tell)(format!("{}: started, waiting for {:?}", target.run.machine, wish.pattern));
+        let boot = boot::boot(wish, &disks, &self.stop)?;
+        Ok(match boot {
+            Boot::Failed { why } => {
+                let (machine, at) = (&target.run.machine, date(target.run.committed_ms));
+                Boot::Failed { why: format!("{machine}, started from its backup of {at}: {why}") }
+            }
+            boot => boot,
         })
     }
 

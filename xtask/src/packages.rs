@@ -46,6 +46,7 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "mcopy", package: "mtools" },
     Tool { program: "7z", package: "p7zip-full" },
     Tool { program: "qemu-img", package: "qemu-utils" },
+    Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" },
     Tool { program: "nbdcopy", package: "libnbd-bin" },
     Tool { program: "python3", package: "python3-venv" },
     Tool { program: "npm", package: "npm" },

@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use super::{Admin, AdminError, Answer, Task, table::table};
 use crate::{
     prove::{
-        Prover, Target,
-        record::{DiskProof, Proof, VolumeProof},
+        ProveError, Prover, Target, boot,
+        record::{Boot, DiskProof, Proof, VolumeProof},
     },
     runs::Machine,
     verify::pace::Limit,
@@ -34,6 +34,9 @@ pub struct Arguments {
     /// The run of this snapshot
     #[arg(long, value_name = "ID")]
     snapshot: Option<SnapshotId>,
+    /// Start the machine too, as section [prove] of the settings says, also where that doesn't name it
+    #[arg(long)]
+    boot: bool,
     /// Read at most so fast; default: as fast as it goes
     #[arg(long, value_name = "MIB", default_value_t = 0)]
     mib_per_second: u64,
@@ -84,11 +87,18 @@ fn now(admin: &Admin, arguments: &Arguments, task: &Task<'_>) -> Result<Answer, 
         let text = "nothing was proven: there is no backup of these machines here\n";
         return Ok(Answer { is_bad: true, ..Answer::new(text, json!({ "proof": null })) });
     };
+    if arguments.boot && boot::qemu().is_none() {
+        return Err(ProveError::NoQemu.into());
+    }
     let settings = &admin.settings().prove;
+    // Checked with the settings.
+    let starts = settings.boot().unwrap_or_default();
+    let starts = starts.iter().any(|which| which.takes(&target.run.machine));
     let (stop, rate) = (task.token().clone(), arguments.mib_per_second.saturating_mul(1 << 20));
     let prover = Prover {
         runs: admin.runs(),
         files_bytes: settings.files_mib.saturating_mul(1 << 20),
+        boot: (arguments.boot || starts && target.is_whole()).then(|| boot::Wish::of(settings)),
         pace: Arc::new(Limit::new(rate, stop.clone(), || false)),
         stop,
         tell: &|line| task.tell(line),
@@ -153,6 +163,14 @@ fn shown(machine: &MachineKey, proof: &Proof) -> String {
         );
         disk.volumes.iter().for_each(|volume| volume_line(&mut text, volume));
     }
+    let _ = match &proof.boot {
+        Boot::NotWanted => Ok(()),
+        Boot::Booted { milliseconds } => {
+            writeln!(text, "  started: it was up after {:.1} s", *milliseconds as f64 / 1000.0)
+        }
+        Boot::Failed { why } => writeln!(text, "  FAILED to start: {why}"),
+        Boot::NotTried { why } => writeln!(text, "  not started: {why}"),
+    };
     for disk in &proof.disks {
         for line in disk.failures.all() {
             let _ = writeln!(text, "  FAILED: {line}");

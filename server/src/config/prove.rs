@@ -22,6 +22,16 @@ pub struct Prove {
     pub mib_per_second: u32,
     /// Content of files that is read at most, of each file system.
     pub files_mib: u64,
+    /// Which machines are also started: as `machines`.
+    pub boot: Vec<String>,
+    /// What a started machine says on its serial console when it is up.
+    pub boot_pattern: String,
+    /// It has so long to say it.
+    pub boot_seconds: u64,
+    /// Its memory.
+    pub boot_memory_mib: u32,
+    /// File with the firmware of machines that start by UEFI; empty: BIOS.
+    pub boot_firmware: String,
 }
 
 impl Default for Prove {
@@ -32,6 +42,11 @@ impl Default for Prove {
             machines: vec!["*".into()],
             mib_per_second: 50,
             files_mib: 1024,
+            boot: Vec::new(),
+            boot_pattern: "login:".into(),
+            boot_seconds: 300,
+            boot_memory_mib: 1024,
+            boot_firmware: String::new(),
         }
     }
 }
@@ -43,6 +58,11 @@ pub const KEYS: &[(&str, &str)] = &[
     ("machines", "Whose backups: *, USER/* or USER/MACHINE"),
     ("mib_per_second", "Read at most so fast; 0: no limit"),
     ("files_mib", "Read so much of the files of each file system at most"),
+    ("boot", "Machines that are also started by QEMU: *, USER/* or USER/MACHINE"),
+    ("boot_pattern", "What a started machine says on its serial console when it is up"),
+    ("boot_seconds", "It has so long to say it"),
+    ("boot_memory_mib", "Memory of a started machine"),
+    ("boot_firmware", "Firmware file of machines that start by UEFI; empty: BIOS"),
 ];
 
 impl Prove {
@@ -52,6 +72,14 @@ impl Prove {
     /// Says what isn't one.
     pub fn machines(&self) -> Result<Vec<Which>, String> {
         whole_machines(&self.machines)
+    }
+
+    /// Which machines are started.
+    ///
+    /// # Errors
+    /// Says what isn't one.
+    pub fn boot(&self) -> Result<Vec<Which>, String> {
+        whole_machines(&self.boot)
     }
 
     /// When.
@@ -69,6 +97,15 @@ impl Prove {
         }
         if let Err(reason) = self.machines() {
             return invalid("prove.machines", reason);
+        }
+        if let Err(reason) = self.boot() {
+            return invalid("prove.boot", reason);
+        }
+        if self.boot_pattern.is_empty() {
+            return invalid("prove.boot_pattern", "is empty: nothing would be waited for".into());
+        }
+        if self.boot_seconds == 0 || self.boot_memory_mib == 0 {
+            return invalid("prove", "boot_seconds and boot_memory_mib must be at least 1".into());
         }
         Ok(())
     }
@@ -100,5 +137,8 @@ mod tests {
         assert!(said(|prove| prove.hours = "night".into()).contains("prove.hours"));
         let disk = said(|prove| prove.machines = vec!["alice/laptop/sda".into()]);
         assert!(disk.contains("prove.machines") && disk.contains("alice/laptop"), "{disk}");
+        assert!(said(|prove| prove.boot = vec!["alice".into()]).contains("prove.boot"));
+        assert!(said(|prove| prove.boot_pattern.clear()).contains("prove.boot_pattern"));
+        assert!(said(|prove| prove.boot_seconds = 0).contains("boot_seconds"));
     }
 }

@@ -11,7 +11,7 @@ use std::{
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-use super::{ProveError, Prover, Target, record::Proof};
+use super::{ProveError, Prover, Target, boot::Wish, record::Proof};
 use crate::{
     background,
     config::{ConfigError, Prove, replicate::Hours},
@@ -30,6 +30,8 @@ pub struct Schedule {
     runs: Arc<Runs>,
     settings: Prove,
     machines: Vec<Which>,
+    /// Which of them are started.
+    starts: Vec<Which>,
     hours: Hours,
     every: Duration,
 }
@@ -47,6 +49,7 @@ impl Schedule {
         Ok(Some(Self {
             runs,
             machines: settings.machines().map_err(invalid)?,
+            starts: settings.boot().map_err(invalid)?,
             hours: settings.hours().map_err(invalid)?,
             every: Duration::from_secs(settings.every_seconds),
             settings: settings.clone(),
@@ -80,9 +83,11 @@ impl Schedule {
         machines.retain(|machine| self.machines.iter().any(|which| which.takes(&machine.key)));
         let Some(target) = Target::choose(&machines, None) else { return };
         let (rate, waits) = (u64::from(self.settings.mib_per_second) << 20, self.waits());
+        let starts = self.starts.iter().any(|which| which.takes(&target.run.machine));
         let prover = Prover {
             runs: &self.runs,
             files_bytes: self.settings.files_mib.saturating_mul(1 << 20),
+            boot: starts.then(|| Wish::of(&self.settings)),
             pace: Arc::new(Limit::new(rate, stop.clone(), waits)),
             stop,
             tell: &|line| tracing::debug!(line, "proving"),

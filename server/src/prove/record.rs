@@ -41,6 +41,8 @@ pub struct Proof {
     pub is_whole: bool,
     /// What was found out of each.
     pub disks: Vec<DiskProof>,
+    /// Whether the machine was started.
+    pub boot: Boot,
 }
 
 /// What was found out of a disk.
@@ -127,11 +129,38 @@ impl Said {
     }
 }
 
+/// Whether a machine was started from its backup.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum Boot {
+    /// That was not wanted.
+    #[default]
+    NotWanted,
+    /// It said what was waited for.
+    Booted {
+        /// After so long.
+        milliseconds: u64,
+    },
+    /// It did not.
+    Failed {
+        /// What it did.
+        why: String,
+    },
+    /// It could not be tried.
+    NotTried {
+        /// Why.
+        why: String,
+    },
+}
+
 impl Proof {
     /// The first thing that speaks against a restore.
     pub fn failure(&self) -> Option<&str> {
         let of_disks = self.disks.iter().find_map(|disk| disk.failures.lines.first());
-        of_disks.map(String::as_str)
+        of_disks.map(String::as_str).or(match &self.boot {
+            Boot::Failed { why } => Some(why),
+            _ => None,
+        })
     }
 
     /// Only what decides how its machine stands stays.
@@ -147,7 +176,8 @@ impl Proof {
 
     /// How many warnings there were.
     pub fn warnings(&self) -> u64 {
-        self.disks.iter().map(|disk| disk.warnings.count()).sum()
+        let of_disks: u64 = self.disks.iter().map(|disk| disk.warnings.count()).sum();
+        of_disks + u64::from(matches!(self.boot, Boot::NotTried { .. }))
     }
 }
 
@@ -283,7 +313,10 @@ impl Proofs {
                 }
             }
             if proof.is_whole {
-                return None;
+                return match &proof.boot {
+                    Boot::Failed { why } => Some(why.clone()),
+                    _ => None,
+                };
             }
         }
         None
@@ -322,6 +355,7 @@ mod tests {
             ended_ms: began_ms,
             is_whole,
             disks: disks.collect(),
+            boot: Boot::NotWanted,
         }
     }
 
@@ -345,6 +379,9 @@ mod tests {
         assert_eq!((stands.proven_ms, &*stands.failure), (10, "a at 20"));
         let healed = proof(40, &[("a", true), ("b", true)], true);
         assert_eq!(standing(&[good.clone(), bad, other, healed]).failure, "");
+        let boot = Boot::Failed { why: "silence".into() };
+        let stands = standing(&[good.clone(), Proof { boot, ..proof(50, &[("a", true)], true) }]);
+        assert_eq!((stands.proven_ms, &*stands.failure), (10, "silence"));
     }
 
     #[test]
