@@ -58,6 +58,14 @@ pub enum ProveError {
         /// Which.
         snapshot: SnapshotId,
     },
+    /// It builds on a stub.
+    #[error(
+        "snapshot {snapshot} isn't complete here: `janus-server seed status` tells what still comes from other servers"
+    )]
+    Incomplete {
+        /// The snapshot.
+        snapshot: SnapshotId,
+    },
     /// A machine can't be started here.
     #[error(
         "{QEMU} isn't installed, so no machine can be started: install it (Debian: qemu-system-x86), or prove without --boot"
@@ -108,8 +116,11 @@ impl Target {
 fn runs_of(machine: &Machine, disk: Option<&DiskId>) -> Vec<Arc<Run>> {
     let mut runs: Vec<Arc<Run>> = Vec::new();
     for held in machine.snapshots().into_iter().rev() {
+        // What a stub lacks is proven where it comes from.
+        let mut all = held.run.snapshots.iter();
+        let is_complete = all.all(|snapshot| machine.missing_blocks(snapshot.id) == 0);
         let is_new = runs.last().is_none_or(|last| last.backup != held.run.backup);
-        if is_new && disk.is_none_or(|disk| *disk == held.snapshot().disk) {
+        if is_complete && is_new && disk.is_none_or(|disk| *disk == held.snapshot().disk) {
             runs.push(held.run);
         }
     }
@@ -205,6 +216,10 @@ impl Prover<'_> {
     ) -> Result<(Held, Result<Arc<OpenedSnapshot>, OpenError>), ProveError> {
         let snapshot = held.snapshot().id;
         let held = self.runs.snapshot(snapshot).ok_or(ProveError::Gone { snapshot })?;
+        let machine = self.runs.machine(&held.run.machine);
+        if machine.is_some_and(|machine| machine.missing_blocks(snapshot) > 0) {
+            return Err(ProveError::Incomplete { snapshot });
+        }
         let opened = self.runs.open_for_reading(&held).map(Arc::new);
         match opened {
             Err(_) if self.runs.snapshot(snapshot).is_none() => Err(ProveError::Gone { snapshot }),
