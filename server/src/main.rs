@@ -151,6 +151,7 @@ fn loader() -> Loader<Settings> {
     Loader::new("JANUS_SERVER")
         .describe(config::KEYS)
         .describe_section("retention", config::retention::KEYS)
+        .describe_section("fill", config::fill::KEYS)
         .describe_section("prove", config::prove::KEYS)
         .describe_section("janus", janus::config::KEYS)
 }

@@ -4,6 +4,16 @@ use serde::{Deserialize, Serialize};
 
 use super::{ConfigError, replicate::Hours};
 
+/// One line of help for each key.
+pub const KEYS: &[(&str, &str)] = &[
+    ("hours", "Part of the day (UTC) in which stubs are filled, as 22:00-06:00; empty: always"),
+    ("mib_per_second", "Fetch at most so fast for stubs; 0: no limit"),
+    (
+        "ask_clients_after_seconds",
+        "Ask the machine's next backup for what no server has had for so long",
+    ),
+];
+
 /// The section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
