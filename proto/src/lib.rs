@@ -13,6 +13,8 @@ pub mod pb {
 
 mod cached;
 
+#[cfg(feature = "archive")]
+pub mod archive;
 pub mod buffers;
 pub mod carried;
 pub mod chance;

@@ -20,7 +20,7 @@ use std::io;
 pub use self::{
     append::Appender,
     disk::Disk,
-    file::{Cloning, File, Metadata},
+    file::{Cloning, Elsewhere, File, Metadata},
     network::network_file_system,
     watch::{Access, Handle, Op, Verdict, Watcher},
 };

@@ -33,6 +33,11 @@ pub use layout::{Layout, MAX_BYTES};
 pub use read::VhdImage;
 pub use write::write_structures;
 
+/// The time stamp of an image with this id, as its children name it.
+pub fn time_stamp_of(id: uuid::Uuid) -> u32 {
+    footer::time_stamp_of(id).unwrap_or_default()
+}
+
 const SECTOR: u64 = 512;
 /// A table entry of a block that isn't in the file.
 const UNUSED: u32 = u32::MAX;

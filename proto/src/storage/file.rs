@@ -13,12 +13,30 @@ use rustix::{
 
 use super::{Handle, Op, Verdict, Watcher, clone, disk};
 
+/// Bytes that lie elsewhere and are read as a file is: see [`File::elsewhere`].
+pub trait Elsewhere: std::fmt::Debug + Send + Sync {
+    /// How many there are.
+    fn length_bytes(&self) -> u64;
+
+    /// Fills `buffer` from byte `offset`.
+    ///
+    /// # Errors
+    /// When they can't be had, with `InvalidData` when they are damaged.
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+}
+
 /// A file that was opened by a [`super::Disk`]. Threads may use it at the same time.
 #[derive(Debug)]
 pub struct File {
-    inner: DirectFile,
+    inner: Inner,
     handle: Handle,
     watcher: Option<Arc<dyn Watcher>>,
+}
+
+#[derive(Debug)]
+enum Inner {
+    Here(DirectFile),
+    Elsewhere(Box<dyn Elsewhere>),
 }
 
 /// How large a file is.
@@ -61,7 +79,19 @@ impl File {
         handle: Handle,
         watcher: Option<Arc<dyn Watcher>>,
     ) -> Self {
-        Self { inner, handle, watcher }
+        Self { inner: Inner::Here(inner), handle, watcher }
+    }
+
+    /// Bytes that lie elsewhere, as a file that can only be read. `path` is its name for people.
+    pub fn elsewhere(path: std::path::PathBuf, bytes: Box<dyn Elsewhere>) -> Self {
+        Self { inner: Inner::Elsewhere(bytes), handle: Handle { number: 0, path }, watcher: None }
+    }
+
+    fn here(&self) -> io::Result<&DirectFile> {
+        match &self.inner {
+            Inner::Here(file) => Ok(file),
+            Inner::Elsewhere(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     /// Where it was opened. It may have another name by now.
@@ -75,13 +105,16 @@ impl File {
     /// As the file system says, and `UnexpectedEof` when the file is shorter.
     pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.ask(|file| Op::Read { file, offset, len: buffer.len() })?;
-        self.inner.read_exact_at(buffer, offset)
+        match &self.inner {
+            Inner::Here(file) => file.read_exact_at(buffer, offset),
+            Inner::Elsewhere(bytes) => bytes.read_exact_at(buffer, offset),
+        }
     }
 
     /// The range is read soon: the disk may begin now. Only ever a hint, so no watcher is asked.
     pub fn will_need(&self, offset: u64, len: u64) {
-        if let Some(len) = NonZeroU64::new(len) {
-            let _ = fadvise(self.inner.file(), offset, Some(len), Advice::WillNeed);
+        if let (Some(len), Inner::Here(file)) = (NonZeroU64::new(len), &self.inner) {
+            let _ = fadvise(file.file(), offset, Some(len), Advice::WillNeed);
         }
     }
 
@@ -93,11 +126,11 @@ impl File {
         if let Some(watcher) = &self.watcher {
             let op = Op::Write { file: &self.handle, offset, data };
             if let Verdict::Short { written, error } = watcher.before(&op)? {
-                self.inner.write_all_at(&data[..written.min(data.len())], offset)?;
+                self.here()?.write_all_at(&data[..written.min(data.len())], offset)?;
                 return Err(error);
             }
         }
-        self.inner.write_all_at(data, offset)
+        self.here()?.write_all_at(data, offset)
     }
 
     /// Cuts the file, or extends it by a hole.
@@ -106,7 +139,7 @@ impl File {
     /// As the file system says.
     pub fn set_len(&self, len: u64) -> io::Result<()> {
         self.ask(|file| Op::SetLen { file, len })?;
-        self.inner.file().set_len(len)
+        self.here()?.file().set_len(len)
     }
 
     /// Makes a range zero, without space where the file system can. The file's length stays.
@@ -116,7 +149,7 @@ impl File {
     pub fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
         self.ask(|file| Op::Punch { file, offset, len })?;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(self.inner.file(), flags, offset, len) {
+        match fallocate(self.here()?.file(), flags, offset, len) {
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
                 self.write_zeros(offset, len)
             }
@@ -129,7 +162,7 @@ impl File {
     /// # Errors
     /// As the file system says.
     pub fn set_modified(&self, time: SystemTime) -> io::Result<()> {
-        self.inner.file().set_modified(time)
+        self.here()?.file().set_modified(time)
     }
 
     /// Makes content and length durable.
@@ -139,7 +172,7 @@ impl File {
     /// unknown.
     pub fn sync_data(&self) -> io::Result<()> {
         self.ask(|file| Op::SyncData { file })?;
-        self.inner.file().sync_data()
+        self.here()?.file().sync_data()
     }
 
     /// Makes content and all metadata durable.
@@ -148,7 +181,7 @@ impl File {
     /// As [`Self::sync_data`].
     pub fn sync_all(&self) -> io::Result<()> {
         self.ask(|file| Op::SyncAll { file })?;
-        self.inner.file().sync_all()
+        self.here()?.file().sync_all()
     }
 
     /// Length and space.
@@ -157,7 +190,15 @@ impl File {
     /// As the file system says.
     pub fn metadata(&self) -> io::Result<Metadata> {
         self.ask(|file| Op::Measure { file })?;
-        self.inner.file().metadata().map(Metadata::from)
+        match &self.inner {
+            Inner::Here(file) => file.file().metadata().map(Metadata::from),
+            Inner::Elsewhere(bytes) => Ok(Metadata {
+                length_bytes: bytes.length_bytes(),
+                allocated_bytes: bytes.length_bytes(),
+                is_folder: false,
+                modified: SystemTime::UNIX_EPOCH,
+            }),
+        }
     }
 
     /// The next range at or behind `offset` that is no hole; `None` when only a hole is left. Where the file system knows of no
@@ -167,7 +208,7 @@ impl File {
     /// As the file system says.
     pub fn next_data(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
         self.ask(|file| Op::Measure { file })?;
-        let file = self.inner.file();
+        let file = self.here()?.file();
         // Everything else names its offset, so moving the file's own disturbs nobody.
         let start = match seek(file, SeekFrom::Data(offset)) {
             Ok(start) => start,
@@ -195,7 +236,7 @@ impl File {
     ) -> io::Result<Cloning> {
         let op = |file| Op::CloneRange { file, offset, from: &from.handle, from_offset, len };
         or_unsupported(self.ask(op).and_then(|()| {
-            clone::range(self.inner.file(), offset, from.inner.file(), from_offset, len)
+            clone::range(self.here()?.file(), offset, from.here()?.file(), from_offset, len)
         }))
     }
 
@@ -204,11 +245,9 @@ impl File {
     /// # Errors
     /// As the file system says.
     pub fn clone_all(&self, from: &Self) -> io::Result<Cloning> {
-        or_unsupported(
-            self.ask(|file| Op::CloneAll { file, from: &from.handle }).and_then(|()| {
-                Ok(rustix::fs::ioctl_ficlone(self.inner.file(), from.inner.file())?)
-            }),
-        )
+        or_unsupported(self.ask(|file| Op::CloneAll { file, from: &from.handle }).and_then(|()| {
+            Ok(rustix::fs::ioctl_ficlone(self.here()?.file(), from.here()?.file())?)
+        }))
     }
 
     /// Copies a range of another file by reading and writing; the way where nothing can be shared.
@@ -238,7 +277,7 @@ impl File {
     /// # Errors
     /// As the file system says.
     pub fn try_lock(&self) -> io::Result<bool> {
-        match flock(self.inner.file(), FlockOperation::NonBlockingLockExclusive) {
+        match flock(self.here()?.file(), FlockOperation::NonBlockingLockExclusive) {
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
             other => Ok(other.map(|()| true)?),
         }
@@ -249,7 +288,7 @@ impl File {
         let mut done = 0;
         while done < len {
             let piece = (len - done).min(zeros.len() as u64);
-            self.inner.write_all_at(&zeros[..piece as usize], offset + done)?;
+            self.here()?.write_all_at(&zeros[..piece as usize], offset + done)?;
             done += piece;
         }
         Ok(())

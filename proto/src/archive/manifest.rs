@@ -1,0 +1,258 @@
+//! The manifest of an archived run: JSON, and a last line with its sum.
+
+use std::collections::BTreeSet;
+
+use object_store::path::Path;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    ArchiveError,
+    index::Index,
+    names::{FileName, Kind, MachinePlace},
+};
+use crate::{
+    ids::{BackupId, BlockHash, DiskId, MAX_DISK_BYTES, MachineKey, ServerId, SnapshotId},
+    image::Format,
+    pb::Consistency,
+    summed,
+};
+
+/// Version of the format; an older program refuses a newer one.
+pub const FORMAT: u32 = 1;
+const KIND: &str = "janus-archived-run";
+/// Longest manifest that is read.
+pub const MAX_MANIFEST_BYTES: u64 = 32 << 20;
+/// Most disks of a run.
+const MAX_DISKS: usize = 64;
+/// Most images of a chain.
+pub const MAX_LINKS: usize = 500;
+const MAX_SEAL_BYTES: usize = 64 << 10;
+
+/// A run that was archived.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Version of the format.
+    pub format: u32,
+    kind: String,
+    /// The server that archived it.
+    pub server: ServerId,
+    /// The run, as that server calls it; of one that came there by an import the run it was made of.
+    pub run: BackupId,
+    /// Whose it is.
+    pub machine: MachineKey,
+    /// Unix milliseconds: its content is of that time.
+    pub committed_ms: i64,
+    /// The client's opaque seal, as hexadecimal digits; may be empty.
+    pub client_seal: String,
+    /// Its disks.
+    pub disks: Vec<DiskEntry>,
+}
+
+/// One disk of an archived run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskEntry {
+    /// The disk.
+    pub disk: DiskId,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// 512 or 4096.
+    pub logical_sector_bytes: u32,
+    /// Names the whole content.
+    pub table_digest: BlockHash,
+    /// How the source was held still (number of `janus.v1.Consistency`).
+    pub consistency: i32,
+    /// Bytes that were counted as zeros unread.
+    pub skipped_bytes: u64,
+    /// Format of its images.
+    pub format: Format,
+    /// The images of its chain, the newest first, the base last.
+    pub links: Vec<Link>,
+}
+
+/// An image of a chain, and the hashes of its blocks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Link {
+    /// The snapshot that it makes of what is below it.
+    pub snapshot: SnapshotId,
+    /// What a child names.
+    pub data_write: uuid::Uuid,
+    /// The same over a chain.
+    pub virtual_disk: uuid::Uuid,
+    /// The image.
+    pub image: FileEntry,
+    /// Its table.
+    pub table: FileEntry,
+}
+
+/// A file that lies in parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// Its length.
+    pub length_bytes: u64,
+    /// Bytes of its parts.
+    pub stored_bytes: u64,
+    /// BLAKE3 of its index, which has the sums of the parts.
+    pub index_sum: BlockHash,
+}
+
+/// What a manifest says of its run.
+#[derive(Debug, Clone)]
+pub struct RunFacts {
+    /// The server that archives it.
+    pub server: ServerId,
+    /// The run.
+    pub run: BackupId,
+    /// Whose it is.
+    pub machine: MachineKey,
+    /// Unix milliseconds.
+    pub committed_ms: i64,
+    /// The client's seal.
+    pub seal: Vec<u8>,
+}
+
+impl Manifest {
+    /// A manifest of this version.
+    pub fn new(facts: RunFacts, disks: Vec<DiskEntry>) -> Self {
+        let RunFacts { server, run, machine, committed_ms, seal } = facts;
+        let client_seal = hex::encode(seal);
+        Self {
+            format: FORMAT,
+            kind: KIND.into(),
+            server,
+            run,
+            machine,
+            committed_ms,
+            client_seal,
+            disks,
+        }
+    }
+
+    /// The manifest in the bytes of `object`, if it is one that can be believed as far as it goes.
+    ///
+    /// # Errors
+    /// When it is damaged, or of a newer version.
+    pub fn parse(object: &str, bytes: &[u8]) -> Result<Self, ArchiveError> {
+        let damaged = |reason: String| ArchiveError::damaged(object, reason);
+        let text = summed::checked(bytes).map_err(|reason| damaged(reason.into()))?;
+        let value: serde_json::Value =
+            serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
+        let format = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or_default();
+        if format > u64::from(FORMAT) {
+            return Err(ArchiveError::Newer { object: object.to_owned(), format });
+        }
+        let manifest: Self =
+            serde_json::from_value(value).map_err(|error| damaged(error.to_string()))?;
+        manifest.check().map_err(damaged)?;
+        Ok(manifest)
+    }
+
+    /// Bytes of the object that holds it.
+    ///
+    /// # Errors
+    /// When it can't be written as JSON, or nobody would read it.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
+        self.check()?;
+        let mut text = serde_json::to_vec_pretty(self).map_err(|error| error.to_string())?;
+        text.push(b'\n');
+        let bytes = summed::with_sum(text);
+        match bytes.len() as u64 <= MAX_MANIFEST_BYTES {
+            true => Ok(bytes),
+            false => Err("too long".into()),
+        }
+    }
+
+    /// The client's seal.
+    pub fn seal(&self) -> Vec<u8> {
+        hex::decode(&self.client_seal).unwrap_or_default()
+    }
+
+    /// Where its machine is.
+    pub fn place(&self, prefix: &Path) -> MachinePlace {
+        MachinePlace::new(prefix, &self.server, &self.machine)
+    }
+
+    /// One of its disks.
+    pub fn disk(&self, disk: &DiskId) -> Option<&DiskEntry> {
+        self.disks.iter().find(|entry| entry.disk == *disk)
+    }
+
+    /// Checks what types can't.
+    fn check(&self) -> Result<(), String> {
+        if self.format != FORMAT || self.kind != KIND {
+            return Err(format!("it is no {KIND} of format {FORMAT}"));
+        }
+        if !(1..=MAX_DISKS).contains(&self.disks.len()) {
+            return Err(format!("{} disks, not 1 to {MAX_DISKS}", self.disks.len()));
+        }
+        if self.committed_ms < 0 {
+            return Err(format!("time {}", self.committed_ms));
+        }
+        if self.client_seal.len() > 2 * MAX_SEAL_BYTES || hex::decode(&self.client_seal).is_err() {
+            return Err("its seal is none".into());
+        }
+        let mut names = BTreeSet::new();
+        for disk in &self.disks {
+            disk.check().map_err(|reason| format!("disk {}: {reason}", disk.disk))?;
+            if !names.insert(disk.disk.as_str().to_ascii_lowercase()) {
+                return Err(format!("disk {} is named twice", disk.disk));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DiskEntry {
+    /// The snapshot.
+    pub fn snapshot(&self) -> Option<SnapshotId> {
+        self.links.first().map(|link| link.snapshot)
+    }
+
+    /// Bytes of all parts of its chain.
+    pub fn stored_bytes(&self) -> u64 {
+        let files = self.links.iter().flat_map(|link| [&link.image, &link.table]);
+        files.map(|file| file.stored_bytes).fold(0, u64::saturating_add)
+    }
+
+    /// The files of its chain, with their names.
+    pub fn files<'a>(
+        &'a self,
+        place: &'a MachinePlace,
+    ) -> impl Iterator<Item = (FileName, &'a FileEntry)> + 'a {
+        self.links.iter().flat_map(move |link| {
+            let name = |kind| place.file(&self.disk, link.snapshot, kind);
+            [(name(Kind::Image(self.format)), &link.image), (name(Kind::Table), &link.table)]
+        })
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let size = self.size_bytes;
+        if size == 0 || size > MAX_DISK_BYTES || !size.is_multiple_of(512) {
+            return Err(format!("a size of {size} bytes"));
+        }
+        if ![512, 4096].contains(&self.logical_sector_bytes) {
+            return Err(format!("sectors of {} bytes", self.logical_sector_bytes));
+        }
+        if Consistency::try_from(self.consistency).is_err() {
+            return Err(format!("consistency {}", self.consistency));
+        }
+        if !(1..=MAX_LINKS).contains(&self.links.len()) {
+            return Err(format!("{} images, not 1 to {MAX_LINKS}", self.links.len()));
+        }
+        let mut snapshots = BTreeSet::new();
+        for link in &self.links {
+            if !snapshots.insert(link.snapshot) {
+                return Err(format!("snapshot {} is named twice", link.snapshot));
+            }
+            for file in [&link.image, &link.table] {
+                if Index::encoded_bytes(file.length_bytes).is_none() {
+                    return Err(format!("a file of {} bytes", file.length_bytes));
+                }
+            }
+        }
+        Ok(())
+    }
+}

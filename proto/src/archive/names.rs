@@ -1,0 +1,109 @@
+//! Names of objects. They are made of ids and checked names; what a store lists is only ever compared with them.
+
+use object_store::path::Path;
+
+use crate::{
+    ids::{BackupId, BlockHash, DiskId, MachineKey, ServerId, SnapshotId},
+    image::Format,
+};
+
+/// Digits of a part's number: enough for 64 TiB.
+const PART_DIGITS: usize = 7;
+/// Digits of a part's sum in its name.
+const SUM_DIGITS: usize = 16;
+/// Digits of a time in milliseconds, for the order of names.
+const TIME_DIGITS: usize = 15;
+
+/// Which of a snapshot's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The image.
+    Image(Format),
+    /// The hashes of its blocks.
+    Table,
+}
+
+impl Kind {
+    fn extension(self) -> &'static str {
+        match self {
+            Self::Image(format) => format.extension(),
+            Self::Table => "table",
+        }
+    }
+}
+
+/// Where a machine of a server is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachinePlace {
+    /// Folder of the manifests.
+    pub runs: Path,
+    /// Folder of the disks' folders.
+    pub disks: Path,
+}
+
+impl MachinePlace {
+    /// Below the prefix of an archive.
+    pub fn new(prefix: &Path, server: &ServerId, machine: &MachineKey) -> Self {
+        let own = prefix.clone().join(server.as_str());
+        let own = own.join(machine.user()).join(machine.machine());
+        Self { runs: own.clone().join("runs"), disks: own.join("disks") }
+    }
+
+    /// The manifest of a run, or of one disk of it that was archived alone.
+    pub fn manifest(&self, committed_ms: i64, run: BackupId, alone: Option<&DiskId>) -> Path {
+        let committed_ms = committed_ms.max(0);
+        let disk = alone.map(|disk| format!(".{disk}")).unwrap_or_default();
+        self.runs.clone().join(format!("{committed_ms:0TIME_DIGITS$}-{run}{disk}.json"))
+    }
+
+    /// A file of a snapshot.
+    pub fn file(&self, disk: &DiskId, snapshot: SnapshotId, kind: Kind) -> FileName {
+        let folder = self.disks.clone().join(disk.as_str());
+        FileName { folder, name: format!("{snapshot}.{}", kind.extension()) }
+    }
+
+    /// The snapshot that an object below [`Self::disks`] belongs to, by its name.
+    pub fn owner(&self, object: &Path) -> Option<SnapshotId> {
+        let mut parts = object.prefix_match(&self.disks)?;
+        let _disk = parts.next()?;
+        parts.next()?.as_ref().split('.').next()?.parse().ok()
+    }
+}
+
+/// The name of a file that lies in parts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileName {
+    folder: Path,
+    name: String,
+}
+
+impl FileName {
+    /// The file's own name, that of an image or table.
+    pub fn as_str(&self) -> &str {
+        &self.name
+    }
+
+    /// The object with its index.
+    pub fn index(&self) -> Path {
+        self.folder.clone().join(format!("{}.index", self.name))
+    }
+
+    /// Of these objects those that are parts of it.
+    pub fn parts_in<'a, T>(
+        &self,
+        objects: impl Iterator<Item = (&'a Path, T)>,
+    ) -> impl Iterator<Item = (&'a Path, T)> {
+        objects.filter(move |(object, _)| {
+            let name = object.filename().and_then(|name| name.strip_prefix(&self.name));
+            name.is_some_and(|rest| rest.starts_with('.') && rest.ends_with(".zst"))
+                && object.prefix_matches(&self.folder)
+        })
+    }
+
+    /// One of its parts. The sum in its name says, without reading it, whether it is the one that is meant.
+    pub fn part(&self, number: u64, sum: &BlockHash) -> Path {
+        let sum = hex::encode(sum.0);
+        let sum = sum.get(..SUM_DIGITS).unwrap_or(&sum);
+        self.folder.clone().join(format!("{}.{number:0PART_DIGITS$}.{sum}.zst", self.name))
+    }
+}
