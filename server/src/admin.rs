@@ -9,6 +9,7 @@
 //! To add a command: a variant of [`Command`], an arm in [`Admin::run`], a file in `admin/` that makes its [`Answer`].
 //! Handlers block; what takes long looks at [`Task::is_cancelled`] and tells its progress.
 
+mod archive;
 pub mod ask;
 mod carry;
 mod missing;
@@ -30,6 +31,7 @@ use std::sync::Arc;
 
 use clap::Subcommand;
 use janus_proto::{
+    archive::ArchiveError,
     ids::{DiskId, MachineKey, SnapshotId},
     tls::TlsError,
 };
@@ -83,7 +85,9 @@ pub enum Command {
     Export(carry::ExportArguments),
     /// Take in the newest backups of another server's machines, so that the next ones here are deltas
     Seed(seed::Arguments),
-    /// Take in a run that was carried here in a folder, or a disk image of another program
+    /// Copy backups to an object store or folder, show what is there, or read it again
+    Archive(archive::Arguments),
+    /// Take in a run that was carried here in a folder, an archived one, or a disk image of another program
     Import(carry::ImportArguments),
 }
 
@@ -136,6 +140,17 @@ pub enum AdminError {
         /// As given.
         snapshot: SnapshotId,
     },
+    /// No such archive.
+    #[error("no archive {name} in the settings: {known}; a section [archive.{name}] makes one")]
+    UnknownArchive {
+        /// As given.
+        name: String,
+        /// Those that are known.
+        known: String,
+    },
+    /// Another one is at work.
+    #[error("an archive is being written or verified here already: try again when that is done")]
+    ArchiveBusy,
     /// The caller has gone, or the server stops.
     #[error("stopped before it was done: what is missing can be done by the same command")]
     Cancelled,
@@ -170,7 +185,7 @@ pub enum AdminError {
 impl From<CarryError> for AdminError {
     fn from(error: CarryError) -> Self {
         match error {
-            CarryError::Stopped => Self::Cancelled,
+            CarryError::Stopped | CarryError::Archive(ArchiveError::Stopped) => Self::Cancelled,
             error => Self::Carry(error),
         }
     }
@@ -281,6 +296,7 @@ impl Admin {
             Command::Export(arguments) => carry::export(self, &arguments, task),
             Command::Import(arguments) => carry::import(self, &arguments, task),
             Command::Seed(arguments) => seed::run(self, &arguments, task),
+            Command::Archive(arguments) => archive::run(self, &arguments, task),
         }
     }
 }

@@ -96,6 +96,17 @@ pub enum CarryError {
         /// It may be well again later.
         passes: bool,
     },
+    /// An archive.
+    #[error(transparent)]
+    Archive(#[from] janus_proto::archive::ArchiveError),
+    /// What is written for an archive on its way.
+    #[error("cannot write {}: {source}", path.display())]
+    Spool {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Why not.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// There is nothing to be seeded.
     #[error(transparent)]
     Seed(Box<crate::seed::SeedError>),
@@ -114,6 +125,7 @@ impl CarryError {
             Self::Stopped | Self::Io { .. } => true,
             Self::Source { passes, .. } => *passes,
             Self::Carried(error) => !error.is_damage(),
+            Self::Archive(error) => error.passes(),
             Self::Foreign(ForeignError::Io { .. }) => true,
             _ => false,
         }
@@ -133,7 +145,7 @@ impl<'a> Meter<'a> {
         Self { done: 0, total, hear }
     }
 
-    fn add(&mut self, bytes: u64) -> Result<(), CarryError> {
+    pub(crate) fn add(&mut self, bytes: u64) -> Result<(), CarryError> {
         self.done += bytes;
         match (self.hear)(self.done, self.total) {
             true => Ok(()),

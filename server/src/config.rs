@@ -1,5 +1,6 @@
 //! Settings of `janus-server`, with their defaults.
 
+pub mod archive;
 pub mod fill;
 pub mod prove;
 pub mod replicate;
@@ -15,7 +16,10 @@ use janus_proto::{
 };
 use serde::{Deserialize, Serialize};
 
-pub use self::{fill::Fill, prove::Prove, replicate::Replicate, retention::Retention, size::Size};
+pub use self::{
+    archive::Archive, fill::Fill, prove::Prove, replicate::Replicate, retention::Retention,
+    size::Size,
+};
 use crate::image::Format;
 
 /// Settings of one server. Every key is also an environment variable and a flag.
@@ -74,6 +78,8 @@ pub struct Settings {
     pub replicate: BTreeMap<String, Replicate>,
     /// Which backups are proven, and how.
     pub prove: Prove,
+    /// Object stores and folders that `janus-server archive` copies runs to, by name.
+    pub archive: BTreeMap<String, Archive>,
 }
 
 impl Default for Settings {
@@ -105,6 +111,7 @@ impl Default for Settings {
             fill: Fill::default(),
             replicate: BTreeMap::new(),
             prove: Prove::default(),
+            archive: BTreeMap::new(),
         }
     }
 }
@@ -196,6 +203,7 @@ impl Settings {
         self.fill.check()?;
         self.prove.check()?;
         self.replicate.iter().try_for_each(|(name, rule)| rule.check(name))?;
+        self.archive.iter().try_for_each(|(name, archive)| archive.check(name))?;
         match self.janus_urls.iter().chain(&self.urls).find(|url| !url.starts_with("https://")) {
             Some(url) => invalid("janus_urls", &format!("{url:?} does not begin with https://")),
             None => Ok(()),

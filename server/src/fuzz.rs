@@ -4,6 +4,7 @@
 //! need not guess sums. Whatever the bytes: no panic, no endless loop, no memory beyond what the bytes can justify. Errors are
 //! fine. `server/fuzz/` has a target of cargo-fuzz for each; `tests/hostile.rs` runs all of them on the stable toolchain.
 
+mod archive;
 mod images;
 mod mirror;
 mod records;
@@ -13,6 +14,7 @@ use std::{fs, io, io::Write, os::fd::AsRawFd, path::PathBuf};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 pub use self::{
+    archive::{fuzz_archive_index, fuzz_archive_manifest},
     images::{
         fuzz_parent_locator, fuzz_vhd, fuzz_vhdx_bat, fuzz_vhdx_header, fuzz_vhdx_log,
         fuzz_vhdx_metadata, fuzz_vhdx_regions,
@@ -48,6 +50,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "session_journal", run: fuzz_session_journal, seeds: records::journal_seeds },
     Target { name: "mirror_record", run: fuzz_mirror_record, seeds: mirror::record_seeds },
     Target { name: "table_message", run: fuzz_table_message, seeds: mirror::message_seeds },
+    Target { name: "archive_manifest", run: fuzz_archive_manifest, seeds: archive::manifest_seeds },
+    Target { name: "archive_index", run: fuzz_archive_index, seeds: archive::index_seeds },
 ];
 
 /// A file that lives in memory. It is gone when the last of its handles is.

@@ -4,6 +4,7 @@
 //! [`image`]s, and go out through [`restore`]. [`serve`] wires it all.
 
 pub mod admin;
+pub mod archive;
 pub mod backup;
 pub mod caller;
 pub mod carry;

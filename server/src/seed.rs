@@ -106,10 +106,15 @@ impl Which {
         }
     }
 
-    fn takes_disk(&self, disk: &DiskId) -> bool {
+    pub(crate) fn takes_disk(&self, disk: &DiskId) -> bool {
+        self.alone().is_none_or(|wanted| wanted == disk)
+    }
+
+    /// The one disk that is meant, where it is one.
+    pub(crate) fn alone(&self) -> Option<&DiskId> {
         match self {
-            Self::Machine(_, Some(wanted)) => wanted == disk,
-            _ => true,
+            Self::Machine(_, disk) => disk.as_ref(),
+            _ => None,
         }
     }
 }

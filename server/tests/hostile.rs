@@ -16,7 +16,9 @@ xtask::hostile!(
     table,
     session_journal,
     mirror_record,
-    table_message
+    table_message,
+    archive_manifest,
+    archive_index
 );
 
 /// Run by hand when a format changes: `cargo test -p janus-server --test hostile -- --ignored`.

@@ -8,8 +8,9 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use janus_proto::{
+    archive::Place,
     carried::Manifest,
-    ids::{DiskId, MachineKey},
+    ids::{BackupId, DiskId, MachineKey, ServerId},
     pb::Consistency,
     show::{amount, date},
 };
@@ -18,8 +19,10 @@ use serde_json::{Value, json};
 
 use super::{Admin, AdminError, Answer, Task, trash::Target};
 use crate::{
+    archive::{self, Archive},
     carry::{self, CarryError, Imported, NewDisk, NewRun},
     chain::Run,
+    config::Archive as Rule,
     runs::now_ms,
 };
 
@@ -41,8 +44,8 @@ pub struct ExportArguments {
 #[derive(Debug, Clone, PartialEq, Eq, Args, Serialize, Deserialize)]
 pub struct ImportArguments {
     /// A folder that `janus-server export` or `janus-client backup --to-folder` wrote
-    #[arg(value_name = "DIR", value_parser = absolute, required_unless_present_any = ["vhdx", "raw"],
-        conflicts_with_all = ["vhdx", "raw", "disk", "consistency", "sector_bytes"])]
+    #[arg(value_name = "DIR", value_parser = absolute, required_unless_present_any = ["vhdx", "raw", "from_archive"],
+        conflicts_with_all = ["vhdx", "raw", "from_archive", "disk", "consistency", "sector_bytes"])]
     folder: Option<PathBuf>,
     /// A VHD or VHDX of another program; its parents lie beside it
     #[arg(long, value_name = "FILE", value_parser = absolute, requires_all = ["machine", "disk"],
@@ -51,6 +54,16 @@ pub struct ImportArguments {
     /// A disk as plain bytes
     #[arg(long, value_name = "FILE", value_parser = absolute, requires_all = ["machine", "disk"])]
     raw: Option<PathBuf>,
+    /// The newest run of a machine in an archive: a section [archive.NAME] of the settings, or a URL as s3://BUCKET/PREFIX
+    #[arg(long, value_name = "NAME|URL", requires = "machine",
+        conflicts_with_all = ["vhdx", "raw", "consistency", "sector_bytes"])]
+    from_archive: Option<String>,
+    /// Not the newest run of the archive but this one, as `archive list` shows it
+    #[arg(long, value_name = "ID", requires = "from_archive")]
+    run: Option<BackupId>,
+    /// Only what this server archived
+    #[arg(long, value_name = "SERVER", requires = "from_archive")]
+    of: Option<ServerId>,
     /// Whose backup it becomes; a folder says it itself
     #[arg(long, value_name = "USER/MACHINE")]
     machine: Option<MachineKey>,
@@ -162,12 +175,16 @@ pub(super) fn import(
     arguments: &ImportArguments,
     task: &Task<'_>,
 ) -> Result<Answer, AdminError> {
-    let new = match (&arguments.folder, &arguments.vhdx, &arguments.raw) {
-        (Some(folder), ..) => carried(admin, folder, arguments.machine.as_ref())?,
-        (None, Some(path), _) | (None, None, Some(path)) => image(admin, path, arguments)?,
-        // Clap sees to it that one of them is there.
-        (None, None, None) => return Err(AdminError::Cancelled),
-    };
+    let archive = arguments.from_archive.as_ref();
+    let archive = archive.map(|from| open_archive(admin, from, task)).transpose()?;
+    let new =
+        match (&arguments.folder, arguments.vhdx.as_ref().or(arguments.raw.as_ref()), &archive) {
+            (Some(folder), ..) => carried(admin, folder, arguments.machine.as_ref())?,
+            (None, Some(path), _) => image(admin, path, arguments)?,
+            (None, None, Some(archive)) => archived(archive, arguments)?,
+            // Clap sees to it that one of them is there.
+            (None, None, None) => return Err(AdminError::Cancelled),
+        };
     let began = Instant::now();
     let progress = Progress::new("compared and taken in", task);
     let imported = carry::import(admin.runs(), &new, &|done, all| progress.hear(done, all))?;
@@ -244,6 +261,23 @@ fn carried(
     let storage = admin.runs().store().storage();
     let new = NewRun::carried(storage, folder, &Manifest::read(storage, folder)?)?;
     Ok(NewRun { machine: machine.cloned().unwrap_or(new.machine), ..new })
+}
+
+/// The archive of that name, or at that URL with all else from the environment.
+fn open_archive(admin: &Admin, from: &str, task: &Task<'_>) -> Result<Archive, AdminError> {
+    let own = super::archive::own(admin)?;
+    if from.contains("://") {
+        return Ok(Archive::at(&Place::new(from), &Rule::default(), &own, task.token())?);
+    }
+    Ok(Archive::open(super::archive::rule(admin, from)?, &own, task.token())?)
+}
+
+/// Opens a run of an archive.
+fn archived(archive: &Archive, arguments: &ImportArguments) -> Result<NewRun, AdminError> {
+    // Clap sees to it that it is there.
+    let machine = arguments.machine.as_ref().ok_or(AdminError::Cancelled)?;
+    let manifest = archive::choose(archive, arguments.of.as_ref(), machine, arguments.run)?;
+    Ok(archive::open_run(archive, &manifest, arguments.disk.as_ref())?)
 }
 
 /// Opens an image of another program, or a raw one.
