@@ -28,6 +28,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus_proto::{
+    archive::{Place, place::SILENCE},
     channel::Proxied,
     ids::MachineKey,
     settings::Loader,
@@ -47,7 +48,7 @@ pub use self::{
     sources::sources,
 };
 use crate::{
-    bandwidth,
+    archive, bandwidth,
     browse::reader,
     config::Settings,
     frozen::watchdog,
@@ -155,7 +156,8 @@ pub fn command() -> Command {
             Command::new("list")
                 .about("List the snapshots of this machine, newest first")
                 .arg(server())
-                .arg(machine()),
+                .arg(machine())
+                .args(chosen::archive_arguments()),
         ))
         .subcommand(with_flags(
             Command::new("restore")
@@ -255,8 +257,10 @@ pub fn freeze(matches: &ArgMatches) -> ExitCode {
 pub struct Context {
     /// Settings.
     pub settings: Settings,
-    /// Who we are.
-    pub identity: Identity,
+    /// Who we are; an archive doesn't ask.
+    pub identity: Option<Identity>,
+    /// The way to the archive that is asked instead of servers.
+    pub archive: Option<Ways>,
     /// Tells its progress as events on stdout.
     pub events: bool,
     /// Asks it to stop.
@@ -268,18 +272,50 @@ impl Context {
         Ok(self.ways().await?.connect().await?)
     }
 
+    /// What only servers are asked for.
+    fn identity(&self) -> Result<&Identity, Failure> {
+        self.identity.as_ref().ok_or_else(|| Failure::usage("an archive can't do that"))
+    }
+
     /// The same after servers that sleep were woken up.
     async fn ways_awake(&self) -> Result<Ways, Failure> {
+        if let Some(archive) = &self.archive {
+            return Ok(archive.clone());
+        }
         let (wishes, boot) = (self.settings.wishes()?, self.settings.boot());
         let ways = self.ways().await?;
         wake::wake_up(&wishes, boot, &ways, &self.stop).await;
         Ok(ways)
     }
 
+    /// The way to the archive that `matches` name, if they name one.
+    ///
+    /// # Errors
+    /// When it can't be read.
+    pub async fn archive(
+        matches: &ArgMatches,
+        identity: Option<&Identity>,
+        stop: &CancellationToken,
+    ) -> Result<Option<Ways>, Failure> {
+        let Some(url) = from_archive(matches) else { return Ok(None) };
+        let silence = matches.get_one::<u64>("archive-timeout").copied().map(Duration::from_secs);
+        let place = Place { silence: silence.unwrap_or(SILENCE), ..Place::new(url) };
+        let named = address(matches)?.machine;
+        let own = identity.and_then(|identity| match identity.principal().role.clone() {
+            Role::Client(machine) | Role::Restore(machine) => Some(machine),
+            _ => None,
+        });
+        let opened = archive::open(&place, named.as_ref(), own, stop).await;
+        opened.map(Some).map_err(Failure::failed)
+    }
+
     /// The ways to janus and the servers, with what is remembered of them.
     async fn ways(&self) -> Result<Ways, Failure> {
+        if let Some(archive) = &self.archive {
+            return Ok(archive.clone());
+        }
         let urls = self.settings.checked_urls()?.to_vec();
-        let (identity, proxies) = (self.identity.clone(), self.settings.proxies()?);
+        let (identity, proxies) = (self.identity()?.clone(), self.settings.proxies()?);
         let dialer = Arc::new(Proxied { identity, proxies });
         let ways = Ways::new(urls, bandwidth::limited(dialer, self.settings.limits()?));
         let folder = self.settings.cache_path.clone();
@@ -303,9 +339,10 @@ pub struct Outcome {
 /// A failure with its exit code.
 pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     trace::note("command", name);
-    match &context.identity.principal().role {
-        Role::Client(machine) | Role::Restore(machine) => trace::note("machine", machine),
-        other => trace::note("caller", other),
+    match context.identity.as_ref().map(|identity| &identity.principal().role) {
+        Some(Role::Client(machine) | Role::Restore(machine)) => trace::note("machine", machine),
+        Some(other) => trace::note("caller", other),
+        None => {}
     }
     match name {
         "adopt" => adopt::run(matches, context).await,
@@ -322,6 +359,11 @@ pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<
         "trust-journal" => trust::run(matches, context).await,
         _ => status::run(context).await,
     }
+}
+
+/// The archive that is to be read instead of servers.
+pub fn from_archive(matches: &ArgMatches) -> Option<&String> {
+    matches.try_get_one::<String>("from-archive").ok().flatten()
 }
 
 /// Where a call goes, by the flags `--server` and `--machine`.

@@ -1,5 +1,6 @@
 //! The client of Janus Backup: reads disks, decides what has to travel, and brings disks back.
 
+pub mod archive;
 pub mod backup;
 pub mod bandwidth;
 pub mod browse;

@@ -121,11 +121,19 @@ async fn with_identity(
     let told = is_news.then(|| (settings.clone(), identity.as_ref().ok().cloned()));
     let (events, stopped) = (matches.get_flag("json"), stop.clone());
     let outcome = match identity {
-        Ok(identity) => {
-            let context = Context { settings, identity, events, stop };
-            cli::run(name, matches, &context).await
+        Err(error) if cli::from_archive(matches).is_none() => Err(error.into()),
+        // An archive doesn't ask who we are.
+        identity => {
+            let identity = identity.ok();
+            let archive = Context::archive(matches, identity.as_ref(), &stop).await;
+            match archive {
+                Ok(archive) => {
+                    let context = Context { settings, identity, archive, events, stop };
+                    cli::run(name, matches, &context).await
+                }
+                Err(failure) => Err(failure),
+            }
         }
-        Err(error) => Err(error.into()),
     };
     if let Some((settings, identity)) = told {
         let telling = cli::tell(&settings, identity.as_ref(), &outcome);

@@ -33,7 +33,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         None => Destination::Server(address(matches)?.server),
     };
     let settings = &context.settings;
-    let role = &context.identity.principal().role;
+    let role = &context.identity()?.principal().role;
     let Role::Client(machine) = role else {
         return Err(Failure::usage(format!(
             "setting cert: the certificate says {role}; a backup needs one of `janus-server pki issue client`"

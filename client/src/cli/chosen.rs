@@ -13,7 +13,8 @@ use crate::{
 const MEMORY_BYTES: u64 = 128 << 20;
 
 /// The arguments.
-pub(super) fn arguments() -> [Arg; 4] {
+pub(super) fn arguments() -> [Arg; 6] {
+    let [archive, timeout] = archive_arguments();
     [
         Arg::new("what")
             .required(true)
@@ -28,6 +29,23 @@ pub(super) fn arguments() -> [Arg; 4] {
             .conflicts_with("at")
             .help("This snapshot of the disk"),
         Arg::new("server").long("server").value_name("NAME").help("Only from this server"),
+        archive,
+        timeout,
+    ]
+}
+
+/// Those about an archive.
+pub(super) fn archive_arguments() -> [Arg; 2] {
+    [
+        Arg::new("from-archive").long("from-archive").value_name("URL").help(
+            "Read an archive instead of servers: s3://BUCKET/PREFIX, gs://…, az://… or file:///FOLDER; credentials come from the environment, and no certificate is needed",
+        ),
+        Arg::new("archive-timeout")
+            .long("archive-timeout")
+            .value_name("SECONDS")
+            .requires("from-archive")
+            .value_parser(clap::value_parser!(u64).range(1..=3600))
+            .help("A request to the archive is made again after so long a silence; 30"),
     ]
 }
 

@@ -20,7 +20,8 @@ use crate::{
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let Address { server, machine, .. } = address(matches)?;
-    if machine.is_none() && matches!(context.identity.principal().role, Role::Operator(_)) {
+    let role = context.identity.as_ref().map(|identity| identity.principal().role.clone());
+    if machine.is_none() && context.archive.is_none() && matches!(role, Some(Role::Operator(_))) {
         return Err(Failure::usage("an operator must name a machine: --machine USER/MACHINE"));
     }
     let query = Query { machine, disk: None, server };

@@ -45,6 +45,7 @@ const RESTORE_MODULES: &[&str] =
 /// Whole-system tests that belong to another group than `main-job`. Some stand where minutes are left, not where their subject is.
 const PLACED: &[(&str, &str)] = &[
     ("admin", "store"),
+    ("archive", "seeding"),
     ("caches", "restore"),
     ("carried", "seeding"),
     ("damage", "restore"),
