@@ -403,6 +403,7 @@ impl Restore {
                 RestoreError::Missing { server, missing, size_bytes, percent, source }
             }
             Some(Failure::Damage(source)) => RestoreError::Damaged { server, source },
+            None if snapshot.missing_blocks > 0 => RestoreError::Incomplete { server, missing },
             None => RestoreError::Lost { server, lost: missing },
         })
     }

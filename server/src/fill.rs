@@ -43,9 +43,9 @@ const LOOK: Duration = Duration::from_secs(2);
 /// A stub that nothing was found for rests so long.
 const REST: Duration = Duration::from_secs(2);
 /// And longer each time, up to this.
-const MOST_REST: Duration = Duration::from_secs(60);
+const MOST_REST: Duration = Duration::from_secs(15);
 /// Then others have their turn.
-const SLICE: Duration = Duration::from_secs(60);
+const SLICE: Duration = Duration::from_secs(10);
 /// What was fetched is made durable, and told.
 const KEEP_EVERY: Duration = Duration::from_secs(5);
 /// Sources that aren't read are told that they are needed.
@@ -59,6 +59,9 @@ pub enum FillError {
     /// Its own files.
     #[error("the stub can't be written: {0}")]
     Own(String),
+    /// Its file is lost.
+    #[error("{0}: the machine's next backup begins a new base")]
+    Lost(String),
     /// The other servers.
     #[error(transparent)]
     Source(#[from] CarryError),
@@ -108,6 +111,8 @@ struct Known {
     rests_until: Option<Instant>,
     /// How long the next time.
     rest: Duration,
+    /// What it lacks is asked of the next backup.
+    is_asked: bool,
     /// Since when nobody had anything of what it lacks.
     stuck_since: Option<Instant>,
     /// What kept it from being filled was told.
@@ -146,7 +151,7 @@ impl<'a> Work<'a> {
                 runs.wanted().give_up(stub);
             }
             let is_wanted = |held: &&Held| Some(held.snapshot().id) == wanted;
-            let may_go_on = |held: &&Held| self.is_awake(held.snapshot().id);
+            let may_go_on = |held: &&Held| self.is_awake(held);
             let next = stubs.iter().find(is_wanted).or_else(|| {
                 let from = turn % stubs.len();
                 let (before, after) = stubs.split_at(from);
@@ -161,13 +166,12 @@ impl<'a> Work<'a> {
         }
     }
 
-    fn is_awake(&self, stub: SnapshotId) -> bool {
-        self.is_time()
-            && self
-                .known
-                .get(&stub)
-                .and_then(|known| known.rests_until)
-                .is_none_or(|until| until <= Instant::now())
+    fn is_awake(&self, held: &Held) -> bool {
+        let known = self.known.get(&held.snapshot().id);
+        let is_rested = known.and_then(|known| known.rests_until);
+        // One that only needs its name can have that at any time.
+        (self.is_time() || self.missing_blocks(held) == 0)
+            && is_rested.is_none_or(|until| until <= Instant::now())
     }
 
     /// True in the hours of the settings.
@@ -194,8 +198,14 @@ impl<'a> Work<'a> {
         let mut known = self.known.remove(&id).unwrap_or_default();
         let before = self.missing_blocks(held);
         let filled = self.fill_from_all(held, &mut known);
-        // Whoever still waits does so in vain.
-        self.filler.runs.wanted().give_up(id);
+        let runs = &self.filler.runs;
+        if let Err(FillError::Lost(reason)) = &filled {
+            runs.note_stub_lost(held, reason);
+        }
+        if filled.is_err() {
+            // Whoever still waits does so in vain.
+            runs.wanted().give_up(id);
+        }
         let said = match &filled {
             Ok(()) | Err(FillError::Gone | FillError::Source(CarryError::Stopped)) => String::new(),
             Err(error) => error.to_string(),
@@ -206,7 +216,7 @@ impl<'a> Work<'a> {
         }
         known.said = said;
         if self.missing_blocks(held) < before {
-            (known.stuck_since, known.rest) = (None, REST);
+            (known.stuck_since, known.rest, known.is_asked) = (None, REST, false);
         } else {
             known.rests_until = Some(Instant::now() + known.rest);
             known.rest = (known.rest * 2).clamp(REST, MOST_REST);
@@ -223,85 +233,56 @@ impl<'a> Work<'a> {
     fn fill_from_all(&mut self, held: &Held, known: &mut Known) -> Result<(), FillError> {
         let runs = &self.filler.runs;
         let mut stub = Stub::open(runs, held)?;
-        let began = Instant::now();
-        let mut failed = None;
-        while !stub.missing.is_empty() {
-            if known.sources.is_none() {
-                match self.look_for_sources(held, &stub) {
-                    Ok(found) => known.sources = Some(found),
-                    Err(error) => {
-                        failed = Some(error);
+        if !stub.missing.is_empty() {
+            let mut sources = match known.sources.take() {
+                Some(sources) => sources,
+                None => self.look_for_sources(held, &stub)?,
+            };
+            let has_more = self.fill_some(&mut stub, &mut sources);
+            // What came stays, whatever ended it.
+            stub.keep()?;
+            if has_more? {
+                known.sources = Some(sources).filter(|sources| !sources.has_failed());
+                return Ok(());
+            }
+            if !stub.missing.is_empty() {
+                self.ask_clients(held, known);
+                return sources.failed.map_or(Ok(()), |error| Err(error.into()));
+            }
+        }
+        stub.finish()?;
+        let (machine, disk, backup_id) =
+            (&held.run.machine, &held.snapshot().disk, held.run.backup);
+        tracing::info!(%machine, %disk, %backup_id, "a stub is full");
+        Ok(())
+    }
+
+    /// Fills until all sources were asked for all that is missing, which is false, or others have their turn.
+    fn fill_some(&self, stub: &mut Stub<'_>, sources: &mut Sources) -> Result<bool, FillError> {
+        let wanted = self.filler.runs.wanted();
+        let (began, mut kept) = (Instant::now(), Instant::now());
+        loop {
+            if self.stop.is_cancelled() {
+                return Ok(true);
+            }
+            if let Some(segment) = wanted.next(stub.id()) {
+                // Even if it should be here: who asks has not found it.
+                for source in sources.all() {
+                    fill_segment(stub, segment, source)?;
+                    if !stub.lacks(segment) {
                         break;
                     }
                 }
-            }
-            let Some(sources) = &mut known.sources else { break };
-            let source = match sources.current(&stub.missing) {
-                Ok(Some(source)) => source,
-                Ok(None) => {
-                    // All were tried.
-                    known.sources = None;
-                    break;
-                }
-                Err(error) => {
-                    failed = Some(error);
-                    continue;
-                }
-            };
-            match self.fill_from(&mut stub, source, began) {
-                Ok(true) => sources.next(),
-                Ok(false) => break,
-                Err(FillError::Source(CarryError::Stopped)) => break,
-                Err(FillError::Source(error)) => {
-                    failed = Some(error);
-                    sources.next();
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        stub.keep()?;
-        if stub.missing.is_empty() {
-            stub.finish()?;
-            let (machine, disk, backup_id) =
-                (&held.run.machine, &held.snapshot().disk, held.run.backup);
-            tracing::info!(%machine, %disk, %backup_id, "a stub is full");
-            return Ok(());
-        }
-        if known.sources.is_none() && !self.stop.is_cancelled() {
-            let since = *known.stuck_since.get_or_insert_with(Instant::now);
-            let ask_after = Duration::from_secs(self.filler.settings.ask_clients_after_seconds);
-            if since.elapsed() >= ask_after {
-                stub.ask_clients(MOST_ASKED);
-            }
-        }
-        failed.map_or(Ok(()), |error| Err(error.into()))
-    }
-
-    /// Fills from one source: true when it has nothing more of what is missing, false when others have their turn.
-    fn fill_from(
-        &self,
-        stub: &mut Stub<'_>,
-        source: &mut Source,
-        began: Instant,
-    ) -> Result<bool, FillError> {
-        let wanted = self.filler.runs.wanted();
-        let mut kept = Instant::now();
-        loop {
-            if self.stop.is_cancelled() {
-                return Ok(false);
-            }
-            if let Some(segment) = wanted.next(stub.id()) {
-                if stub.lacks(segment) {
-                    stub.fill_segment(segment, source)?;
-                }
-                wanted.done(stub.id(), segment);
+                wanted.done(stub.id(), segment, !stub.lacks(segment));
             } else if began.elapsed() > SLICE || wanted.stub().is_some() || !self.is_time() {
-                return Ok(false);
+                return Ok(true);
             } else {
-                match source.todo.pop_front() {
-                    Some(segment) if stub.lacks(segment) => stub.fill_segment(segment, source)?,
+                match sources.next(&stub.missing) {
+                    Some((segment, source)) if stub.lacks(segment) => {
+                        fill_segment(stub, segment, source)?;
+                    }
                     Some(_) => {}
-                    None => return Ok(true),
+                    None => return Ok(false),
                 }
             }
             if kept.elapsed() > KEEP_EVERY {
@@ -311,14 +292,33 @@ impl<'a> Work<'a> {
         }
     }
 
+    /// No source has the rest: after some time the machine's next backup is asked for it.
+    fn ask_clients(&self, held: &Held, known: &mut Known) {
+        let since = *known.stuck_since.get_or_insert_with(Instant::now);
+        let ask_after = Duration::from_secs(self.filler.settings.ask_clients_after_seconds);
+        if since.elapsed() < ask_after || self.stop.is_cancelled() {
+            return;
+        }
+        if !std::mem::replace(&mut known.is_asked, true) {
+            let (machine, disk) = (&held.run.machine, &held.snapshot().disk);
+            tracing::warn!(%machine, %disk, "no server has the rest of a stub: the machine's next backup is asked for it");
+        }
+        self.filler.runs.note_nobodys(held, MOST_ASKED);
+    }
+
     /// Looks who has blocks of the disk.
     fn look_for_sources(&mut self, held: &Held, stub: &Stub<'_>) -> Result<Sources, CarryError> {
         let mut sources = Sources::here(&self.filler.runs, held, &stub.missing);
-        match self.seeder(held) {
-            Ok(seeder) => sources.add_there(&seeder, held, &self.filler.own)?,
-            // What is here helps all the same.
-            Err(error) if sources.is_empty() => return Err(error),
-            Err(_) => {}
+        let added =
+            self.seeder(held).and_then(|seeder| sources.add_there(&seeder, held, &self.filler.own));
+        match added {
+            Err(CarryError::Stopped) => return Err(CarryError::Stopped),
+            // What is here helps all the same; others are called anew.
+            Err(error) => {
+                self.seeders.clear();
+                sources.failed = Some(error);
+            }
+            Ok(()) => {}
         }
         Ok(sources)
     }
@@ -340,8 +340,21 @@ impl<'a> Work<'a> {
         };
         let own = (&self.filler.own, &self.filler.dialer);
         let seeder = Seeder::connect(&from, own, &janus_urls, bytes_per_second, self.stop)?;
-        let seeder = Arc::new(seeder.with_patience(Duration::from_secs(5)));
+        let seeder = Arc::new(seeder.with_patience(Duration::ZERO));
         self.seeders.insert(from, seeder.clone());
         Ok(seeder)
+    }
+}
+
+/// A source that fails is not asked again; what is wrong with the stub itself ends it.
+fn fill_segment(stub: &mut Stub<'_>, segment: u64, source: &mut Source) -> Result<(), FillError> {
+    match stub.fill_segment(segment, source) {
+        Err(FillError::Source(CarryError::Stopped)) => Err(CarryError::Stopped.into()),
+        Err(FillError::Source(error)) => {
+            tracing::debug!(%error, "a source of a stub fails");
+            source.has_failed = true;
+            Ok(())
+        }
+        done => done,
     }
 }

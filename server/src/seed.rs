@@ -426,7 +426,7 @@ impl Link {
         call: impl Fn() -> F,
         forget: impl Fn(),
     ) -> Result<T, CarryError> {
-        let mut away_since = None;
+        let (mut away_since, mut has_forgotten) = (None, false);
         loop {
             let done = tokio::select! {
                 biased;
@@ -442,11 +442,16 @@ impl Link {
             let has_expired = error::reason(&status) == Some(ErrorReason::HandleExpired);
             let passes = is_away(&status) || has_expired;
             let since: Instant = *away_since.get_or_insert_with(Instant::now);
-            if !passes || since.elapsed() > self.patience {
+            // A handle that has expired is opened again in any case.
+            let is_first = has_expired && !std::mem::replace(&mut has_forgotten, true);
+            if !passes || (since.elapsed() >= self.patience && !is_first) {
                 let (server, reason) = (self.server.clone(), peer::told(&status));
                 return Err(CarryError::Source { server, reason, passes });
             }
             forget();
+            if is_first {
+                continue;
+            }
             tracing::debug!(server = %self.server, error = peer::told(&status), "away; trying again");
             tokio::select! {
                 biased;

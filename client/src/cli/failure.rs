@@ -176,6 +176,9 @@ impl From<RestoreError> for Failure {
                 lost: Some(lost.clone()),
                 ..Self::new(FAILED, &error)
             },
+            RestoreError::Incomplete { ref missing, .. } => {
+                Self { lost: Some(missing.clone()), ..Self::new(FAILED, &error) }
+            }
             RestoreError::Missing { ref source, ref missing, .. } => Self {
                 reason: source.reason(),
                 lost: Some(missing.clone()),

@@ -156,6 +156,8 @@ fn proven(snapshot: &Snapshot) -> String {
 fn damage(snapshot: &Snapshot) -> String {
     match snapshot.damaged_blocks {
         0 => String::new(),
+        // What a stub lacks is asked of the next backup when no server has it.
+        _ if snapshot.missing_blocks > 0 => String::new(),
         blocks => {
             format!("  DAMAGED: {} lost", amount((blocks * BLOCK_BYTES).min(snapshot.size_bytes)))
         }

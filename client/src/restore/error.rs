@@ -48,6 +48,18 @@ pub enum RestoreError {
         /// Which.
         lost: Lost,
     },
+    /// Its server doesn't have all of it yet.
+    #[error(
+        "{} of this snapshot aren't on server {server} yet (it was seeded by hashes), and the servers that have them can't be reached, bytes {}; restore again when they can, or take what is there: --partial MAP",
+        amount(missing.bytes()),
+        missing.said()
+    )]
+    Incomplete {
+        /// The server.
+        server: String,
+        /// Which.
+        missing: Lost,
+    },
     /// Its server was lost, and others don't have all of it.
     #[error(
         "server {server} can't be reached any more, and {} of {} ({percent:.1} %) are nowhere else; go on with the same command when it is back, or take the rest: --partial MAP: {source}",

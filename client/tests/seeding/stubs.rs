@@ -132,15 +132,12 @@ fn the_backup_after_seeding_hashes_is_a_delta_and_the_rest_comes_in_the_backgrou
 #[test]
 fn what_a_stub_lacks_is_read_from_elsewhere_and_never_as_zeros() {
     let mut scene = Scene::new();
-    // At another time of the day: only what is read is fetched.
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
-    let hour = (now / 3600 + 12) % 24;
-    let hours = format!("{hour:02}:00-{hour:02}:59");
-    scene.seed_hashes(0, &[("fill.hours", hours.into())]);
+    // Only what is read is fetched.
+    scene.seed_hashes(0, &[("fill.hours", another_hour().into())]);
     let stub = scene.new_ones().remove(0);
     let verify = scene.site.admin(NEW, &["verify", MACHINE]).unwrap();
     let said = String::from_utf8_lossy(&verify.stdout);
-    assert!(verify.status.code() == Some(1) && said.contains("it is a stub"), "{verify:?}");
+    assert!(verify.status.code() == Some(1) && said.contains("it builds on a stub"), "{verify:?}");
     assert!(scene.read_elsewhere(&stub).is_none());
     let folder = scene.site.folder().join("carried");
     let export = ["export", &stub.snapshot_id, "--to", folder.to_str().unwrap()];
@@ -153,11 +150,12 @@ fn what_a_stub_lacks_is_read_from_elsewhere_and_never_as_zeros() {
     scene.site.kill_server(OLD).unwrap();
     let to = scene.site.folder().join("lost.raw");
     let to_text = to.to_str().unwrap();
-    let lost = scene.client.failure(&["restore", &stub.snapshot_id, to_text]).unwrap();
-    println!("{lost:?}");
-    assert!(!to.exists());
+    let lost = scene.client.failure(&["restore", &stub.snapshot_id, "--to", to_text]).unwrap();
+    assert!(lost.error.contains("seeded by hashes") && !to.exists(), "{lost:?}");
     scene.site.start_server(OLD).unwrap();
     scene.site.await_ready(&scene.client).unwrap();
+    // What was looked for in vain is looked for again after a second.
+    thread::sleep(Duration::from_secs(1));
     scene.restore_from_new_alone(&stub.snapshot_id);
     // What was read is here to stay.
     scene.site.kill_server(OLD).unwrap();
@@ -217,4 +215,61 @@ fn what_no_server_has_any_more_comes_with_the_next_backup() {
     let backup = scene.client.backup().unwrap();
     assert_eq!(backup.disks[0].sent_bytes, MIB, "{backup:?}");
     scene.assert_restored(&backup.disks[0].snapshot_id);
+}
+
+/// A block of a stub that was there once is fetched again, by whoever misses it first.
+#[test]
+fn what_a_stub_has_lost_again_comes_again() {
+    let mut scene = Scene::new();
+    scene.seed_hashes(SLOW, &[]);
+    scene.await_filled(30 * MIB);
+    let stub = scene.new_ones().remove(0);
+    scene.site.stop_server(NEW).unwrap();
+    assert!(stub.missing_blocks > 0);
+    let path = scene.images.join(format!("{}.stub", stub.image));
+    let image = fs::read(&path).unwrap();
+    let block = &fs::read(&scene.disk).unwrap()[MIB as usize..][..4096];
+    let at = image.windows(4096).step_by(4096).position(|found| found == block).unwrap();
+    let mut damaged = image;
+    damaged[at * 4096 + 7] ^= 1;
+    fs::write(&path, damaged).unwrap();
+    scene.set("fill.hours", another_hour());
+    scene.restart_new();
+    scene.restore_from_new_alone(&stub.snapshot_id);
+    scene.site.kill_server(OLD).unwrap();
+    scene.restore_from_new_alone(&stub.snapshot_id);
+}
+
+/// The file of a stub is gone: its snapshots are lost, as those of any other image, and the next backup begins anew.
+#[test]
+fn a_stub_whose_file_is_lost_is_told_and_the_next_backup_is_whole() {
+    let mut scene = Scene::new();
+    scene.seed_hashes(SLOW, &[]);
+    let stub = scene.new_ones().remove(0);
+    scene.site.stop_server(NEW).unwrap();
+    let path = scene.images.join(format!("{}.stub", stub.image));
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(2 * MIB).unwrap();
+    scene.site.start_server(NEW).unwrap();
+    scene.site.await_ready(&scene.client).unwrap();
+    let until = Instant::now() + Duration::from_secs(60);
+    while scene.new_ones()[0].damaged_blocks == 0 {
+        assert!(Instant::now() < until, "{}", scene.site.log(NEW));
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert!(scene.stubs().is_empty());
+    let backup = scene.client.backup().unwrap();
+    assert_eq!(
+        (backup.server.as_str(), backup.disks[0].kind.as_str()),
+        (NEW, "full"),
+        "{backup:?}"
+    );
+    scene.site.kill_server(OLD).unwrap();
+    scene.assert_restored(&backup.disks[0].snapshot_id);
+}
+
+/// Part of a day in which nothing is filled.
+fn another_hour() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let hour = (now / 3600 + 12) % 24;
+    format!("{hour:02}:00-{hour:02}:59")
 }

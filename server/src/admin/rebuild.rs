@@ -62,6 +62,9 @@ pub(super) fn run(
     Ok(Answer { is_bad, ..Answer::new(text, json) })
 }
 
+/// What is said of a chain that begins with a stub.
+const STUB: &str = "it builds on a stub: `janus-server seed status` tells what that lacks";
+
 /// A snapshot and how it can be read.
 struct Looked {
     held: Held,
@@ -85,7 +88,12 @@ impl Looked {
                 Ok(digest) if digest != snapshot.table_digest => {
                     (Some("its tables have another digest than at its commit".to_owned()), false)
                 }
-                Ok(_) => (opened.lost.first().map(|(_, error)| error.to_string()), true),
+                Ok(_) => {
+                    let lost = opened.lost.first().map(|(_, error)| error.to_string());
+                    let base = chain.len().saturating_sub(1);
+                    let stub = || opened.is_stub(base).then(|| STUB.to_owned());
+                    (lost.or_else(stub), true)
+                }
             },
         };
         Self { held, wrong, is_partly_readable }

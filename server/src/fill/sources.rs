@@ -27,29 +27,30 @@ const MOST_HERE: usize = 32;
 /// Snapshots of other servers.
 const MOST_THERE: usize = 12;
 
-/// One that has blocks, and the segments that it wasn't asked for yet.
+/// One that may have blocks.
 pub(super) struct Source {
     of: Of,
-    pub(super) todo: VecDeque<u64>,
+    /// It doesn't answer, or what it answers is wrong: not asked again before all are looked for anew.
+    pub(super) has_failed: bool,
 }
 
 enum Of {
     /// A newer snapshot here.
     Here(Box<OpenedSnapshot>),
+    /// One on another server, that was not opened yet.
+    Candidate(Arc<Seeder>, ServerId, Box<pb::Snapshot>),
     /// One on another server.
     There(Box<Remote>),
 }
 
-/// One that was not opened yet.
-enum Candidate {
-    Here(Box<OpenedSnapshot>),
-    There(Arc<Seeder>, ServerId, Box<pb::Snapshot>),
-}
-
 /// All of them, the best first.
 pub(super) struct Sources {
-    left: VecDeque<Candidate>,
-    current: Option<Source>,
+    all: Vec<Source>,
+    /// The one whose turn it is, and the segments that it wasn't asked for yet.
+    current: usize,
+    todo: Option<VecDeque<u64>>,
+    /// Why others couldn't be found.
+    pub(super) failed: Option<CarryError>,
 }
 
 impl Sources {
@@ -65,8 +66,9 @@ impl Sources {
             let mut own = opened.tables.newest_segments();
             own.any(|segment| missing.intersects(&segment_blocks(segment)))
         };
-        let left = opened.filter(helps).map(|opened| Candidate::Here(Box::new(opened))).collect();
-        Self { left, current: None }
+        let source = |opened| Source { of: Of::Here(Box::new(opened)), has_failed: false };
+        let all = opened.filter(helps).map(source).collect();
+        Self { all, current: 0, todo: None, failed: None }
     }
 
     /// Snapshots of the disk on other servers: the one that the hashes came from, then the nearest in time.
@@ -83,65 +85,75 @@ impl Sources {
             if server == *own {
                 continue;
             }
-            // One that is away has nothing now.
-            let Ok(snapshots) = seeder.snapshots_of(&server, &stub.run.machine) else { continue };
-            let of_disk = snapshots.into_iter().filter(|one| one.disk_id == disk);
-            found.extend(of_disk.map(|snapshot| (server.clone(), snapshot)));
+            match seeder.snapshots_of(&server, &stub.run.machine) {
+                Ok(snapshots) => {
+                    let of_disk = snapshots.into_iter().filter(|one| one.disk_id == disk);
+                    found.extend(of_disk.map(|snapshot| (server.clone(), snapshot)));
+                }
+                Err(CarryError::Stopped) => return Err(CarryError::Stopped),
+                // One that is away has nothing now.
+                Err(error) => self.failed = Some(error),
+            }
         }
         found.sort_by_key(|(_, snapshot)| {
             let is_it = Some(&snapshot.backup_id) == run.as_ref();
             (!is_it, snapshot.missing_blocks, (snapshot.committed_ms - stub.run.committed_ms).abs())
         });
         for (server, snapshot) in found.into_iter().take(MOST_THERE) {
-            self.left.push_back(Candidate::There(seeder.clone(), server, Box::new(snapshot)));
+            let of = Of::Candidate(seeder.clone(), server, Box::new(snapshot));
+            self.all.push(Source { of, has_failed: false });
         }
         Ok(())
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.left.is_empty() && self.current.is_none()
+    /// All of them, for what is wanted at once.
+    pub(super) fn all(&mut self) -> impl Iterator<Item = &mut Source> {
+        self.all.iter_mut().filter(|source| !source.has_failed)
     }
 
-    /// The one to be asked now; `None` when all were.
-    pub(super) fn current(
-        &mut self,
-        missing: &BlockRanges,
-    ) -> Result<Option<&mut Source>, CarryError> {
-        while self.current.is_none() {
-            let Some(candidate) = self.left.pop_front() else { return Ok(None) };
-            let segments: BTreeSet<u64> = missing
-                .iter()
-                .flat_map(|range| range.start / SEGMENT_BLOCKS..range.end.div_ceil(SEGMENT_BLOCKS))
-                .collect();
-            let (of, todo) = match candidate {
-                Candidate::Here(opened) => {
-                    let own: BTreeSet<u64> = opened.tables.newest_segments().collect();
-                    (Of::Here(opened), segments.intersection(&own).copied().collect())
-                }
-                Candidate::There(seeder, server, snapshot) => {
-                    let remote = seeder.remote(&server, *snapshot)?;
-                    (Of::There(Box::new(remote)), segments.into_iter().collect())
-                }
-            };
-            self.current = Some(Source { of, todo });
+    /// True when one doesn't answer: better to look for all anew next time.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed.is_some() || self.all.iter().any(|source| source.has_failed)
+    }
+
+    /// The next segment to fill, and the source to ask for it; `None` when all were asked for all.
+    pub(super) fn next(&mut self, missing: &BlockRanges) -> Option<(u64, &mut Source)> {
+        loop {
+            let source = self.all.get(self.current)?;
+            let todo = self.todo.get_or_insert_with(|| source.todo(missing));
+            match todo.pop_front().filter(|_| !source.has_failed) {
+                Some(segment) => return Some((segment, self.all.get_mut(self.current)?)),
+                None => (self.current, self.todo) = (self.current + 1, None),
+            }
         }
-        Ok(self.current.as_mut())
     }
 
-    /// The current one has nothing more.
-    pub(super) fn next(&mut self) {
-        self.current = None;
-    }
-
-    /// Keeps the current one open.
-    pub(super) fn touch(&mut self) {
-        if let Some(Source { of: Of::There(remote), .. }) = &self.current {
-            remote.touch();
+    /// Keeps those open that are read.
+    pub(super) fn touch(&self) {
+        for source in &self.all {
+            if let Of::There(remote) = &source.of {
+                remote.touch();
+            }
         }
     }
 }
 
 impl Source {
+    /// Segments that it may help with.
+    fn todo(&self, missing: &BlockRanges) -> VecDeque<u64> {
+        let segments: BTreeSet<u64> = missing
+            .iter()
+            .flat_map(|range| range.start / SEGMENT_BLOCKS..range.end.div_ceil(SEGMENT_BLOCKS))
+            .collect();
+        match &self.of {
+            Of::Here(opened) => {
+                let own: BTreeSet<u64> = opened.tables.newest_segments().collect();
+                segments.intersection(&own).copied().collect()
+            }
+            _ => segments.into_iter().collect(),
+        }
+    }
+
     /// Reads to their places in the buffer of a segment what it has of these blocks, which have these hashes; says which.
     pub(super) fn read(
         &mut self,
@@ -151,9 +163,14 @@ impl Source {
         wanted: &[Extent],
         buffer: &mut [u8],
     ) -> Result<BlockRanges, CarryError> {
+        if let Of::Candidate(seeder, server, snapshot) = &self.of {
+            let remote = seeder.remote(server, snapshot.as_ref().clone())?;
+            self.of = Of::There(Box::new(remote));
+        }
         match &self.of {
             Of::Here(opened) => Ok(read_here(opened, segment, hashes, wanted, buffer)),
             Of::There(remote) => read_there(remote, segment, digest, hashes, wanted, buffer),
+            Of::Candidate(..) => Ok(BlockRanges::default()),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! One stub at work.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use janus_proto::{
     hash::{hash_blocks, zero_hash},
@@ -14,7 +14,7 @@ use super::{FillError, sources::Source};
 use crate::{
     chain::{
         Held,
-        opened::open_table,
+        opened::{OpenError, open_table},
         ranges::{BlockRanges, segment_blocks},
         stub,
         table::TableStack,
@@ -32,10 +32,10 @@ pub(super) struct Stub<'a> {
     held: &'a Held,
     image: Image,
     tables: TableStack,
-    /// What isn't here, as far as is known.
+    /// What wasn't here when it was last asked.
     pub(super) missing: BlockRanges,
-    /// What is here by now and not yet durable.
-    came: Vec<(u64, BlockRanges)>,
+    /// Segments that were looked at since the image was synced last, with what they lack.
+    looked: BTreeMap<u64, BlockRanges>,
     buffer: Vec<u8>,
 }
 
@@ -45,13 +45,28 @@ impl<'a> Stub<'a> {
         let missing = machine.health().missing(held.snapshot()).cloned().ok_or(FillError::Gone)?;
         let (storage, snapshot) = (runs.store().storage(), held.snapshot());
         let folder = runs.store().machine_folder(&machine.key);
-        let file =
-            stub::open(storage, &folder.join(&snapshot.image), Access::Write).map_err(own)?;
-        let image = Image::open(file).map_err(own)?;
-        let table = Arc::new(open_table(storage, &folder, snapshot).map_err(own)?);
-        let tables = TableStack::new(vec![table], snapshot.size_bytes).map_err(own)?;
+        let path = folder.join(&snapshot.image);
+        let image = stub::open(storage, &path, Access::Write)
+            .map_err(|source| OpenError::Io { path: path.clone(), source });
+        let opened = image.and_then(|file| {
+            let (expected, actual) = (snapshot.image_length_bytes, file.metadata());
+            let failed = |source| OpenError::Io { path: path.clone(), source };
+            let actual = actual.map_err(failed)?.length_bytes;
+            if actual < expected {
+                return Err(OpenError::Short { path, expected, actual });
+            }
+            let image = Image::open(file).map_err(|source| OpenError::Image { path, source })?;
+            Ok((image, open_table(storage, &folder, snapshot)?))
+        });
+        let (image, table) =
+            opened.map_err(|error| match error.is_damage() && !error.is_disk_failure() {
+                true => FillError::Lost(error.to_string()),
+                false => own(error),
+            })?;
+        let tables = TableStack::new(vec![Arc::new(table)], snapshot.size_bytes).map_err(own)?;
         let buffer = vec![0; SEGMENT_BYTES.min(snapshot.size_bytes) as usize];
-        Ok(Self { runs, machine, held, image, tables, missing, came: Vec::new(), buffer })
+        let looked = BTreeMap::new();
+        Ok(Self { runs, machine, held, image, tables, missing, looked, buffer })
     }
 
     pub(super) fn id(&self) -> SnapshotId {
@@ -60,8 +75,10 @@ impl<'a> Stub<'a> {
 
     /// True when blocks of a segment are missing.
     pub(super) fn lacks(&self, segment: u64) -> bool {
-        self.missing.intersects(&segment_blocks(segment))
-            && !self.came.iter().any(|(came, lacking)| *came == segment && lacking.is_empty())
+        match self.looked.get(&segment) {
+            Some(lacking) => !lacking.is_empty(),
+            None => self.missing.intersects(&segment_blocks(segment)),
+        }
     }
 
     /// Writes what a source has of a segment.
@@ -115,8 +132,7 @@ impl<'a> Stub<'a> {
             self.buffer = buffer;
             written?;
         }
-        self.came.retain(|(came, _)| *came != segment);
-        self.came.push((segment, still));
+        self.looked.insert(segment, still);
         Ok(())
     }
 
@@ -187,41 +203,22 @@ impl<'a> Stub<'a> {
 
     /// Makes what came durable, and tells it.
     pub(super) fn keep(&mut self) -> Result<(), FillError> {
-        if self.came.is_empty() {
+        if self.looked.is_empty() {
             return Ok(());
         }
         self.image.file().sync_data().map_err(own)?;
         let end = block_count(self.held.snapshot().size_bytes);
-        for (segment, lacking) in self.came.drain(..) {
+        let (mut looked, mut all_lacking) = (BlockRanges::default(), BlockRanges::default());
+        for (segment, lacking) in std::mem::take(&mut self.looked) {
             let blocks = segment_blocks(segment);
-            self.missing.remove(blocks.start..blocks.end.min(end));
-            self.missing.extend(&lacking);
+            looked.insert(blocks.start..blocks.end.min(end));
+            all_lacking.extend(&lacking);
         }
-        let mut nobodys = self.known_nobodys();
-        let gone: Vec<_> = nobodys.iter().collect();
-        for range in gone {
-            for block in range.filter(|block| !self.missing.contains(*block)) {
-                nobodys.remove(block..block + 1);
-            }
-        }
-        self.runs.note_filled(self.held, Some(&self.missing), &nobodys);
-        Ok(())
-    }
-
-    fn known_nobodys(&self) -> BlockRanges {
+        self.runs.note_filled(self.held, &looked, &all_lacking);
+        // Readers may have found more.
         let health = self.machine.health();
-        health.damage(self.held.snapshot()).map(|damage| damage.blocks.clone()).unwrap_or_default()
-    }
-
-    /// Nobody has what is missing: the next backup is asked for it.
-    pub(super) fn ask_clients(&self, most: usize) {
-        let mut nobodys = self.missing.clone();
-        nobodys.coarsen(most);
-        if nobodys != self.known_nobodys() {
-            let (machine, disk) = (&self.held.run.machine, &self.held.snapshot().disk);
-            tracing::warn!(%machine, %disk, blocks = nobodys.blocks(), "no server has the rest of a stub: the machine's next backup is asked for it");
-            self.runs.note_filled(self.held, Some(&self.missing), &nobodys);
-        }
+        self.missing = health.missing(self.held.snapshot()).cloned().ok_or(FillError::Gone)?;
+        Ok(())
     }
 
     /// All is here: the image gets its name.
@@ -245,7 +242,7 @@ impl<'a> Stub<'a> {
                 storage.sync_folder(folder).map_err(own)?;
             }
         }
-        self.runs.note_filled(self.held, None, &BlockRanges::default());
+        self.runs.note_full(self.held);
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! Segments of stubs that somebody is reading now.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -10,12 +10,23 @@ use janus_proto::ids::SnapshotId;
 
 /// Readers that wait at once. Others go on without what they lack.
 const MOST: usize = 256;
+/// What couldn't be had is not looked for again before this: a restore reads many segments.
+const AGAIN: Duration = Duration::from_secs(1);
+/// And when nothing was heard in time.
+const AGAIN_LATER: Duration = Duration::from_secs(30);
 
 /// What readers wait for.
 #[derive(Debug, Default)]
 pub struct Wanted {
-    queue: Mutex<VecDeque<(SnapshotId, u64)>>,
+    state: Mutex<State>,
     changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    queue: VecDeque<(SnapshotId, u64)>,
+    /// Stubs of which something was wanted in vain, and until when nothing else is.
+    in_vain: HashMap<SnapshotId, Instant>,
 }
 
 impl Wanted {
@@ -23,57 +34,66 @@ impl Wanted {
     pub fn fetch(&self, stub: SnapshotId, segment: u64, within: Duration) {
         let until = Instant::now() + within;
         let asked = (stub, segment);
-        let mut queue = self.lock();
-        if queue.len() >= MOST {
+        let mut state = self.lock();
+        state.in_vain.retain(|_, until| *until > Instant::now());
+        if state.queue.len() >= MOST || state.in_vain.contains_key(&stub) {
             return;
         }
-        if !queue.contains(&asked) {
-            queue.push_back(asked);
+        if !state.queue.contains(&asked) {
+            state.queue.push_back(asked);
             self.changed.notify_all();
         }
-        while queue.contains(&asked) {
+        while state.queue.contains(&asked) {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                queue.retain(|one| *one != asked);
+                state.queue.retain(|one| *one != asked);
+                state.in_vain.insert(stub, Instant::now() + AGAIN_LATER);
                 return;
             }
-            queue =
-                self.changed.wait_timeout(queue, left).unwrap_or_else(PoisonError::into_inner).0;
+            state =
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// A stub of which something is wanted.
     pub(super) fn stub(&self) -> Option<SnapshotId> {
-        self.lock().front().map(|(stub, _)| *stub)
+        self.lock().queue.front().map(|(stub, _)| *stub)
     }
 
     /// A segment of this stub that is wanted. It stays so until it is [`Self::done`].
     pub(super) fn next(&self, stub: SnapshotId) -> Option<u64> {
-        self.lock().iter().find(|(of, _)| *of == stub).map(|(_, segment)| *segment)
+        self.lock().queue.iter().find(|(of, _)| *of == stub).map(|(_, segment)| *segment)
     }
 
-    /// It was looked for.
-    pub(super) fn done(&self, stub: SnapshotId, segment: u64) {
-        self.lock().retain(|one| *one != (stub, segment));
+    /// It was looked for, and all of it is here or not.
+    pub(super) fn done(&self, stub: SnapshotId, segment: u64, is_here: bool) {
+        let mut state = self.lock();
+        state.queue.retain(|one| *one != (stub, segment));
+        match is_here {
+            true => state.in_vain.remove(&stub),
+            false => state.in_vain.insert(stub, Instant::now() + AGAIN),
+        };
         self.changed.notify_all();
     }
 
-    /// Nothing more of a stub can be had now.
+    /// Nothing of a stub can be had now.
     pub(super) fn give_up(&self, stub: SnapshotId) {
-        self.lock().retain(|(of, _)| *of != stub);
+        let mut state = self.lock();
+        state.queue.retain(|(of, _)| *of != stub);
+        state.in_vain.insert(stub, Instant::now() + AGAIN);
         self.changed.notify_all();
     }
 
     /// Waits until something is wanted, but not for longer than this.
     pub(super) fn wait(&self, within: Duration) {
-        let queue = self.lock();
-        if queue.is_empty() {
-            drop(self.changed.wait_timeout(queue, within));
+        let state = self.lock();
+        if state.queue.is_empty() {
+            drop(self.changed.wait_timeout(state, within));
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<(SnapshotId, u64)>> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -84,27 +104,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_waits_is_answered_by_whoever_looks_or_gives_up() {
+    fn who_waits_is_answered_by_whoever_looks_and_after_a_failure_nobody_waits_again() {
         let wanted = Arc::new(Wanted::default());
-        let stub = SnapshotId::new();
-        for ends in [true, false] {
+        let long = Duration::from_secs(60);
+        for (is_done, waits_again) in [(Some(true), true), (Some(false), false), (None, false)] {
+            let stub = SnapshotId::new();
             let waiting = wanted.clone();
-            let reader = thread::spawn(move || waiting.fetch(stub, 7, Duration::from_secs(60)));
+            let reader = thread::spawn(move || waiting.fetch(stub, 7, long));
             while wanted.stub().is_none() {
                 thread::yield_now();
             }
             assert_eq!((wanted.next(stub), wanted.next(SnapshotId::new())), (Some(7), None));
-            if ends {
-                wanted.done(stub, 7)
-            } else {
-                wanted.give_up(stub)
+            match is_done {
+                Some(is_here) => wanted.done(stub, 7, is_here),
+                None => wanted.give_up(stub),
             }
             reader.join().unwrap();
             assert_eq!(wanted.stub(), None);
+            let began = Instant::now();
+            wanted.fetch(stub, 8, Duration::from_millis(20));
+            assert_eq!(began.elapsed() >= Duration::from_millis(20), waits_again);
+            assert_eq!(wanted.stub(), None, "who left wants nothing");
         }
-        let began = Instant::now();
-        wanted.fetch(stub, 1, Duration::from_millis(20));
-        assert!(began.elapsed() >= Duration::from_millis(20));
-        assert_eq!(wanted.stub(), None, "who left wants nothing");
     }
 }

@@ -227,16 +227,46 @@ impl Runs {
         }
     }
 
-    /// What a stub lacks now, and what of that nobody has who could be asked. All here: it is one no more.
-    pub fn note_filled(&self, held: &Held, missing: Option<&BlockRanges>, nobodys: &BlockRanges) {
+    /// A stub was filled further: of the blocks that were `looked` at it lacks these. What is here now is asked of nobody.
+    pub fn note_filled(&self, held: &Held, looked: &BlockRanges, lacking: &BlockRanges) {
         let Some(machine) = self.machine(&held.run.machine) else { return };
-        let began_ms = now_ms();
         self.change(&machine, held, Keep::Now, |known| {
-            known.missing = missing.cloned();
-            known.damage = Damage { blocks: nobodys.clone(), unusable: None };
-            if missing.is_none() {
-                known.proven_ms = began_ms;
-            }
+            // Others may have found more that is not here.
+            let Some(missing) = &mut known.missing else { return };
+            looked.iter().for_each(|range| missing.remove(range));
+            missing.extend(lacking);
+            let mut here = looked.clone();
+            lacking.iter().for_each(|range| here.remove(range));
+            here.iter().for_each(|range| known.damage.blocks.remove(range));
+        });
+    }
+
+    /// Nobody has what a stub lacks: the next backup is asked for it.
+    pub fn note_nobodys(&self, held: &Held, most_ranges: usize) {
+        let Some(machine) = self.machine(&held.run.machine) else { return };
+        self.change(&machine, held, Keep::Now, |known| {
+            let mut nobodys = known.missing.clone().unwrap_or_default();
+            nobodys.coarsen(most_ranges);
+            known.damage.blocks = nobodys;
+        });
+    }
+
+    /// All blocks of a stub are here: it is one no more.
+    pub fn note_full(&self, held: &Held) {
+        let Some(machine) = self.machine(&held.run.machine) else { return };
+        let now_ms = now_ms();
+        self.change(&machine, held, Keep::Now, |known| {
+            *known = ImageHealth { proven_ms: now_ms, ..ImageHealth::default() };
+        });
+    }
+
+    /// The file of a stub is lost or damaged: so are all snapshots on it, as with any other image.
+    pub fn note_stub_lost(&self, held: &Held, reason: &str) {
+        let Some(machine) = self.machine(&held.run.machine) else { return };
+        tracing::error!(machine = %machine.key, image = held.snapshot().image, reason, "a stub is lost");
+        let damage = Damage::whole(held.snapshot(), reason);
+        self.change(&machine, held, Keep::Now, |known| {
+            *known = ImageHealth { damage, ..ImageHealth::default() };
         });
     }
 

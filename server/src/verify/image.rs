@@ -44,7 +44,7 @@ pub enum CheckError {
     #[error("the check was stopped")]
     Stopped,
     /// Not all of it is here.
-    #[error("it is a stub: `janus-server seed status` tells what it lacks")]
+    #[error("it builds on a stub: `janus-server seed status` tells what that lacks")]
     Stub,
     /// A file can't be read now, though nothing says that it is damaged.
     #[error(transparent)]
