@@ -114,7 +114,9 @@ fn a_chain_of_vhds_restores_and_reads_right_elsewhere() {
         if number == 0 {
             // qemu-img is right about bases only.
             let mut qemu = Command::new("qemu-img");
-            qemu.args(["convert", "-f", "vpc", "-O", "raw"]).arg(&images[0]).arg(&read);
+            qemu.args(["convert", "-O", "raw"])
+                .args(packages::for_qemu(&images[0], "vpc"))
+                .arg(&read);
             packages::output(&mut qemu).unwrap();
             scene.assert_is_disk(&read, "qemu-img");
         }

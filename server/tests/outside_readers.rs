@@ -24,7 +24,7 @@ mod readers;
 #[path = "../../proto/src/image/sample.rs"]
 mod sample;
 
-use readers::{INSTALL_7Z, assert_same, libvhdi, run, seven_zip};
+use readers::{INSTALL_7Z, assert_same, for_qemu, libvhdi, run, seven_zip};
 use sample::Sample;
 
 /// A chain of `links` images with all that a chain can hold: single units, runs over block borders, whole blocks, zeros over
@@ -222,7 +222,7 @@ fn qemu_img_accepts_vhd_bases() {
         sample.write_raw(&expected);
         let converted = folder.path().join("converted.raw");
         let mut qemu = Command::new("qemu-img");
-        qemu.args(["convert", "-f", "vpc", "-O", "raw"]).arg(base).arg(&converted);
+        qemu.args(["convert", "-O", "raw"]).args(for_qemu(base)).arg(&converted);
         run(&mut qemu, "apt-get install qemu-utils");
         let (read, wanted) = (fs::read(converted).unwrap(), fs::read(&expected).unwrap());
         assert_same(&read, &wanted, &format!("qemu-img convert, {disk_bytes} bytes"));

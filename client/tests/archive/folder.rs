@@ -2,7 +2,7 @@
 
 use std::{fs, process::Command};
 
-use xtask::disk;
+use xtask::{disk, packages};
 
 use super::{
     s3::files,
@@ -37,9 +37,11 @@ fn a_folder_keeps_as_many_runs_as_it_is_to() {
     scene.assert_restored(&url, None);
     let base = scene.path(&format!("{}.vhd", scene.taken[0].snapshot));
     put_together(&files(folder.path(), &format!("{}.vhd.0", scene.taken[0].snapshot)), &base);
+    let [options, image] = packages::for_qemu(&base, "vpc");
+    let [_, copy] = packages::for_qemu(&scene.taken[0].copy, "raw");
     let mut command = Command::new("qemu-img");
-    command.args(["compare", "-f", "vpc", "-F", "raw"]).arg(&base).arg(&scene.taken[0].copy);
-    let compared = command.output().expect("apt-get install qemu-utils");
+    let compared = command.args(["compare", &options, &image, &copy]).output();
+    let compared = compared.expect("apt-get install qemu-utils");
     assert!(compared.status.success(), "{compared:?}");
 
     scene.site.start_server(OTHER).unwrap();

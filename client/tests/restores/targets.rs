@@ -104,9 +104,10 @@ fn images_are_what_other_programs_read() {
     for (name, format) in [("disk.vhdx", "vhdx"), ("disk.VHD", "vpc"), ("disk.qcow2", "qcow2")] {
         let to = scene.path(name);
         scene.restore(&to, &[]);
-        let compare = ["compare", "-f", "raw", "-F", format];
-        let same =
-            packages::output(packages::command("qemu-img").args(compare).arg(&scene.disk).arg(&to));
+        let [options, disk] = packages::for_qemu(&scene.disk, "raw");
+        let [_, image] = packages::for_qemu(&to, format);
+        let compare = ["compare", &options, &disk, &image];
+        let same = packages::output(packages::command("qemu-img").args(compare));
         assert!(same.unwrap().contains("identical"), "{name}");
         // Replaced only when asked for, by another kind too.
         assert!(scene.refused(&to, &[]).contains("--force"));

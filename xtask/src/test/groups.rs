@@ -43,6 +43,8 @@ const SOURCE_MODULES: &[&str] = &[
 const RESTORE_MODULES: &[&str] =
     &["restore::", "export::", "snapshot::", "browse::", "cache::tests::size"];
 /// Whole-system tests that belong to another group than `main-job`. Some stand where minutes are left, not where their subject is.
+const QEMU: &str = "qemu-system-x86_64";
+
 const PLACED: &[(&str, &str)] = &[
     ("admin", "store"),
     ("archive", "seeding"),
@@ -181,6 +183,13 @@ fn whole_system(runner: &mut Runner, name: &str) {
             "NOT RUN, they need root for loop devices or networks: tests of {name} called as_root_*"
         );
         arguments.extend(["--skip", "as_root_"]);
+    }
+    // Its package brings other versions of QEMU's tools along, which the other tests then use.
+    if name == "prove" && !runner.soak && !packages::is_here(QEMU) {
+        println!(
+            "NOT RUN, {QEMU} isn't installed (the soak installs it): tests of {name} called boot::*"
+        );
+        arguments.extend(["--skip", "boot::"]);
     }
     arguments.extend(if runner.shows_figures(name) { &["--nocapture"][..] } else { &[] });
     runner.cargo(name, &arguments);
