@@ -2,7 +2,7 @@
 //! network in memory, with partitions, crashes, frozen and slow lines, all drawn from a seed.
 //!
 //! A seed that breaks a rule is printed; `JANUS_SIMULATION_SEED=<seed>` plays it alone and shows what happened.
-//! `JANUS_SIMULATION_SEEDS=<count>` says how many are played: 500 without it, 100,000 with `JANUS_SOAK`.
+//! `JANUS_SIMULATION_SEEDS=<count>` says how many are played: 300 without it, 100,000 with `JANUS_SOAK`.
 
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
@@ -70,7 +70,7 @@ fn every_seed_keeps_the_rules() {
         return;
     }
     let soak = std::env::var_os("JANUS_SOAK").is_some();
-    let seeds = number("JANUS_SIMULATION_SEEDS").unwrap_or(if soak { 100_000 } else { 500 });
+    let seeds = number("JANUS_SIMULATION_SEEDS").unwrap_or(if soak { 100_000 } else { 300 });
     let (next, begun) = (AtomicU64::new(1), Instant::now());
     let (total, broken) = (Mutex::new(Counts::default()), Mutex::new(Vec::new()));
     thread::scope(|threads| {

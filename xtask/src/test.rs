@@ -99,9 +99,9 @@ fn report(rows: &[Row], failures: &[String]) -> Result<()> {
     ensure!(total.failed == 0 && failures.is_empty(), "tests failed");
     let (took, budget): (Duration, Duration) =
         (rows.iter().map(|row| row.took).sum(), rows.iter().map(|row| row.budget).sum());
-    // Other machines are slower than the one that the budgets are for: half as much again is too much anywhere.
+    // Other machines are slower than the one that the budgets are for: twice as much is too much anywhere.
     ensure!(
-        took <= budget * 3 / 2 || std::env::var_os("CI").is_none(),
+        took <= budget * 2 || std::env::var_os("CI").is_none(),
         "the tests took {} minutes, more than the {} of their budgets",
         took.as_secs() / 60,
         budget.as_secs() / 60
