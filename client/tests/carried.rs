@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::Value;
 use xtask::{
-    disk,
+    disk, packages,
     site::{Client, Plan, Programs, Site},
 };
 
@@ -155,9 +155,8 @@ fn a_client_writes_a_folder_without_a_server_and_then_sends_what_changed_to_who_
     let again = scene.client.failure(&["backup", "--to-folder", &folder]).unwrap();
     assert!(again.error.contains("is there already"), "{again:?}");
     // Anybody reads it.
-    let mut command = std::process::Command::new("7z");
-    command.args(["x", "-y", "-so", "-tVHDX", "--"]).arg(Path::new(&folder).join("root.vhdx"));
-    assert!(command.output().unwrap().stdout == copies[0]);
+    let image = Path::new(&folder).join("root.vhdx");
+    assert!(packages::seven_zip(&image, "VHDX").unwrap() == copies[0]);
 
     scene.site.start_all().unwrap();
     scene.site.await_ready(&scene.client).unwrap();

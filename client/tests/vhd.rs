@@ -79,11 +79,7 @@ impl Scene {
 }
 
 fn seven_zip(image: &Path, to: &Path) {
-    let mut command = Command::new("7z");
-    command.args(["x", "-y", "-so", "-tVHD", "--"]).arg(image);
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    fs::write(to, output.stdout).unwrap();
+    fs::write(to, packages::seven_zip(image, "VHD").unwrap()).unwrap();
 }
 
 fn libvhdi(images: &[PathBuf], to: &Path) {

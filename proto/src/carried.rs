@@ -17,7 +17,6 @@ mod content;
 mod writer;
 
 use std::{
-    collections::BTreeSet,
     io,
     path::{Path, PathBuf},
 };
@@ -26,11 +25,11 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{claim::Claim, content::CarriedDisk, writer::DiskWriter};
 use crate::{
-    ids::{BackupId, BlockHash, DiskId, MAX_DISK_BYTES, MachineKey},
+    ids::{BackupId, BlockHash, DiskId, MachineKey},
     image::ImageError,
-    pb::Consistency,
+    outside::{DiskFacts, RunFacts},
     storage::Disk,
-    summed,
+    summed::{self, Unfit},
     table::TableError,
 };
 
@@ -44,10 +43,6 @@ const UNFINISHED: &str = "janus-backup.unfinished";
 const KIND: &str = "janus-carried-run";
 /// Longest manifest that is read: 64 disks take less than 40 KiB.
 const MAX_MANIFEST_BYTES: u64 = 1 << 20;
-/// Most disks of a run.
-const MAX_DISKS: usize = 64;
-/// Longest seal of a client.
-const MAX_SEAL_BYTES: usize = 64 << 10;
 
 /// What can go wrong with a carried folder.
 #[derive(Debug, thiserror::Error)]
@@ -257,15 +252,10 @@ impl Manifest {
     /// When it is damaged, or of a newer version.
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, CarriedError> {
         let damaged = |reason: String| CarriedError::damaged(path, reason);
-        let text = summed::checked(bytes).map_err(|reason| damaged(reason.into()))?;
-        let value: serde_json::Value =
-            serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
-        let format = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or_default();
-        if format > u64::from(FORMAT) {
-            return Err(CarriedError::Newer { path: path.to_owned(), format });
-        }
-        let manifest: Self =
-            serde_json::from_value(value).map_err(|error| damaged(error.to_string()))?;
+        let manifest: Self = summed::parse(bytes, FORMAT).map_err(|unfit| match unfit {
+            Unfit::Newer(format) => CarriedError::Newer { path: path.to_owned(), format },
+            Unfit::Damaged(reason) => damaged(reason),
+        })?;
         manifest.check().map_err(damaged)?;
         Ok(manifest)
     }
@@ -292,38 +282,30 @@ impl Manifest {
         if self.format != FORMAT || self.kind != KIND {
             return Err(format!("it is no {KIND} of format {FORMAT}"));
         }
-        if !(1..=MAX_DISKS).contains(&self.disks.len()) {
-            return Err(format!("{} disks, not 1 to {MAX_DISKS}", self.disks.len()));
-        }
-        if self.committed_ms < 0 {
-            return Err(format!("time {}", self.committed_ms));
-        }
-        if self.client_seal.len() > 2 * MAX_SEAL_BYTES || hex::decode(&self.client_seal).is_err() {
-            return Err("its seal is none".into());
-        }
-        let mut names = BTreeSet::new();
-        for disk in &self.disks {
-            disk.check().map_err(|reason| format!("disk {}: {reason}", disk.disk))?;
-            if !names.insert(disk.disk.as_str().to_ascii_lowercase()) {
-                return Err(format!("disk {} is named twice", disk.disk));
-            }
-        }
-        Ok(())
+        let facts = RunFacts {
+            committed_ms: self.committed_ms,
+            client_seal: &self.client_seal,
+            disks: self.disks.iter().map(DiskEntry::facts).collect(),
+        };
+        facts.check()?;
+        let check = |entry: &DiskEntry| {
+            entry.check().map_err(|reason| format!("disk {}: {reason}", entry.disk))
+        };
+        self.disks.iter().try_for_each(check)
     }
 }
 
 impl DiskEntry {
+    fn facts(&self) -> DiskFacts<'_> {
+        DiskFacts {
+            disk: &self.disk,
+            size_bytes: self.size_bytes,
+            logical_sector_bytes: self.logical_sector_bytes,
+            consistency: self.consistency,
+        }
+    }
+
     fn check(&self) -> Result<(), String> {
-        let size = self.size_bytes;
-        if size == 0 || size > MAX_DISK_BYTES || !size.is_multiple_of(512) {
-            return Err(format!("a size of {size} bytes"));
-        }
-        if ![512, 4096].contains(&self.logical_sector_bytes) {
-            return Err(format!("sectors of {} bytes", self.logical_sector_bytes));
-        }
-        if Consistency::try_from(self.consistency).is_err() {
-            return Err(format!("consistency {}", self.consistency));
-        }
         // Names are given, not chosen: none leads out of the folder.
         let (image, table) = names(&self.disk);
         match self.image == image && self.table == table {

@@ -12,9 +12,11 @@ pub mod pb {
 }
 
 mod cached;
+mod outside;
 
 #[cfg(feature = "archive")]
 pub mod archive;
+pub mod asked;
 pub mod buffers;
 pub mod carried;
 pub mod chance;

@@ -34,6 +34,11 @@ pub struct Extent {
 }
 
 impl Extent {
+    /// Of blocks with data.
+    pub fn of_data(blocks: std::ops::Range<u64>) -> Self {
+        Self { first: blocks.start, count: blocks.end - blocks.start, zero: false }
+    }
+
     /// First block after the extent.
     pub fn end(&self) -> u64 {
         self.first + self.count

@@ -1,5 +1,7 @@
 //! Small text files that end in a line with the BLAKE3 sum of what stands before it.
 
+use serde::de::DeserializeOwned;
+
 /// Length of that line.
 const LINE: usize = 65;
 
@@ -21,6 +23,30 @@ pub fn checked(bytes: &[u8]) -> Result<&[u8], &'static str> {
         true => Ok(text),
         false => Err("its sum is wrong"),
     }
+}
+
+/// Why a text isn't the JSON that was meant.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Unfit {
+    /// Its `format` is newer than what is known.
+    Newer(u64),
+    /// What is wrong with it.
+    Damaged(String),
+}
+
+/// The value in such a text, which is JSON with a field `format`, of this one or an older one.
+///
+/// # Errors
+/// As [`Unfit`] says.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8], known: u32) -> Result<T, Unfit> {
+    let damaged = |error: serde_json::Error| Unfit::Damaged(error.to_string());
+    let json = checked(bytes).map_err(|reason| Unfit::Damaged(reason.into()))?;
+    let value: serde_json::Value = serde_json::from_slice(json).map_err(damaged)?;
+    let format = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or_default();
+    if format > u64::from(known) {
+        return Err(Unfit::Newer(format));
+    }
+    serde_json::from_value(value).map_err(damaged)
 }
 
 #[cfg(test)]

@@ -75,6 +75,12 @@ impl SegmentBitmap {
         (0..SEGMENT_BLOCKS as usize).filter(|block| self.contains(*block))
     }
 
+    /// The half of it that belongs to payload block `index` of an image, of which a segment has two.
+    pub fn half(&self, index: u64) -> [u64; 8] {
+        let from = (index % 2) as usize * 8;
+        std::array::from_fn(|word| self.0[from + word])
+    }
+
     /// Whether all marked blocks are below `end`.
     fn ends_by(&self, end: usize) -> bool {
         (end..SEGMENT_BLOCKS as usize).all(|block| !self.contains(block))

@@ -35,7 +35,7 @@ use crate::{
     carry::CarryError,
     chain::{Held, Run},
     config::Archive as Rule,
-    runs::{RunError, Runs},
+    runs::Runs,
     seed::{SeedError, Which},
 };
 
@@ -394,13 +394,4 @@ fn taken_ms(run: &Run) -> i64 {
 fn holds(there: &Manifest, id: BackupId, run: &Run, which: &Which) -> bool {
     let mut disks = run.snapshots.iter().filter(|snapshot| which.takes_disk(&snapshot.disk));
     there.run == id && disks.all(|snapshot| there.disk(&snapshot.disk).is_some())
-}
-
-/// A snapshot opened for reading, whatever is left of it.
-fn open_held(runs: &Runs, held: &Held) -> Result<crate::chain::opened::OpenedSnapshot, CarryError> {
-    let snapshot = held.snapshot();
-    let unknown = || RunError::Unknown { id: snapshot.id.to_string() };
-    let held = runs.snapshot(snapshot.id).ok_or_else(unknown)?;
-    let opened = runs.open_for_reading(&held);
-    opened.map_err(|source| CarryError::Open { disk: snapshot.disk.clone(), source })
 }

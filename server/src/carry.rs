@@ -8,6 +8,7 @@
 mod content;
 mod export;
 mod import;
+pub(crate) mod whole;
 
 use janus_proto::{
     carried::CarriedError,

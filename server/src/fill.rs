@@ -32,8 +32,8 @@ use self::{
 use crate::{
     background,
     carry::CarryError,
-    chain::{Held, ranges::BlockRanges},
-    config::Fill,
+    chain::Held,
+    config::{Fill, replicate::Hours},
     runs::{Runs, now_ms},
     seed::{SeedError, Seeder},
 };
@@ -122,6 +122,8 @@ struct Known {
 struct Work<'a> {
     filler: &'a Filler,
     stop: &'a CancellationToken,
+    /// When stubs are filled. The settings were checked.
+    hours: Option<Hours>,
     known: HashMap<SnapshotId, Known>,
     /// Connections, by what names the server.
     seeders: HashMap<String, Arc<Seeder>>,
@@ -131,7 +133,8 @@ struct Work<'a> {
 impl<'a> Work<'a> {
     fn new(filler: &'a Filler, stop: &'a CancellationToken) -> Self {
         let (known, seeders) = (HashMap::new(), HashMap::new());
-        Self { filler, stop, known, seeders, touched: Instant::now() }
+        let hours = filler.settings.hours().ok();
+        Self { filler, stop, hours, known, seeders, touched: Instant::now() }
     }
 
     /// Until there are no stubs, or it is to stop.
@@ -176,7 +179,7 @@ impl<'a> Work<'a> {
 
     /// True in the hours of the settings.
     fn is_time(&self) -> bool {
-        self.filler.settings.hours().is_ok_and(|hours| hours.left(now_ms()).is_some())
+        self.hours.is_some_and(|hours| hours.left(now_ms()).is_some())
     }
 
     /// Tells the sources of resting stubs that they are needed.
@@ -226,8 +229,8 @@ impl<'a> Work<'a> {
 
     fn missing_blocks(&self, held: &Held) -> u64 {
         let machine = self.filler.runs.machine(&held.run.machine);
-        let health = machine.map(|machine| machine.health()).unwrap_or_default();
-        health.missing(held.snapshot()).map_or(0, BlockRanges::blocks)
+        let missing = machine.and_then(|machine| machine.missing(held.snapshot()));
+        missing.map_or(0, |missing| missing.blocks())
     }
 
     fn fill_from_all(&mut self, held: &Held, known: &mut Known) -> Result<(), FillError> {

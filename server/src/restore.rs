@@ -5,18 +5,17 @@ mod hashes;
 
 use std::{
     collections::HashMap,
-    ops::Range,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use janus_proto::{
+    asked,
     error::{ErrorReason, WireError, status},
     ids::{
         BlockHash, HandleId, MachineKey, ServerId, SessionId, SnapshotId, block_count,
         segment_count,
     },
-    model::MAX_RANGES,
     pb::{self, read_hashes_request::Of, restore_service_server::RestoreService},
 };
 use tokio::sync::mpsc;
@@ -253,44 +252,6 @@ impl Restore {
     }
 }
 
-/// Checks ranges against `total`; no ranges mean all.
-fn ranges(wire: &[pb::BlockRange], total: u64) -> Result<Vec<Range<u64>>, Status> {
-    if wire.len() > MAX_RANGES {
-        return Err(WireError::invalid(
-            "ranges",
-            format!("{} of them, more than {MAX_RANGES}", wire.len()),
-        )
-        .into());
-    }
-    if wire.is_empty() {
-        return Ok(std::iter::once(0..total).collect());
-    }
-    let mut next = 0;
-    let check = |range: &pb::BlockRange| {
-        let first = range.first_block;
-        let end = first
-            .checked_add(range.block_count)
-            .filter(|end| range.block_count > 0 && *end <= total && first >= next);
-        let end = end.ok_or_else(|| {
-            let reason =
-                format!("{first} + {} is empty, out of order or past {total}", range.block_count);
-            Status::from(WireError::invalid("ranges", reason))
-        })?;
-        next = end;
-        Ok(first..end)
-    };
-    wire.iter().map(check).collect()
-}
-
-/// Bytes of each hash that are wanted.
-fn hash_bytes(wire: u32) -> Result<usize, Status> {
-    match wire as usize {
-        0 => Ok(BlockHash::LEN),
-        some if some <= BlockHash::LEN => Ok(some),
-        _ => Err(WireError::invalid("hash_bytes", format!("{wire}, a hash has 32")).into()),
-    }
-}
-
 #[tonic::async_trait]
 impl RestoreService for Restore {
     async fn open_snapshot(
@@ -347,13 +308,13 @@ impl RestoreService for Restore {
             pb::HashLevel::Block => block_count(content.size_bytes()),
             pb::HashLevel::Unspecified => return Err(WireError::Missing { field: "level" }.into()),
         };
-        let asked = Asked {
+        let wanted = Asked {
             level,
-            ranges: ranges(&request.ranges, total)?,
-            hash_bytes: hash_bytes(request.hash_bytes)?,
+            ranges: asked::ranges(&request.ranges, total)?,
+            hash_bytes: asked::hash_bytes(request.hash_bytes)?,
         };
         let (answers, stream) = mpsc::channel(QUEUE);
-        tokio::task::spawn_blocking(move || send_hashes(&content, &asked, &answers));
+        tokio::task::spawn_blocking(move || send_hashes(&content, &wanted, &answers));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
@@ -373,7 +334,8 @@ impl RestoreService for Restore {
                 return Err(RestoreError::OnlyTable { id, server, holder }.into());
             }
         };
-        let ranges = ranges(&request.ranges, block_count(opened.held.snapshot().size_bytes))?;
+        let ranges =
+            asked::ranges(&request.ranges, block_count(opened.held.snapshot().size_bytes))?;
         let encoding = request.encodings().next().unwrap_or(pb::Encoding::None);
         let name_damaged = request.name_damaged;
         let (answers, stream) = mpsc::channel(QUEUE);

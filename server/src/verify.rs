@@ -47,7 +47,8 @@ pub fn check_image(
     pace: &dyn Pace,
 ) -> Result<Damage, CheckError> {
     runs.mend_manifest(held);
-    if known(runs, held).is_some_and(|known| known.missing.is_some()) {
+    let machine = runs.machine(&held.run.machine);
+    if machine.is_some_and(|machine| machine.missing(held.snapshot()).is_some()) {
         return Err(CheckError::Stub);
     }
     let mut check = begun(runs, held, way);

@@ -19,7 +19,8 @@ use janus_server::{
     runs::RunError,
     storage::Disk,
 };
-use readers::{INSTALL_7Z, assert_same, for_qemu, libvhdi, run as read, seven_zip};
+use readers::{INSTALL_7Z, assert_same, libvhdi, run as read, seven_zip};
+use xtask::packages;
 
 mod chains;
 mod readers;
@@ -147,8 +148,9 @@ fn outside_readers_read_what_is_carried_and_what_was_imported() {
         assert_same(&read(&mut seven_zip(image), INSTALL_7Z).stdout, &expected, what);
         assert_same(&libvhdi(&[image.to_owned()], ""), &expected, what);
         let raw = scene.base.path().join("qemu.raw");
+        let format = if image.extension().is_some_and(|e| e == "vhd") { "vpc" } else { "vhdx" };
         let mut qemu = std::process::Command::new("qemu-img");
-        qemu.args(["convert", "-O", "raw"]).args(for_qemu(image)).arg(&raw);
+        qemu.args(["convert", "-O", "raw"]).args(packages::for_qemu(image, format)).arg(&raw);
         read(&mut qemu, "apt-get install qemu-utils");
         assert_same(&fs::read(&raw).unwrap(), &expected, what);
     };

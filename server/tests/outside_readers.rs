@@ -24,8 +24,9 @@ mod readers;
 #[path = "../../proto/src/image/sample.rs"]
 mod sample;
 
-use readers::{INSTALL_7Z, assert_same, for_qemu, libvhdi, run, seven_zip};
+use readers::{INSTALL_7Z, assert_same, libvhdi, run, seven_zip};
 use sample::Sample;
+use xtask::packages;
 
 /// A chain of `links` images with all that a chain can hold: single units, runs over block borders, whole blocks, zeros over
 /// data, the short last block.
@@ -222,7 +223,7 @@ fn qemu_img_accepts_vhd_bases() {
         sample.write_raw(&expected);
         let converted = folder.path().join("converted.raw");
         let mut qemu = Command::new("qemu-img");
-        qemu.args(["convert", "-O", "raw"]).args(for_qemu(base)).arg(&converted);
+        qemu.args(["convert", "-O", "raw"]).args(packages::for_qemu(base, "vpc")).arg(&converted);
         run(&mut qemu, "apt-get install qemu-utils");
         let (read, wanted) = (fs::read(converted).unwrap(), fs::read(&expected).unwrap());
         assert_same(&read, &wanted, &format!("qemu-img convert, {disk_bytes} bytes"));

@@ -254,6 +254,16 @@ fn images(folder: &std::path::Path, size_mib: u64) -> Result<Images> {
     Ok(images)
 }
 
+/// A disk of noise in a new folder below `folder`, which goes when it is dropped.
+fn noise_disk(folder: &Path, bytes: u64) -> Result<(tempfile::TempDir, PathBuf)> {
+    fs::create_dir_all(folder)?;
+    let work = tempfile::Builder::new().prefix("run-").tempdir_in(folder)?;
+    let image = work.path().join("disk.raw");
+    disk::blank(&image, bytes)?;
+    disk::write_noise(&image, 0..bytes, 1)?;
+    Ok((work, image))
+}
+
 fn print(images: &Images, rows: &[Row]) {
     println!(
         "\n{:.1} GiB disk; CPU in seconds for each GiB of it; memory is the peak in MiB",

@@ -62,6 +62,20 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "chromedriver", package: "chromium-driver" },
 ];
 
+/// The disk of an image of this `kind` (`VHD`, `VHDX`) as 7-Zip reads it, which finds the image's parents by itself.
+///
+/// # Errors
+/// With what it says when it doesn't read all of it.
+pub fn seven_zip(image: &Path, kind: &str) -> Result<Vec<u8>> {
+    let mut command = Command::new("7z");
+    command.args(["x", "-y", "-so", &format!("-t{kind}"), "--"]).arg(image);
+    let output = command.output().context("7z (apt-get install p7zip-full, 22 or newer)")?;
+    match output.status.success() {
+        true => Ok(output.stdout),
+        false => bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr)),
+    }
+}
+
 /// What `qemu-img` is told of an image in a format of its own names. Versions before 8 take the size of a VHD from its
 /// geometry, which is rounded, unless they are told not to.
 pub fn for_qemu(image: &Path, format: &str) -> [String; 2] {

@@ -9,13 +9,14 @@ use std::{
 use bytes::Bytes;
 use janus_proto::{
     archive::{ArchiveError, Archived, Store},
-    error::{ErrorReason, WireError, status},
+    asked::{self, by_segment},
+    error::{ErrorReason, status},
     hash::{hash_blocks, zero_hash, zero_segment_of},
     ids::{
         BLOCK_BYTES, BlockHash, DiskId, MachineKey, SEGMENT_BLOCKS, SnapshotId, block_count,
         block_len, segment_count,
     },
-    model::{Batch, Extent, MAX_BATCH_BYTES, MAX_HASHES, MAX_RANGES},
+    model::{Batch, Extent, MAX_BATCH_BYTES, MAX_HASHES},
     pb::{
         self, HashLevel, catalog_service_server::CatalogService, read_hashes_request::Of,
         restore_service_server::RestoreService,
@@ -117,28 +118,6 @@ fn failed(error: ArchiveError) -> Status {
     }
 }
 
-/// Checks ranges against `total`; no ranges mean all.
-fn ranges(wire: &[pb::BlockRange], total: u64) -> Result<Vec<Range<u64>>, Status> {
-    if wire.is_empty() {
-        return Ok(std::iter::once(0..total).collect());
-    }
-    let mut next = 0;
-    let check = |range: &pb::BlockRange| {
-        let end = range.first_block.checked_add(range.block_count);
-        let end = end
-            .filter(|end| *end > range.first_block && *end <= total && range.first_block >= next);
-        let end = end.ok_or_else(|| {
-            WireError::invalid("ranges", "empty, out of order or past the end".to_owned())
-        })?;
-        next = end;
-        Ok(range.first_block..end)
-    };
-    match wire.len() > MAX_RANGES {
-        true => Err(WireError::invalid("ranges", "too many".to_owned()).into()),
-        false => wire.iter().map(check).collect(),
-    }
-}
-
 #[tonic::async_trait]
 impl CatalogService for Archive {
     async fn list_machines(
@@ -221,11 +200,8 @@ impl RestoreService for Archive {
         let size = disk.entry().size_bytes;
         let is_segments = request.level() == HashLevel::Segment;
         let total = if is_segments { segment_count(size) } else { block_count(size) };
-        let ranges = ranges(&request.ranges, total)?;
-        let hash_bytes = match request.hash_bytes as usize {
-            0 => BlockHash::LEN,
-            some => some.min(BlockHash::LEN),
-        };
+        let ranges = asked::ranges(&request.ranges, total)?;
+        let hash_bytes = asked::hash_bytes(request.hash_bytes)?;
         let (answers, stream) = mpsc::channel(QUEUE);
         tokio::task::spawn_blocking(move || {
             let sent = match is_segments {
@@ -247,7 +223,7 @@ impl RestoreService for Archive {
     ) -> Result<Response<Self::ReadBlocksStream>, Status> {
         let request = request.into_inner();
         let disk = self.disk(&request.handle).await?;
-        let ranges = ranges(&request.ranges, block_count(disk.entry().size_bytes))?;
+        let ranges = asked::ranges(&request.ranges, block_count(disk.entry().size_bytes))?;
         let (answers, stream) = mpsc::channel(QUEUE);
         tokio::task::spawn_blocking(move || {
             let mut message = Message::new(&disk, &answers);
@@ -268,15 +244,6 @@ fn send<T>(answers: &Answers<T>, answer: T) -> Result<(), Ended> {
     answers.blocking_send(Ok(answer)).map_err(|_| None)
 }
 
-fn hashes_of(first: u64, piece: &[BlockHash], hash_bytes: usize) -> pb::ReadHashesResponse {
-    let hashes: Vec<u8> =
-        piece.iter().flat_map(|hash| hash.0.into_iter().take(hash_bytes)).collect();
-    let hash_bytes = if hash_bytes == BlockHash::LEN { 0 } else { hash_bytes as u32 };
-    pb::ReadHashesResponse {
-        batch: Some(pb::HashBatch { first, hashes: hashes.into(), hash_bytes }),
-    }
-}
-
 fn send_digests(
     disk: &Archived,
     ranges: &[Range<u64>],
@@ -290,7 +257,7 @@ fn send_digests(
             if digests.is_empty() {
                 return Ok(());
             }
-            send(answers, hashes_of(first, &digests, hash_bytes))?;
+            send(answers, asked::hashes(first, &digests, hash_bytes))?;
             first += digests.len() as u64;
         }
     }
@@ -307,19 +274,9 @@ fn send_hashes(
         let all = disk.segment(part.start / SEGMENT_BLOCKS).map_err(|error| Some(failed(error)))?;
         let start = (part.start % SEGMENT_BLOCKS) as usize;
         let wanted = all.get(start..start + (part.end - part.start) as usize).unwrap_or_default();
-        send(answers, hashes_of(part.start, wanted, hash_bytes))?;
+        send(answers, asked::hashes(part.start, wanted, hash_bytes))?;
     }
     Ok(())
-}
-
-/// A range of blocks in parts that each lie within one segment.
-fn by_segment(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let mut next = range.start;
-    std::iter::from_fn(move || {
-        let start = next;
-        next = range.end.min((start / SEGMENT_BLOCKS + 1) * SEGMENT_BLOCKS);
-        (start < next).then_some(start..next)
-    })
 }
 
 /// A message of blocks in the making.

@@ -3,7 +3,7 @@
 use std::{fs, process::Command};
 
 use serde_json::Value;
-use xtask::disk;
+use xtask::{disk, packages};
 
 use super::{
     s3::{BUCKET, S3, files},
@@ -78,11 +78,8 @@ fn assert_read_by_others(scene: &Scene, s3: &S3) {
     }
     for taken in &scene.taken {
         let leaf = folder.join(format!("{}.vhdx", taken.snapshot));
-        let mut command = Command::new("7z");
-        let read = command.args(["x", "-y", "-so", "-tVHDX", "--"]).arg(&leaf).output();
-        let read = read.expect("apt-get install p7zip-full (7-Zip 22 or newer)");
-        assert!(read.status.success(), "{read:?}");
-        assert!(read.stdout == fs::read(&taken.copy).unwrap(), "7-Zip reads another disk");
+        let read = packages::seven_zip(&leaf, "VHDX").unwrap();
+        assert!(read == fs::read(&taken.copy).unwrap(), "7-Zip reads another disk");
     }
     let mut command = Command::new("qemu-img");
     let base = folder.join(format!("{}.vhdx", scene.taken[0].snapshot));

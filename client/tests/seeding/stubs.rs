@@ -3,7 +3,6 @@
 use std::{
     fs,
     path::PathBuf,
-    process::Command,
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -70,10 +69,8 @@ impl Scene {
 
     /// The disk as another program sees it that finds the parents by itself.
     fn read_elsewhere(&self, snapshot: &answers::Snapshot) -> Option<Vec<u8>> {
-        let mut command = Command::new("7z");
-        command.args(["x", "-y", "-so", "-tVHDX", "--"]).arg(self.image(snapshot));
-        let output = command.output().unwrap();
-        output.status.success().then_some(output.stdout)
+        assert!(packages::is_here("7z"));
+        packages::seven_zip(&self.image(snapshot), "VHDX").ok()
     }
 
     /// Only the new server is left, and has all of its newest snapshot.

@@ -11,10 +11,10 @@ use super::{
     names::{FileName, Kind, MachinePlace},
 };
 use crate::{
-    ids::{BackupId, BlockHash, DiskId, MAX_DISK_BYTES, MachineKey, ServerId, SnapshotId},
+    ids::{BackupId, BlockHash, DiskId, MachineKey, ServerId, SnapshotId},
     image::Format,
-    pb::Consistency,
-    summed,
+    outside::{self, DiskFacts},
+    summed::{self, Unfit},
 };
 
 /// Version of the format; an older program refuses a newer one.
@@ -22,11 +22,8 @@ pub const FORMAT: u32 = 1;
 const KIND: &str = "janus-archived-run";
 /// Longest manifest that is read.
 pub const MAX_MANIFEST_BYTES: u64 = 32 << 20;
-/// Most disks of a run.
-const MAX_DISKS: usize = 64;
 /// Most images of a chain.
 pub const MAX_LINKS: usize = 500;
-const MAX_SEAL_BYTES: usize = 64 << 10;
 
 /// A run that was archived.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,15 +134,10 @@ impl Manifest {
     /// When it is damaged, or of a newer version.
     pub fn parse(object: &str, bytes: &[u8]) -> Result<Self, ArchiveError> {
         let damaged = |reason: String| ArchiveError::damaged(object, reason);
-        let text = summed::checked(bytes).map_err(|reason| damaged(reason.into()))?;
-        let value: serde_json::Value =
-            serde_json::from_slice(text).map_err(|error| damaged(error.to_string()))?;
-        let format = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or_default();
-        if format > u64::from(FORMAT) {
-            return Err(ArchiveError::Newer { object: object.to_owned(), format });
-        }
-        let manifest: Self =
-            serde_json::from_value(value).map_err(|error| damaged(error.to_string()))?;
+        let manifest: Self = summed::parse(bytes, FORMAT).map_err(|unfit| match unfit {
+            Unfit::Newer(format) => ArchiveError::Newer { object: object.to_owned(), format },
+            Unfit::Damaged(reason) => damaged(reason),
+        })?;
         manifest.check().map_err(damaged)?;
         Ok(manifest)
     }
@@ -185,23 +177,16 @@ impl Manifest {
         if self.format != FORMAT || self.kind != KIND {
             return Err(format!("it is no {KIND} of format {FORMAT}"));
         }
-        if !(1..=MAX_DISKS).contains(&self.disks.len()) {
-            return Err(format!("{} disks, not 1 to {MAX_DISKS}", self.disks.len()));
-        }
-        if self.committed_ms < 0 {
-            return Err(format!("time {}", self.committed_ms));
-        }
-        if self.client_seal.len() > 2 * MAX_SEAL_BYTES || hex::decode(&self.client_seal).is_err() {
-            return Err("its seal is none".into());
-        }
-        let mut names = BTreeSet::new();
-        for disk in &self.disks {
-            disk.check().map_err(|reason| format!("disk {}: {reason}", disk.disk))?;
-            if !names.insert(disk.disk.as_str().to_ascii_lowercase()) {
-                return Err(format!("disk {} is named twice", disk.disk));
-            }
-        }
-        Ok(())
+        let facts = outside::RunFacts {
+            committed_ms: self.committed_ms,
+            client_seal: &self.client_seal,
+            disks: self.disks.iter().map(DiskEntry::facts).collect(),
+        };
+        facts.check()?;
+        let check = |entry: &DiskEntry| {
+            entry.check().map_err(|reason| format!("disk {}: {reason}", entry.disk))
+        };
+        self.disks.iter().try_for_each(check)
     }
 }
 
@@ -228,17 +213,16 @@ impl DiskEntry {
         })
     }
 
+    fn facts(&self) -> DiskFacts<'_> {
+        DiskFacts {
+            disk: &self.disk,
+            size_bytes: self.size_bytes,
+            logical_sector_bytes: self.logical_sector_bytes,
+            consistency: self.consistency,
+        }
+    }
+
     fn check(&self) -> Result<(), String> {
-        let size = self.size_bytes;
-        if size == 0 || size > MAX_DISK_BYTES || !size.is_multiple_of(512) {
-            return Err(format!("a size of {size} bytes"));
-        }
-        if ![512, 4096].contains(&self.logical_sector_bytes) {
-            return Err(format!("sectors of {} bytes", self.logical_sector_bytes));
-        }
-        if Consistency::try_from(self.consistency).is_err() {
-            return Err(format!("consistency {}", self.consistency));
-        }
         if !(1..=MAX_LINKS).contains(&self.links.len()) {
             return Err(format!("{} images, not 1 to {MAX_LINKS}", self.links.len()));
         }

@@ -5,7 +5,7 @@ use std::{fs, sync::Arc};
 use super::*;
 use crate::{
     hash::{hash_blocks, segment_digest, table_digest},
-    ids::SEGMENT_BYTES,
+    ids::{MAX_DISK_BYTES, SEGMENT_BYTES},
     image::Geometry,
     storage::{Op, Verdict, Watcher},
 };

@@ -5,7 +5,6 @@
 
 use std::{
     convert::Infallible,
-    ops::Range,
     path::{Path as FilePath, PathBuf},
     sync::Arc,
 };
@@ -15,18 +14,17 @@ use janus_proto::{
         DiskEntry, Link,
         names::{Kind as FileKind, MachinePlace},
     },
-    hash::hash_blocks,
-    ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_count, block_len},
+    ids::{BLOCK_BYTES, SEGMENT_BLOCKS, block_count},
     image::{Format, Geometry, Identity, Kind, Layout, PAYLOAD_BYTES, Parent, Payload, vhd},
-    table::{Difference, Page, SegmentBitmap, Table, TableHeader, TableStack, TableWriter},
+    table::{Difference, Page, Table, TableHeader, TableStack, TableWriter},
 };
 
-use super::{Archive, Objects, Sent, open_held, upload::Upload};
+use super::{Archive, Objects, Sent, upload::Upload};
 use crate::{
-    carry::{CarryError, Meter},
+    carry::{CarryError, Meter, whole},
     chain::{
         Held,
-        opened::{Ahead, OpenedSnapshot, Salvage},
+        opened::{Ahead, OpenedSnapshot},
     },
     runs::Runs,
     storage::{Access, Disk, File},
@@ -55,8 +53,8 @@ impl Archive {
         objects: &Objects,
         hear: &dyn Fn(u64, u64) -> bool,
     ) -> Result<(DiskEntry, Sent), CarryError> {
-        let opened = open_held(runs, held)?;
         let snapshot = held.snapshot();
+        let opened = whole::open(runs, snapshot.id)?;
         let format = opened.newest_format().unwrap_or_default();
         let before = before.filter(|(entry, _)| entry.format == format);
         let spool = Spool::make(runs.store().storage(), runs.store().root())?;
@@ -199,7 +197,7 @@ impl<'a> NewImage<'a> {
             differing_blocks += differing.hashes.len() as u64;
             let halves = [0, 1].map(|half| differing.segment * 2 + half);
             let halves =
-                halves.into_iter().filter(|index| half(&differing.present, *index) != [0; 8]);
+                halves.into_iter().filter(|index| differing.present.half(*index) != [0; 8]);
             // The largest disk has 2^25 payload blocks.
             payloads.extend(halves.map(|index| index as u32));
             if !hear(0, 0) {
@@ -249,7 +247,7 @@ impl<'a> NewImage<'a> {
                 Some(_) => self.table.page(index / 2),
             };
             present.map(|page| {
-                let present = page.map_or([0; 8], |page| half(&page.present, index));
+                let present = page.map_or([0; 8], |page| page.present.half(index));
                 Payload { index, slot, present }
             })
         });
@@ -321,39 +319,10 @@ impl<'a> NewImage<'a> {
             let skipped =
                 (segment * SEGMENT_BLOCKS..run.start).filter(|block| is_in(*block)).count();
             let hashes = page.hashes.get(skipped..).unwrap_or_default();
-            read_run(self.opened, &self.ahead, &run, piece, hashes)?;
+            whole::read(self.opened, &self.ahead, run.start, hashes, piece)?;
         }
         Ok(())
     }
-}
-
-/// Reads blocks that follow each other, and compares them with the hashes that begin with theirs.
-fn read_run(
-    opened: &OpenedSnapshot,
-    ahead: &Ahead<'_>,
-    run: &Range<u64>,
-    buffer: &mut [u8],
-    hashes: &[BlockHash],
-) -> Result<(), CarryError> {
-    let mut found = Vec::new();
-    if ahead.read_at(run.start * BLOCK_BYTES, buffer).is_ok() {
-        hash_blocks(buffer, &mut found);
-        if hashes.starts_with(&found) {
-            return Ok(());
-        }
-    }
-    let snapshot = opened.held.snapshot();
-    let mut salvage = Salvage::new(opened);
-    for ((block, hash), piece) in
-        run.clone().zip(hashes).zip(buffer.chunks_mut(BLOCK_BYTES as usize))
-    {
-        debug_assert_eq!(piece.len(), block_len(snapshot.size_bytes, block));
-        if !salvage.read(block, *hash, piece) {
-            let (machine, disk) = (opened.held.run.machine.clone(), snapshot.disk.clone());
-            return Err(CarryError::Lost { machine, disk, block });
-        }
-    }
-    Ok(())
 }
 
 /// What the new image says about the one that it differs from.
@@ -367,10 +336,4 @@ fn parent(entry: &DiskEntry) -> Option<Parent> {
             Format::Vhdx => 0,
         },
     })
-}
-
-/// The half of a segment's bitmap that belongs to payload block `index`.
-fn half(bits: &SegmentBitmap, index: u64) -> [u64; 8] {
-    let from = (index % 2) as usize * 8;
-    std::array::from_fn(|word| bits.0[from + word])
 }

@@ -4,17 +4,14 @@ use std::path::Path;
 
 use janus_proto::{
     carried::{Claim, DiskEntry, DiskWriter, Manifest},
-    hash::{hash_blocks, zero_segment_of},
-    ids::{BLOCK_BYTES, SEGMENT_BLOCKS, SEGMENT_BYTES, block_len, segment_count},
+    hash::zero_segment_of,
+    ids::{SEGMENT_BLOCKS, SEGMENT_BYTES, segment_count},
     image::Geometry,
 };
 
-use super::{CarryError, Meter};
+use super::{CarryError, Meter, whole};
 use crate::{
-    chain::{
-        Held, Run,
-        opened::{OpenedSnapshot, Salvage},
-    },
+    chain::{Run, opened::OpenedSnapshot},
     runs::Runs,
 };
 
@@ -29,17 +26,7 @@ pub fn export(
     hear: &dyn Fn(u64, u64) -> bool,
 ) -> Result<Manifest, CarryError> {
     // All of them first: while they are open no merge takes anything away.
-    let opened = run.snapshots.iter().map(|snapshot| {
-        let unknown = || crate::runs::RunError::Unknown { id: snapshot.id.to_string() };
-        let held: Held = runs.snapshot(snapshot.id).ok_or_else(unknown)?;
-        let machine = runs.machine(&run.machine);
-        if machine.is_some_and(|machine| machine.missing_blocks(snapshot.id) > 0) {
-            let (machine, disk) = (run.machine.clone(), snapshot.disk.clone());
-            return Err(CarryError::Incomplete { machine, disk });
-        }
-        let opened = runs.open_for_reading(&held);
-        opened.map_err(|source| CarryError::Open { disk: snapshot.disk.clone(), source })
-    });
+    let opened = run.snapshots.iter().map(|snapshot| whole::open(runs, snapshot.id));
     let opened: Vec<OpenedSnapshot> = opened.collect::<Result<_, _>>()?;
     let disks = run.snapshots.iter().map(|snapshot| snapshot.disk.clone());
     let claim = Claim::take(runs.store().storage(), folder, disks)?;
@@ -73,7 +60,6 @@ fn export_disk(
     let mut writer = DiskWriter::create(claim, &snapshot.disk, geometry)?;
     let mut ahead = opened.ahead();
     let mut buffer = vec![0; SEGMENT_BYTES.min(size) as usize];
-    let mut found = Vec::with_capacity(SEGMENT_BLOCKS as usize);
     for segment in 0..segment_count(size) {
         let start = segment * SEGMENT_BYTES;
         let bytes = &mut buffer[..(size - start).min(SEGMENT_BYTES) as usize];
@@ -82,36 +68,10 @@ fn export_disk(
             let hashes = opened.tables.segment(segment).map_err(failed)?;
             ahead.segment(segment);
             ahead.segment(segment + 1);
-            found.clear();
-            if ahead.read_at(start, bytes).is_ok() {
-                hash_blocks(bytes, &mut found);
-            }
-            if found != hashes {
-                salvage(opened, segment, &hashes, bytes)?;
-            }
+            whole::read(opened, &ahead, segment * SEGMENT_BLOCKS, &hashes, bytes)?;
             writer.segment(segment, &hashes, bytes)?;
         }
         meter.add(bytes.len() as u64)?;
     }
     Ok(writer.finish(snapshot.consistency, snapshot.skipped_bytes)?)
-}
-
-/// Reads a segment block by block by any way there is.
-fn salvage(
-    opened: &OpenedSnapshot,
-    segment: u64,
-    hashes: &[janus_proto::ids::BlockHash],
-    bytes: &mut [u8],
-) -> Result<(), CarryError> {
-    let snapshot = opened.held.snapshot();
-    let mut salvage = Salvage::new(opened);
-    let pieces = bytes.chunks_mut(BLOCK_BYTES as usize);
-    for ((block, hash), piece) in (segment * SEGMENT_BLOCKS..).zip(hashes).zip(pieces) {
-        debug_assert_eq!(piece.len(), block_len(snapshot.size_bytes, block));
-        if !salvage.read(block, *hash, piece) {
-            let (machine, disk) = (opened.held.run.machine.clone(), snapshot.disk.clone());
-            return Err(CarryError::Lost { machine, disk, block });
-        }
-    }
-    Ok(())
 }

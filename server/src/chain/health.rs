@@ -308,15 +308,9 @@ impl Health {
         storage: &Disk,
         folder: &Path,
         held: &Held,
-        mut below: BlockRanges,
+        below: BlockRanges,
     ) -> BlockRanges {
-        if !below.is_empty() {
-            take_own_out(storage, folder, held.snapshot(), &mut below);
-        }
-        match self.missing(held.snapshot()) {
-            Some(missing) => missing.clone(),
-            None => below,
-        }
+        through(storage, folder, held, below, self.missing(held.snapshot()))
     }
 
     fn has_lost_its_table(&self, storage: &Disk, folder: &Path, snapshot: &Snapshot) -> bool {
@@ -371,17 +365,28 @@ impl Health {
         storage: &Disk,
         folder: &Path,
         held: &Held,
-        mut below: BlockRanges,
+        below: BlockRanges,
     ) -> BlockRanges {
-        let snapshot = held.snapshot();
-        if !below.is_empty() {
-            take_own_out(storage, folder, snapshot, &mut below);
-        }
-        if let Some(damage) = self.damage(snapshot) {
-            below.extend(&damage.blocks);
-        }
-        below
+        let own = self.damage(held.snapshot()).map(|damage| &damage.blocks);
+        through(storage, folder, held, below, own)
     }
+}
+
+/// What is wrong `below`, without the blocks that a snapshot's own image holds, with those that are wrong in that.
+fn through(
+    storage: &Disk,
+    folder: &Path,
+    held: &Held,
+    mut below: BlockRanges,
+    own: Option<&BlockRanges>,
+) -> BlockRanges {
+    if !below.is_empty() {
+        take_own_out(storage, folder, held.snapshot(), &mut below);
+    }
+    if let Some(own) = own {
+        below.extend(own);
+    }
+    below
 }
 
 /// Takes the blocks that an image holds out of `blocks`, as far as its table can be read.

@@ -261,9 +261,8 @@ impl Pair<'_> {
     /// The link's image; of a stub too, when the child has all that it lacks.
     fn link_path(&self) -> Result<PathBuf, MergeError> {
         let path = self.folder.join(&self.link.image);
-        let stub = stub::path(&path);
-        let is_stub = self.storage.exists(&stub).map_err(MergeError::io("look for", &stub))?;
-        Ok(if is_stub { stub } else { path })
+        let failed = MergeError::io("look for", &path);
+        stub::place(self.storage, path).map_err(failed)
     }
 
     fn make_table(

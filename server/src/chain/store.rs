@@ -628,11 +628,7 @@ fn last_sequence(storage: &Disk, folder: &Path) -> Result<u64, StoreError> {
 
 /// Images and tables that manifests name, those in the trash too.
 fn published_files(folder: &Path, state: &MachineState) -> HashSet<PathBuf> {
-    let files = |held: &Held| {
-        let snapshot = held.snapshot();
-        let image = folder.join(&snapshot.image);
-        [stub::path(&image), image, folder.join(&snapshot.table)]
-    };
+    let files = |held: &Held| stub::files(folder, held.snapshot());
     state.history.links().flat_map(files).collect()
 }
 

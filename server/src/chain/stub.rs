@@ -21,6 +21,21 @@ use crate::storage::{Access, Disk, File};
 /// What the name of a stub's image ends in.
 const ENDING: &str = ".stub";
 
+/// All files that a snapshot has in a machine's folder: its image, be it a stub's, and its table.
+pub fn files(folder: &Path, snapshot: &Snapshot) -> [PathBuf; 3] {
+    let image = folder.join(&snapshot.image);
+    [path(&image), image, folder.join(&snapshot.table)]
+}
+
+/// Where an image lies now, if it is there.
+///
+/// # Errors
+/// As the file system says.
+pub fn place(storage: &Disk, image: PathBuf) -> io::Result<PathBuf> {
+    let stub = path(&image);
+    Ok(if storage.exists(&stub)? { stub } else { image })
+}
+
 /// The name that an image has while it is a stub.
 pub fn name(image: &str) -> String {
     format!("{image}{ENDING}")

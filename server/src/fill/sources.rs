@@ -223,12 +223,7 @@ fn read_there(
                 common.insert(block..block + 1);
             }
         }
-        let as_extent = |range: std::ops::Range<u64>| Extent {
-            first: range.start,
-            count: range.end - range.start,
-            zero: false,
-        };
-        extents = common.iter().map(as_extent).collect();
+        extents = common.iter().map(Extent::of_data).collect();
     }
     let mut came = BlockRanges::default();
     if extents.is_empty() {

@@ -42,7 +42,7 @@ pub(super) struct Stub<'a> {
 impl<'a> Stub<'a> {
     pub(super) fn open(runs: &'a Runs, held: &'a Held) -> Result<Self, FillError> {
         let machine = runs.machine(&held.run.machine).ok_or(FillError::Gone)?;
-        let missing = machine.health().missing(held.snapshot()).cloned().ok_or(FillError::Gone)?;
+        let missing = machine.missing(held.snapshot()).ok_or(FillError::Gone)?;
         let (storage, snapshot) = (runs.store().storage(), held.snapshot());
         let folder = runs.store().machine_folder(&machine.key);
         let path = folder.join(&snapshot.image);
@@ -95,14 +95,7 @@ impl<'a> Stub<'a> {
         if !lacking.is_empty() {
             self.runs.check_room_for(SEGMENT_BYTES).map_err(own)?;
             let digest = self.tables.digest(segment);
-            let extents: Vec<Extent> = lacking
-                .iter()
-                .map(|range| Extent {
-                    first: range.start,
-                    count: range.end - range.start,
-                    zero: false,
-                })
-                .collect();
+            let extents: Vec<Extent> = lacking.iter().map(Extent::of_data).collect();
             let mut buffer = std::mem::take(&mut self.buffer);
             let start = segment * SEGMENT_BLOCKS;
             let place = |block: u64| {
@@ -216,8 +209,7 @@ impl<'a> Stub<'a> {
         }
         self.runs.note_filled(self.held, &looked, &all_lacking);
         // Readers may have found more.
-        let health = self.machine.health();
-        self.missing = health.missing(self.held.snapshot()).cloned().ok_or(FillError::Gone)?;
+        self.missing = self.machine.missing(self.held.snapshot()).ok_or(FillError::Gone)?;
         Ok(())
     }
 

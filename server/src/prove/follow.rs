@@ -3,10 +3,7 @@
 //! When the last one was is known from the records, so a restart proves nothing anew. Outside of the hours, and while clients
 //! write, reading pauses; what a restart interrupts is begun again, perhaps with another backup.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -17,13 +14,11 @@ use crate::{
     config::{ConfigError, Prove, replicate::Hours},
     runs::{Runs, now_ms},
     seed::Which,
-    verify::pace::Limit,
+    verify::pace::{Limit, seldom},
 };
 
 /// How often the clock is looked at.
 const LOOK: Duration = Duration::from_secs(60);
-/// How often it is asked whether clients write.
-const ASK: Duration = Duration::from_millis(500);
 
 /// What a server proves by itself.
 pub struct Schedule {
@@ -108,15 +103,7 @@ impl Schedule {
     /// Whether to wait now: a client writes, or the hours are over.
     fn waits(self: &Arc<Self>) -> impl Fn() -> bool + Send + Sync + use<> {
         let schedule = self.clone();
-        let look = move || schedule.runs.is_busy() || schedule.hours.left(now_ms()).is_none();
-        let looked = Mutex::new((Instant::now(), look()));
-        move || {
-            let mut looked = looked.lock().unwrap_or_else(PoisonError::into_inner);
-            if looked.0.elapsed() > ASK {
-                *looked = (Instant::now(), look());
-            }
-            looked.1
-        }
+        seldom(move || schedule.runs.is_busy() || schedule.hours.left(now_ms()).is_none())
     }
 }
 

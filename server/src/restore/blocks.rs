@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 use janus_proto::{
+    asked::by_segment,
     buffers::Buffer,
     hash::{hash_block, hash_blocks, segment_digest, zero_hash, zero_segment_of},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, block_len},
@@ -17,7 +18,7 @@ use tonic::Status;
 
 use super::{
     RestoreError,
-    hashes::{Answers, Gone, by_segment, send},
+    hashes::{Answers, Gone, send},
     too_short,
 };
 use crate::chain::{

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use janus_proto::{
+    asked::{self, by_segment},
     ids::{BlockHash, SEGMENT_BLOCKS},
     model::MAX_HASHES,
     pb,
@@ -32,12 +33,12 @@ pub(super) struct Asked {
 /// Sends the hashes of the ranges at one level.
 pub(super) fn send_hashes(
     content: &Content,
-    asked: &Asked,
+    wanted: &Asked,
     answers: &Answers<pb::ReadHashesResponse>,
 ) {
-    let sent = match asked.level {
-        pb::HashLevel::Segment => send_segment_digests(content, asked, answers),
-        _ => send_block_hashes(content, asked, answers),
+    let sent = match wanted.level {
+        pb::HashLevel::Segment => send_segment_digests(content, wanted, answers),
+        _ => send_block_hashes(content, wanted, answers),
     };
     if let Err(Some(error)) = sent {
         let _ = answers.blocking_send(Err(error));
@@ -46,17 +47,17 @@ pub(super) fn send_hashes(
 
 fn send_segment_digests(
     content: &Content,
-    asked: &Asked,
+    wanted: &Asked,
     answers: &Answers<pb::ReadHashesResponse>,
 ) -> Result<(), Option<Status>> {
     let digests = content.segment_digests().map_err(|e| Some(e.into()))?;
-    for range in &asked.ranges {
-        let wanted = digests
+    for range in &wanted.ranges {
+        let digests = digests
             .get(range.start as usize..range.end as usize)
             .ok_or_else(|| Some(too_short()))?;
-        for (index, piece) in wanted.chunks(MAX_HASHES).enumerate() {
+        for (index, piece) in digests.chunks(MAX_HASHES).enumerate() {
             let first = range.start + (index * MAX_HASHES) as u64;
-            send(answers, asked.hashes(first, piece)).map_err(|Gone| None)?;
+            send(answers, asked::hashes(first, piece, wanted.hash_bytes)).map_err(|Gone| None)?;
         }
     }
     Ok(())
@@ -64,51 +65,30 @@ fn send_segment_digests(
 
 fn send_block_hashes(
     content: &Content,
-    asked: &Asked,
+    wanted: &Asked,
     answers: &Answers<pb::ReadHashesResponse>,
 ) -> Result<(), Option<Status>> {
-    for range in &asked.ranges {
+    for range in &wanted.ranges {
         let mut waiting: Vec<BlockHash> = Vec::new();
         let mut first = range.start;
         for part in by_segment(range.clone()) {
             let segment = part.start / SEGMENT_BLOCKS;
             let all = content.segment(segment).map_err(|e| Some(e.into()))?;
             let inside = (part.start % SEGMENT_BLOCKS) as usize..;
-            let wanted =
+            let part_hashes =
                 all.get(inside).and_then(|all| all.get(..(part.end - part.start) as usize));
-            waiting.extend_from_slice(wanted.ok_or_else(|| Some(too_short()))?);
+            waiting.extend_from_slice(part_hashes.ok_or_else(|| Some(too_short()))?);
             if waiting.len() + SEGMENT_BLOCKS as usize > MAX_HASHES {
-                send(answers, asked.hashes(first, &waiting)).map_err(|Gone| None)?;
+                send(answers, asked::hashes(first, &waiting, wanted.hash_bytes))
+                    .map_err(|Gone| None)?;
                 first = part.end;
                 waiting.clear();
             }
         }
         if !waiting.is_empty() {
-            send(answers, asked.hashes(first, &waiting)).map_err(|Gone| None)?;
+            send(answers, asked::hashes(first, &waiting, wanted.hash_bytes))
+                .map_err(|Gone| None)?;
         }
     }
     Ok(())
-}
-
-impl Asked {
-    fn hashes(&self, first: u64, piece: &[BlockHash]) -> pb::ReadHashesResponse {
-        let mut hashes = Vec::with_capacity(piece.len() * self.hash_bytes);
-        for hash in piece {
-            hashes.extend_from_slice(&hash.0[..self.hash_bytes]);
-        }
-        let is_whole = self.hash_bytes == BlockHash::LEN;
-        let hash_bytes = if is_whole { 0 } else { self.hash_bytes as u32 };
-        let batch = pb::HashBatch { first, hashes: hashes.into(), hash_bytes };
-        pb::ReadHashesResponse { batch: Some(batch) }
-    }
-}
-
-/// A range of blocks in parts that each lie within one segment.
-pub(super) fn by_segment(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let mut next = range.start;
-    std::iter::from_fn(move || {
-        let start = next;
-        next = range.end.min((start / SEGMENT_BLOCKS + 1) * SEGMENT_BLOCKS);
-        (start < next).then_some(start..next)
-    })
 }

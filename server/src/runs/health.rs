@@ -218,7 +218,7 @@ impl Runs {
     /// Blocks of a stub turned out not to be here: they are fetched again.
     fn note_lacking(&self, held: &Held, blocks: &BlockRanges) {
         let Some(machine) = self.machine(&held.run.machine) else { return };
-        if machine.health().missing(held.snapshot()).is_some() {
+        if machine.missing(held.snapshot()).is_some() {
             self.change(&machine, held, Keep::Later, |known| {
                 if let Some(missing) = &mut known.missing {
                     missing.extend(blocks);

@@ -10,9 +10,10 @@ use janus_proto::ids::{BackupId, DiskId, MachineKey, SnapshotId};
 
 use super::{ActiveRun, MAX_COUNTER_JUMP, RunError, lock, now_ms};
 use crate::chain::{
-    Held, History, Run, TrashRecord, TrashedRun,
+    Held, History, Run, Snapshot, TrashRecord, TrashedRun,
     health::Health,
     merge::Intent,
+    ranges::BlockRanges,
     store::{Counters, MachineState},
 };
 use crate::prove::record::Proofs;
@@ -258,6 +259,11 @@ impl Machine {
     /// Blocks that a snapshot lacks, since a stub that it builds on isn't full.
     pub fn missing_blocks(&self, snapshot: SnapshotId) -> u64 {
         lock(&self.state).health.incomplete.get(&snapshot).copied().unwrap_or(0)
+    }
+
+    /// Blocks that a stub lacks; `None`: it is none.
+    pub fn missing(&self, snapshot: &Snapshot) -> Option<BlockRanges> {
+        lock(&self.state).health.missing(snapshot).cloned()
     }
 
     /// Its stubs.

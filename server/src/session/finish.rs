@@ -190,7 +190,7 @@ impl Session {
             slots.iter().map(|(payload, slot)| (*payload, *slot)).collect();
         order.sort_unstable();
         let payloads = order.into_iter().map(|(index, slot)| {
-            let present = half(&bitmap(inner.index.touched.get(&(index / 2))), index);
+            let present = bitmap(inner.index.touched.get(&(index / 2))).half(index);
             Ok::<_, Infallible>(Payload { index, slot, present })
         });
         let slots = slots.len() as u32;
@@ -252,10 +252,4 @@ fn runs(marked: &SegmentBitmap, segment: u64) -> Vec<Range<u64>> {
         }
     }
     runs
-}
-
-/// The half of a segment's bitmap that belongs to payload block `index`.
-fn half(bits: &SegmentBitmap, index: u64) -> [u64; 8] {
-    let from = (index % 2) as usize * 8;
-    std::array::from_fn(|word| bits.0[from + word])
 }

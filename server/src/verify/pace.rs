@@ -1,7 +1,10 @@
 //! How fast checks read, and when they stop: a rate, shared by all threads that read.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -13,8 +16,22 @@ use crate::pace::Rate;
 
 /// Longest sleep before it is asked again whether to stop.
 const SLICE: Duration = Duration::from_millis(50);
+/// How often it is asked whether to wait.
+const ASK: Duration = Duration::from_millis(500);
 /// What an idle reader may catch up.
 const CREDIT: Duration = Duration::from_millis(200);
+
+/// Asks no more than twice in a second, and answers the same in between: what it asks takes locks.
+pub fn seldom(ask: impl Fn() -> bool + Send + Sync) -> impl Fn() -> bool + Send + Sync {
+    let asked = Mutex::new((Instant::now(), ask()));
+    move || {
+        let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if asked.0.elapsed() > ASK {
+            *asked = (Instant::now(), ask());
+        }
+        asked.1
+    }
+}
 
 /// Asked before each read.
 pub trait Pace: Sync {

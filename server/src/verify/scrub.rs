@@ -3,14 +3,17 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{CheckError, Way, check_image, pace::Limit};
+use super::{
+    CheckError, Way, check_image,
+    pace::{Limit, seldom},
+};
 use crate::{
     blocking,
     chain::Held,
@@ -19,8 +22,6 @@ use crate::{
 
 /// Pause when nothing is due.
 const IDLE: Duration = Duration::from_secs(15);
-/// How often it is asked whether clients write.
-const LOOK: Duration = Duration::from_millis(500);
 /// An image that can't be read now is tried again after this.
 const LATER: Duration = Duration::from_secs(3600);
 
@@ -76,15 +77,7 @@ fn check(
     bytes_per_second: u64,
     stop: CancellationToken,
 ) -> Result<(), CheckError> {
-    let looked = Mutex::new((Instant::now(), runs.is_busy()));
-    let is_busy = || {
-        let mut looked = looked.lock().unwrap_or_else(PoisonError::into_inner);
-        if looked.0.elapsed() > LOOK {
-            *looked = (Instant::now(), runs.is_busy());
-        }
-        looked.1
-    };
-    let limit = Limit::new(bytes_per_second, stop, is_busy);
+    let limit = Limit::new(bytes_per_second, stop, seldom(|| runs.is_busy()));
     let began = Instant::now();
     check_image(runs, held, Way::GoOn, &limit)?;
     tracing::info!(image = held.snapshot().image, machine = %held.run.machine, read_bytes = limit.read_bytes(), seconds = began.elapsed().as_secs(), "image checked");

@@ -36,17 +36,6 @@ for start, length in ranges or [(0, parent.get_media_size())]:
         length -= len(data)
 "#;
 
-/// What `qemu-img` is told of an image to be read. Versions before 8 take the size of a VHD from its geometry, which is
-/// rounded, unless they are told not to.
-pub fn for_qemu(image: &Path) -> [String; 2] {
-    let path = image.display();
-    let driver = match image.extension().is_some_and(|extension| extension == "vhd") {
-        true => "vpc,force_size_calc=current_size",
-        false => "vhdx",
-    };
-    ["--image-opts".into(), format!("driver={driver},file.driver=file,file.filename={path}")]
-}
-
 pub fn assert_same(actual: &[u8], expected: &[u8], what: &str) {
     let difference = actual.iter().zip(expected).position(|(a, b)| a != b);
     assert_eq!(difference, None, "{what}: first byte that differs");

@@ -15,7 +15,6 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::{
-    disk,
     noise::Noise,
     packages::{self, Tool},
     site::{Plan, Programs, Running, Site},
@@ -46,11 +45,7 @@ pub(super) fn run(programs: &Programs, folder: &Path, bytes: u64, json: &Path) -
         Tool { program: "qemu-nbd", package: "qemu-utils" },
         Tool { program: "nbdcopy", package: "libnbd-bin" },
     ])?;
-    fs::create_dir_all(folder)?;
-    let work = tempfile::Builder::new().prefix("run-").tempdir_in(folder)?;
-    let image = work.path().join("disk.raw");
-    disk::blank(&image, bytes)?;
-    disk::write_noise(&image, 0..bytes, 1)?;
+    let (work, image) = super::noise_disk(folder, bytes)?;
     let plan = Plan {
         servers: vec!["server-a".into()],
         janus: true,

@@ -42,11 +42,7 @@ pub(super) fn run(programs: &Programs, folder: &Path, bytes: u64, json: &Path) -
         Tool { program: "stunnel4", package: "stunnel4" },
         Tool { program: "openssl", package: "openssl" },
     ])?;
-    fs::create_dir_all(folder)?;
-    let work = tempfile::Builder::new().prefix("run-").tempdir_in(folder)?;
-    let image = work.path().join("disk.raw");
-    disk::blank(&image, bytes)?;
-    disk::write_noise(&image, 0..bytes, 1)?;
+    let (work, image) = super::noise_disk(folder, bytes)?;
     let servers = [SOURCE].iter().chain(&TARGETS).map(|name| (*name).to_owned()).collect();
     let plan = Plan { servers, janus: true, folder: Some(work.path().join("site")) };
     let mut site = Site::start(programs.clone(), &plan)?;

@@ -97,8 +97,7 @@ impl Store {
             None => {}
         }
         if intent.link_goes() {
-            let image = folder.join(&intent.link.image);
-            for path in [stub::path(&image), image, folder.join(&intent.link.table)] {
+            for path in stub::files(&folder, &intent.link) {
                 self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
             }
         }

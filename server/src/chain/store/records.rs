@@ -2,8 +2,8 @@
 
 use std::{io, path::Path};
 
-use janus_proto::summed;
 pub(crate) use janus_proto::summed::with_sum;
+use janus_proto::summed::{self, Unfit};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{FORMAT, StoreError};
@@ -74,13 +74,9 @@ pub(in crate::chain) fn read<T: DeserializeOwned>(
 
 /// The value in the bytes of the file at `path`, if they are what a writer left there.
 pub(crate) fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T, StoreError> {
-    let damaged = |reason: String| StoreError::Damaged { path: path.to_owned(), reason };
-    let json = summed::checked(bytes).map_err(|reason| damaged(reason.into()))?;
-    let value: serde_json::Value =
-        serde_json::from_slice(json).map_err(|e| damaged(e.to_string()))?;
-    let format = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or_default();
-    if format > u64::from(FORMAT) {
-        return Err(StoreError::Newer { path: path.to_owned(), format });
-    }
-    serde_json::from_value(value).map_err(|e| damaged(e.to_string()))
+    let path = path.to_owned();
+    summed::parse(bytes, FORMAT).map_err(|unfit| match unfit {
+        Unfit::Newer(format) => StoreError::Newer { path, format },
+        Unfit::Damaged(reason) => StoreError::Damaged { path, reason },
+    })
 }

@@ -307,11 +307,7 @@ impl Survey<'_> {
         if self.incomplete || self.history.lacks_links() {
             return Ok(());
         }
-        let named = |held: &Held| {
-            let snapshot = held.snapshot();
-            let image = self.folder.join(&snapshot.image);
-            [stub::path(&image), image, self.folder.join(&snapshot.table)]
-        };
+        let named = |held: &Held| stub::files(self.folder, held.snapshot());
         let known: HashSet<PathBuf> = self.history.links().flat_map(named).collect();
         for disk in folders_in(self.storage, self.folder)? {
             for from in list(self.storage, &disk)? {
