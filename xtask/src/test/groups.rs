@@ -4,8 +4,8 @@ use std::{fs, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{matrix, steps::Runner, tidy, tools};
-use crate::{bindings, packages, site::Programs};
+use super::{matrix, programs::Target, steps::Runner, tidy, tools};
+use crate::{bindings, packages};
 
 /// A part of the test run.
 pub(super) struct Group {
@@ -92,15 +92,12 @@ fn build(runner: &mut Runner) {
     runner.check("buf lint", tools::buf_lint);
     runner.check("tidy", tidy::check);
     runner.check("failure matrix", matrix::check);
-    runner.check("programs", || Programs::for_tests().map(drop));
+    runner.compile_tests();
+    runner.cargo("examples in docs", &["test", "--workspace", "--doc"]);
 }
 
 fn main_job(runner: &mut Runner) {
-    let mut arguments = vec!["test", "-p", "xtask"];
-    if !rustix::process::geteuid().is_root() {
-        arguments.extend(["--", "--skip", "as_root_"]);
-    }
-    runner.cargo("xtask", &arguments);
+    runner.tests("xtask", Target::Lib, &without_root(&[]));
     for name in whole_system_tests(runner) {
         if PLACED.iter().all(|(placed, _)| *placed != name) {
             whole_system(runner, &name);
@@ -112,41 +109,30 @@ fn main_job(runner: &mut Runner) {
 }
 
 fn janus(runner: &mut Runner) {
-    runner.cargo("janus", &["test", "-p", "janus"]);
+    package(runner, "janus");
     placed(runner, "janus");
 }
 
 fn store(runner: &mut Runner) {
-    let mut arguments = vec!["test", "-p", "janus-server"];
-    if !rustix::process::geteuid().is_root() {
-        println!("NOT RUN, they need root for loop devices: tests of the server called as_root_*");
-        arguments.extend(["--", "--skip", "as_root_"]);
-    }
-    runner.cargo("server", &arguments);
+    package(runner, "server");
     placed(runner, "store");
 }
 
 fn sources(runner: &mut Runner) {
-    let mut arguments = vec!["test", "-p", "janus-client", "--lib", "--"];
-    arguments.extend(SOURCE_MODULES);
-    runner.cargo("client sources", &arguments);
+    runner.tests("client", Target::Lib, SOURCE_MODULES);
     placed(runner, "sources");
 }
 
 fn client(runner: &mut Runner) {
-    let mut arguments = vec!["test", "-p", "janus-client", "--lib", "--bins", "--"];
-    for module in SOURCE_MODULES.iter().chain(RESTORE_MODULES) {
-        arguments.extend(["--skip", module]);
-    }
-    runner.cargo("client", &arguments);
-    runner.cargo("client docs", &["test", "-p", "janus-client", "--doc"]);
+    let others = SOURCE_MODULES.iter().chain(RESTORE_MODULES);
+    let arguments: Vec<_> = others.flat_map(|module| ["--skip", module]).collect();
+    runner.tests("client", Target::Lib, &arguments);
+    runner.tests("client", Target::Bins, &[]);
     placed(runner, "client");
 }
 
 fn restore(runner: &mut Runner) {
-    let mut arguments = vec!["test", "-p", "janus-client", "--lib", "--"];
-    arguments.extend(RESTORE_MODULES);
-    runner.cargo("client restore", &arguments);
+    runner.tests("client", Target::Lib, RESTORE_MODULES);
     placed(runner, "restore");
 }
 
@@ -155,7 +141,9 @@ fn seeding(runner: &mut Runner) {
 }
 
 fn security(runner: &mut Runner) {
-    runner.cargo("proto", &["test", "-p", "janus-proto"]);
+    for target in [Target::Lib, Target::Tests] {
+        runner.tests("proto", target, &[]);
+    }
     placed(runner, "security");
 }
 
@@ -169,21 +157,28 @@ fn placed(runner: &mut Runner, group: &str) {
     }
 }
 
+/// All tests of a package.
+fn package(runner: &mut Runner, name: &str) {
+    for target in [Target::Lib, Target::Bins, Target::Tests] {
+        runner.tests(name, target, &without_root(&[]));
+    }
+}
+
+/// Arguments of tests, and without root those that leave out what needs it.
+fn without_root<'a>(arguments: &[&'a str]) -> Vec<&'a str> {
+    let mut arguments = arguments.to_vec();
+    if !rustix::process::geteuid().is_root() {
+        println!("NOT RUN, they need root for loop devices or networks: tests called as_root_*");
+        arguments.extend(["--skip", "as_root_"]);
+    }
+    arguments
+}
+
 fn whole_system(runner: &mut Runner, name: &str) {
     // One at a time: each test runs several programs, and memory and times are looked at. Those with networks of their
     // own mostly wait for silence to be long enough.
     let threads = if name == "links" { "16" } else { "1" };
-    let mut arguments = vec!["test", "-p", "janus-client", "--test", name];
-    if runner.soak && name == "simulation" {
-        arguments.extend(["--profile", "soak"]);
-    }
-    arguments.extend(["--", "--test-threads", threads]);
-    if !rustix::process::geteuid().is_root() {
-        println!(
-            "NOT RUN, they need root for loop devices or networks: tests of {name} called as_root_*"
-        );
-        arguments.extend(["--skip", "as_root_"]);
-    }
+    let mut arguments = without_root(&["--test-threads", threads]);
     // Its package brings other versions of QEMU's tools along, which the other tests then use.
     if name == "prove" && !runner.soak && !packages::is_here(QEMU) {
         println!(
@@ -192,7 +187,12 @@ fn whole_system(runner: &mut Runner, name: &str) {
         arguments.extend(["--skip", "boot::"]);
     }
     arguments.extend(if runner.shows_figures(name) { &["--nocapture"][..] } else { &[] });
-    runner.cargo(name, &arguments);
+    if runner.soak && name == "simulation" {
+        let cargo = "test -p janus-client --profile soak --test simulation --";
+        runner.cargo(name, &[&cargo.split(' ').collect::<Vec<_>>(), &arguments[..]].concat());
+    } else {
+        runner.tests("client", Target::Test(name), &arguments);
+    }
 }
 
 /// Files of `client/tests`, and folders with a `main.rs`: read from the folder, so that a new one can't be forgotten.

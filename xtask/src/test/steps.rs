@@ -1,4 +1,4 @@
-//! Running cargo and checks, and counting what they say.
+//! Running cargo, test programs and checks, and counting what they say.
 
 use std::{
     io::{BufRead, BufReader},
@@ -7,6 +7,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
+use super::programs::{self, Target, TestProgram};
 use crate::site::{PROGRAMS_VARIABLE, cargo, target};
 
 /// Tests, or checks, by outcome.
@@ -17,17 +18,20 @@ pub(super) struct Counts {
 }
 
 /// Runs steps and remembers what failed.
+#[derive(Debug, Default)]
 pub(super) struct Runner {
     pub quick: bool,
     pub failures: Vec<String>,
     /// With more rounds and larger disks.
     pub soak: bool,
     counts: Counts,
+    /// Compiled at the first need.
+    programs: Option<Vec<TestProgram>>,
 }
 
 impl Runner {
-    pub fn new(quick: bool, soak: bool) -> Result<Self> {
-        Ok(Self { quick, soak, failures: Vec::new(), counts: Counts::default() })
+    pub fn new(quick: bool, soak: bool) -> Self {
+        Self { quick, soak, ..Self::default() }
     }
 
     /// True for tests that print a seed or figures worth a log line.
@@ -57,14 +61,49 @@ impl Runner {
         println!("-- {name}: cargo {}", arguments.join(" "));
         let mut cargo = cargo();
         cargo.args(arguments).envs(environment.iter().copied());
+        self.count(name, cargo);
+    }
+
+    /// Compiles all test programs at once, unless it was done.
+    pub fn compile_tests(&mut self) {
+        if self.programs.is_none() {
+            println!("-- programs and tests: cargo test --workspace --no-run");
+            let (found, compiled) = programs::compile();
+            self.programs = Some(found);
+            match compiled {
+                Ok(()) => self.counts.passed += 1,
+                Err(error) => self.fail(format!("programs and tests: {error:#}")),
+            }
+        }
+    }
+
+    /// Runs the tests of a package (its folder).
+    pub fn tests(&mut self, package: &str, target: Target, arguments: &[&str]) {
+        let name = match target {
+            Target::Lib => format!("unit tests of {package}"),
+            Target::Bins => format!("unit tests of the programs of {package}"),
+            Target::Tests => format!("{package}/tests"),
+            Target::Test(name) => format!("{package}/tests/{name}"),
+        };
+        println!("-- {name} {}", arguments.join(" "));
+        self.compile_tests();
+        let commands =
+            programs::commands(self.programs.as_deref().unwrap_or_default(), package, target);
+        if commands.is_empty() {
+            self.fail(format!("{name}: there are none"));
+        }
+        for mut command in commands {
+            command.args(arguments);
+            self.count(&name, command);
+        }
+    }
+
+    fn count(&mut self, name: &str, mut command: Command) {
         if self.soak {
-            cargo.env("JANUS_SOAK", "1");
+            command.env("JANUS_SOAK", "1");
         }
-        let programs = target().join("debug");
-        if programs.join("janus-client").is_file() {
-            cargo.env(PROGRAMS_VARIABLE, programs);
-        }
-        match counted(&mut cargo) {
+        command.env(PROGRAMS_VARIABLE, target().join("debug"));
+        match counted(&mut command) {
             Ok((true, counts)) if counts == Counts::default() => self.counts.passed += 1,
             Ok((true, counts)) => self.add(counts),
             Ok((false, counts)) => {
@@ -72,7 +111,7 @@ impl Runner {
                 if counts.failed == 0 {
                     self.counts.failed += 1;
                 }
-                self.failures.push(format!("{name}: cargo {}", arguments.join(" ")));
+                self.failures.push(format!("{name}: {command:?}"));
             }
             Err(error) => self.fail(format!("{name}: {error:#}")),
         }
@@ -92,7 +131,8 @@ impl Runner {
 
 /// Runs a command, shows its output and sums up its `test result:` lines.
 fn counted(command: &mut Command) -> Result<(bool, Counts)> {
-    let mut child = command.stdout(Stdio::piped()).spawn().context("run cargo")?;
+    let mut child =
+        command.stdout(Stdio::piped()).spawn().with_context(|| format!("run {command:?}"))?;
     let stdout = child.stdout.take().context("stdout is piped")?;
     let mut counts = Counts::default();
     for line in BufReader::new(stdout).lines().map_while(Result::ok) {
