@@ -3,7 +3,7 @@
 //! ```text
 //! PREFIX/<server>/<user>/<machine>/runs/<time>-<run>.json                        a run: what is in it, written last
 //! PREFIX/<server>/<user>/<machine>/disks/<disk>/<snapshot>.vhdx.0000000.<sum>.zst  a part of an image, 32 MiB of it
-//! PREFIX/<server>/<user>/<machine>/disks/<disk>/<snapshot>.vhdx.index              sums of all its parts
+//! PREFIX/<server>/<user>/<machine>/disks/<disk>/<snapshot>.vhdx.index.<sum>        sums of all its parts
 //! PREFIX/<server>/<user>/<machine>/disks/<disk>/<snapshot>.table.…                 the same of the hashes of its blocks
 //! ```
 //!
@@ -12,7 +12,7 @@
 //! image with few changes mostly is, take nothing; each frame can be read alone.
 //!
 //! The manifest of a run ([`manifest`]) is its commit point. It names, for each disk, all images of its chain with the sums of
-//! their indexes, and is never changed: a run needs no other manifest. Names of objects are made, never read. What an archive
+//! their indexes: a run needs no other manifest. It is changed only when its run is sent again. Names of objects are made, never read. What an archive
 //! says is foreign: sizes are bounded before memory is taken, parts have sums, and blocks are compared with their hashes.
 
 use std::{io, time::Duration};

@@ -32,7 +32,7 @@ use std::sync::Arc;
 use clap::Subcommand;
 use janus_proto::{
     archive::ArchiveError,
-    ids::{DiskId, MachineKey, SnapshotId},
+    ids::{BackupId, DiskId, MachineKey, SnapshotId},
     tls::TlsError,
 };
 use serde::{Deserialize, Serialize};
@@ -141,7 +141,9 @@ pub enum AdminError {
         snapshot: SnapshotId,
     },
     /// No such archive.
-    #[error("no archive {name} in the settings: {known}; a section [archive.{name}] makes one")]
+    #[error(
+        "no archive {name} in the settings: {known}; a section [archive.{name}] makes one (a server that runs reads its settings when it starts)"
+    )]
     UnknownArchive {
         /// As given.
         name: String,
@@ -149,8 +151,23 @@ pub enum AdminError {
         known: String,
     },
     /// Another one is at work.
-    #[error("an archive is being written or verified here already: try again when that is done")]
-    ArchiveBusy,
+    #[error("archive {name} is being written or verified already: try again when that is done")]
+    ArchiveBusy {
+        /// Its name.
+        name: String,
+    },
+    /// No such run is there.
+    #[error(
+        "archive {archive} has no run {run} of {machine} that this server put there: `janus-server archive list {archive} --own` shows them"
+    )]
+    NotArchived {
+        /// Its name.
+        archive: String,
+        /// Whose.
+        machine: MachineKey,
+        /// As given.
+        run: BackupId,
+    },
     /// The caller has gone, or the server stops.
     #[error("stopped before it was done: what is missing can be done by the same command")]
     Cancelled,

@@ -6,13 +6,14 @@
 //! has sent is used by the next one, or removed. Everything here blocks, on a runtime of its own for the calls.
 
 mod source;
+mod there;
 mod upload;
 mod verify;
 mod write;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Mutex, MutexGuard, TryLockError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use janus_proto::{
@@ -22,11 +23,12 @@ use janus_proto::{
         names::MachinePlace,
         runs::{self as archived_runs, Listed},
     },
-    ids::{BackupId, DiskId, MachineKey, ServerId, SnapshotId},
+    ids::{BackupId, DiskId, MachineKey, ServerId},
     table::TableStack,
 };
 use tokio_util::sync::CancellationToken;
 
+use self::there::{Objects, There};
 pub use self::{
     source::{choose, open_run},
     verify::Verified,
@@ -39,11 +41,26 @@ use crate::{
     seed::{SeedError, Which},
 };
 
-/// One archive at a time: two could take each other's parts for what a killed one left.
-static AT_WORK: Mutex<()> = Mutex::new(());
+/// Names of archives at work: two of one could take each other's parts for what a killed one left.
+static AT_WORK: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
-/// Objects of an archive, with their sizes.
-type Objects = BTreeMap<Path, u64>;
+/// Keeps others away from an archive until it is dropped.
+#[derive(Debug)]
+pub struct Alone(String);
+
+impl Alone {
+    /// `None`: another one is at work.
+    pub fn with(name: &str) -> Option<Self> {
+        let mut at_work = AT_WORK.lock().unwrap_or_else(PoisonError::into_inner);
+        at_work.insert(name.to_owned()).then(|| Self(name.to_owned()))
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        AT_WORK.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
+    }
+}
 
 /// What comes of a machine.
 #[derive(Debug)]
@@ -78,7 +95,7 @@ pub struct Sent {
 pub struct Wish {
     /// Every run that is newer than what is there, not only the newest of each disk.
     pub all_runs: bool,
-    /// New bases.
+    /// New bases of which nothing that is there is a part, also of a run that is there.
     pub full: bool,
 }
 
@@ -87,19 +104,25 @@ pub struct Archive {
     runtime: tokio::runtime::Runtime,
     store: Store,
     own: ServerId,
+    name: String,
     rule: Rule,
 }
 
 impl Archive {
-    /// Opens the archive of a section of the settings, as the server `own`.
+    /// Opens the archive of a section `[archive.NAME]` of the settings, as the server `own`.
     ///
     /// # Errors
     /// When it can't be set up like this.
-    pub fn open(rule: &Rule, own: &ServerId, stop: &CancellationToken) -> Result<Self, CarryError> {
+    pub fn open(
+        name: &str,
+        rule: &Rule,
+        own: &ServerId,
+        stop: &CancellationToken,
+    ) -> Result<Self, CarryError> {
         let place = rule.place();
         let place =
             place.map_err(|reason| ArchiveError::Setup { url: rule.url.clone(), reason })?;
-        Self::at(&place, rule, own, stop)
+        Ok(Self { name: name.to_owned(), ..Self::at(&place, rule, own, stop)? })
     }
 
     /// The same at a place that isn't in the settings.
@@ -118,7 +141,7 @@ impl Archive {
             let _inside = runtime.enter();
             place.open(stop)?
         };
-        Ok(Self { runtime, store, own: own.clone(), rule: rule.clone() })
+        Ok(Self { runtime, store, own: own.clone(), name: String::new(), rule: rule.clone() })
     }
 
     /// Bytes of objects that were written.
@@ -129,15 +152,6 @@ impl Archive {
     /// Bytes of objects that were read.
     pub fn received_bytes(&self) -> u64 {
         self.store.received_bytes()
-    }
-
-    /// Keeps others away; `None`: one is at work.
-    pub fn lock() -> Option<MutexGuard<'static, ()>> {
-        match AT_WORK.try_lock() {
-            Ok(guard) => Some(guard),
-            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
     }
 
     /// The machines in it, of all servers or one.
@@ -175,28 +189,41 @@ impl Archive {
         tell: &mut dyn FnMut(Event<'_>),
     ) -> Result<(), CarryError> {
         let place = MachinePlace::new(self.store.prefix(), &self.own, machine);
-        let mut known = Vec::new();
-        let mut has_damage = false;
-        for listed in self.runs(&self.own, machine)? {
-            match listed.manifest {
-                Ok(manifest) => known.push(manifest),
-                Err(error) => {
-                    has_damage = true;
-                    tell(Event::Damaged(&error));
-                }
+        let (mut known, mut damaged) = (Vec::new(), BTreeMap::new());
+        for Listed { object, manifest } in self.runs(&self.own, machine)? {
+            match manifest {
+                Ok(manifest) => known.push(There { object, manifest }),
+                Err(error) => drop(damaged.insert(object, error)),
             }
         }
-        let alone = which.alone();
         for run in self.chosen(runs, machine, which, wish, &known) {
-            let id = run_id(&run);
-            if let Some(there) = known.iter().find(|there| holds(there, id, &run, which)) {
-                tell(Event::Here(there));
-                continue;
+            let objects = self.objects(&place)?;
+            // Readers take the last that has it.
+            let held = known.iter().rev().find(|there| holds(&there.manifest, &run, which));
+            if let Some(there) = held.filter(|_| !wish.full) {
+                if self.has_all(&there.manifest, &place, &objects)? {
+                    tell(Event::Here(&there.manifest));
+                    continue;
+                }
+                tracing::warn!(%machine, run = %run.backup, "objects of its archived backup are missing or have another size: it is sent again");
             }
-            match self.archive_run(runs, &run, (&place, alone), &known, which, wish, hear) {
-                Ok((manifest, sent)) => {
+            match self.archive_run(runs, &run, (&place, &objects), &known, which, wish, hear) {
+                Ok((mut manifest, sent)) => {
+                    let object = match held {
+                        Some(there) => {
+                            let others = there.manifest.disks.iter();
+                            let others = others.filter(|entry| !which.takes_disk(&entry.disk));
+                            manifest.disks.extend(others.cloned());
+                            there.object.clone()
+                        }
+                        None => place.manifest(taken_ms(&run), run_id(&run), which.alone()),
+                    };
+                    let was_there = held.is_some() || damaged.contains_key(&object);
+                    self.commit(&object, &manifest, was_there)?;
                     tell(Event::Archived(&manifest, &sent));
-                    known.push(manifest);
+                    damaged.remove(&object);
+                    known.retain(|there| there.object != object);
+                    known.push(There { object, manifest });
                 }
                 Err(CarryError::Stopped | CarryError::Archive(ArchiveError::Stopped)) => {
                     return Err(CarryError::Stopped);
@@ -204,11 +231,53 @@ impl Archive {
                 Err(error) => tell(Event::Failed(&run, &error)),
             }
         }
+        damaged.values().for_each(|error| tell(Event::Damaged(error)));
         // What a manifest that can't be read needs isn't known.
-        if !has_damage {
-            self.clean(&place, &mut known, tell)?;
+        if damaged.is_empty() {
+            if self.rule.keep > 0 {
+                match self.thin(&mut known)? {
+                    0 => {}
+                    gone => tell(Event::Removed(gone)),
+                }
+            }
+            self.clean(&place, &known)?;
         }
         Ok(())
+    }
+
+    /// Writes a manifest, the commit point of its run, over the one of the same run where there was one.
+    fn commit(
+        &self,
+        object: &Path,
+        manifest: &Manifest,
+        was_there: bool,
+    ) -> Result<(), CarryError> {
+        let bytes = manifest.to_bytes();
+        let bytes =
+            bytes.map_err(|reason| ArchiveError::Damaged { object: object.to_string(), reason })?;
+        let bytes = bytes.into();
+        self.runtime.block_on(async {
+            match was_there {
+                true => self.store.put(object, &bytes).await,
+                false => self.store.create(object, &bytes).await,
+            }
+        })?;
+        Ok(())
+    }
+
+    /// True when all objects of a run are there, as far as names and sizes tell.
+    fn has_all(
+        &self,
+        manifest: &Manifest,
+        place: &MachinePlace,
+        objects: &Objects,
+    ) -> Result<bool, CarryError> {
+        for entry in &manifest.disks {
+            if !self.is_there(entry, place, objects)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Runs that are to be archived, the oldest first.
@@ -218,10 +287,10 @@ impl Archive {
         machine: &MachineKey,
         which: &Which,
         wish: Wish,
-        known: &[Manifest],
+        known: &[There],
     ) -> Vec<Arc<Run>> {
         let Some(here) = runs.machine(machine) else { return Vec::new() };
-        let newest_there = known.iter().map(|there| there.committed_ms).max();
+        let newest_there = known.iter().map(|there| there.manifest.committed_ms).max();
         let (mut disks, mut chosen): (BTreeSet<DiskId>, BTreeMap<u64, Arc<Run>>) =
             Default::default();
         for held in here.snapshots() {
@@ -243,33 +312,29 @@ impl Archive {
         &self,
         runs: &Arc<Runs>,
         run: &Arc<Run>,
-        (place, alone): (&MachinePlace, Option<&DiskId>),
-        known: &[Manifest],
+        (place, objects): (&MachinePlace, &Objects),
+        known: &[There],
         which: &Which,
         wish: Wish,
         hear: &dyn Fn(u64, u64) -> bool,
     ) -> Result<(Manifest, Vec<Sent>), CarryError> {
-        let objects: Objects =
-            self.runtime.block_on(self.store.list(&place.disks))?.into_iter().collect();
+        // What may be damaged is not gone on with.
+        let nothing = Objects::new();
+        let (known, objects) = if wish.full { (&[][..], &nothing) } else { (known, objects) };
         let (mut entries, mut sent) = (Vec::new(), Vec::new());
         for held in Held::all(run).filter(|held| which.takes_disk(&held.snapshot().disk)) {
             let snapshot = held.snapshot();
-            let there = known.iter().flat_map(|there| &there.disks);
-            let mut there = there.filter(|entry| entry.disk == snapshot.disk);
-            let same = there.find(|entry| {
+            let same = there::entries(known, &snapshot.disk).find(|entry| {
                 entry.snapshot() == Some(snapshot.id) && entry.table_digest == snapshot.table_digest
             });
-            if let Some(entry) =
-                same.filter(|entry| !wish.full && write::is_there(entry, place, &objects))
+            if let Some(entry) = same
+                && self.is_there(entry, place, objects)?
             {
                 entries.push(entry.clone());
                 continue;
             }
-            let before = match wish.full {
-                true => None,
-                false => self.before(runs, &run.machine, &held, place, known, &objects)?,
-            };
-            let (entry, of_disk) = self.write_disk(runs, &held, place, before, &objects, hear)?;
+            let before = self.before(runs, &run.machine, &held, place, known, objects)?;
+            let (entry, of_disk) = self.write_disk(runs, &held, place, before, objects, hear)?;
             entries.push(entry);
             sent.push(of_disk);
         }
@@ -280,13 +345,7 @@ impl Archive {
             committed_ms: taken_ms(run),
             seal: run.client_seal.clone(),
         };
-        let manifest = Manifest::new(facts, entries);
-        let object = place.manifest(manifest.committed_ms, manifest.run, alone);
-        let bytes = manifest.to_bytes();
-        let bytes =
-            bytes.map_err(|reason| ArchiveError::Damaged { object: object.to_string(), reason })?;
-        self.runtime.block_on(self.store.create(&object, &bytes.into()))?;
-        Ok((manifest, sent))
+        Ok((Manifest::new(facts, entries), sent))
     }
 
     /// The last archived state of a disk, where a delta to it can be made.
@@ -296,23 +355,26 @@ impl Archive {
         machine: &MachineKey,
         held: &Held,
         place: &MachinePlace,
-        known: &[Manifest],
+        known: &[There],
         objects: &Objects,
     ) -> Result<Option<(DiskEntry, TableStack)>, CarryError> {
         let snapshot = held.snapshot();
-        let newest = known.iter().rev().find_map(|there| there.disk(&snapshot.disk));
+        let mut whole = None;
+        for entry in there::entries(known, &snapshot.disk).rev() {
+            // What is there of the same snapshot is incomplete, else it would not be sent again.
+            let is_other = entry.links.iter().all(|link| link.snapshot != snapshot.id);
+            if is_other && self.is_there(entry, place, objects)? {
+                whole = Some(entry);
+                break;
+            }
+            tracing::warn!(%machine, disk = %entry.disk, "objects of an archived chain are missing: nothing is built on it");
+        }
         let fits = |entry: &&DiskEntry| {
             entry.size_bytes == snapshot.size_bytes
                 && entry.logical_sector_bytes == snapshot.logical_sector_bytes
                 && entry.links.len() < self.rule.full_every as usize
-                // The same snapshot again: what is there of it is not what it was.
-                && entry.links.iter().all(|link| link.snapshot != snapshot.id)
         };
-        let Some(entry) = newest.filter(fits) else { return Ok(None) };
-        if !write::is_there(entry, place, objects) {
-            tracing::warn!(%machine, disk = %entry.disk, "objects of its archived chain are missing: a new one begins");
-            return Ok(None);
-        }
+        let Some(entry) = whole.filter(fits) else { return Ok(None) };
         let here = entry.snapshot().and_then(|id| runs.snapshot(id));
         let here = here.filter(|here| here.snapshot().table_digest == entry.table_digest);
         if let (Some(here), Some(machine)) = (here, runs.machine(machine)) {
@@ -330,55 +392,6 @@ impl Archive {
             Err(error) => Err(error.into()),
         }
     }
-
-    /// Removes runs that are not to be kept, and objects that no run needs.
-    fn clean(
-        &self,
-        place: &MachinePlace,
-        known: &mut Vec<Manifest>,
-        tell: &mut dyn FnMut(Event<'_>),
-    ) -> Result<(), CarryError> {
-        known.sort_by_key(|there| there.committed_ms);
-        if self.rule.keep > 0 {
-            let mut kept = BTreeSet::new();
-            let keep = self.rule.keep as usize;
-            let (mut stay, mut go) = (Vec::new(), Vec::new());
-            for there in known.drain(..).rev() {
-                let is_kept = kept.contains(&there.run) || kept.len() < keep;
-                match is_kept {
-                    true => {
-                        kept.insert(there.run);
-                        stay.push(there);
-                    }
-                    false => go.push(there),
-                }
-            }
-            stay.reverse();
-            *known = stay;
-            for there in &go {
-                let alone = there.disks.first().map(|entry| &entry.disk);
-                for name in [None, alone] {
-                    let object = place.manifest(there.committed_ms, there.run, name);
-                    self.runtime.block_on(self.store.delete(&object))?;
-                }
-            }
-            if !go.is_empty() {
-                tell(Event::Removed(go.len()));
-            }
-        }
-        let needed: BTreeSet<SnapshotId> = known
-            .iter()
-            .flat_map(|there| &there.disks)
-            .flat_map(|disk| &disk.links)
-            .map(|link| link.snapshot)
-            .collect();
-        for (object, _) in self.runtime.block_on(self.store.list(&place.disks))? {
-            if place.owner(&object).is_some_and(|snapshot| !needed.contains(&snapshot)) {
-                self.runtime.block_on(self.store.delete(&object))?;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Of a run that was imported itself the other one's name goes on: it is the same content.
@@ -391,7 +404,7 @@ fn taken_ms(run: &Run) -> i64 {
 }
 
 /// True when all that is meant of a run is in a manifest.
-fn holds(there: &Manifest, id: BackupId, run: &Run, which: &Which) -> bool {
+fn holds(there: &Manifest, run: &Run, which: &Which) -> bool {
     let mut disks = run.snapshots.iter().filter(|snapshot| which.takes_disk(&snapshot.disk));
-    there.run == id && disks.all(|snapshot| there.disk(&snapshot.disk).is_some())
+    there.run == run_id(run) && disks.all(|snapshot| there.disk(&snapshot.disk).is_some())
 }

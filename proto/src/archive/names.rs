@@ -1,5 +1,7 @@
 //! Names of objects. They are made of ids and checked names; what a store lists is only ever compared with them.
 
+use std::collections::BTreeMap;
+
 use object_store::path::Path;
 
 use crate::{
@@ -9,7 +11,7 @@ use crate::{
 
 /// Digits of a part's number: enough for 64 TiB.
 const PART_DIGITS: usize = 7;
-/// Digits of a part's sum in its name.
+/// Digits of a sum in a name.
 const SUM_DIGITS: usize = 16;
 /// Digits of a time in milliseconds, for the order of names.
 const TIME_DIGITS: usize = 15;
@@ -56,6 +58,13 @@ impl MachinePlace {
         self.runs.clone().join(format!("{committed_ms:0TIME_DIGITS$}-{run}{disk}.json"))
     }
 
+    /// Whether this is the name of a manifest of a run, wholly or of one disk.
+    pub fn is_of(&self, manifest: &Path, run: BackupId) -> bool {
+        let name = manifest.prefix_match(&self.runs).and_then(|mut parts| parts.next());
+        let name = name.as_ref().and_then(|name| name.as_ref().split_once('-'));
+        name.is_some_and(|(_, rest)| rest.split('.').next() == Some(run.to_string().as_str()))
+    }
+
     /// A file of a snapshot.
     pub fn file(&self, disk: &DiskId, snapshot: SnapshotId, kind: Kind) -> FileName {
         let folder = self.disks.clone().join(disk.as_str());
@@ -68,6 +77,13 @@ impl MachinePlace {
         let _disk = parts.next()?;
         parts.next()?.as_ref().split('.').next()?.parse().ok()
     }
+}
+
+/// The beginning of a sum, as names have it.
+fn digits(sum: &BlockHash) -> String {
+    let mut digits = hex::encode(sum.0);
+    digits.truncate(SUM_DIGITS);
+    digits
 }
 
 /// The name of a file that lies in parts.
@@ -83,27 +99,27 @@ impl FileName {
         &self.name
     }
 
-    /// The object with its index.
-    pub fn index(&self) -> Path {
-        self.folder.clone().join(format!("{}.index", self.name))
+    /// The object with its index, which has this sum.
+    pub fn index(&self, sum: &BlockHash) -> Path {
+        self.folder.clone().join(format!("{}.index.{}", self.name, digits(sum)))
     }
 
     /// Of these objects those that are parts of it.
     pub fn parts_in<'a, T>(
         &self,
-        objects: impl Iterator<Item = (&'a Path, T)>,
-    ) -> impl Iterator<Item = (&'a Path, T)> {
-        objects.filter(move |(object, _)| {
-            let name = object.filename().and_then(|name| name.strip_prefix(&self.name));
-            name.is_some_and(|rest| rest.starts_with('.') && rest.ends_with(".zst"))
-                && object.prefix_matches(&self.folder)
-        })
+        objects: &'a BTreeMap<Path, T>,
+    ) -> impl Iterator<Item = (&'a Path, &'a T)> + use<'a, T> {
+        let first = self.folder.clone().join(format!("{}.", self.name));
+        let own = first.clone();
+        objects
+            .range(first..)
+            .take_while(move |(object, _)| object.as_ref().starts_with(own.as_ref()))
+            .filter(|(object, _)| object.extension() == Some("zst"))
     }
 
     /// One of its parts. The sum in its name says, without reading it, whether it is the one that is meant.
     pub fn part(&self, number: u64, sum: &BlockHash) -> Path {
-        let sum = hex::encode(sum.0);
-        let sum = sum.get(..SUM_DIGITS).unwrap_or(&sum);
-        self.folder.clone().join(format!("{}.{number:0PART_DIGITS$}.{sum}.zst", self.name))
+        let name = format!("{}.{number:0PART_DIGITS$}.{}.zst", self.name, digits(sum));
+        self.folder.clone().join(name)
     }
 }

@@ -28,6 +28,8 @@ use super::{ArchiveError, PATIENCE, http::Connector, told};
 
 /// Between two tries.
 const PAUSE: Duration = Duration::from_millis(500);
+/// Trouble that lasts longer is told.
+const PATIENCE_UNTOLD: Duration = Duration::from_secs(5);
 /// What is handed to the connection at once: it shows that a large object moves.
 const PIECE: usize = 256 << 10;
 /// How long a silent store is waited for, where nothing else is said.
@@ -66,7 +68,7 @@ impl Place {
     }
 
     fn setup(&self, reason: impl fmt::Display) -> ArchiveError {
-        ArchiveError::Setup { url: self.url.clone(), reason: reason.to_string() }
+        ArchiveError::Setup { url: shown(&self.url), reason: reason.to_string() }
     }
 
     /// Scheme, bucket and prefix.
@@ -77,7 +79,7 @@ impl Place {
         if !matches!(scheme, "s3" | "gs" | "az" | "file") {
             return Err(self.setup(kinds));
         }
-        if rest.contains(['?', '#', '@']) {
+        if scheme != "file" && rest.contains(['?', '#', '@']) {
             return Err(self.setup(
                 "only a bucket and a prefix: credentials come from the environment or a file",
             ));
@@ -95,7 +97,9 @@ impl Place {
     /// Says what is wrong.
     pub fn check(&self) -> Result<(), ArchiveError> {
         let (scheme, _, prefix) = self.parts()?;
-        Path::parse(prefix).map_err(|error| self.setup(error))?;
+        if scheme != "file" {
+            Path::parse(prefix).map_err(|error| self.setup(error))?;
+        }
         let has_end = !self.endpoint.is_empty();
         if has_end
             && !self.endpoint.starts_with("https://")
@@ -116,19 +120,21 @@ impl Place {
     pub fn open(&self, stop: &CancellationToken) -> Result<Store, ArchiveError> {
         self.check()?;
         let (scheme, bucket, prefix) = self.parts()?;
-        let parsed = Path::parse(prefix).map_err(|error| self.setup(error))?;
-        let (inner, prefix): (Arc<dyn ObjectStore>, Path) = match scheme {
+        let inner: Arc<dyn ObjectStore> = match scheme {
             "file" => {
                 let folder = format!("/{prefix}");
-                let local = LocalFileSystem::new_with_prefix(&folder).map_err(|_| {
-                    self.setup("there is no such folder: is it mounted? Make it, as the server's user can write to it")
-                })?;
-                (Arc::new(local.with_fsync(true)), Path::default())
+                if !std::path::Path::new(&folder).is_dir() {
+                    return Err(self.setup("there is no such folder: is it mounted? Make it, as the server's user can write to it"));
+                }
+                let local = LocalFileSystem::new_with_prefix(&folder);
+                let local = local.map_err(|error| self.setup(error))?;
+                return Ok(Store::new(Arc::new(local.with_fsync(true)), Path::default(), stop));
             }
-            "s3" => (self.s3(bucket)?, parsed),
-            "gs" => (self.gs(bucket)?, parsed),
-            _ => (self.az(bucket)?, parsed),
+            "s3" => self.s3(bucket)?,
+            "gs" => self.gs(bucket)?,
+            _ => self.az(bucket)?,
         };
+        let prefix = Path::parse(prefix).map_err(|error| self.setup(error))?;
         Ok(Store::new(inner, prefix, stop))
     }
 
@@ -183,6 +189,18 @@ impl Place {
 
     fn unknown(&self, key: &str) -> ArchiveError {
         self.setup(format!("its credentials name {key:?}, which such a store doesn't know"))
+    }
+}
+
+/// A URL as it is told: without what may be a password in it.
+pub fn shown(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://").filter(|(scheme, _)| *scheme != "file") else {
+        return url.to_owned();
+    };
+    let bare = rest.split('?').next().unwrap_or_default();
+    match bare.rsplit_once('@') {
+        Some((_, place)) => format!("{scheme}://***@{place}"),
+        None => format!("{scheme}://{bare}"),
     }
 }
 
@@ -255,6 +273,7 @@ impl Store {
         call: impl Fn() -> F,
     ) -> Result<T, ArchiveError> {
         let began = Instant::now();
+        let mut is_told = false;
         loop {
             let error = tokio::select! {
                 biased;
@@ -268,7 +287,11 @@ impl Store {
             if !passes || began.elapsed() > self.patience {
                 return Err(failed(object, error, passes));
             }
-            tracing::debug!(%object, %error, "an object store doesn't answer as it should; trying again");
+            if !is_told && began.elapsed() > PATIENCE_UNTOLD {
+                is_told = true;
+                let seconds = self.patience.as_secs();
+                tracing::warn!(%object, %error, "an object store doesn't answer as it should; trying again for {seconds} s");
+            }
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Err(ArchiveError::Stopped),
@@ -351,7 +374,14 @@ impl Store {
         }
         let get = || async {
             let options = GetOptions::new().with_range(Some(range.clone()));
-            let result = self.inner.get_opts(object, options).await?;
+            let result = match self.inner.get_opts(object, options).await {
+                Ok(result) => result,
+                // Asked for what lies behind the end, it says anything but that.
+                Err(error) => match self.inner.head(object).await {
+                    Ok(meta) if meta.size < range.end => return Ok(Err(meta.size)),
+                    _ => return Err(error),
+                },
+            };
             // Asked for more than there is, a store gives what there is.
             if result.meta.size < range.end {
                 return Ok(Err(result.meta.size));
@@ -422,6 +452,8 @@ fn whole(bytes: Bytes, expected: u64) -> Result<Bytes, StoreError> {
 /// Whether the same call may go well later.
 fn passes(error: &StoreError) -> bool {
     match error {
+        // A folder says what is so: it is full, or can't be written.
+        StoreError::Generic { store: "LocalFileSystem", .. } => false,
         StoreError::Generic { .. } => may_pass(&error.to_string()),
         StoreError::JoinError { .. } => true,
         _ => false,
@@ -454,6 +486,20 @@ fn failed(object: &Path, error: StoreError, passes: bool) -> ArchiveError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_url_is_told_without_what_may_be_secret() {
+        for (url, told) in [
+            ("s3://key:se@cret@bucket/prefix", "s3://***@bucket/prefix"),
+            ("s3://bucket/prefix?key=secret", "s3://bucket/prefix"),
+            ("file:///mnt/a@b?c#d 100%", "file:///mnt/a@b?c#d 100%"),
+        ] {
+            assert_eq!(shown(url), told);
+            let checked = Place::new(url).check();
+            assert_eq!(checked.is_ok(), url.starts_with("file"), "{checked:?}");
+            assert!(checked.err().is_none_or(|error| !error.to_string().contains("cret")));
+        }
+    }
 
     #[test]
     fn what_a_store_refuses_is_not_asked_for_again() {

@@ -96,7 +96,7 @@ pub async fn fetch_index(
     name: &FileName,
     entry: &FileEntry,
 ) -> Result<Index, ArchiveError> {
-    let object = name.index();
+    let object = name.index(&entry.index_sum);
     let damaged = |reason: String| ArchiveError::damaged(told(&object), reason);
     let bytes =
         Index::encoded_bytes(entry.length_bytes).ok_or_else(|| damaged("too large".into()))?;

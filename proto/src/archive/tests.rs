@@ -34,13 +34,17 @@ fn store() -> Store {
 fn names_tell_what_belongs_to_which_snapshot() {
     let (place, snapshot) = (place(), SnapshotId::new());
     let name = place.file(&"sda".parse().unwrap(), snapshot, Kind::Image(Format::Vhdx));
-    let (part, index) = (name.part(12, &BlockHash([0xab; 32])), name.index());
+    let sum = BlockHash([0xab; 32]);
+    let (part, index) = (name.part(12, &sum), name.index(&sum));
     let folder = "of/us/server-a/alice/laptop";
     assert_eq!(
         part.as_ref(),
         format!("{folder}/disks/sda/{snapshot}.vhdx.0000012.abababababababab.zst")
     );
-    assert_eq!(index.as_ref(), format!("{folder}/disks/sda/{snapshot}.vhdx.index"));
+    assert_eq!(
+        index.as_ref(),
+        format!("{folder}/disks/sda/{snapshot}.vhdx.index.abababababababab")
+    );
     for object in [&part, &index] {
         assert_eq!(place.owner(object), Some(snapshot));
     }
@@ -51,11 +55,17 @@ fn names_tell_what_belongs_to_which_snapshot() {
     }
     let table = place.file(&"sda".parse().unwrap(), snapshot, Kind::Table);
     let all = [part.clone(), index, table.part(0, &BlockHash([1; 32]))];
-    let parts: Vec<_> = name.parts_in(all.iter().map(|object| (object, ()))).collect();
-    assert_eq!(parts, [(&part, ())]);
+    let all = all.into_iter().map(|object| (object, 5)).collect();
+    let parts: Vec<_> = name.parts_in(&all).collect();
+    assert_eq!(parts, [(&part, &5)]);
     let run = BackupId::new();
     let manifest = place.manifest(1_700_000_000_123, run, None);
     assert_eq!(manifest.as_ref(), format!("{folder}/runs/001700000000123-{run}.json"));
+    let alone = place.manifest(1_700_000_000_123, run, Some(&"sda".parse().unwrap()));
+    for manifest in [&manifest, &alone] {
+        assert!(place.is_of(manifest, run) && !place.is_of(manifest, BackupId::new()));
+    }
+    assert!(!place.is_of(&part, run));
 }
 
 /// A file of some frames in the store, with its index.
@@ -71,12 +81,10 @@ async fn file(store: &Store, content: &[u8]) -> (names::FileName, FileEntry) {
         index.push(sum, &lengths);
     }
     let bytes = Bytes::from(index.encode());
-    store.put(&name.index(), &bytes).await.unwrap();
-    let entry = FileEntry {
-        length_bytes: content.len() as u64,
-        stored_bytes: index.stored_bytes(),
-        index_sum: BlockHash(*blake3::hash(&bytes).as_bytes()),
-    };
+    let index_sum = BlockHash(*blake3::hash(&bytes).as_bytes());
+    store.put(&name.index(&index_sum), &bytes).await.unwrap();
+    let (length_bytes, stored_bytes) = (content.len() as u64, index.stored_bytes());
+    let entry = FileEntry { length_bytes, stored_bytes, index_sum };
     (name, entry)
 }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 use clap::{Args, Subcommand};
 use janus_proto::{
     archive::Manifest,
-    ids::{MachineKey, ServerId, check_name},
+    ids::{BackupId, MachineKey, ServerId, check_name},
     show::{amount, date},
     tls::Identity,
 };
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::{Admin, AdminError, Answer, Task, carry::Progress, table::table};
 use crate::{
-    archive::{Archive, Event, Wish},
+    archive::{Alone, Archive, Event, Wish},
     carry::CarryError,
     config::Archive as Rule,
     seed::Which,
@@ -36,7 +36,7 @@ pub struct Arguments {
     /// Every backup that is newer than what is there, not only the newest of each disk
     #[arg(long)]
     all_runs: bool,
-    /// Send disks anew, as bases that need nothing that is there
+    /// Send the newest backup anew, as bases that need nothing that is there: after `verify` found damage
     #[arg(long)]
     full: bool,
 }
@@ -49,6 +49,18 @@ enum Action {
     List(There),
     /// Read all that is there and compare it with its sums and hashes
     Verify(There),
+    /// Remove one backup from it, and the objects that no other needs
+    Remove {
+        /// Which archive: a section [archive.NAME] of the settings
+        #[arg(value_parser = name)]
+        name: String,
+        /// Its machine
+        #[arg(value_name = "USER/MACHINE")]
+        machine: MachineKey,
+        /// The backup, as `list` names its run
+        #[arg(value_name = "RUN")]
+        run: BackupId,
+    },
 }
 
 /// What of an archive.
@@ -96,10 +108,21 @@ pub(super) fn run(
     match (&arguments.action, &arguments.name) {
         (Some(Action::List(there)), _) => list(admin, there, task),
         (Some(Action::Verify(there)), _) => verify(admin, there, task),
+        (Some(Action::Remove { name, machine, run }), _) => {
+            remove(admin, name, (machine, *run), task)
+        }
         (None, Some(name)) => archive(admin, name, arguments, task),
         // Clap sees to it that one of them is there.
         (None, None) => Err(AdminError::Cancelled),
     }
+}
+
+/// An archive that nobody else writes, verifies or removes from.
+fn alone(admin: &Admin, name: &str, task: &Task<'_>) -> Result<(Alone, Archive), AdminError> {
+    let busy = || AdminError::ArchiveBusy { name: name.to_owned() };
+    let rule = rule(admin, name)?;
+    let alone = Alone::with(name).ok_or_else(busy)?;
+    Ok((alone, Archive::open(name, rule, &own(admin)?, task.token())?))
 }
 
 fn archive(
@@ -109,8 +132,7 @@ fn archive(
     task: &Task<'_>,
 ) -> Result<Answer, AdminError> {
     let rule = rule(admin, name)?;
-    let _alone = Archive::lock().ok_or(AdminError::ArchiveBusy)?;
-    let archive = Archive::open(rule, &own(admin)?, task.token())?;
+    let (_alone, archive) = alone(admin, name, task)?;
     let began = Instant::now();
     let chosen = match &arguments.target {
         Some(target) => vec![target.clone()],
@@ -139,6 +161,10 @@ fn archive(
     if let (0, Some(Which::Machine(machine, _))) = (count, &arguments.target) {
         return Err(AdminError::UnknownMachine { machine: machine.clone() });
     }
+    let is_nothing = told.runs.is_empty() && told.failed == 0;
+    if let (true, Some(Which::Machine(machine, Some(disk)))) = (is_nothing, &arguments.target) {
+        return Err(AdminError::UnknownDisk { machine: machine.clone(), disk: disk.clone() });
+    }
     let Told { mut text, runs, failed } = told;
     let (sent, seconds) = (archive.sent_bytes(), began.elapsed().as_secs_f64());
     text.push_str(&format!("{} sent to {} in {seconds:.1} s\n", amount(sent), rule.url));
@@ -154,7 +180,7 @@ fn archive(
 
 fn list(admin: &Admin, there: &There, task: &Task<'_>) -> Result<Answer, AdminError> {
     let own = own(admin)?;
-    let archive = Archive::open(rule(admin, &there.name)?, &own, task.token())?;
+    let archive = Archive::open(&there.name, rule(admin, &there.name)?, &own, task.token())?;
     let head = ["time", "machine", "server", "run", "disk", "size", "images", "stored"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     let (mut listed, mut wrong) = (Vec::new(), Vec::new());
@@ -191,11 +217,25 @@ fn list(admin: &Admin, there: &There, task: &Task<'_>) -> Result<Answer, AdminEr
     Ok(Answer { is_bad: !wrong.is_empty(), ..Answer::new(text, json) })
 }
 
+fn remove(
+    admin: &Admin,
+    name: &str,
+    (machine, run): (&MachineKey, BackupId),
+    task: &Task<'_>,
+) -> Result<Answer, AdminError> {
+    let (_alone, archive) = alone(admin, name, task)?;
+    if archive.remove(machine, run)? == 0 {
+        let (archive, machine) = (name.to_owned(), machine.clone());
+        return Err(AdminError::NotArchived { archive, machine, run });
+    }
+    let text = format!("backup {run} of {machine} removed from archive {name}\n");
+    Ok(Answer::new(text, json!({ "archive": name, "machine": machine, "removed": run })))
+}
+
 fn verify(admin: &Admin, there: &There, task: &Task<'_>) -> Result<Answer, AdminError> {
     // What is removed meanwhile would count as missing.
-    let _alone = Archive::lock().ok_or(AdminError::ArchiveBusy)?;
+    let (_alone, archive) = alone(admin, &there.name, task)?;
     let own = own(admin)?;
-    let archive = Archive::open(rule(admin, &there.name)?, &own, task.token())?;
     let began = Instant::now();
     let (mut runs, mut images, mut wrong, mut text) = (0, 0, Vec::new(), String::new());
     let only = there.target.as_ref().and_then(Which::alone);
@@ -212,9 +252,9 @@ fn verify(admin: &Admin, there: &There, task: &Task<'_>) -> Result<Answer, Admin
         }
     }
     if !wrong.is_empty() {
+        let name = &there.name;
         text.push_str(&format!(
-            "`janus-server archive {} --full` sends disks anew, as bases that need nothing of what is there\n",
-            there.name
+            "`janus-server archive {name} --full USER/MACHINE[/DISK]` sends the newest backup of a disk anew; `janus-server archive remove {name} USER/MACHINE RUN` removes an older one that is damaged\n"
         ));
     }
     let (read, seconds) = (archive.received_bytes(), began.elapsed().as_secs_f64());

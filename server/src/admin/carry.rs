@@ -269,7 +269,7 @@ fn open_archive(admin: &Admin, from: &str, task: &Task<'_>) -> Result<Archive, A
     if from.contains("://") {
         return Ok(Archive::at(&Place::new(from), &Rule::default(), &own, task.token())?);
     }
-    Ok(Archive::open(super::archive::rule(admin, from)?, &own, task.token())?)
+    Ok(Archive::open(from, super::archive::rule(admin, from)?, &own, task.token())?)
 }
 
 /// Opens a run of an archive.

@@ -84,7 +84,12 @@ pub(super) fn run(
 
 fn now(admin: &Admin, arguments: &Arguments, task: &Task<'_>) -> Result<Answer, AdminError> {
     let Some(target) = target(admin, arguments)? else {
-        let text = "nothing was proven: there is no backup of these machines here\n";
+        let text = match is_incomplete(admin, arguments.what.as_ref())? {
+            true => {
+                "nothing was proven: what is here isn't complete yet, `janus-server seed status` tells what still comes from other servers\n"
+            }
+            false => "nothing was proven: there is no backup of these machines here\n",
+        };
         return Ok(Answer { is_bad: true, ..Answer::new(text, json!({ "proof": null })) });
     };
     if arguments.boot && boot::qemu().is_none() {
@@ -110,6 +115,15 @@ fn now(admin: &Admin, arguments: &Arguments, task: &Task<'_>) -> Result<Answer, 
     Ok(Answer { is_bad, ..Answer::new(shown(machine, &proof), json(machine, &proof)) })
 }
 
+/// True when there are backups of what is meant. Those that are whole would have been proven.
+fn is_incomplete(admin: &Admin, what: Option<&What>) -> Result<bool, AdminError> {
+    let disk = what.and_then(|what| what.disk.as_ref());
+    let is_meant =
+        |held: &crate::chain::Held| disk.is_none_or(|disk| *disk == held.snapshot().disk);
+    let machines = admin.machines(what.map(|what| &what.machine))?;
+    Ok(machines.iter().any(|machine| machine.snapshots().iter().any(is_meant)))
+}
+
 /// The run that is meant; `None`: there is none at all.
 fn target(admin: &Admin, arguments: &Arguments) -> Result<Option<Target>, AdminError> {
     let what = arguments.what.as_ref();
@@ -132,7 +146,7 @@ fn target(admin: &Admin, arguments: &Arguments) -> Result<Option<Target>, AdminE
         machines.retain(|machine| wanted.iter().any(|which| which.takes(&machine.key)));
     }
     match (Target::choose(&machines, disk.as_ref()), what) {
-        (None, Some(What { machine, disk: Some(disk) })) => {
+        (None, Some(What { machine, disk: Some(disk) })) if !is_incomplete(admin, what)? => {
             Err(AdminError::UnknownDisk { machine: machine.clone(), disk: disk.clone() })
         }
         (target, _) => Ok(target),

@@ -1,7 +1,5 @@
 //! Files into parts, and those that aren't there into the store: some on their way while the next is made.
 
-use std::collections::BTreeSet;
-
 use bytes::Bytes;
 use janus_proto::{
     archive::{
@@ -13,7 +11,7 @@ use janus_proto::{
 };
 use tokio::task::JoinSet;
 
-use super::{Archive, Objects};
+use super::{Archive, there::Objects};
 use crate::carry::{CarryError, Meter};
 
 /// Parts on their way: with the one in the making this bounds memory to 96 MiB.
@@ -28,8 +26,8 @@ pub(super) struct Upload<'a, 'm> {
     objects: &'a Objects,
     meter: &'a mut Meter<'m>,
     flight: JoinSet<Result<(), ArchiveError>>,
-    named: BTreeSet<Path>,
-    kept_bytes: u64,
+    /// Bytes of parts that were there already.
+    pub(super) kept_bytes: u64,
 }
 
 impl<'a, 'm> Upload<'a, 'm> {
@@ -38,14 +36,7 @@ impl<'a, 'm> Upload<'a, 'm> {
         objects: &'a Objects,
         meter: &'a mut Meter<'m>,
     ) -> Self {
-        Self {
-            archive,
-            objects,
-            meter,
-            flight: JoinSet::new(),
-            named: BTreeSet::new(),
-            kept_bytes: 0,
-        }
+        Self { archive, objects, meter, flight: JoinSet::new(), kept_bytes: 0 }
     }
 
     /// Sends what isn't there of a file that `read` reads.
@@ -81,14 +72,12 @@ impl<'a, 'm> Upload<'a, 'm> {
         self.land(0)?;
         let bytes = Bytes::from(index.encode());
         let index_sum = BlockHash(*blake3::hash(&bytes).as_bytes());
-        let object = name.index();
+        let object = name.index(&index_sum);
         self.archive.runtime.block_on(self.archive.store.put(&object, &bytes))?;
-        self.named.insert(object);
         Ok(FileEntry { length_bytes, stored_bytes: index.stored_bytes(), index_sum })
     }
 
     fn part(&mut self, object: Path, part: Vec<u8>) -> Result<(), CarryError> {
-        self.named.insert(object.clone());
         if self.objects.get(&object) == Some(&(part.len() as u64)) {
             self.kept_bytes += part.len() as u64;
             return Ok(());
@@ -110,18 +99,5 @@ impl<'a, 'm> Upload<'a, 'm> {
             }
         }
         Ok(())
-    }
-
-    /// Removes parts of these files that are no good: of an archive that was killed, by another version. Returns the bytes that
-    /// were there already.
-    pub(super) fn finish(self, table: &FileName, image: &FileName) -> Result<u64, CarryError> {
-        for name in [table, image] {
-            for (object, _) in name.parts_in(self.objects.iter()) {
-                if !self.named.contains(object) {
-                    self.archive.runtime.block_on(self.archive.store.delete(object))?;
-                }
-            }
-        }
-        Ok(self.kept_bytes)
     }
 }

@@ -19,7 +19,7 @@ use janus_proto::{
     table::{Difference, Page, Table, TableHeader, TableStack, TableWriter},
 };
 
-use super::{Archive, Objects, Sent, upload::Upload};
+use super::{Archive, Sent, there::Objects, upload::Upload};
 use crate::{
     carry::{CarryError, Meter, whole},
     chain::{
@@ -30,17 +30,8 @@ use crate::{
     storage::{Access, Disk, File},
 };
 
-/// Folder of what is on its way, below the image path. Emptied at the beginning and the end.
+/// What the name of the folder of what is on its way begins with, below the image path. Emptied at the beginning and the end.
 const SPOOL: &str = ".archive";
-
-/// True when all objects of a chain are there, as far as names and sizes tell.
-pub(super) fn is_there(entry: &DiskEntry, place: &MachinePlace, objects: &Objects) -> bool {
-    entry.files(place).all(|(name, file)| {
-        let index = objects.get(&name.index());
-        let stored: u64 = name.parts_in(objects.iter()).map(|(_, size)| *size).sum();
-        index.is_some() && stored == file.stored_bytes
-    })
-}
 
 impl Archive {
     /// Archives a disk, over what is there of it before.
@@ -57,7 +48,7 @@ impl Archive {
         let opened = whole::open(runs, snapshot.id)?;
         let format = opened.newest_format().unwrap_or_default();
         let before = before.filter(|(entry, _)| entry.format == format);
-        let spool = Spool::make(runs.store().storage(), runs.store().root())?;
+        let spool = Spool::make(runs.store().storage(), runs.store().root(), &self.name)?;
         let mut image = NewImage::plan(&opened, &spool, format, before.as_ref(), hear)?;
         let total = image.length_bytes + image.table_bytes;
         let mut meter = Meter::new(total, hear);
@@ -72,7 +63,7 @@ impl Archive {
         let length = image.length_bytes;
         let mut read_image = |offset: u64, buffer: &mut [u8]| image.read(offset, buffer);
         let file = upload.file(&name(FileKind::Image(format)), length, &mut read_image)?;
-        let kept_bytes = upload.finish(&name(FileKind::Table), &name(FileKind::Image(format)))?;
+        let kept_bytes = upload.kept_bytes;
         let sent = Sent {
             disk: snapshot.disk.clone(),
             is_base: before.is_none(),
@@ -107,8 +98,10 @@ struct Spool {
 }
 
 impl Spool {
-    fn make(storage: &Disk, root: &FilePath) -> Result<Self, CarryError> {
-        let spool = Self { storage: storage.clone(), folder: root.join(SPOOL) };
+    /// Archives of other names have their own.
+    fn make(storage: &Disk, root: &FilePath, archive: &str) -> Result<Self, CarryError> {
+        let folder = root.join(format!("{SPOOL}-{archive}"));
+        let spool = Self { storage: storage.clone(), folder };
         let made = storage.make_folder(&spool.folder);
         made.map_err(spool.failed(""))?;
         spool.empty();

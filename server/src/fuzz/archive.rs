@@ -22,8 +22,8 @@ pub fn fuzz_archive_manifest(bytes: &[u8]) {
         let Ok(manifest) = Manifest::parse("manifest", bytes) else { continue };
         let place = manifest.place(&Path::from("prefix"));
         for entry in &manifest.disks {
-            for (name, _) in entry.files(&place) {
-                assert!(name.index().prefix_matches(&place.disks), "{name:?}");
+            for (name, file) in entry.files(&place) {
+                assert!(name.index(&file.index_sum).prefix_matches(&place.disks), "{name:?}");
             }
             let _ = entry.stored_bytes();
         }

@@ -9,7 +9,10 @@ use std::{
     ffi::OsString,
     fs, io,
     io::Read,
-    os::unix::{fs::DirBuilderExt, process::CommandExt},
+    os::unix::{
+        fs::{DirBuilderExt, MetadataExt},
+        process::{CommandExt, ExitStatusExt},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Stdio},
     sync::{
@@ -25,12 +28,20 @@ use janus_client::{
     source::medium::Medium,
 };
 use janus_proto::ids::HandleId;
-use rustix::process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit};
+use rustix::{
+    fs::{FlockOperation, flock},
+    process::{
+        Resource, Rlimit, Signal, geteuid, set_parent_process_death_signal, setrlimit, setsid,
+    },
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{ProveError, record::Boot};
 use crate::config::Prove;
 
+/// Names of folders begin with it.
+const PREFIX: &str = "janus-boot-";
+const LOCK: &str = "lock";
 /// The name of the hidden command.
 pub const COMMAND: &str = "virtual-machine";
 /// QEMU, as it is looked for in PATH.
@@ -41,6 +52,10 @@ const SCRATCH_BYTES: u64 = 16 << 30;
 const MOST_DISKS: usize = 6;
 /// How often it is looked whether to stop.
 const LOOK: Duration = Duration::from_millis(200);
+/// Signals to all of a service come within this time.
+const TOGETHER: Duration = Duration::from_secs(3);
+/// How QEMU says that a signal ended it.
+const TOLD_TO_END: &[u8] = b"terminating on signal";
 /// What is kept of what it says: long enough for the pattern, and for people.
 const TAIL_BYTES: usize = 4096;
 /// What of that is shown.
@@ -110,6 +125,8 @@ pub fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let _ = setrlimit(Resource::Fsize, limit(SCRATCH_BYTES));
     let _ = setrlimit(Resource::Core, limit(0));
     let _ = set_parent_process_death_signal(Some(Signal::KILL));
+    // Ctrl-C is for who started it: that ends it.
+    let _ = setsid();
     let Some(program) = arguments.next() else { return ExitCode::FAILURE };
     let error = Command::new(program).args(arguments).exec();
     eprintln!("{error}");
@@ -117,20 +134,48 @@ pub fn run(mut arguments: impl Iterator<Item = OsString>) -> ExitCode {
 }
 
 /// A folder for sockets and scratch files, gone with this.
-struct Folder(PathBuf);
+struct Folder {
+    path: PathBuf,
+    /// Held for as long as it is in use.
+    _lock: fs::File,
+}
 
 impl Folder {
+    /// A new one where temporary files are. Those of programs that were killed go.
     fn make() -> io::Result<Self> {
-        let path = std::env::temp_dir().join(format!("janus-boot-{}", HandleId::new()));
-        fs::DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self(path))
+        Self::make_in(&std::env::temp_dir())
     }
+
+    fn make_in(parent: &Path) -> io::Result<Self> {
+        for entry in fs::read_dir(parent)?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+                let _ = remove_if_dead(&entry.path());
+            }
+        }
+        let path = parent.join(format!("{PREFIX}{}", HandleId::new()));
+        fs::DirBuilder::new().mode(0o700).create(&path)?;
+        // Under its name it is locked.
+        let lock = fs::File::create(path.join("new-lock"))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+        fs::rename(path.join("new-lock"), path.join(LOCK))?;
+        Ok(Self { path, _lock: lock })
+    }
+}
+
+fn remove_if_dead(folder: &Path) -> io::Result<()> {
+    let meta = fs::symlink_metadata(folder)?;
+    if !meta.is_dir() || meta.uid() != geteuid().as_raw() {
+        return Ok(());
+    }
+    let lock = fs::File::open(folder.join(LOCK))?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+    fs::remove_dir_all(folder)
 }
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            tracing::warn!(%error, folder = %self.0.display(), "what a started machine wrote is left behind");
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            tracing::warn!(%error, folder = %self.path.display(), "what a started machine wrote is left behind");
         }
     }
 }
@@ -194,14 +239,14 @@ impl Drop for Started {
 impl Started {
     fn start(wish: &Wish, qemu: &Path, disks: &[Arc<dyn Medium>]) -> io::Result<Self> {
         let folder = Folder::make()?;
-        let exports = Exports::serve(&folder.0, disks).map_err(io::Error::other)?;
-        let errors = fs::File::create(folder.0.join("errors"))?;
+        let exports = Exports::serve(&folder.path, disks).map_err(io::Error::other)?;
+        let errors = fs::File::create(folder.path.join("errors"))?;
         let mut child = Command::new("/proc/self/exe")
             .arg(COMMAND)
             .arg(qemu)
-            .args(arguments(wish, &folder.0, disks))
+            .args(arguments(wish, &folder.path, disks))
             .env_clear()
-            .env("TMPDIR", &folder.0)
+            .env("TMPDIR", &folder.path)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(errors)
@@ -240,8 +285,15 @@ impl Started {
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
-                    let why = self.ended(tail.make_contiguous());
-                    return Ok(Boot::Failed { why });
+                    let (why, by_signal) = self.ended(tail.make_contiguous());
+                    if !by_signal {
+                        return Ok(Boot::Failed { why });
+                    }
+                    // Whoever ends all of us ends it, too, and maybe first.
+                    return match is_cancelled_soon(stop) {
+                        true => Err(ProveError::Stopped),
+                        false => Ok(Boot::NotTried { why }),
+                    };
                 }
             }
             if self.began.elapsed() >= wish.patience {
@@ -253,15 +305,29 @@ impl Started {
         }
     }
 
-    fn ended(&mut self, said: &[u8]) -> String {
-        let status = self.child.wait().map_or_else(|error| error.to_string(), |s| s.to_string());
-        let errors = fs::read(self.folder.0.join("errors")).unwrap_or_default();
+    /// Says how it ended, and whether somebody ended it.
+    fn ended(&mut self, said: &[u8]) -> (String, bool) {
+        let status = self.child.wait();
+        let killed = status.as_ref().is_ok_and(|status| status.signal().is_some());
+        let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
+        let errors = fs::read(self.folder.path.join("errors")).unwrap_or_default();
+        // QEMU's own words when it was told to end.
+        let told = errors.windows(TOLD_TO_END.len()).any(|words| words == TOLD_TO_END);
         let errors = match errors.is_empty() {
             true => String::new(),
             false => format!("; QEMU: {}", last(&errors)),
         };
-        format!("it ended before it was up ({status}{errors}); {}", last_words(said))
+        let why = format!("it ended before it was up ({status}{errors}); {}", last_words(said));
+        (why, killed || told)
     }
+}
+
+fn is_cancelled_soon(stop: &CancellationToken) -> bool {
+    let until = Instant::now() + TOGETHER;
+    while !stop.is_cancelled() && Instant::now() < until {
+        std::thread::sleep(LOOK);
+    }
+    stop.is_cancelled()
 }
 
 fn last_words(said: &[u8]) -> String {
@@ -307,6 +373,25 @@ fn arguments(wish: &Wish, folder: &Path, disks: &[Arc<dyn Medium>]) -> Vec<Strin
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn folders_of_killed_programs_go() {
+        let parent = tempfile::tempdir().unwrap();
+        let in_use = Folder::make_in(parent.path()).unwrap();
+        let killed = parent.path().join("janus-boot-killed");
+        fs::create_dir(&killed).unwrap();
+        fs::write(killed.join(LOCK), "").unwrap();
+        fs::write(killed.join("0.sock"), "").unwrap();
+        let young = parent.path().join("janus-boot-young");
+        fs::create_dir(&young).unwrap();
+
+        let new = Folder::make_in(parent.path()).unwrap();
+        assert!(!killed.exists());
+        assert!([&in_use.path, &young, &new.path].iter().all(|path| path.exists()));
+        let path = new.path.clone();
+        drop(new);
+        assert!(!path.exists());
+    }
 
     #[test]
     fn last_words_are_shown_without_what_a_terminal_would_obey() {
