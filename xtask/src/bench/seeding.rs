@@ -1,4 +1,5 @@
-//! `--seeding`: a new server is seeded from another one, beside `rsync` of the same files over TLS 1.3.
+//! `--seeding`: a new server is seeded from another one, and the backup archived into a folder, beside `rsync` of the same files over
+//! TLS 1.3.
 //!
 //! Both go over loopback, and all files are in this machine's memory as far as they fit. Seeding compares each block with its hash on
 //! both sides and makes one base of the chain; rsync copies the chain's files, here without any comparison of what is missing.
@@ -22,6 +23,7 @@ use crate::{
 
 const MIB: u64 = 1 << 20;
 const SOURCE: &str = "server-a";
+const ARCHIVE: &str = "bench";
 /// Each gets the disk in another way.
 const TARGETS: [&str; 3] = ["target-a", "target-b", "target-c"];
 
@@ -45,7 +47,12 @@ pub(super) fn run(programs: &Programs, folder: &Path, bytes: u64, json: &Path) -
     let (work, image) = super::noise_disk(folder, bytes)?;
     let servers = [SOURCE].iter().chain(&TARGETS).map(|name| (*name).to_owned()).collect();
     let plan = Plan { servers, janus: true, folder: Some(work.path().join("site")) };
-    let mut site = Site::start(programs.clone(), &plan)?;
+    let mut site = Site::prepare(programs.clone(), &plan)?;
+    let archive = work.path().join("archive");
+    fs::create_dir_all(&archive)?;
+    let url = format!("file://{}", archive.display());
+    site.server(SOURCE)?.settings.set(&format!("archive.{ARCHIVE}.url"), url);
+    site.start_all()?;
     let client = site.client("bench", &[format!("disk={}", image.display())])?;
     site.await_ready(&client)?;
     let backup = || client.run(&["backup", "--json", "--server", SOURCE]);
@@ -57,6 +64,7 @@ pub(super) fn run(programs: &Programs, folder: &Path, bytes: u64, json: &Path) -
     let through_janus = seed(&site, TARGETS[0], &["--from", SOURCE, "--all"])?;
     let direct = seed(&site, TARGETS[1], &["--from", &url, "--all"])?;
     let hashes = seed(&site, TARGETS[2], &["--from", SOURCE, "--all", "--hashes-only"])?;
+    let archived = archive_all(&site)?;
     ensure!(through_janus.written == bytes && direct.written == bytes, "not all was seeded");
     ensure!(hashes.written == 0, "more than hashes were seeded");
     let full = |what: &str, seconds: f64| row(what, seconds, bytes, Some(copied / seconds));
@@ -65,12 +73,14 @@ pub(super) fn run(programs: &Programs, folder: &Path, bytes: u64, json: &Path) -
         full("seed through janus, whole", through_janus.seconds),
         full("seed straight, whole", direct.seconds),
         full("seed --hashes-only, until a delta can come", hashes.seconds),
+        full("archive into a folder, whole", archived),
     ];
 
     let changed = bytes / 100 / MIB * MIB;
     scatter(&image, bytes, changed)?;
     ensure!(backup()?.code == Some(0), "the backup failed");
     let copied = rsync.copy()?;
+    let archived = archive_all(&site)?;
     let caught_up = seed(&site, TARGETS[0], &["--from", SOURCE, "--all"])?;
     ensure!(
         caught_up.written * 10 <= changed * 11,
@@ -80,6 +90,7 @@ pub(super) fn run(programs: &Programs, folder: &Path, bytes: u64, json: &Path) -
     let catch_up = |what: &str, seconds: f64| row(what, seconds, changed, Some(copied / seconds));
     rows.push(catch_up("rsync over TLS, 1 % changed", copied));
     rows.push(catch_up("seed through janus, 1 % changed", caught_up.seconds));
+    rows.push(catch_up("archive into a folder, 1 % changed", archived));
 
     println!("\n{} MiB of noise at one server, seeded to others over TLS", bytes / MIB);
     println!("{:<44} {:>8} {:>9} {:>8} {:>6}", "what", "s", "missing", "MiB/s", "ratio");
@@ -130,6 +141,14 @@ fn seed(site: &Site, target: &str, more: &[&str]) -> Result<Seeded> {
     let answer: Value = serde_json::from_slice(&output.stdout)?;
     let written = answer["written_bytes"].as_u64().context("no written_bytes")?;
     Ok(Seeded { seconds, written })
+}
+
+/// Archives the newest backup; the seconds that took.
+fn archive_all(site: &Site) -> Result<f64> {
+    let began = Instant::now();
+    let output = site.admin(SOURCE, &["archive", ARCHIVE])?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(began.elapsed().as_secs_f64())
 }
 
 /// `rsync` as a daemon behind stunnel, which serves the source's images.
