@@ -15,6 +15,7 @@ mod carry;
 mod missing;
 pub mod offline;
 mod prove;
+pub mod queue;
 mod rebuild;
 mod retention;
 mod seed;
@@ -39,6 +40,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
+use self::queue::Queue;
 use crate::{
     carry::CarryError,
     chain::store::StoreError,
@@ -168,6 +170,18 @@ pub enum AdminError {
         /// As given.
         run: BackupId,
     },
+    /// No seeding of that number.
+    #[error("no seeding {number} is in the queue: `janus-server seed status` shows them")]
+    NotQueued {
+        /// As given.
+        number: u32,
+    },
+    /// More would be no use.
+    #[error("the queue has {most} seedings already: `janus-server seed cancel` takes one out")]
+    QueueFull {
+        /// How many.
+        most: usize,
+    },
     /// The caller has gone, or the server stops.
     #[error("stopped before it was done: what is missing can be done by the same command")]
     Cancelled,
@@ -258,13 +272,15 @@ pub struct Admin {
     runs: Arc<Runs>,
     settings: Settings,
     retention: Arc<Retention>,
+    queue: Queue,
 }
 
 impl Admin {
     /// A handler over an opened store.
     pub fn new(runs: Arc<Runs>, settings: Settings) -> Self {
         let retention = Arc::new(Retention::new(runs.clone(), settings.clone()));
-        Self { runs, settings, retention }
+        let queue = Queue::new(runs.store());
+        Self { runs, settings, retention, queue }
     }
 
     /// Its runs.
@@ -280,6 +296,11 @@ impl Admin {
     /// The retention of its store.
     pub fn retention(&self) -> &Arc<Retention> {
         &self.retention
+    }
+
+    /// The seedings that wait.
+    fn queue(&self) -> &Queue {
+        &self.queue
     }
 
     /// One machine, or all.

@@ -4,7 +4,7 @@
 //! import (`remote`), only what its heads here don't hold travels, and a seeding that ends early is gone on with. Everything
 //! here blocks, on a runtime of its own for the calls.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
 
 use janus_proto::{
     channel::{Dialer, Expect},
@@ -115,6 +115,17 @@ impl Which {
         match self {
             Self::Machine(_, disk) => disk.as_ref(),
             _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Which {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Machine(machine, None) => write!(f, "{machine}"),
+            Self::Machine(machine, Some(disk)) => write!(f, "{machine}/{disk}"),
+            Self::User(user) => write!(f, "{user}/*"),
+            Self::All => f.write_str("*"),
         }
     }
 }

@@ -30,7 +30,7 @@ use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
-    admin::{Admin, socket::AdminSocket},
+    admin::{Admin, queue, socket::AdminSocket},
     backup::Backup,
     caller::Gate,
     catalog::Catalog,
@@ -278,6 +278,7 @@ impl Server {
             tasks.spawn(follow.map_err(wiring)?);
         }
         tasks.spawn(self.filler().run(shutdown.clone()));
+        tasks.spawn(queue::follow(admin.clone(), shutdown.clone()));
         if let Some(schedule) =
             Schedule::of(&self.settings.prove, self.runs.clone()).map_err(wiring)?
         {

@@ -6,7 +6,11 @@
 mod scene;
 mod stubs;
 
-use std::{process::Stdio, thread, time::Duration};
+use std::{
+    process::Stdio,
+    thread,
+    time::{Duration, Instant},
+};
 
 use xtask::{disk, site::answers};
 
@@ -123,6 +127,38 @@ fn what_cannot_be_seeded_is_told_with_the_way_out() {
     scene.site.start_server(NEW).unwrap();
     scene.site.await_ready(&scene.client).unwrap();
     scene.next_backup(NEW, 20..21, 1);
+}
+
+#[test]
+fn the_queue_goes_on_by_itself() {
+    let mut scene = Scene::new();
+    scene.site.kill_server(OLD).unwrap();
+    let queued = |scene: &Scene| {
+        let status = done(&scene.site.admin(NEW, &["seed", "status", "--json"]).unwrap());
+        status["queue"].as_array().unwrap().clone()
+    };
+    let first = done(&scene.seed(&["--from", OLD, MACHINE, "--queue"]));
+    let later = done(&scene.seed(&["--from", OLD, "--all", "--queue"]));
+    assert_eq!((&first["number"], &later["number"]), (&1.into(), &2.into()));
+    let cancel = |number| scene.site.admin(NEW, &["seed", "cancel", number, "--json"]).unwrap();
+    assert_eq!(cancel("7").status.code(), Some(1));
+    done(&cancel("2"));
+    let waiting = queued(&scene);
+    assert_eq!(waiting.len(), 1, "{waiting:?}");
+    assert_eq!((&waiting[0]["from"], &waiting[0]["what"]), (&OLD.into(), &MACHINE.into()));
+
+    scene.site.kill_server(NEW).unwrap();
+    scene.site.start_server(NEW).unwrap();
+    scene.site.start_server(OLD).unwrap();
+    let until = Instant::now() + Duration::from_secs(60);
+    while !queued(&scene).is_empty() {
+        assert!(Instant::now() < until, "{:?}: {}", queued(&scene), scene.site.log(NEW));
+        thread::sleep(Duration::from_millis(100));
+    }
+    scene.site.await_ready(&scene.client).unwrap();
+    scene.next_backup(NEW, 20..21, 1);
+    // Numbers aren't given twice.
+    assert_eq!(done(&scene.seed(&["--from", OLD, "--all", "--queue"]))["number"], 3);
 }
 
 #[test]

@@ -61,23 +61,69 @@ pub struct Arguments {
     /// Fetch at most so many MiB in a second
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     mib_per_second: Option<u32>,
+    /// Leave it to the server, after what it was left before: it goes on by itself, also after failures and restarts
+    #[arg(long)]
+    queue: bool,
 }
 
 /// What else can be asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Action {
-    /// Show what is being seeded or imported here, what was stopped on its way, and stubs that aren't full
+    /// Show the queue, what is being seeded or imported here, what was stopped on its way, and stubs that aren't full
     Status,
+    /// Take a seeding out of the queue; what it has brought stays
+    Cancel {
+        /// As `status` shows it
+        number: u32,
+    },
+}
+
+/// A seeding that is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Order {
+    /// Name or URL of the other server.
+    pub from: String,
+    /// Which machines.
+    pub which: Which,
+    /// Stubs where no chain is.
+    pub hashes_only: bool,
+    hours: Option<Hours>,
+    mib_per_second: Option<u32>,
+}
+
+impl Order {
+    /// Whether its hours, if it has any, are now.
+    pub fn is_time(&self) -> bool {
+        self.hours.is_none_or(|hours| hours.left(now_ms()).is_some())
+    }
+
+    /// Waits for its hours; false when it is to stop.
+    fn wait(&self, task: &Task<'_>) -> bool {
+        if !self.is_time() {
+            task.tell("waiting for the hours that were named".to_owned());
+        }
+        while !self.is_time() {
+            if task.token().is_cancelled() {
+                return false;
+            }
+            std::thread::sleep(LOOK);
+        }
+        true
+    }
 }
 
 impl Arguments {
-    fn which(&self) -> Which {
-        match (&self.target, &self.user) {
+    /// What is asked for; `None`: nothing is to be seeded.
+    fn order(&self) -> Option<Order> {
+        let from = self.from.clone().filter(|_| self.action.is_none())?;
+        let which = match (&self.target, &self.user) {
             (Some(target), _) => target.clone(),
             (None, Some(user)) => Which::User(user.clone()),
             (None, None) => Which::All,
-        }
+        };
+        let Self { hashes_only, hours, mib_per_second, .. } = *self;
+        Some(Order { from, which, hashes_only, hours, mib_per_second })
     }
 }
 
@@ -86,24 +132,46 @@ pub(super) fn run(
     arguments: &Arguments,
     task: &Task<'_>,
 ) -> Result<Answer, AdminError> {
-    let Some(from) = arguments.from.as_ref().filter(|_| arguments.action.is_none()) else {
-        return Ok(status(admin));
-    };
+    if let Some(Action::Cancel { number }) = arguments.action {
+        admin.queue().cancel(number)?;
+        return Ok(Answer::new(
+            format!("seeding {number} is out of the queue\n"),
+            json!({ "cancelled": number }),
+        ));
+    }
+    let Some(order) = arguments.order() else { return status(admin) };
+    if !arguments.queue {
+        return seed(admin, &order, true, task);
+    }
+    let number = admin.queue().add(order)?;
+    let text = format!(
+        "seeding {number} is in the queue of this server: `janus-server seed status` tells how far it is, `seed cancel {number}` takes it out\n"
+    );
+    Ok(Answer::new(text, json!({ "number": number })))
+}
+
+/// Seeds. Outside of its hours it `waits`, or ends as if it was stopped.
+pub(super) fn seed(
+    admin: &Admin,
+    order: &Order,
+    waits: bool,
+    task: &Task<'_>,
+) -> Result<Answer, AdminError> {
     let began = Instant::now();
-    let (settings, which) = (admin.settings(), arguments.which());
+    let settings = admin.settings();
     let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
     let own = serve::name(&identity)?;
     let dialer: Dialer = Arc::new(identity);
-    let bytes_per_second = arguments.mib_per_second.map(|mib| u64::from(mib) << 20);
+    let bytes_per_second = order.mib_per_second.map(|mib| u64::from(mib) << 20);
     let seeder = Seeder::connect(
-        from,
+        &order.from,
         (&own, &dialer),
         &settings.janus_urls,
         bytes_per_second,
         task.token(),
     )?
-    .hashes_only(arguments.hashes_only);
-    let machines = seeder.machines(std::slice::from_ref(&which))?;
+    .hashes_only(order.hashes_only);
+    let machines = seeder.machines(std::slice::from_ref(&order.which))?;
     let server = seeder.server().to_string();
     let (mut text, mut listed, mut failed, mut written_bytes) = (String::new(), vec![], 0, 0);
     for (machine, which) in &machines {
@@ -111,7 +179,8 @@ pub(super) fn run(
         let mut told = Told::new(machine);
         let doing = format!("of {machine} seeded");
         let progress = Progress::new(&doing, task);
-        let hear = |done, all| wait_for(arguments.hours, task) && progress.hear(done, all);
+        let is_time = || if waits { order.wait(task) } else { order.is_time() };
+        let hear = |done, all| is_time() && progress.hear(done, all);
         match seeder.seed(admin.runs(), machine, which, &hear, &mut |event| told.event(&event)) {
             Ok(()) => {}
             Err(CarryError::Stopped) => return Err(AdminError::Cancelled),
@@ -139,23 +208,9 @@ pub(super) fn run(
     Ok(Answer { is_bad: failed > 0, ..Answer::new(text, json) })
 }
 
-/// Waits for the hours that were named; false when it is to stop.
-fn wait_for(hours: Option<Hours>, task: &Task<'_>) -> bool {
-    let is_time = || hours.is_none_or(|hours| hours.left(now_ms()).is_some());
-    if !is_time() {
-        task.tell("waiting for the hours that were named".to_owned());
-    }
-    while !is_time() {
-        if task.token().is_cancelled() {
-            return false;
-        }
-        std::thread::sleep(LOOK);
-    }
-    true
-}
-
 /// Runs that are made of what another server or a folder has, and aren't done.
-fn status(admin: &Admin) -> Answer {
+fn status(admin: &Admin) -> Result<Answer, AdminError> {
+    let (mut text, queue) = admin.queue().shown()?;
     let head = ["machine", "disk", "received", "backup of", "state"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     let mut listed = Vec::new();
@@ -190,17 +245,16 @@ fn status(admin: &Admin) -> Answer {
         }
     }
     let (stub_rows, stubs) = stubs(admin);
-    let mut text = match listed.is_empty() && stubs.is_empty() {
-        true => "nothing is being seeded or imported here\n".to_owned(),
-        false => String::new(),
-    };
+    if queue.is_empty() && listed.is_empty() && stubs.is_empty() {
+        text.push_str("nothing is being seeded or imported here\n");
+    }
     if !listed.is_empty() {
         text.push_str(&table(&rows));
     }
     if !stubs.is_empty() {
         text.push_str(&table(&stub_rows));
     }
-    Answer::new(text, json!({ "open": listed, "stubs": stubs }))
+    Ok(Answer::new(text, json!({ "queue": queue, "open": listed, "stubs": stubs })))
 }
 
 /// Stubs, and what they lack.

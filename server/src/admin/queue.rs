@@ -1,0 +1,279 @@
+//! Seedings that the server goes on with by itself: one after another, again when one fails, and after a restart.
+//!
+//! They stand in `.seeds.json` below the image path, the oldest first. One that can't go on now (its hours are over, its server is
+//! away) lets the others pass. Each goes once all of it is here, or an operator cancels it.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use janus_proto::show::date;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Admin, AdminError, Answer, Task,
+    seed::{self, Order},
+    table::table,
+};
+use crate::{
+    background,
+    chain::{
+        FORMAT,
+        store::{Store, StoreError, read_or_put_aside, write},
+    },
+    runs::now_ms,
+    storage::Disk,
+};
+
+const SEEDS: &str = ".seeds.json";
+/// Most that wait.
+const MOST: usize = 1000;
+/// How often it is looked whether one can go on.
+const LOOK: Duration = Duration::from_secs(1);
+/// Pauses after failures grow from the first to the second.
+const PAUSES: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(3600));
+
+/// What waits.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Seeding {
+    /// Names it.
+    number: u32,
+    /// Unix milliseconds.
+    added_ms: i64,
+    order: Order,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct SeedsFile {
+    format: u32,
+    /// The number that was given last.
+    last: u32,
+    seedings: Vec<Seeding>,
+}
+
+/// The queue of a store.
+pub struct Queue {
+    storage: Disk,
+    path: PathBuf,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// As it is on the disk; `None`: not read yet.
+    file: Option<SeedsFile>,
+    at_work: Option<AtWork>,
+    failed: BTreeMap<u32, Failed>,
+}
+
+struct AtWork {
+    number: u32,
+    told: String,
+    stop: CancellationToken,
+}
+
+struct Failed {
+    why: String,
+    pause: Duration,
+    next: Instant,
+}
+
+impl Queue {
+    /// The queue of a store. Nothing is read yet.
+    pub(super) fn new(store: &Store) -> Self {
+        let (storage, path) = (store.storage().clone(), store.root().join(SEEDS));
+        Self { storage, path, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn file<'s>(&self, state: &'s mut State) -> Result<&'s mut SeedsFile, StoreError> {
+        if state.file.is_none() {
+            let known = read_or_put_aside(&self.storage, &self.path)?;
+            let empty = SeedsFile { format: FORMAT, last: 0, seedings: Vec::new() };
+            state.file = Some(known.unwrap_or(empty));
+        }
+        let unread = || StoreError::Damaged { path: self.path.clone(), reason: "not read".into() };
+        state.file.as_mut().ok_or_else(unread)
+    }
+
+    /// Replaces the file by what `change` makes of it. The old state stays when that can't be written.
+    fn change<T>(
+        &self,
+        state: &mut State,
+        change: impl FnOnce(&mut SeedsFile) -> T,
+    ) -> Result<T, StoreError> {
+        let file = self.file(state)?;
+        let mut new = file.clone();
+        let done = change(&mut new);
+        write(&self.storage, &self.path, &new)?;
+        *file = new;
+        Ok(done)
+    }
+
+    /// Adds a seeding; answers its number.
+    pub(super) fn add(&self, order: Order) -> Result<u32, AdminError> {
+        let mut state = self.state();
+        if self.file(&mut state)?.seedings.len() >= MOST {
+            return Err(AdminError::QueueFull { most: MOST });
+        }
+        let added = self.change(&mut state, |file| {
+            file.last = file.last.wrapping_add(1);
+            file.seedings.push(Seeding { number: file.last, added_ms: now_ms(), order });
+            file.last
+        })?;
+        Ok(added)
+    }
+
+    /// Takes a seeding out, also one at work. What it has brought stays.
+    pub(super) fn cancel(&self, number: u32) -> Result<(), AdminError> {
+        let mut state = self.state();
+        if !self.file(&mut state)?.seedings.iter().any(|seeding| seeding.number == number) {
+            return Err(AdminError::NotQueued { number });
+        }
+        self.remove(&mut state, number)?;
+        if let Some(at_work) = state.at_work.as_ref().filter(|at_work| at_work.number == number) {
+            at_work.stop.cancel();
+        }
+        Ok(())
+    }
+
+    fn remove(&self, state: &mut State, number: u32) -> Result<(), StoreError> {
+        self.change(state, |file| file.seedings.retain(|seeding| seeding.number != number))?;
+        state.failed.remove(&number);
+        Ok(())
+    }
+
+    /// The queue as a table for people, and for programs.
+    pub(super) fn shown(&self) -> Result<(String, Vec<Value>), AdminError> {
+        let mut state = self.state();
+        let seedings = self.file(&mut state)?.seedings.clone();
+        let head = ["number", "from", "what", "added", "state"];
+        let mut rows = vec![head.map(str::to_owned).to_vec()];
+        let mut listed = Vec::new();
+        for Seeding { number, added_ms, order } in &seedings {
+            let at_work = state.at_work.as_ref().filter(|at_work| at_work.number == *number);
+            let failed = state.failed.get(number);
+            let told = match (at_work, failed) {
+                (Some(at_work), _) => at_work.told.clone(),
+                (None, Some(Failed { why, next, .. })) => {
+                    let left = next.saturating_duration_since(Instant::now());
+                    format!("failed, again in {} s: {why}", left.as_secs())
+                }
+                (None, None) if !order.is_time() => "waits for its hours".to_owned(),
+                (None, None) => "waits".to_owned(),
+            };
+            let what = order.which.to_string();
+            rows.push(vec![
+                number.to_string(),
+                order.from.clone(),
+                what.clone(),
+                date(*added_ms),
+                told.clone(),
+            ]);
+            listed.push(json!({
+                "number": number,
+                "from": order.from,
+                "what": what,
+                "hashes_only": order.hashes_only,
+                "added_ms": added_ms,
+                "at_work": at_work.is_some(),
+                "failed": failed.map(|failed| &failed.why),
+                "state": told,
+            }));
+        }
+        let text = if listed.is_empty() { String::new() } else { table(&rows) };
+        Ok((text, listed))
+    }
+
+    /// The next one that can go on.
+    fn begin(&self, shutdown: &CancellationToken) -> Option<(Seeding, CancellationToken)> {
+        let mut state = self.state();
+        let seedings = match self.file(&mut state) {
+            Ok(file) => file.seedings.clone(),
+            Err(error) => {
+                tracing::error!(%error, "the queue of seedings can't be read");
+                return None;
+            }
+        };
+        let now = Instant::now();
+        let can_go = |seeding: &Seeding| {
+            seeding.order.is_time()
+                && state.failed.get(&seeding.number).is_none_or(|failed| failed.next <= now)
+        };
+        let seeding = seedings.into_iter().find(can_go)?;
+        let (number, stop) = (seeding.number, shutdown.child_token());
+        let told = "begins".to_owned();
+        state.at_work = Some(AtWork { number, told, stop: stop.clone() });
+        Some((seeding, stop))
+    }
+
+    fn tell(&self, line: String) {
+        if let Some(at_work) = &mut self.state().at_work {
+            at_work.told = line;
+        }
+    }
+
+    /// Takes note of what came of one.
+    fn end(&self, number: u32, failed: Option<String>) {
+        let mut state = self.state();
+        state.at_work = None;
+        let Some(why) = failed else {
+            if let Err(error) = self.remove(&mut state, number) {
+                tracing::error!(%error, "a seeding that is done can't be taken out of the queue");
+            }
+            return;
+        };
+        let (first, longest) = PAUSES;
+        let pause = state.failed.get(&number).map_or(first, |last| (last.pause * 2).min(longest));
+        tracing::warn!(number, error = why, "a seeding of the queue failed; it is tried again");
+        state.failed.insert(number, Failed { why, pause, next: Instant::now() + pause });
+    }
+
+    /// Goes on with all that can, until none can. Blocks.
+    fn work(&self, admin: &Admin, shutdown: &CancellationToken) {
+        while let Some((Seeding { number, order, .. }, stop)) = self.begin(shutdown) {
+            let tell = |line| self.tell(line);
+            let done = seed::seed(admin, &order, false, &Task::new(&stop, &tell));
+            if shutdown.is_cancelled() {
+                return;
+            }
+            match done {
+                Ok(answer) if !answer.is_bad => {
+                    tracing::info!(number, from = order.from, what = %order.which, "seeded");
+                    self.end(number, None);
+                }
+                Ok(answer) => self.end(number, Some(failures(&answer))),
+                // Its hours are over, or it was taken out.
+                Err(AdminError::Cancelled) => {
+                    self.state().at_work = None;
+                    return;
+                }
+                Err(error) => self.end(number, Some(error.to_string())),
+            }
+        }
+    }
+}
+
+/// What failed of several machines.
+fn failures(answer: &Answer) -> String {
+    let failed = answer.text.lines().filter(|line| line.contains("FAILED"));
+    failed.collect::<Vec<_>>().join("; ")
+}
+
+/// Works on the queue until `shutdown`.
+pub async fn follow(admin: Arc<Admin>, shutdown: CancellationToken) {
+    while !shutdown.is_cancelled() {
+        let (admin, stop) = (admin.clone(), shutdown.clone());
+        background(move || admin.queue().work(&admin, &stop)).await;
+        shutdown.run_until_cancelled(sleep(LOOK)).await;
+    }
+}
