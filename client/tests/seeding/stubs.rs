@@ -110,6 +110,8 @@ fn the_backup_after_seeding_hashes_is_a_delta_and_the_rest_comes_in_the_backgrou
     // What clients and other programs see meanwhile.
     let stub = scene.new_ones().remove(0);
     assert!(stub.missing_blocks > 0 && stub.damaged_blocks == 0, "{stub:?}");
+    // What it will take counts at once, for quotas as well.
+    assert!(stub.image_allocated_bytes >= 40 * MIB, "{stub:?}");
     assert!(!scene.image(&stub).exists());
     let status = scene.client.run(&["status"]).unwrap();
     assert!(status.stdout.contains("1 snapshots incomplete"), "{status:?}");

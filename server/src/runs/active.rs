@@ -317,6 +317,11 @@ impl ActiveRun {
                 };
                 RunError::ChainDamaged { disk, blocks, reason }
             })?;
+            let allocated = match open.stub {
+                // What it will take counts from now on.
+                true => finished.image_allocated_bytes.max(session.stored_bytes()),
+                false => finished.image_allocated_bytes,
+            };
             snapshots.push(Snapshot {
                 id: open.snapshot,
                 disk: open.disk.clone(),
@@ -330,7 +335,7 @@ impl ActiveRun {
                 virtual_disk: finished.identity.virtual_disk,
                 consistency: commit.consistency,
                 skipped_bytes: commit.skipped_bytes,
-                image_allocated_bytes: finished.image_allocated_bytes,
+                image_allocated_bytes: allocated,
                 image_length_bytes: finished.image_length_bytes,
             });
         }

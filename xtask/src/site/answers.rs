@@ -127,6 +127,8 @@ pub struct Snapshot {
     pub damaged_blocks: u64,
     /// Blocks that aren't on its server yet.
     pub missing_blocks: u64,
+    /// What its image takes.
+    pub image_allocated_bytes: u64,
     /// Unix milliseconds since when all of it is proven; 0: not yet.
     pub verified_ms: i64,
     /// Unix milliseconds at which it was last proven; 0: not yet.
