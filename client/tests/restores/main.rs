@@ -4,6 +4,7 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
+mod debian;
 mod delta;
 mod meter;
 mod reading;

@@ -64,6 +64,9 @@ fn what_the_holder_drops_goes_and_the_rest_stays_whole() {
     println!("{} bytes in {tables:?}", allocated(&tables));
     // Differences: together they are hardly more than one of them whole (0.8 % of 29 MiB).
     assert!(tables.len() == 3 && allocated(&tables) < 3 * 29 * MIB / 128 / 2, "{tables:?}");
+    let usage = scene.site.admin(B, &["usage", "--json"]).unwrap();
+    let usage: serde_json::Value = serde_json::from_slice(&usage.stdout).unwrap();
+    assert!(usage["mirrored_bytes"].as_u64() >= Some(allocated(&tables)), "{usage}");
     // The whole one is the newest of those that were there at first, so each has its turn.
     let [first, second, third] = &of_a[..] else { panic!("three were taken") };
     delete(&scene, first);

@@ -26,6 +26,7 @@ use crate::{
         Held, Snapshot, stub,
         table::{Table, TableError},
     },
+    mirror::shelf,
     runs::Machine,
     storage::{Access, Disk},
 };
@@ -51,6 +52,8 @@ impl Arguments {
 #[derive(Debug, Serialize)]
 struct Usage {
     machines: Vec<MachineUsage>,
+    /// What the hash tables of other servers' backups take. Nobody's quota has them.
+    mirrored_bytes: u64,
     free_bytes: u64,
     total_bytes: u64,
     /// Snapshots that can't be read as a whole since files are missing.
@@ -119,7 +122,10 @@ pub(super) fn run(
         .space()
         .map_err(|source| AdminError::Io { action: "ask for the free space", source })?;
     let missing = Missing::of_machines(admin, &machines);
-    let mut usage = Usage { machines: Vec::new(), free_bytes, total_bytes, gaps: missing.json() };
+    let store = admin.runs().store();
+    let mirrored_bytes = shelf::stored_bytes(store.storage(), store.root());
+    let gaps = missing.json();
+    let mut usage = Usage { machines: Vec::new(), mirrored_bytes, free_bytes, total_bytes, gaps };
     for machine in machines {
         usage.machines.push(of_machine(admin, &machine, arguments.snapshots, task)?);
     }
@@ -269,6 +275,10 @@ fn text(usage: &Usage) -> String {
             rows.push(row("  in the trash".into(), String::new(), bytes));
         }
     }
+    let mirrored = match usage.mirrored_bytes {
+        0 => String::new(),
+        bytes => format!("{} of hash tables of other servers' backups\n", amount(bytes)),
+    };
     let free = format!("{} of {} free", amount(usage.free_bytes), amount(usage.total_bytes));
-    format!("{}{free}\n", table(&rows))
+    format!("{}{mirrored}{free}\n", table(&rows))
 }

@@ -112,6 +112,21 @@ impl Fresh {
     }
 }
 
+/// Bytes that the mirrored tables below an image path take; what can't be looked at has none.
+pub fn stored_bytes(storage: &Disk, image_path: &Path) -> u64 {
+    // By server, user, machine and disk.
+    below(storage, &image_path.join(FOLDER), 5)
+}
+
+fn below(storage: &Disk, folder: &Path, levels: u32) -> u64 {
+    let entries = storage.list(folder).unwrap_or_default();
+    let bytes = entries.iter().map(|path| match storage.is_folder(path) {
+        Ok(true) if levels > 0 => below(storage, path, levels - 1),
+        _ => storage.metadata(path).ok().flatten().map_or(0, |file| file.allocated_bytes),
+    });
+    bytes.sum()
+}
+
 impl Shelf {
     /// A shelf below the image path, empty until [`Shelf::load`].
     pub fn new(storage: Disk, image_path: &Path) -> Self {
