@@ -56,6 +56,8 @@ pub enum About {
     Certificate(String),
     /// The disk of this server.
     Disk(String),
+    /// What of this server's store can't be used.
+    Store(String),
     /// Damaged snapshots on this server.
     Damage(String),
     /// A backup of a machine on a server that can't be restored: both names.
@@ -112,6 +114,9 @@ pub fn findings(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64
             let text = format!("{name} is nearly full: {} of {} free", amount(free), amount(total));
             say(Verdict::Warning, About::Disk(name.clone()), text);
         }
+        if let Some(text) = unusable(server) {
+            say(Verdict::Warning, About::Store(name.clone()), text);
+        }
         if let Some(text) = damage(server) {
             say(Verdict::Warning, About::Damage(name.clone()), text);
         }
@@ -159,6 +164,16 @@ fn expiring(name: &str, expires_ms: i64, now_ms: i64) -> Option<(Verdict, String
         true => (Verdict::Warning, format!("the certificate of {name} expires on {at}")),
         false => (Verdict::Critical, format!("the certificate of {name} expired on {at}")),
     })
+}
+
+/// What of its store a server can't use.
+fn unusable(server: &ServerStatus) -> Option<String> {
+    let named = server.warnings.iter().take(MOST_NAMED).map(String::as_str).collect::<Vec<_>>();
+    let more = match server.warnings.len().saturating_sub(MOST_NAMED) {
+        0 => String::new(),
+        more => format!("; and {more} more"),
+    };
+    (!named.is_empty()).then(|| format!("{}: {}{more}", name_of(server), named.join("; ")))
 }
 
 /// Snapshots that have lost blocks.
@@ -266,6 +281,21 @@ mod tests {
             (Verdict::Warning, &About::Clock("u/m".into()))
         );
         assert!(found(vec![server("a")], vec![machine(NOW_MS + 60_000)]).is_empty());
+    }
+
+    #[test]
+    fn what_a_server_cannot_use_is_one_warning() {
+        let with = |warnings: &[&str]| {
+            let warnings = warnings.iter().map(ToString::to_string).collect();
+            found(vec![ServerStatus { warnings, ..server("a") }], Vec::new())
+        };
+        assert!(with(&[]).is_empty());
+        let seen = with(&["u/m: gone", "u/n: too", "3", "4", "5", "6", "7"]);
+        assert_eq!(
+            (seen[0].verdict, &seen[0].about),
+            (Verdict::Warning, &About::Store("a".into()))
+        );
+        assert_eq!(seen[0].text, "a: u/m: gone; u/n: too; 3; 4; 5; and 2 more");
     }
 
     #[test]

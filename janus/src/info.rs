@@ -102,6 +102,7 @@ impl Info {
                 .as_ref()
                 .map_or(0, |id| self.fleet.registry().incomplete(id, own)),
             proven_ms: server.as_ref().map_or(0, |id| self.proven_ms(id, own)),
+            warnings: if own.is_none() { vitals.warnings } else { Vec::new() },
             server_id: server.map(String::from).unwrap_or_default(),
             url: upstream.url(),
             ready: down.is_none(),
@@ -183,6 +184,7 @@ impl Info {
             damaged: self.fleet.registry().damaged(server, own),
             incomplete_snapshots: self.fleet.registry().incomplete(server, own),
             proven_ms: self.proven_ms(server, own),
+            warnings: if own.is_none() { vitals.warnings } else { Vec::new() },
             free_bytes: vitals.free_bytes,
             total_bytes: vitals.total_bytes,
             certificate_expires_ms: vitals.certificate_expires_ms,
@@ -222,6 +224,7 @@ impl ServerInfoService for Info {
             for server in &mut status.servers {
                 server.damaged.clear();
                 server.incomplete_snapshots = 0;
+                server.warnings.clear();
             }
         }
         Ok(Response::new(status))

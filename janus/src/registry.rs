@@ -235,7 +235,7 @@ impl Registry {
         state.last_message = Some(Instant::now());
         state.heard_ms = unix_ms();
         state.settings = hello.settings.clone();
-        state.vitals = hello.vitals;
+        state.vitals.clone_from(&hello.vitals);
         state.urls = hello.urls.iter().take(16).cloned().collect();
         Ok(ReportSlot { registry: self.clone(), server: server.clone(), slot })
     }
@@ -307,7 +307,7 @@ impl Registry {
 
     /// Free space and certificate of a server, as it has said last.
     pub fn vitals_of(&self, server: &ServerId) -> Option<pb::Vitals> {
-        self.lock().servers.get(server)?.vitals
+        self.lock().servers.get(server)?.vitals.clone()
     }
 
     /// Machines that have damaged snapshots on a server, or this one.
@@ -579,7 +579,7 @@ impl ReportSlot {
             }
             Some(Event::FullEnd(_)) => state.finish_full(),
             Some(Event::Heartbeat(heartbeat)) => {
-                state.vitals = heartbeat.vitals.or(state.vitals);
+                state.vitals = heartbeat.vitals.or(state.vitals.take());
             }
             Some(Event::Hello(_)) | None => {}
         }

@@ -50,6 +50,11 @@ pub fn router_status(status: &GetRouterStatusResponse) -> String {
             proof_line(&mut text, machine, at);
         }
     }
+    for server in &status.servers {
+        for warning in &server.warnings {
+            let _ = writeln!(text, "warning of {}: {warning}", server.server_id);
+        }
+    }
     for warning in &status.warnings {
         let _ = writeln!(text, "warning: {warning}");
     }
@@ -151,6 +156,7 @@ fn server_json(server: &ServerStatus) -> Value {
         "incomplete_snapshots": server.incomplete_snapshots,
         "proven_ms": known(server.proven_ms),
         "damaged": server.damaged.iter().map(damaged_json).collect::<Vec<_>>(),
+        "warnings": server.warnings,
         "settings": server.settings.as_ref().map(|told| json!({
             "image_path": told.image_path,
             "prefer_vhdx": told.prefer_vhdx,

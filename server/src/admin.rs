@@ -306,6 +306,7 @@ impl Admin {
     /// One machine, or all.
     fn machines(&self, only: Option<&MachineKey>) -> Result<Vec<Arc<Machine>>, AdminError> {
         let Some(key) = only else { return Ok(self.runs.machines()) };
+        self.runs.check_machine(key)?;
         let machine = self.runs.machine(key);
         Ok(vec![machine.ok_or_else(|| AdminError::UnknownMachine { machine: key.clone() })?])
     }

@@ -48,6 +48,8 @@ impl Catalog {
                 format!("{} may not read machine {key}", caller.0),
             ));
         }
+        // That nothing is known is no empty list: others would drop what they know of it.
+        self.runs.check_machine(&key)?;
         Ok(self.runs.machine(&key))
     }
 
@@ -104,7 +106,9 @@ impl CatalogService for Catalog {
         }
         let request = request.into_inner();
         let machines = self.runs.machines();
-        let readable = machines.iter().filter(|machine| caller.may_read(&machine.key));
+        let readable = machines
+            .iter()
+            .filter(|machine| caller.may_read(&machine.key) && machine.faults().machine.is_none());
         let items = readable.map(|machine| (machine.key.to_string(), self.machine_info(machine)));
         let (machines, next_page_token) = page(items, request.page_size, &request.page_token)?;
         Ok(Response::new(pb::ListMachinesResponse {

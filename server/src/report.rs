@@ -146,7 +146,7 @@ impl Reporter {
         let mut sequence = 0;
         let mut told = self.vitals().await;
         let mut due = Instant::now() + self.refresh;
-        let mut opening = vec![Event::Hello(self.hello(number, told))];
+        let mut opening = vec![Event::Hello(self.hello(number, told.clone()))];
         opening.extend(self.full_state().into_iter().map(Event::Full));
         opening.push(Event::FullEnd(pb::FullEnd {}));
         for event in opening {
@@ -157,8 +157,8 @@ impl Reporter {
         loop {
             let event = tokio::select! {
                 biased;
-                vitals = self.worth_telling(told, due) => {
-                    told = vitals;
+                vitals = self.worth_telling(&told, due) => {
+                    told = vitals.clone();
                     due = Instant::now() + self.refresh;
                     Event::Heartbeat(pb::Heartbeat { vitals: Some(vitals) })
                 }
@@ -178,12 +178,12 @@ impl Reporter {
         }
     }
 
-    /// Waits until a heartbeat is `due`, or the space has changed much since it was told.
-    async fn worth_telling(&self, told: pb::Vitals, due: Instant) -> pb::Vitals {
+    /// Waits until a heartbeat is `due`, or the space has changed much since it was told, or other things can't be used.
+    async fn worth_telling(&self, told: &pb::Vitals, due: Instant) -> pb::Vitals {
         loop {
             sleep_until(due.min(Instant::now() + LOOK)).await;
             let now = self.vitals().await;
-            if Instant::now() >= due || has_changed_much(&told, &now) {
+            if Instant::now() >= due || has_changed_much(told, &now) {
                 return now;
             }
         }
@@ -191,17 +191,14 @@ impl Reporter {
 
     async fn vitals(&self) -> pb::Vitals {
         let runs = self.runs.clone();
-        let space = crate::blocking(move || runs.store().space()).await;
-        let (free_bytes, total_bytes) = match space {
-            Ok(Ok(space)) => space,
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "free space of the image path can't be asked");
-                (0, 0)
-            }
-            Err(_) => (0, 0),
-        };
+        let asked = crate::blocking(move || (runs.store().space(), runs.warnings())).await;
+        let (space, warnings) = asked.unwrap_or_else(|_| (Ok((0, 0)), Vec::new()));
+        let (free_bytes, total_bytes) = space.unwrap_or_else(|error| {
+            tracing::warn!(%error, "free space of the image path can't be asked");
+            (0, 0)
+        });
         let certificate_expires_ms = self.identity.expires().saturating_mul(1000);
-        pb::Vitals { free_bytes, total_bytes, certificate_expires_ms }
+        pb::Vitals { free_bytes, total_bytes, certificate_expires_ms, warnings }
     }
 
     fn hello(&self, stream: u64, vitals: pb::Vitals) -> pb::ReportHello {
@@ -218,7 +215,9 @@ impl Reporter {
     }
 
     fn full_state(&self) -> Vec<pb::StateChange> {
-        let machines = self.runs.machines();
+        let mut machines = self.runs.machines();
+        // What isn't known can't be told; janus would take it for a machine that was never here.
+        machines.retain(|machine| machine.faults().machine.is_none());
         let mut all: Vec<pb::StateChange> = machines
             .chunks(SNAPSHOTS_A_MESSAGE)
             .map(|some| pb::StateChange {
@@ -266,6 +265,7 @@ impl Reporter {
 fn has_changed_much(told: &pb::Vitals, now: &pb::Vitals) -> bool {
     now.free_bytes.abs_diff(told.free_bytes) > told.free_bytes / 10
         || now.certificate_expires_ms != told.certificate_expires_ms
+        || now.warnings != told.warnings
 }
 
 fn machine_report(machine: &Machine) -> pb::MachineReport {

@@ -74,7 +74,7 @@ impl Retention {
     /// # Errors
     /// When its pins can't be read.
     pub fn plan(&self, machine: &Machine) -> Result<Plan, StoreError> {
-        let pins = self.runs.store().pins(&machine.key)?;
+        let pins = self.runs.pins(machine)?;
         let section = &self.settings.retention;
         let policy = Policy {
             rules: &|disk| section.rules(&machine.key, disk),
@@ -123,7 +123,7 @@ impl Retention {
     /// `Pinned` when one has a pin; as [`Runs::trash`].
     pub fn delete(&self, machine: &MachineKey, backups: &[BackupId]) -> Result<(), RetentionError> {
         let _turn = self.take_turn();
-        let pins = self.runs.store().pins(machine)?;
+        let pins = self.pins(machine)?;
         let held = self.runs.machine(machine).map(|machine| machine.snapshots());
         for held in held.into_iter().flatten() {
             let snapshot = held.snapshot().id;
@@ -149,7 +149,7 @@ impl Retention {
         let run = trashed.iter().find(|trashed| trashed.run.backup == backup);
         let first = run.and_then(|trashed| trashed.run.snapshots.first());
         let first = first.ok_or_else(|| RunError::Unknown { id: backup.to_string() })?.id;
-        let mut pins = self.runs.store().pins(machine)?;
+        let mut pins = self.pins(machine)?;
         pins.insert(first);
         // Before the run: the other way round a plan might come between after a crash.
         self.runs.store().save_pins(machine, pins)?;
@@ -191,13 +191,21 @@ impl Retention {
         machine: &MachineKey,
         change: impl FnOnce(&mut BTreeSet<SnapshotId>),
     ) -> Result<(), StoreError> {
-        let mut pins = self.runs.store().pins(machine)?;
+        let mut pins = self.pins(machine)?;
         let trashed = self.runs.trashed(machine);
         let in_trash: BTreeSet<SnapshotId> =
             trashed.iter().flat_map(|trashed| &trashed.run.snapshots).map(|s| s.id).collect();
         pins.retain(|id| self.runs.snapshot(*id).is_some() || in_trash.contains(id));
         change(&mut pins);
         self.runs.store().save_pins(machine, pins)
+    }
+
+    fn pins(&self, machine: &MachineKey) -> Result<BTreeSet<SnapshotId>, StoreError> {
+        self.runs.check_machine(machine)?;
+        match self.runs.machine(machine) {
+            Some(machine) => self.runs.pins(&machine),
+            None => Ok(BTreeSet::new()),
+        }
     }
 
     fn take_turn(&self) -> MutexGuard<'_, ()> {

@@ -6,6 +6,7 @@
 
 mod active;
 mod error;
+mod faults;
 mod health;
 mod import;
 mod limits;
@@ -217,6 +218,7 @@ impl Runs {
         wanted: &[WantedDisk],
         maker: Maker,
     ) -> Result<Arc<ActiveRun>, RunError> {
+        self.check_machine(key)?;
         let mut machines = lock(&self.machines);
         names::check_machine(&machines, key)?;
         let machine = machines
@@ -226,6 +228,7 @@ impl Runs {
             })
             .clone();
         drop(machines);
+        machine.check_disks(wanted.iter().map(|wanted| &wanted.disk))?;
         self.refuse_while_committing(&machine, backup)?;
         let _turn = machine.take_turn();
         machine.refuse_ended(backup)?;

@@ -64,7 +64,10 @@ impl From<SessionError> for Status {
 
 impl From<StoreError> for Status {
     fn from(error: StoreError) -> Self {
-        tracing::error!(%error, "the store failed");
+        // What is faulty was logged when it was found.
+        if !matches!(error, StoreError::Faulty { .. }) {
+            tracing::error!(%error, "the store failed");
+        }
         status(ErrorReason::StoreFailed, error.to_string())
     }
 }

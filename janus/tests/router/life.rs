@@ -277,8 +277,7 @@ async fn prometheus_sees_the_servers_and_a_slow_reader_does_not_keep_janus() {
     let metrics = janus.metrics.unwrap();
     let snapshots = vec![snapshot("a", 1_767_225_600_000), snapshot("a", 5)];
     let (sender, mut answers) = report(&keys, &janus, "a", snapshots, 1).await;
-    let vitals =
-        pb::Vitals { free_bytes: 7 << 30, total_bytes: 9 << 30, certificate_expires_ms: 0 };
+    let vitals = pb::Vitals { free_bytes: 7 << 30, total_bytes: 9 << 30, ..Default::default() };
     let heartbeat = Event::Heartbeat(pb::Heartbeat { vitals: Some(vitals) });
     sender.send(pb::ReportRequest { sequence: 9, event: Some(heartbeat) }).await.unwrap();
     while answers.message().await.unwrap().unwrap().sequence < 9 {}

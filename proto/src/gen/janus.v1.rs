@@ -2526,7 +2526,7 @@ pub struct SharedSettings {
     pub separate_folders_by_user: bool,
 }
 /// What an administrator wants to know of a server before it is too late.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Vitals {
     /// Of the file system of the image path; 0 for both: it could not be asked.
     #[prost(uint64, tag = "1")]
@@ -2536,6 +2536,9 @@ pub struct Vitals {
     /// Unix milliseconds at which the certificate that the server uses now expires. 0: unknown.
     #[prost(int64, tag = "3")]
     pub certificate_expires_ms: i64,
+    /// What of its store can't be used, a line each, for people; at most 21. Empty: nothing, or an older server.
+    #[prost(string, repeated, tag = "4")]
+    pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// First message of a stream.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2602,7 +2605,7 @@ pub mod report_request {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FullEnd {}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Heartbeat {
     /// Absent from an older server.
     #[prost(message, optional, tag = "1")]
@@ -2993,6 +2996,10 @@ pub struct ServerStatus {
     /// Unix milliseconds at which the newest proof that went well began there, of whatever machine; 0: there was none.
     #[prost(int64, tag = "16")]
     pub proven_ms: i64,
+    /// What of its store can't be used, as it has reported, a line each. Not for clients, since machines of others are named. Empty:
+    /// nothing, or an older janus or server.
+    #[prost(string, repeated, tag = "17")]
+    pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// A machine with damaged snapshots on a server.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -13,7 +13,7 @@ use std::{
 };
 
 use crate::direct::DirectFile;
-use rustix::fs::{FallocateFlags, OFlags, fallocate};
+use rustix::fs::{FallocateFlags, OFlags, StatVfsMountFlags, fallocate};
 
 use super::{Access, File, Handle, Metadata, Op, Verdict, Watcher};
 
@@ -264,6 +264,12 @@ impl Disk {
     pub fn space(&self, path: &Path) -> io::Result<(u64, u64)> {
         let stat = rustix::fs::statvfs(path)?;
         Ok((stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize))
+    }
+
+    /// True when the file system that holds `path` says that nothing can be written.
+    pub fn is_read_only(&self, path: &Path) -> bool {
+        let stat = rustix::fs::statvfs(path);
+        stat.is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::RDONLY))
     }
 
     /// Makes a file that takes this much space, unless it is there. Only ever a help: what fails leaves nothing, and no watcher

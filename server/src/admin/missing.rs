@@ -1,4 +1,4 @@
-//! Snapshots that lack files, as commands name them.
+//! Snapshots that lack files, and what can't be read at all, as commands name them.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -16,37 +16,46 @@ pub(super) struct Missing {
     gaps: Vec<(MachineKey, Gap)>,
     /// Machines whose folders could not be listed, and why.
     unknown: Vec<(MachineKey, String)>,
+    /// What can't be used.
+    faults: Vec<String>,
 }
 
 impl Missing {
-    /// Of all snapshots of these machines.
-    pub fn of_machines(admin: &Admin, machines: &[Arc<Machine>]) -> Self {
+    /// Of all snapshots of these machines: of `only` one, or all.
+    pub fn of_machines(
+        admin: &Admin,
+        machines: &[Arc<Machine>],
+        only: Option<&MachineKey>,
+    ) -> Self {
         let (mut gaps, mut unknown) = (Vec::new(), Vec::new());
         for machine in machines {
             let key = || machine.key.clone();
+            if machine.check_history().is_err() {
+                continue;
+            }
             match admin.runs().gaps(machine) {
                 Ok(found) => gaps.extend(found.snapshots.into_iter().map(|gap| (key(), gap))),
                 Err(error) => unknown.push((key(), error.to_string())),
             }
         }
-        Self { gaps, unknown }
+        Self { gaps, unknown, faults: admin.runs().faults(only) }
     }
 
-    /// Of these snapshots.
-    pub fn of(admin: &Admin, snapshots: &[Held]) -> Self {
+    /// Of these snapshots, of `only` one machine or of all.
+    pub fn of(admin: &Admin, snapshots: &[Held], only: Option<&MachineKey>) -> Self {
         let keys: BTreeSet<&MachineKey> = snapshots.iter().map(|held| &held.run.machine).collect();
         let machines: Vec<_> =
             keys.into_iter().filter_map(|key| admin.runs().machine(key)).collect();
         let wanted: BTreeSet<SnapshotId> =
             snapshots.iter().map(|held| held.snapshot().id).collect();
-        let mut missing = Self::of_machines(admin, &machines);
+        let mut missing = Self::of_machines(admin, &machines, only);
         missing.gaps.retain(|(_, gap)| wanted.contains(&gap.snapshot_id));
         missing
     }
 
-    /// True when all files are there.
+    /// True when all files are there, and can be read.
     pub fn is_empty(&self) -> bool {
-        self.gaps.is_empty() && self.unknown.is_empty()
+        self.gaps.is_empty() && self.unknown.is_empty() && self.faults.is_empty()
     }
 
     /// A line for each.
@@ -56,7 +65,8 @@ impl Missing {
             .unknown
             .iter()
             .map(|(key, error)| format!("{key}: whether files are missing is unknown: {error}\n"));
-        gaps.chain(unknown).collect()
+        let faults = self.faults.iter().map(|fault| format!("{fault}\n"));
+        gaps.chain(unknown).chain(faults).collect()
     }
 
     /// A list of objects.
@@ -67,6 +77,7 @@ impl Missing {
         });
         let unknown =
             self.unknown.iter().map(|(key, error)| json!({ "machine": key, "unknown": error }));
-        gaps.chain(unknown).collect()
+        let faults = self.faults.iter().map(|fault| json!({ "fault": fault }));
+        gaps.chain(unknown).chain(faults).collect()
     }
 }

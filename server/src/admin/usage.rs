@@ -121,7 +121,7 @@ pub(super) fn run(
         .store()
         .space()
         .map_err(|source| AdminError::Io { action: "ask for the free space", source })?;
-    let missing = Missing::of_machines(admin, &machines);
+    let missing = Missing::of_machines(admin, &machines, arguments.machine.as_ref());
     let store = admin.runs().store();
     let mirrored_bytes = shelf::stored_bytes(store.storage(), store.root());
     let gaps = missing.json();

@@ -84,17 +84,16 @@ pub(super) fn run(
         checked.push(check(admin, held, arguments.mib_per_second, &place, task)?);
     }
     admin.runs().save_health();
-    Ok(answer(admin, &snapshots, &checked, began.elapsed()))
+    let gaps = Missing::of(admin, &snapshots, arguments.what.as_ref().map(|what| &what.machine));
+    Ok(answer(admin, &snapshots, &checked, &gaps, began.elapsed()))
 }
 
 /// The snapshots that were named, oldest first.
 fn select(admin: &Admin, what: Option<&What>) -> Result<Vec<Held>, AdminError> {
     let machines = match what {
-        None => admin.runs().machines(),
-        Some(what) => {
-            let unknown = || AdminError::UnknownMachine { machine: what.machine.clone() };
-            vec![admin.runs().machine(&what.machine).ok_or_else(unknown)?]
-        }
+        // What can't be read is named in the answer.
+        Some(what) if admin.runs().check_machine(&what.machine).is_err() => return Ok(Vec::new()),
+        what => admin.machines(what.map(|what| &what.machine))?,
     };
     let is_wanted = |held: &Held| {
         let snapshot = held.snapshot();
@@ -165,7 +164,13 @@ fn check(
     Ok(Checked { held: held.clone(), read_bytes: limit.read_bytes(), result })
 }
 
-fn answer(admin: &Admin, snapshots: &[Held], checked: &[Checked], took: Duration) -> Answer {
+fn answer(
+    admin: &Admin,
+    snapshots: &[Held],
+    checked: &[Checked],
+    gaps: &Missing,
+    took: Duration,
+) -> Answer {
     let mut rows = vec![["SNAPSHOT", "COMMITTED", "DISK", "RESULT"].map(String::from).to_vec()];
     let (mut damaged, mut listed) = (0, Vec::new());
     let failed: BTreeMap<Uuid, &str> = checked
@@ -204,7 +209,6 @@ fn answer(admin: &Admin, snapshots: &[Held], checked: &[Checked], took: Duration
     let speed = read_bytes as f64 / took.as_secs_f64().max(0.001);
     let mut text = table(&rows);
     checked.iter().for_each(|one| text.push_str(&one.text()));
-    let gaps = Missing::of(admin, snapshots);
     text.push_str(&gaps.text());
     text.push_str(&format!(
         "{} snapshots, {} images: {} read in {:.1} s, {}/s; {damaged} snapshots damaged\n",

@@ -10,7 +10,7 @@ use std::{
     path::Path,
 };
 
-use janus_proto::ids::{MachineKey, SnapshotId, block_count};
+use janus_proto::ids::{DiskId, MachineKey, SnapshotId, block_count};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -198,7 +198,8 @@ impl Health {
             && self.images.values().all(is_whole)
     }
 
-    /// Finds stubs of which it isn't known what they lack: what was known is lost, or a crash came first.
+    /// Finds stubs of which it isn't known what they lack: what was known is lost, or a crash came first. Disks that can't be read
+    /// are left out.
     ///
     /// # Errors
     /// As the file system says.
@@ -207,12 +208,14 @@ impl Health {
         storage: &Disk,
         folder: &Path,
         history: &History,
+        is_readable: &dyn Fn(&DiskId) -> bool,
     ) -> io::Result<()> {
         let mut found = Vec::new();
         for held in history.links() {
             let snapshot = held.snapshot();
             let is_known = snapshot.parent.is_some() || self.missing(snapshot).is_some();
-            if !is_known && stub::is_here(storage, folder, snapshot)? {
+            if !is_known && is_readable(&snapshot.disk) && stub::is_here(storage, folder, snapshot)?
+            {
                 found.push((snapshot.data_write, stub::all_blocks(storage, folder, snapshot)));
             }
         }

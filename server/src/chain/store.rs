@@ -20,6 +20,7 @@
 //! of what stands before it. A crash leaves each file old or new. Images that no manifest and no open run names are
 //! moved to `<disk>/set-aside/` at start, never deleted.
 
+pub mod faults;
 mod folders;
 mod merges;
 mod pins;
@@ -44,6 +45,7 @@ pub(super) use self::records::read;
 pub(crate) use self::records::{parse, with_sum};
 pub(crate) use self::records::{read_or_put_aside, write};
 use self::{
+    faults::{Fault, Faults},
     folders::{check_layout, exists, files_in, folders_in, free_name, is_folder, list},
     publish::take_back,
     records::{DAMAGED, put_aside},
@@ -108,6 +110,20 @@ pub enum StoreError {
         from: PathBuf,
         /// The new one.
         path: PathBuf,
+    },
+    /// Nothing can be written.
+    #[error("{} is on a file system that is mounted read-only: find out why (`dmesg` tells of disks that fail), then `mount -o remount,rw` it, or set image_path to another disk", path.display())]
+    ReadOnly {
+        /// The image path.
+        path: PathBuf,
+    },
+    /// What a machine has here can't be used.
+    #[error("machine {machine} can't be used on this server: {fault}")]
+    Faulty {
+        /// The machine.
+        machine: MachineKey,
+        /// Why not.
+        fault: Fault,
     },
     /// Machines' folders are where the other setting has them.
     #[error("{} is a machine's folder as with separate_folders_by_user = {}: set that back, or `janus-server rebuild` brings all folders where this setting has them", path.display(), !separate)]
@@ -284,6 +300,8 @@ pub struct MachineState {
     pub health: Health,
     /// What was proven of its backups.
     pub proofs: Proofs,
+    /// What of it can't be used.
+    pub faults: Faults,
 }
 
 /// The folder tree of one server, locked for this process.
@@ -296,6 +314,8 @@ pub struct Store {
     pub generation: StoreGeneration,
     /// Number of this start of the server.
     pub start_epoch: u64,
+    /// What can't be read and belongs to no machine that is known.
+    faults: Vec<Fault>,
     _lock: StoreLock,
 }
 
@@ -308,7 +328,10 @@ struct StoreLock {
 impl StoreLock {
     fn take(storage: &Disk, root: &Path) -> Result<Self, StoreError> {
         let file = storage.open(&root.join(".store.lock"), Access::Create);
-        let file = file.map_err(StoreError::io("write to the image path", root))?;
+        let file = file.map_err(|source| match source.kind() {
+            io::ErrorKind::ReadOnlyFilesystem => StoreError::ReadOnly { path: root.to_owned() },
+            _ => StoreError::io("write to the image path", root)(source),
+        })?;
         if !file.try_lock().map_err(StoreError::io("lock", root))? {
             return Err(StoreError::Locked { path: root.to_owned() });
         }
@@ -328,7 +351,7 @@ impl Store {
     ///
     /// # Errors
     /// When the folder can't be written, is in use, or was written by a newer version. Damaged manifests are logged and
-    /// left out.
+    /// left out, machines and disks that can't be read too: see [`faults`].
     pub fn open(
         root: &Path,
         separate_folders_by_user: bool,
@@ -366,17 +389,19 @@ impl Store {
         };
         file.starts += 1;
         spare::write_even_if_full(&storage, &file_path, &file)?;
-        let store = Self {
+        let mut store = Self {
             storage,
             root: root.to_owned(),
             separate_folders_by_user,
             generation: file.generation,
             start_epoch: file.starts,
+            faults: Vec::new(),
             _lock: lock,
         };
         let mut machines = HashMap::new();
         for folder in store.machine_folders()? {
-            if let Some((key, state)) = store.load_machine(&folder)? {
+            let loaded = store.load_machine(&folder);
+            if let Some((key, state)) = loaded.or_else(|error| store.without(&folder, error))? {
                 machines.insert(key, state);
             }
         }
@@ -404,6 +429,11 @@ impl Store {
     /// As the file system says.
     pub fn space(&self) -> io::Result<(u64, u64)> {
         self.storage.space(&self.root)
+    }
+
+    /// True when nothing can be written, as far as the file system says.
+    pub fn is_read_only(&self) -> bool {
+        self.storage.is_read_only(&self.root)
     }
 
     /// The image path.
@@ -496,18 +526,6 @@ impl Store {
         self.machine_folder(&run.machine).join(OPEN).join(format!("{}.json", run.backup))
     }
 
-    fn machine_folders(&self) -> Result<Vec<PathBuf>, StoreError> {
-        let first = folders_in(&self.storage, &self.root)?;
-        if !self.separate_folders_by_user {
-            return Ok(first);
-        }
-        let mut all = Vec::new();
-        for user in first {
-            all.extend(folders_in(&self.storage, &user)?);
-        }
-        Ok(all)
-    }
-
     /// The machine whose folder this is, by its name alone.
     fn machine_of(&self, folder: &Path) -> Option<MachineKey> {
         let below = folder.strip_prefix(&self.root).ok()?.to_str()?;
@@ -540,6 +558,7 @@ impl Store {
             return Err(StoreError::Damaged { path, reason });
         }
         let mut state = MachineState { counters: file.counters, ..MachineState::default() };
+        state.faults = self.look_for_faults(folder, &file)?;
         let last = last_sequence(&self.storage, folder)?;
         state.last_sequence = last.max(file.counters.purged_sequence);
         state.health = Health::load(&self.storage, folder, &file.machine)?;
@@ -567,10 +586,15 @@ impl Store {
         unread |= !trash::load(&self.storage, folder, &file.machine, &mut state.history)?;
         state.incomplete = unread;
         self.finish_merges(&mut file, &mut state)?;
-        let looked = state.health.look_for_stubs(&self.storage, folder, &state.history);
+        let is_readable = |disk: &DiskId| !state.faults.disks.contains_key(disk);
+        let looked =
+            state.health.look_for_stubs(&self.storage, folder, &state.history, &is_readable);
         looked.map_err(StoreError::io("look for stubs in", folder))?;
         for path in files_in(&self.storage, &folder.join(OPEN), "json")? {
             match read::<OpenRun>(&self.storage, &path) {
+                // Its files can't be looked at.
+                Ok(Some(run))
+                    if state.faults.of_disks(run.disks.iter().map(|d| &d.disk)).is_some() => {}
                 Ok(Some(run)) if state.history.run(run.backup).is_some() => {
                     // It is told as committed from now on, but its commit may have been killed before the last sync.
                     let runs = folder.join(RUNS);
@@ -597,8 +621,11 @@ impl Store {
         }
         // What a damaged or lost manifest names may be whole: it stays, for whoever brings the manifest back.
         let is_complete = !state.incomplete && !state.history.lacks_links();
-        if is_complete && state.unfinished.is_empty() {
-            set_aside_unknown(&self.storage, folder, &state)?;
+        if is_complete
+            && state.unfinished.is_empty()
+            && let Err(error) = set_aside_unknown(&self.storage, folder, &state)
+        {
+            tracing::error!(machine = %file.machine, %error, "what no run names stays where it is");
         }
         Ok(Some((file.machine, state)))
     }
@@ -642,7 +669,7 @@ fn set_aside_unknown(
     for name in state.open.iter().flat_map(|run| &run.disks).flat_map(OpenDisk::open_files) {
         known.insert(folder.join(name));
     }
-    for disk_folder in folders_in(storage, folder)? {
+    for disk_folder in state.faults.readable_disks(storage, folder)? {
         for path in list(storage, &disk_folder)? {
             if known.contains(&path) || is_folder(storage, &path)? {
                 continue;

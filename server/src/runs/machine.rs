@@ -14,7 +14,10 @@ use crate::chain::{
     health::Health,
     merge::Intent,
     ranges::BlockRanges,
-    store::{Counters, MachineState},
+    store::{
+        Counters, MachineState, StoreError,
+        faults::{Fault, Faults},
+    },
 };
 use crate::prove::record::Proofs;
 
@@ -55,6 +58,8 @@ struct State {
     health_unsaved: bool,
     /// What was proven of its backups.
     proofs: Proofs,
+    /// What of it can't be used.
+    faults: Faults,
 }
 
 impl Machine {
@@ -77,6 +82,7 @@ impl Machine {
             health: state.health,
             health_unsaved: false,
             proofs: state.proofs,
+            faults: state.faults,
         };
         Self {
             key,
@@ -86,6 +92,40 @@ impl Machine {
             merging: Mutex::new(()),
             health_turn: Mutex::new(()),
         }
+    }
+
+    /// What of it can't be used.
+    pub fn faults(&self) -> Faults {
+        lock(&self.state).faults.clone()
+    }
+
+    /// Fails where something of it can't be read: its history isn't known then, or can't be changed.
+    ///
+    /// # Errors
+    /// `Faulty`.
+    pub fn check_history(&self) -> Result<(), StoreError> {
+        match self.faults().of_history() {
+            Some(fault) => Err(self.faulty(fault)),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn check_disks<'a>(
+        &self,
+        disks: impl Iterator<Item = &'a DiskId>,
+    ) -> Result<(), StoreError> {
+        match self.faults().of_disks(disks) {
+            Some(fault) => Err(self.faulty(fault)),
+            None => Ok(()),
+        }
+    }
+
+    fn faulty(&self, fault: &Fault) -> StoreError {
+        StoreError::Faulty { machine: self.key.clone(), fault: fault.clone() }
+    }
+
+    pub(super) fn set_pins_fault(&self, fault: Option<Fault>) {
+        lock(&self.state).faults.pins = fault;
     }
 
     /// Counter of the newest start here.

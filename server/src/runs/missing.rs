@@ -41,7 +41,7 @@ impl Runs {
     pub fn look_for_missing(&self) {
         for machine in self.machines() {
             // Until a merge is finished its files have other names than the manifests say.
-            if machine.unswitched().is_some() {
+            if machine.unswitched().is_some() || machine.check_history().is_err() {
                 continue;
             }
             match self.gaps(&machine) {

@@ -173,7 +173,9 @@ impl Purge<'_> {
         if self.due_links().is_empty() && self.machine.unfinished().is_none() {
             return;
         }
-        let hindrance = match self.tidy() {
+        let readable =
+            self.machine.check_history().map_err(|fault| Wait::Failed(fault.to_string()));
+        let hindrance = match readable.and_then(|()| self.tidy()) {
             Err(wait) => Some(wait),
             Ok(()) => self.machine.is_incomplete().then_some(Wait::Incomplete),
         };

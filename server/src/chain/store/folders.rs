@@ -27,39 +27,45 @@ pub(super) fn is_folder(storage: &Disk, path: &Path) -> Result<bool, StoreError>
     storage.is_folder(path).map_err(StoreError::io("look at", path))
 }
 
-/// Backups that nobody sees any more would begin anew beside the old ones.
+/// Backups that nobody sees any more would begin anew beside the old ones. What can't be read says nothing of the layout.
 pub(super) fn check_layout(storage: &Disk, root: &Path, separate: bool) -> Result<(), StoreError> {
     let misplaced = |path: PathBuf| Err(StoreError::OtherLayout { path, separate });
-    for first in folders_in(storage, root)? {
+    let is_machine = |path: &Path| exists(storage, &path.join(MACHINE)).unwrap_or(false);
+    for first in named_in(storage, root)? {
         if separate {
-            if exists(storage, &first.join(MACHINE))? {
+            if is_machine(&first) {
                 return misplaced(first);
             }
-        } else if !exists(storage, &first.join(MACHINE))? {
-            for second in folders_in(storage, &first)? {
-                if exists(storage, &second.join(MACHINE))? {
-                    return misplaced(second);
-                }
+        } else if !is_machine(&first) {
+            let below = folders_in(storage, &first).unwrap_or_default();
+            if let Some(second) = below.into_iter().find(|path| is_machine(path)) {
+                return misplaced(second);
             }
         }
     }
     Ok(())
 }
 
-/// Folders of users, machines or disks: our own start with a dot.
+/// Folders of users, machines or disks.
 pub(super) fn folders_in(storage: &Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
-    // Our own, and what file systems make in their root, which only root may read.
-    let is_none = |path: &Path| {
-        path.file_name()
-            .is_some_and(|name| name.as_encoded_bytes().starts_with(b".") || name == "lost+found")
-    };
     let mut folders = Vec::new();
-    for path in list(storage, folder)? {
-        if !is_none(&path) && is_folder(storage, &path)? {
+    for path in named_in(storage, folder)? {
+        if is_folder(storage, &path)? {
             folders.push(path);
         }
     }
     Ok(folders)
+}
+
+/// What may be a folder of a user, machine or disk: our own files start with a dot, and what file systems make in their root only
+/// root may read.
+pub(super) fn named_in(storage: &Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let mut paths = list(storage, folder)?;
+    paths.retain(|path| {
+        let name = path.file_name().unwrap_or_default();
+        !name.as_encoded_bytes().starts_with(b".") && name != "lost+found"
+    });
+    Ok(paths)
 }
 
 pub(super) fn files_in(

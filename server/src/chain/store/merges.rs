@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use janus_proto::ids::MachineKey;
 
 use super::{
-    Counters, MachineFile, MachineState, RUNS, Store, StoreError, files_in, folders_in, list,
+    Counters, Faults, MachineFile, MachineState, RUNS, Store, StoreError, files_in, list,
     put_aside, read, trash, write,
 };
 use crate::{
@@ -113,7 +113,7 @@ impl Store {
     /// # Errors
     /// As the file system says.
     pub fn remove_partials(&self, machine: &MachineKey) -> Result<(), StoreError> {
-        remove_partials(&self.storage, &self.machine_folder(machine))
+        remove_partials(&self.storage, &self.machine_folder(machine), &Faults::default())
     }
 
     fn intent_path(&self, machine: &MachineKey, intent: &Intent) -> PathBuf {
@@ -145,7 +145,7 @@ impl Store {
             }
         }
         if state.unfinished.is_empty() {
-            remove_partials(&self.storage, &folder)?;
+            remove_partials(&self.storage, &folder, &state.faults)?;
         }
         Ok(())
     }
@@ -181,8 +181,8 @@ impl Counters {
 }
 
 /// Copies that no intent speaks of: of merges that were not ready.
-fn remove_partials(storage: &Disk, folder: &Path) -> Result<(), StoreError> {
-    for disk in folders_in(storage, folder)? {
+fn remove_partials(storage: &Disk, folder: &Path, faults: &Faults) -> Result<(), StoreError> {
+    for disk in faults.readable_disks(storage, folder)? {
         for path in list(storage, &disk)? {
             if path.as_os_str().as_encoded_bytes().ends_with(PARTIAL.as_bytes()) {
                 storage.remove(&path).map_err(StoreError::io("remove", &path))?;

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use janus_proto::ids::{MachineKey, SnapshotId};
 use serde::{Deserialize, Serialize};
 
-use super::{FORMAT, Store, StoreError, read, write};
+use super::{FORMAT, Store, StoreError, faults::Fault, read, write};
 
 const PINS: &str = ".pins.json";
 
@@ -34,6 +34,11 @@ impl Store {
             other => other,
         })?;
         Ok(file.map(|file| file.snapshots).unwrap_or_default())
+    }
+
+    /// Why the pins of a machine can't be read.
+    pub fn pins_fault(&self, machine: &MachineKey, error: &StoreError) -> Fault {
+        Fault::of_file(&self.machine_folder(machine).join(PINS), error)
     }
 
     /// Replaces the pins of a machine, durably.
