@@ -76,12 +76,10 @@ pub fn seven_zip(image: &Path, kind: &str) -> Result<Vec<u8>> {
     }
 }
 
-/// What `qemu-img` is told of an image in a format of its own names. Versions before 8 take the size of a VHD from its
-/// geometry, which is rounded, unless they are told not to.
+/// What `qemu-img` is told of an image in a format of its own names.
 pub fn for_qemu(image: &Path, format: &str) -> [String; 2] {
-    let more = if format == "vpc" { ",force_size_calc=current_size" } else { "" };
     let path = image.display();
-    let options = format!("driver={format}{more},file.driver=file,file.filename={path}");
+    let options = format!("driver={format},file.driver=file,file.filename={path}");
     ["--image-opts".into(), options]
 }
 

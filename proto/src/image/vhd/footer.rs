@@ -10,8 +10,10 @@ use crate::{image::ImageError, storage::File};
 pub(super) const BYTES: usize = 512;
 const COOKIE: &[u8; 8] = b"conectix";
 const CHECKSUM: usize = 64;
-/// Programs take the size from the geometry for some creators (of old Virtual PC), from the size field for all others.
-const CREATOR: &[u8; 4] = b"jnsb";
+/// As Hyper-V: programs that tell creators apart take the size of its images from the size field. QEMU before 8 does so for a few
+/// names only, and takes that of all others, which is rounded down, from the geometry. Nobody reads by whom we are, and images
+/// that we wrote as `jnsb` are read like these.
+const CREATOR: &[u8; 4] = b"win ";
 /// 2000-01-01, what time stamps count from.
 const EPOCH_UNIX_SECONDS: u64 = 946_684_800;
 
@@ -166,6 +168,18 @@ mod tests {
             let mut flipped = bytes;
             flipped[at] ^= 0x10;
             assert_eq!(Footer::decode(&flipped).unwrap(), None, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn footers_of_other_creators_say_the_same() {
+        for creator in [b"jnsb", b"vpc "] {
+            let mut bytes = footer().encode();
+            assert_eq!(&bytes[28..32], b"win ", "what QEMU before 8 knows");
+            put(&mut bytes, 28, creator);
+            let sum = checksum(&bytes, CHECKSUM);
+            put(&mut bytes, CHECKSUM, &sum.to_be_bytes());
+            assert_eq!(Footer::decode(&bytes).unwrap(), Some(footer()));
         }
     }
 
