@@ -1,6 +1,6 @@
 //! Which snapshots there are, over all servers that answer.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::SystemTime};
 
 use janus_proto::{
     ids::{DiskId, MachineKey, ServerId, SnapshotId},
@@ -12,6 +12,7 @@ use janus_proto::{
 
 use crate::{
     link::{Address, Link, LinkError, QUICK, Remedy},
+    snapshot::order::newest_first,
     ways::Ways,
 };
 
@@ -148,12 +149,8 @@ fn merge(mut listings: Vec<Listing>) -> Listing {
             merged.unreachable.push(server);
         }
     }
-    newest_first(&mut merged.snapshots);
+    newest_first(&mut merged.snapshots, SystemTime::now());
     merged
-}
-
-fn newest_first(snapshots: &mut [Snapshot]) {
-    snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.committed_ms));
 }
 
 async fn list_through(link: &Link, query: &Query) -> Result<Listing, LinkError> {
@@ -195,7 +192,7 @@ async fn list_through(link: &Link, query: &Query) -> Result<Listing, LinkError> 
     listing.snapshots.retain(|snapshot| {
         server.as_ref().is_none_or(|server| snapshot.server_id == server.as_str())
     });
-    newest_first(&mut listing.snapshots);
+    newest_first(&mut listing.snapshots, SystemTime::now());
     Ok(listing)
 }
 

@@ -7,6 +7,7 @@ use crate::link::LinkError;
 
 pub mod medium;
 pub mod opened;
+pub mod order;
 pub mod select;
 
 pub use self::{

@@ -1,7 +1,7 @@
 //! Snapshots on servers that are away, as other servers know them: those that mirror their tables say how much of each they can
 //! deliver.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::SystemTime};
 
 use janus_proto::{
     ids::{MachineKey, ServerId},
@@ -12,6 +12,7 @@ use tonic::Code;
 use crate::{
     catalog::{Listing, Query},
     link::{Address, Link, LinkError, QUICK},
+    snapshot::order::newest_first,
     ways::Ways,
 };
 
@@ -96,7 +97,7 @@ pub fn add_unknown(listing: &mut Listing, mirrored: &[Mirrored]) {
             listing.snapshots.push(one.snapshot.clone());
         }
     }
-    listing.snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.committed_ms));
+    newest_first(&mut listing.snapshots, SystemTime::now());
 }
 
 /// The server that has most of a snapshot, and what it has.

@@ -55,7 +55,7 @@ impl Catalog {
 
     fn machine_info(&self, machine: &Machine) -> pb::MachineInfo {
         let snapshots = machine.snapshots();
-        let last_committed_ms = snapshots.first().map_or(0, |held| held.run.committed_ms);
+        let last_committed_ms = snapshots.first().map_or(0, |held| machine.time_of(&held.run));
         let here = pb::MachineServer {
             server_id: self.here.server_id.clone(),
             use_counter: machine.use_counter(),
@@ -125,13 +125,14 @@ impl CatalogService for Catalog {
         let machine = self.machine(&request, &request.get_ref().machine)?;
         let request = request.into_inner();
         let mut disks: BTreeMap<DiskId, pb::DiskInfo> = BTreeMap::new();
-        for held in machine.map(|machine| machine.snapshots()).unwrap_or_default() {
+        let snapshots = machine.as_ref().map(|machine| machine.snapshots()).unwrap_or_default();
+        for held in snapshots {
             let snapshot = held.snapshot();
             // Newest first: the first one seen of a disk says how it is now.
             let info = disks.entry(snapshot.disk.clone()).or_insert_with(|| pb::DiskInfo {
                 disk_id: snapshot.disk.to_string(),
                 size_bytes: snapshot.size_bytes,
-                last_committed_ms: held.run.committed_ms,
+                last_committed_ms: machine.as_ref().map_or(0, |one| one.time_of(&held.run)),
                 snapshot_count: 0,
             });
             info.snapshot_count += 1;

@@ -3,6 +3,7 @@
 //! A run manifest is the commit point of a run: the snapshots it names exist when it does. Everything here is plain
 //! data; [`store`] keeps it on disk.
 
+pub mod clocks;
 pub mod gaps;
 pub mod health;
 mod history;
@@ -71,10 +72,13 @@ pub struct Run {
     pub backup: BackupId,
     /// Whose it is.
     pub machine: MachineKey,
-    /// Unix milliseconds, increasing from run to run of a machine.
+    /// Unix milliseconds by the server's clock, of an import those of its content. Which run is newer [`clocks`] says.
     pub committed_ms: i64,
     /// Place in the order of the machine's runs here, from 1.
     pub sequence: u64,
+    /// Counter of its start, which tells the order of runs on several servers; 0: it has none, as imports.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub use_counter: u64,
     /// The client's opaque seal.
     #[serde(with = "hex_bytes")]
     pub client_seal: Vec<u8>,
@@ -159,8 +163,8 @@ impl Held {
 
     /// As the catalog shows it.
     ///
-    /// `folder` is the machine's, below the image path.
-    pub fn to_wire(&self, server_id: &str, folder: &str) -> pb::Snapshot {
+    /// `folder` is the machine's, below the image path; `committed_ms` the time that its place among the runs gives it.
+    pub fn to_wire(&self, server_id: &str, folder: &str, committed_ms: i64) -> pb::Snapshot {
         let snapshot = self.snapshot();
         pb::Snapshot {
             snapshot_id: snapshot.id.to_string(),
@@ -168,7 +172,8 @@ impl Held {
             machine: self.run.machine.to_string(),
             disk_id: snapshot.disk.to_string(),
             backup_id: self.run.backup.to_string(),
-            committed_ms: self.run.committed_ms,
+            committed_ms,
+            use_counter: self.run.use_counter,
             size_bytes: snapshot.size_bytes,
             logical_sector_bytes: snapshot.logical_sector_bytes,
             table_digest: snapshot.table_digest.0.to_vec().into(),
@@ -183,6 +188,12 @@ impl Held {
             ..Default::default()
         }
     }
+}
+
+// Serde gives a reference.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 mod hex_bytes {

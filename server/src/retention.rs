@@ -221,7 +221,7 @@ fn points(machine: &Machine, pins: &BTreeSet<SnapshotId>) -> Vec<Point> {
         let first = &run.first()?.run;
         Some(Point {
             backup: first.backup,
-            committed_ms: first.committed_ms,
+            committed_ms: machine.time_of(first),
             is_pinned: run.iter().any(|held| pins.contains(&held.snapshot().id)),
             disks: run.iter().map(|held| disk_point(machine, held)).collect(),
         })

@@ -367,6 +367,7 @@ impl Runs {
         let is_in_doubt = matches!(published, Err(StoreError::InDoubt { .. }));
         active.set_in_doubt(is_in_doubt.then(|| run.clone()));
         published?;
+        let known = machine.moved();
         machine.committed_now(run.clone());
         self.note_stubs(&machine, &run, &open);
         self.look_again(&machine);
@@ -376,6 +377,12 @@ impl Runs {
             tracing::warn!(%error, backup_id = %backup, "cannot remove the files of a committed run");
         }
         let _ = self.changes.send(Change::Committed(run.clone()));
+        // Which of the earlier ones a clock had dated wrongly may show now.
+        let moved: Vec<SnapshotId> = {
+            let moved = machine.moved().into_iter();
+            moved.filter(|(id, ms)| known.get(id) != Some(ms)).map(|(id, _)| id).collect()
+        };
+        self.tell_health(key, moved);
         Ok(run)
     }
 
@@ -409,6 +416,7 @@ impl Runs {
             machine: machine.key.clone(),
             committed_ms,
             sequence,
+            use_counter: if origin.is_none() { active.record().use_counter } else { 0 },
             client_seal: seal.to_vec(),
             origin,
             snapshots,

@@ -75,7 +75,8 @@ pub struct Snapshot {
     pub disk_id: ::prost::alloc::string::String,
     #[prost(string, tag = "5")]
     pub backup_id: ::prost::alloc::string::String,
-    /// Unix milliseconds by the server's clock, increasing along a chain.
+    /// Unix milliseconds by the server's clock, increasing along a chain: where the clock was wrong for a run and later ones
+    /// contradict it, the time of its place among them.
     #[prost(int64, tag = "6")]
     pub committed_ms: i64,
     /// Size of the disk.
@@ -124,6 +125,10 @@ pub struct Snapshot {
     /// never proven, its newest proof failed, or an older server.
     #[prost(int64, tag = "21")]
     pub proven_ms: i64,
+    /// Use counter of the start of its run: of two snapshots of a machine, on whatever servers, the one with the higher counter
+    /// is newer, whatever their times. 0: none, as of imports, or an older server.
+    #[prost(uint64, tag = "22")]
+    pub use_counter: u64,
 }
 /// A server that is known but did not answer.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

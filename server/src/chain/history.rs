@@ -4,12 +4,12 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use janus_proto::ids::{BackupId, DiskId, SnapshotId};
 
-use super::{Held, Run, TrashRecord, TrashedRun, merge::Intent};
+use super::{Held, Run, TrashRecord, TrashedRun, clocks, merge::Intent};
 
 /// All runs of one machine on this server, oldest first.
 #[derive(Debug, Clone, Default)]
@@ -19,6 +19,8 @@ pub struct History {
     /// Of runs and trash.
     links: BTreeMap<SnapshotId, Held>,
     heads: BTreeMap<DiskId, SnapshotId>,
+    /// Times of runs that a clock has dated wrongly, by their numbers. Found when they are asked for.
+    moved: OnceLock<BTreeMap<u64, i64>>,
 }
 
 impl History {
@@ -33,11 +35,13 @@ impl History {
                 self.heads.insert(snapshot.disk, snapshot.id);
             }
         }
+        self.moved = OnceLock::new();
         self.runs.insert(run.sequence, run);
     }
 
     /// Takes a run of the trash in.
     pub fn add_trashed(&mut self, trashed: TrashedRun) {
+        self.moved = OnceLock::new();
         self.links.extend(Held::all(&trashed.run).map(|held| (held.snapshot().id, held)));
         self.trash.insert(trashed.run.sequence, trashed);
     }
@@ -168,7 +172,28 @@ impl History {
         self.runs.values().next_back()
     }
 
-    /// The newest run, be it in the trash: no later one has a lower number or an earlier time.
+    /// When a run was committed, as far as the order of all runs, also those in the trash, lets that be believed: ascends with
+    /// their numbers.
+    pub fn time_of(&self, run: &Run) -> i64 {
+        self.moved().get(&run.sequence).copied().unwrap_or(run.committed_ms)
+    }
+
+    /// Runs whose times aren't those of their manifests.
+    pub fn moved(&self) -> &BTreeMap<u64, i64> {
+        self.moved.get_or_init(|| {
+            let trashed = self.trash.values().map(|trashed| &trashed.run);
+            let all = self.runs.values().chain(trashed);
+            clocks::corrected(&all.map(|run| (run.sequence, run.committed_ms)).collect())
+        })
+    }
+
+    /// Highest use counter of all runs.
+    pub fn use_counter(&self) -> u64 {
+        let trashed = self.trash.values().map(|trashed| &trashed.run);
+        self.runs.values().chain(trashed).map(|run| run.use_counter).max().unwrap_or(0)
+    }
+
+    /// The newest run, be it in the trash: no later one has a lower number.
     pub fn last(&self) -> Option<&Arc<Run>> {
         let trashed = self.trash.values().next_back().map(|trashed| &trashed.run);
         self.newest().into_iter().chain(trashed).max_by_key(|run| run.sequence)
@@ -189,6 +214,7 @@ impl History {
     }
 
     fn reindex(&mut self) {
+        self.moved = OnceLock::new();
         self.links.clear();
         self.heads.clear();
         for trashed in self.trash.values() {

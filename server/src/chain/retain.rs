@@ -3,8 +3,8 @@
 //! Every disk has its rules and looks at the runs that hold it, newest first:
 //!
 //! - the newest run and the newest good one stay, pinned ones too;
-//! - all of the last `keep_all_days` stay, counted back from the disk's newest run: while no backups come, or after a
-//!   clock that was wrong for a while, nothing gets old;
+//! - all of the last `keep_all_days` stay, counted back from the disk's newest run that isn't of the future: while no backups come,
+//!   nothing gets old;
 //! - of each of the newest `daily` days that hold a good run, its newest good run stays; so with weeks, months and years.
 //!   Days and all else are UTC, weeks begin on Monday;
 //! - the newest `at_least` good runs stay.
@@ -31,10 +31,9 @@ use janus_proto::{
 use serde::Serialize;
 
 use self::calendar::Period;
+use super::clocks::SLACK_MS;
 
 const DAY_MS: i64 = 86_400_000;
-/// A newest run may be this far in the future: clocks are set, and commits of a machine are at least 1 ms apart.
-const CLOCK_SLACK_MS: i64 = 600_000;
 /// So few drops are never taken for an accident.
 const FEW_DROPS: usize = 4;
 
@@ -62,7 +61,7 @@ pub struct Rules {
 pub struct Point {
     /// The run.
     pub backup: BackupId,
-    /// When it was committed.
+    /// When it was committed, as its place among the runs has it: see [`super::clocks`].
     pub committed_ms: i64,
     /// It has a pin.
     pub is_pinned: bool,
@@ -226,7 +225,7 @@ pub fn plan(mut points: Vec<Point>, policy: &Policy<'_>, now_ms: i64) -> Plan {
     points.sort_by_key(|point| std::cmp::Reverse(point.committed_ms));
     let mut kept: Vec<BTreeMap<Reason, BTreeSet<DiskId>>> = vec![BTreeMap::new(); points.len()];
     for (disk, series) in series(&points) {
-        for (index, reason) in keep(&series, &(policy.rules)(&disk)) {
+        for (index, reason) in keep(&series, &(policy.rules)(&disk), now_ms) {
             kept[index].entry(reason).or_default().insert(disk.clone());
         }
     }
@@ -266,7 +265,7 @@ fn series(points: &[Point]) -> BTreeMap<DiskId, Vec<Link>> {
 }
 
 /// What the rules of one disk keep of its runs.
-fn keep(series: &[Link], rules: &Rules) -> Vec<(usize, Reason)> {
+fn keep(series: &[Link], rules: &Rules, now_ms: i64) -> Vec<(usize, Reason)> {
     let mut kept = Vec::new();
     let Some(newest) = series.first() else { return kept };
     let good = || series.iter().filter(|link| !link.is_faulty);
@@ -274,7 +273,10 @@ fn keep(series: &[Link], rules: &Rules) -> Vec<(usize, Reason)> {
     kept.extend(good().take(1).map(|link| (link.index, Reason::Newest)));
     kept.extend(series.iter().filter(|l| l.is_pinned).map(|l| (l.index, Reason::Pinned)));
     kept.extend(good().take(rules.at_least as usize).map(|l| (l.index, Reason::AtLeast)));
-    let since = newest.committed_ms.saturating_sub(i64::from(rules.keep_all_days) * DAY_MS);
+    // A single run of a wrong clock makes no other old; where all are of the future it is our clock that is wrong.
+    let believed = series.iter().find(|link| !is_future(link.committed_ms, now_ms));
+    let newest_ms = believed.unwrap_or(newest).committed_ms;
+    let since = newest_ms.saturating_sub(i64::from(rules.keep_all_days) * DAY_MS);
     let recent = series.iter().take_while(|link| link.committed_ms > since);
     kept.extend(recent.map(|link| (link.index, Reason::Recent)));
     for (period, count, reason) in [
@@ -344,9 +346,14 @@ fn strength(verdict: &Verdict) -> Option<Reason> {
     }
 }
 
+/// Clocks are set, and commits of a machine are at least 1 ms apart.
+fn is_future(ms: i64, now_ms: i64) -> bool {
+    ms > now_ms.saturating_add(SLACK_MS)
+}
+
 fn stop(points: &[Point], verdicts: &[Verdict], percent: u32, now_ms: i64) -> Option<Stop> {
     let newest_ms = points.first()?.committed_ms;
-    if newest_ms > now_ms.saturating_add(CLOCK_SLACK_MS) {
+    if is_future(newest_ms, now_ms) {
         return Some(Stop::Future { newest_ms, now_ms });
     }
     let drops = verdicts.iter().filter(|verdict| matches!(verdict, Verdict::Drop(_))).count();

@@ -585,6 +585,9 @@ impl Store {
         unread |= !files_in(&self.storage, &folder.join(RUNS), DAMAGED)?.is_empty();
         unread |= !trash::load(&self.storage, folder, &file.machine, &mut state.history)?;
         state.incomplete = unread;
+        // Its file may have been lost.
+        file.counters.use_counter = file.counters.use_counter.max(state.history.use_counter());
+        state.counters = file.counters;
         self.finish_merges(&mut file, &mut state)?;
         let is_readable = |disk: &DiskId| !state.faults.disks.contains_key(disk);
         let looked =

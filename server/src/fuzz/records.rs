@@ -167,6 +167,7 @@ pub(super) fn manifest_seeds() -> Vec<Vec<u8>> {
         machine: machine.clone(),
         committed_ms: 1,
         sequence: 1,
+        use_counter: 3,
         client_seal: vec![1, 2],
         origin: Some(Origin { run: Some(BackupId::new()), taken_ms: 1, from: None }),
         snapshots: vec![snapshot(parent, None), snapshot(SnapshotId::new(), Some(parent))],

@@ -41,10 +41,13 @@ impl Runs {
         let id = held.snapshot().id;
         let (damaged_blocks, verified_ms) =
             machine.as_ref().map_or((0, 0), |machine| machine.health_of(id));
-        let (missing_blocks, proven_ms) =
-            machine.map_or((0, 0), |machine| (machine.missing_blocks(id), machine.proven_ms(id)));
+        let (missing_blocks, proven_ms) = machine
+            .as_ref()
+            .map_or((0, 0), |machine| (machine.missing_blocks(id), machine.proven_ms(id)));
         let folder = self.store.relative_folder(&held.run.machine);
-        let wire = held.to_wire(server_id, &folder);
+        let committed_ms =
+            machine.map_or(held.run.committed_ms, |machine| machine.time_of(&held.run));
+        let wire = held.to_wire(server_id, &folder, committed_ms);
         pb::Snapshot { damaged_blocks, verified_ms, missing_blocks, proven_ms, ..wire }
     }
 

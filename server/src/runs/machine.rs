@@ -1,7 +1,7 @@
 //! One machine on this server: its committed runs, the trash, and the open ones.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
     time::Duration,
 };
@@ -10,7 +10,7 @@ use janus_proto::ids::{BackupId, DiskId, MachineKey, SnapshotId};
 
 use super::{ActiveRun, MAX_COUNTER_JUMP, RunError, lock, now_ms};
 use crate::chain::{
-    Held, History, Run, Snapshot, TrashRecord, TrashedRun,
+    Held, History, Run, Snapshot, TrashRecord, TrashedRun, clocks,
     health::Health,
     merge::Intent,
     ranges::BlockRanges,
@@ -388,13 +388,35 @@ impl Machine {
         lock(&self.state).active.push(run);
     }
 
-    /// Sequence and time of the next commit; both only grow.
+    /// When a run was committed, as far as its place among the others lets that be believed.
+    pub fn time_of(&self, run: &Run) -> i64 {
+        lock(&self.state).history.time_of(run)
+    }
+
+    /// Snapshots whose time isn't the one of their manifest, with that time.
+    pub(super) fn moved(&self) -> BTreeMap<SnapshotId, i64> {
+        let state = lock(&self.state);
+        let moved = state.history.moved();
+        let mut all = BTreeMap::new();
+        if !moved.is_empty() {
+            for held in state.history.newest_first() {
+                let ms = moved.get(&held.run.sequence);
+                all.extend(ms.map(|ms| (held.snapshot().id, *ms)));
+            }
+        }
+        all
+    }
+
+    /// Sequence and time of the next commit. Numbers only grow; times, too, unless a clock was far ahead.
     pub(super) fn next_place(&self) -> (u64, i64) {
         let state = lock(&self.state);
         let purged = (state.counters.purged_sequence, state.counters.purged_ms);
         let last = state.history.last().map_or(purged, |run| (run.sequence, run.committed_ms));
         let sequence = last.0.max(purged.0).max(state.last_sequence).saturating_add(1);
-        (sequence, now_ms().max(last.1.max(purged.1).saturating_add(1)))
+        let now = now_ms();
+        let earlier = [last.1, purged.1].into_iter().filter(|ms| !is_ahead(*ms, now));
+        let after = earlier.max().map_or(now, |ms| ms.saturating_add(1));
+        (sequence, now.max(after))
     }
 
     /// The same of an imported run, which has the time of its content, so that who asks for the newest gets what is newest.
@@ -409,16 +431,19 @@ impl Machine {
     ) -> Result<(u64, i64), (DiskId, i64)> {
         let sequence = self.next_place().0;
         // A clock of elsewhere may be ahead of ours, and the next run comes after this one.
-        let taken_ms = taken_ms.min(now_ms());
+        let now = now_ms();
+        let taken_ms = taken_ms.min(now);
         let here = self.snapshots();
+        let believed = |run: &Run| Some(self.time_of(run)).filter(|ms| !is_ahead(*ms, now));
         for disk in disks {
             let newest = here.iter().find(|held| held.snapshot().disk == *disk);
-            let newest_ms = newest.map(|held| held.run.committed_ms);
+            let newest_ms = newest.and_then(|held| believed(&held.run));
             if let Some(newest_ms) = newest_ms.filter(|newest_ms| *newest_ms >= taken_ms) {
                 return Err((disk.clone(), newest_ms));
             }
         }
-        let last_ms = lock(&self.state).history.last().map(|run| run.committed_ms);
+        let last = self.history(|history| history.last().cloned());
+        let last_ms = last.and_then(|run| believed(&run));
         Ok((sequence, last_ms.map_or(taken_ms, |last_ms| taken_ms.max(last_ms.saturating_add(1)))))
     }
 
@@ -436,4 +461,9 @@ impl Machine {
             state.aborted.pop_front();
         }
     }
+}
+
+/// True for a time that no right clock can have told yet.
+fn is_ahead(ms: i64, now_ms: i64) -> bool {
+    ms > now_ms.saturating_add(clocks::SLACK_MS)
 }

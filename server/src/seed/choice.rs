@@ -119,6 +119,7 @@ mod tests {
             machine: "u/m".parse().unwrap(),
             committed_ms,
             sequence: 1,
+            use_counter: 0,
             client_seal: Vec::new(),
             origin: origin.map(|run| Origin { run: Some(run), taken_ms: committed_ms, from: None }),
             snapshots: vec![snapshot],

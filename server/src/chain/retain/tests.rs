@@ -114,9 +114,24 @@ fn a_run_in_the_future_stops_the_plan() {
     let chain = SnapshotId::new();
     let points = [point(0, &[("disk", false)], chain), point(DAY_MS, &[("disk", false)], chain)];
     let policy = Policy { rules: &|_| DEFAULT, max_drop_percent: 50 };
-    let stopped = plan(points.to_vec(), &policy, DAY_MS - CLOCK_SLACK_MS - 1);
+    let stopped = plan(points.to_vec(), &policy, DAY_MS - SLACK_MS - 1);
     assert!(matches!(stopped.stop, Some(Stop::Future { .. })), "{:?}", stopped.stop);
-    assert_eq!(plan(points.to_vec(), &policy, DAY_MS - CLOCK_SLACK_MS).stop, None);
+    assert_eq!(plan(points.to_vec(), &policy, DAY_MS - SLACK_MS).stop, None);
+}
+
+#[test]
+fn a_newest_run_of_the_future_makes_no_other_old() {
+    let (chain, now) = (SnapshotId::new(), 1000 * DAY_MS);
+    let mut points: Vec<_> =
+        (0..3).map(|day| point(now - day * DAY_MS, &[("disk", false)], chain)).collect();
+    points.push(point(now + 400 * DAY_MS, &[("disk", false)], chain));
+    let rules = Rules { daily: 0, weekly: 0, monthly: 0, at_least: 0, ..DEFAULT };
+    let policy = Policy { rules: &|_| rules, max_drop_percent: 50 };
+    let forced = plan(points.clone(), &policy, now);
+    assert!(forced.stop.is_some());
+    assert_eq!(forced.drops().count(), 0, "{forced:?}");
+    // All of them are of the future: this clock is wrong.
+    assert_eq!(plan(points, &policy, 0).drops().count(), 3);
 }
 
 #[test]

@@ -221,7 +221,7 @@ impl Survey<'_> {
         if readable::<MachineFile>(self.storage, &self.folder.join(MACHINE))?.is_some() {
             return Ok(());
         }
-        let mut use_counter = 0;
+        let mut use_counter = self.history.use_counter();
         for path in files_in(self.storage, &self.folder.join(OPEN), "json")? {
             let open = readable::<OpenRun>(self.storage, &path)?;
             use_counter = use_counter.max(open.map_or(0, |open| open.use_counter));
