@@ -274,6 +274,53 @@ fn as_root_below_the_reserve_there_are_reads_and_retention_but_no_backups() {
     drop(store);
 }
 
+/// Where blocks can't be shared, merging writes before it frees: what has no room for that stays, and is not lost for nothing.
+#[test]
+fn as_root_what_cannot_be_merged_is_not_dropped() {
+    let mut kept = Kept::new(false);
+    let store = move_to_small(&mut kept, 128 * MIB);
+    kept.site.start_server(SERVER).unwrap();
+    kept.site.await_ready(&kept.client).unwrap();
+    disk::blank(&kept.disk, 64 * MIB).unwrap();
+    for round in 0..6 {
+        disk::write_noise(&kept.disk, round * 8 * MIB..(round + 1) * 8 * MIB, round).unwrap();
+        kept.backup();
+    }
+    let leave = |kept: &Kept, bytes: u64| {
+        let filler = store.folder().join("filler");
+        let _ = fs::remove_file(&filler);
+        let free = kept.json(&["usage"])["free_bytes"].as_u64().unwrap();
+        let mut file = fs::File::create(&filler).unwrap();
+        let mut rest = std::io::Read::take(std::io::repeat(7), free - bytes);
+        std::io::copy(&mut rest, &mut file).unwrap();
+        file.sync_all().unwrap();
+    };
+    leave(&kept, 4 * MIB);
+    let said = |output: Output| String::from_utf8(output.stdout).unwrap();
+    let plan = said(kept.admin(&["retention", "plan"]));
+    println!("{plan}");
+    assert_eq!(plan.matches("would be kept now, merging it takes").count(), 4, "{plan}");
+    let done = kept.json(&["retention", "run", "--now"]);
+    println!("{done}");
+    let machine = &done["machines"][0];
+    assert_eq!(machine["dropped"].as_array().unwrap().len(), 0, "{done}");
+    assert!(machine["waiting"][0]["why"].as_str().unwrap().starts_with("it is kept, merging"));
+    kept.assert_listed(&[0, 1, 2, 3, 4, 5]);
+    let second = kept.copies[1].0.clone();
+    let deleted = said(kept.admin(&["delete", &second]));
+    assert!(deleted.contains("its space doesn't come free now: merging it takes"), "{deleted}");
+    kept.json(&["trash", "restore", &second]);
+    kept.json(&["unpin", &second]);
+
+    // With room for one at a time all go, one after the other.
+    leave(&kept, 24 * MIB);
+    let done = kept.json(&["retention", "run", "--now"]);
+    assert_eq!(done["machines"][0]["purged"].as_array().unwrap().len(), 4, "{done}");
+    kept.assert_listed(&[4, 5]);
+    drop(kept);
+    drop(store);
+}
+
 /// A full disk helps itself: no backups, but reads; retention frees what no rule keeps; then backups go on.
 #[test]
 fn as_root_a_full_disk_takes_backups_again_after_retention() {
@@ -306,6 +353,12 @@ fn as_root_a_full_disk_takes_backups_again_after_retention() {
     // Others take the rest to the last block: the server starts all the same.
     fill(store.folder());
     kept.site.stop_server(SERVER).unwrap();
+    // Commands too, which open the store themselves while no server runs.
+    assert!(kept.json(&["usage"])["free_bytes"].as_u64().unwrap() > 8 * MIB, "the spare space");
+    let oldest = kept.copies[0].0.clone();
+    kept.json(&["delete", &oldest]);
+    kept.json(&["trash", "restore", &oldest]);
+    kept.json(&["unpin", &oldest]);
     kept.site.start_server(SERVER).unwrap();
 
     let done = kept.json(&["retention", "run", "--now", "--force"]);

@@ -2,7 +2,8 @@
 //!
 //! A run that a plan drops may be purged at once; one that an administrator deletes waits for `trash_days`. Plans, pins and
 //! deletions take turns, so a pin that was acknowledged holds. Purges don't: they only touch what was dropped before. A crash leaves
-//! each run kept or dropped; the next plan goes on.
+//! each run kept or dropped; the next plan goes on. Where merging a run has no room it isn't dropped: it would be gone, and its
+//! space would not come free.
 
 mod follow;
 
@@ -22,7 +23,7 @@ use crate::{
         store::StoreError,
     },
     config::Settings,
-    runs::{Machine, PurgeOptions, PurgeReport, RunError, Runs, now_ms},
+    runs::{Machine, PurgeOptions, PurgeReport, RunError, Runs, Wait, now_ms},
     space,
 };
 
@@ -54,6 +55,8 @@ pub struct Carried {
     pub dropped: Vec<BackupId>,
     /// Runs that should go and can't yet, with why.
     pub waiting: Vec<(BackupId, String)>,
+    /// Some of them wait for room.
+    pub lacks_room: bool,
 }
 
 /// Retention of one store.
@@ -90,12 +93,19 @@ impl Retention {
     pub fn carry_out(&self, machine: &Machine, force: bool) -> Result<Carried, RetentionError> {
         let _turn = self.take_turn();
         let plan = self.plan(machine)?;
-        let mut carried = Carried { plan, dropped: Vec::new(), waiting: Vec::new() };
+        let mut carried =
+            Carried { plan, dropped: Vec::new(), waiting: Vec::new(), lacks_room: false };
         if carried.plan.stop.is_some() && !force {
             return Ok(carried);
         }
         let drops: Vec<BackupId> = carried.plan.drops().map(|point| point.backup).collect();
         for backup in drops {
+            if let Some(wait) = self.runs.lacks_room(machine, backup, &self.purge_options(now_ms()))
+            {
+                carried.lacks_room = true;
+                carried.waiting.push((backup, format!("it is kept, {wait}")));
+                continue;
+            }
             match self.runs.trash(&machine.key, &[backup], "retention", 0) {
                 Ok(()) => carried.dropped.push(backup),
                 Err(error @ RunError::BuiltOn { .. }) => {
@@ -109,12 +119,48 @@ impl Retention {
 
     /// Purges what is due in a machine's trash; with `all` also what could still be brought back. May take minutes.
     pub fn purge(&self, machine: &MachineKey, all: bool, stop: &CancellationToken) -> PurgeReport {
-        let options = PurgeOptions {
-            now_ms: if all { i64::MAX } else { now_ms() },
-            reserve_bytes: space::merge_reserve(&self.settings, self.runs.store()),
-            copy: false,
-        };
+        let options = self.purge_options(if all { i64::MAX } else { now_ms() });
         self.runs.purge_due(machine, &options, stop)
+    }
+
+    /// Drops what the plan says and purges it, again as long as that makes room for more. `told` hears of runs that were
+    /// dropped before their purge begins.
+    pub fn thin(
+        &self,
+        machine: &Machine,
+        force: bool,
+        stop: &CancellationToken,
+        told: &dyn Fn(usize),
+    ) -> (Result<Carried, RetentionError>, PurgeReport) {
+        let (mut dropped, mut purge) = (Vec::new(), PurgeReport::default());
+        loop {
+            let carried = self.carry_out(machine, force);
+            let fresh = carried.as_ref().map_or(0, |carried| carried.dropped.len());
+            if fresh > 0 {
+                told(fresh);
+            }
+            let report = self.purge(&machine.key, false, stop);
+            let has_room = !report.purged.is_empty() && !stop.is_cancelled();
+            purge.add(report);
+            match carried {
+                Ok(carried) if carried.lacks_room && has_room => dropped.extend(carried.dropped),
+                Ok(mut carried) => {
+                    carried.dropped.splice(0..0, dropped);
+                    return (Ok(carried), purge);
+                }
+                Err(error) => return (Err(error), purge),
+            }
+        }
+    }
+
+    /// Why purging these runs would have to wait for room, were they dropped now.
+    pub fn lacks_room(&self, machine: &Machine, backup: BackupId) -> Option<Wait> {
+        self.runs.lacks_room(machine, backup, &self.purge_options(now_ms()))
+    }
+
+    fn purge_options(&self, now_ms: i64) -> PurgeOptions {
+        let reserve_bytes = space::merge_reserve(&self.settings, self.runs.store());
+        PurgeOptions { now_ms, reserve_bytes, copy: false }
     }
 
     /// Drops runs on demand. Until `trash_days` are over they can be brought back.

@@ -16,6 +16,7 @@ mod missing;
 mod names;
 mod proofs;
 mod purge;
+mod room;
 mod trash;
 
 use std::{

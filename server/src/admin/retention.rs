@@ -73,6 +73,12 @@ fn plan(admin: &Admin, only: Option<&MachineKey>, task: &Task<'_>) -> Result<Ans
             }
         };
         rows.extend(plan.runs.iter().map(|planned| row(&name, planned)));
+        for point in plan.drops() {
+            if let Some(wait) = admin.retention().lacks_room(&machine, point.backup) {
+                notes
+                    .push_str(&format!("{name}: run {} would be kept now, {wait}\n", point.backup));
+            }
+        }
         drops += plan.drops().count();
         runs += plan.runs.len();
         if let Some(stop) = &plan.stop {
@@ -144,14 +150,10 @@ fn carry_out(
     let mut all = Vec::new();
     for machine in admin.machines(arguments.machine.as_ref())? {
         task.check()?;
-        let carried = admin.retention().carry_out(&machine, arguments.force);
-        if let Ok(Carried { dropped, .. }) = &carried
-            && !dropped.is_empty()
-        {
-            task.tell(format!("{}: {} runs dropped, purging", machine.key, dropped.len()));
-        }
+        let told = |runs| task.tell(format!("{}: {runs} runs dropped, purging", machine.key));
+        let (carried, purge) =
+            admin.retention().thin(&machine, arguments.force, task.token(), &told);
         let carried = carried.map_err(|error| error.to_string());
-        let purge = admin.retention().purge(&machine.key, false, task.token());
         all.push(Done { machine: machine.key.clone(), carried, purge });
     }
     let after = free(admin)?;

@@ -81,13 +81,18 @@ pub(super) fn delete(admin: &Admin, target: &Target) -> Result<Answer, AdminErro
         .filter(|held| backups.contains(&held.run.backup))
         .map(|held| held.snapshot().id.to_string())
         .collect();
+    let known = admin.runs().machine(&machine);
+    let lacks_room = |backup: &BackupId| admin.retention().lacks_room(known.as_deref()?, *backup);
+    let waits = backups.iter().find_map(lacks_room);
+    let waits = waits.map(|wait| format!("; its space doesn't come free now: {wait}"));
     admin.retention().delete(&machine, &backups)?;
     let text = format!(
         "{machine}: {} runs with {} snapshots are in the trash; `janus-server trash restore SNAPSHOT` brings a run \
-         back for {} days, `janus-server trash purge` frees the space now\n",
+         back for {} days, `janus-server trash purge` frees the space now{}\n",
         backups.len(),
         snapshots.len(),
         admin.settings().retention.trash_days,
+        waits.unwrap_or_default(),
     );
     Ok(Answer::new(
         text,

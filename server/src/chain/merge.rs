@@ -166,7 +166,9 @@ impl Pair<'_> {
     /// # Errors
     /// As the file system says.
     pub fn can_clone(&self) -> Result<bool, MergeError> {
-        let probe = self.partial(&self.child.table);
+        // A name of its own: others may be merging.
+        let name = format!("{}.{}", self.child.table, uuid::Uuid::now_v7().simple());
+        let probe = self.partial(&name);
         let clone = self.clone_file(&self.folder.join(&self.link.table), &probe)?;
         self.storage.remove(&probe).map_err(MergeError::io("remove", &probe))?;
         Ok(clone.is_some())

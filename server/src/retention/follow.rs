@@ -85,7 +85,8 @@ fn look_after(retention: &Retention, only: Option<&MachineKey>, stop: &Cancellat
 
 fn look_after_machine(retention: &Retention, machine: &Machine, stop: &CancellationToken) {
     let key = &machine.key;
-    match retention.carry_out(machine, false) {
+    let (carried, report) = retention.thin(machine, false, stop, &|_| ());
+    match carried {
         Ok(carried) => {
             if let Some(reason) = &carried.plan.stop {
                 tracing::warn!(machine = %key, %reason, "retention waits: see `janus-server retention plan`");
@@ -93,10 +94,12 @@ fn look_after_machine(retention: &Retention, machine: &Machine, stop: &Cancellat
             if !carried.dropped.is_empty() {
                 tracing::info!(machine = %key, runs = carried.dropped.len(), "retention dropped runs");
             }
+            if let Some((_, reason)) = carried.waiting.first().filter(|_| carried.lacks_room) {
+                tracing::warn!(machine = %key, reason, "retention keeps what no rule does: merging has no room");
+            }
         }
         Err(error) => tracing::error!(machine = %key, %error, "retention drops nothing"),
     }
-    let report = retention.purge(key, false, stop);
     if !report.purged.is_empty() {
         tracing::info!(machine = %key, runs = report.purged.len(), "dropped runs were purged");
     }

@@ -10,7 +10,10 @@
 
 use std::fmt;
 
-use janus_proto::ids::{BackupId, MachineKey, SnapshotId};
+use janus_proto::{
+    ids::{BackupId, MachineKey, SnapshotId},
+    show::amount,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{Change, Machine, RunError, Runs};
@@ -20,7 +23,7 @@ use crate::chain::{
 };
 
 /// For manifests, intents and the file system's own needs.
-const SLACK_BYTES: u64 = 1 << 20;
+pub(super) const SLACK_BYTES: u64 = 1 << 20;
 
 /// How a purge goes about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +49,16 @@ pub struct PurgeReport {
     pub waiting: Vec<(SnapshotId, Wait)>,
 }
 
+impl PurgeReport {
+    /// Adds what a later purge did; what waits is what still does.
+    pub fn add(&mut self, later: Self) {
+        self.purged.extend(later.purged);
+        self.merged += later.merged;
+        self.moved += later.moved;
+        self.waiting = later.waiting;
+    }
+}
+
 /// Why a link stays for now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Wait {
@@ -61,7 +74,7 @@ pub enum Wait {
     Space {
         /// Bytes that it takes before it frees any.
         needed_bytes: u64,
-        /// Free bytes.
+        /// Free bytes that it may take: a reserve must be left.
         free_bytes: u64,
     },
     /// It was tried.
@@ -79,7 +92,9 @@ impl fmt::Display for Wait {
             Self::Opened => f.write_str("a restore still reads it"),
             Self::Space { needed_bytes, free_bytes } => write!(
                 f,
-                "merging takes {needed_bytes} bytes first, {free_bytes} are free, and a reserve must be left"
+                "merging it takes {} before it frees any, {} may be taken: make room",
+                amount(*needed_bytes),
+                amount(*free_bytes)
             ),
             Self::Failed(error) => f.write_str(error),
         }
@@ -190,7 +205,12 @@ impl Purge<'_> {
                 return;
             }
             let snapshot = link.snapshot();
-            if let Err(wait) = self.take_out(&link, &children) {
+            let taken = self.take_out(&link, &children);
+            if taken.is_ok() {
+                // It has freed some.
+                self.report.waiting.retain(|(_, wait)| !matches!(wait, Wait::Space { .. }));
+            }
+            if let Err(wait) = taken {
                 tracing::info!(machine = %self.machine.key, image = snapshot.image, %wait, "a dropped image stays for now");
                 self.report.waiting.push((snapshot.id, wait));
                 // What is decided comes first: the links above it are not what they will be.
@@ -275,7 +295,8 @@ impl Purge<'_> {
         let needed_bytes = pair.needed_bytes(way)? + SLACK_BYTES;
         let (free_bytes, _) =
             self.runs.store.space().map_err(|error| Wait::Failed(error.to_string()))?;
-        if free_bytes < needed_bytes.saturating_add(self.options.reserve_bytes) {
+        let free_bytes = free_bytes.saturating_sub(self.options.reserve_bytes);
+        if free_bytes < needed_bytes {
             return Err(Wait::Space { needed_bytes, free_bytes });
         }
         if way == Way::InPlace && self.machine.is_opened_without(pair.link.id, pair.child.id) {
