@@ -381,14 +381,13 @@ impl Store {
         separate_folders_by_user: bool,
         lock: StoreLock,
     ) -> Result<(Self, HashMap<MachineKey, MachineState>), StoreError> {
-        spare::give_if_full(&storage, root);
         let file_path = root.join(STORE);
         let mut file = match read_or_put_aside::<StoreFile>(&storage, &file_path)? {
             Some(file) => file,
             None => StoreFile { format: FORMAT, generation: StoreGeneration::new(), starts: 0 },
         };
         file.starts += 1;
-        spare::write_even_if_full(&storage, &file_path, &file)?;
+        spare::write_even_if_full(&storage, root, &file_path, &file)?;
         let mut store = Self {
             storage,
             root: root.to_owned(),
