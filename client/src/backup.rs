@@ -34,7 +34,7 @@ use crate::{
 const RUNS: usize = 3;
 /// Failures of one disk's stream without a block of progress between them.
 const BREAKS: usize = 5;
-/// New hash caches begun for one disk before the backup fails.
+/// New hash caches begun for one disk before the backup goes on without one.
 const RESETS: usize = 2;
 /// Pause after a lost run was told to end, while it is being committed.
 const HOLDER_PAUSE: Duration = Duration::from_millis(500);
@@ -56,8 +56,8 @@ pub enum BackupError {
 pub struct Disk {
     /// What is read.
     pub source: Arc<Source>,
-    /// What is known of it.
-    pub cache: DiskCache,
+    /// What is known of it; nothing where there is no room to remember it.
+    pub cache: Option<DiskCache>,
     /// What of it is read.
     pub reading: Arc<Planned>,
 }
@@ -372,15 +372,16 @@ impl Backup {
             disk = back.ok_or(TransferError::Interrupted)?;
             let Err(error) = result else { return Ok(disk) };
             match error {
-                // A folder without space damages every new cache, too: then the backup says so and ends.
-                TransferError::Scan(ScanError::Table(why)) if resets < RESETS => {
+                TransferError::Scan(ScanError::Table(why)) if disk.cache.is_some() => {
                     resets += 1;
-                    disk = reset(disk, why).await?;
+                    let error =
+                        CacheError::Damaged { path: session.disk_id.as_str().into(), what: why };
+                    disk = renew(disk, error, resets).await?;
                     segments = Segments::From(0);
                 }
-                TransferError::Cache(error @ CacheError::Damaged { .. }) if resets < RESETS => {
+                TransferError::Cache(error) if disk.cache.is_some() => {
                     resets += 1;
-                    disk = reset(disk, error.to_string()).await?;
+                    disk = renew(disk, error, resets).await?;
                     segments = Segments::From(0);
                 }
                 TransferError::Scan(ScanError::Missed { offset })
@@ -508,9 +509,23 @@ impl Backup {
     }
 }
 
-async fn reset(mut disk: DiskTransfer, why: String) -> Result<DiskTransfer, TransferError> {
-    let work = move || disk.reset_cache(&why).map(|()| disk);
-    tokio::task::spawn_blocking(work).await.map_err(|_| TransferError::Interrupted)?
+/// Begins a new cache; where that can't be, or was of no use before, goes on without one.
+async fn renew(
+    mut disk: DiskTransfer,
+    error: CacheError,
+    resets: usize,
+) -> Result<DiskTransfer, TransferError> {
+    let work = move || {
+        let made = match error.is_no_room() || resets > RESETS {
+            true => Err(error),
+            false => disk.reset_cache(&error),
+        };
+        if let Err(error) = made {
+            disk.drop_cache(&error);
+        }
+        disk
+    };
+    tokio::task::spawn_blocking(work).await.map_err(|_| TransferError::Interrupted)
 }
 
 /// Remembers what the server has now. The backup is made already: a cache that fails costs time next time, no more.
@@ -531,8 +546,9 @@ async fn finish(
     let (figures, changed_blocks, compare) = (disk.figures, disk.changed_blocks(), disk.compare);
     let reading = disk.reading.clone();
     let remembered = tokio::task::spawn_blocking(move || {
-        let stage = disk.take_stage().ok_or(CacheError::StaleStage)?;
-        disk.cache.commit(stage, &server, head, disk.cursor())?;
+        // Without room for it, which was said.
+        let Some((stage, cache)) = disk.take_stage().zip(disk.cache.clone()) else { return Ok(()) };
+        cache.commit(stage, &server, head, disk.cursor())?;
         // Not before: without what the cache says now, the next run needs what this one needed.
         disk.source.committed();
         Ok::<(), CacheError>(())

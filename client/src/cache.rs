@@ -91,7 +91,8 @@ impl fmt::Display for FreshReason {
     }
 }
 
-/// What can go wrong. Only `Busy` and `Io` should end a backup; after `Damaged`, [`DiskCache::reset`] and go on.
+/// What can go wrong. Only `Busy`, and `Io` of a folder that we may not use, should end a backup: after `Damaged`, [`DiskCache::reset`]
+/// and go on; where there is no room ([`CacheError::is_no_room`]), go on without.
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError {
     /// Another process has this disk's cache open.
@@ -127,6 +128,19 @@ pub enum CacheError {
         /// Block in it.
         index: usize,
     },
+}
+
+impl CacheError {
+    /// True when its folder takes nothing, so that an empty cache would fare no better.
+    pub fn is_no_room(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if crate::files::takes_nothing(source))
+    }
+}
+
+/// Says that a backup goes on without a cache, and what to do.
+pub fn warn_no_cache(disk: &DiskId, why: &CacheError) {
+    let cause = std::error::Error::source(why).map(ToString::to_string).unwrap_or_default();
+    tracing::warn!(%disk, "{why}: {cause}; going on without remembering hashes: the next backup compares with its server; make room there, or set cache_path to another disk");
 }
 
 /// The hash cache of one disk. Cloning shares it; all methods may be called by several threads at once.
@@ -172,7 +186,10 @@ impl DiskCache {
         if !folder.exists() {
             return Ok(Vec::new());
         }
-        let place = Place::lock(folder)?;
+        let place = match Place::lock(folder) {
+            Err(error) if error.is_no_room() => return Ok(Vec::new()),
+            locked => locked?,
+        };
         let current = place.read_current()?.and_then(|bytes| manifest::parse(&bytes).ok());
         let name = current.map(|manifest| manifest.cursor).unwrap_or_default();
         Ok(Cursor::load(&place, &name)?.bytes().to_vec())

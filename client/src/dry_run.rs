@@ -11,10 +11,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     backup::Disk,
-    cache::MustSend,
+    cache::{DiskCache, MustSend},
     packing::Packing,
     reading::{Reading, Surveyed, Zeros},
-    scan::{Event, ScanError, ScanJob, Scanned, Segments, SessionContent, scan},
+    scan::{
+        Event, HashTable, Nothing, ScanError, ScanJob, Scanned, Segments, SessionContent, scan,
+    },
     segment_bits::SegmentBits,
     transfer::disk::{CacheTable, count_below},
     volume::Volume,
@@ -107,7 +109,7 @@ pub fn forecast(
     threads: usize,
     stop: &CancellationToken,
 ) -> Result<Forecast, DryRunError> {
-    let reading = disk.reading.now(disk.cache.cursor_digest());
+    let reading = disk.reading.now(disk.cache.as_ref().and_then(DiskCache::cursor_digest));
     match read(disk, reading, threads, stop) {
         Err(DryRunError::Scan(ScanError::Missed { offset })) => {
             disk.reading.miss(offset, time::OffsetDateTime::now_utc().unix_timestamp());
@@ -123,13 +125,17 @@ fn read(
     threads: usize,
     stop: &CancellationToken,
 ) -> Result<Forecast, DryRunError> {
-    let servers = disk.cache.servers();
-    let musts: Vec<MustSend> = servers.iter().map(|server| disk.cache.must_send(server)).collect();
-    let table = CacheTable::new(disk.cache.clone());
+    let servers = disk.cache.as_ref().map(DiskCache::servers).unwrap_or_default();
+    let must = |cache: &DiskCache| servers.iter().map(|server| cache.must_send(server)).collect();
+    let musts: Vec<MustSend> = disk.cache.as_ref().map(must).unwrap_or_default();
+    let table: Box<dyn HashTable> = match disk.cache.clone() {
+        Some(cache) => Box::new(CacheTable::new(cache)),
+        None => Box::new(Nothing),
+    };
     let packing = Packing::off();
     let job = ScanJob {
         source: &disk.source,
-        table: &table,
+        table: &*table,
         content: if servers.is_empty() { SessionContent::Zeros } else { SessionContent::Table },
         reading: &reading,
         must: &|_| SegmentBits::default(),

@@ -95,6 +95,18 @@ impl HashReader {
         }
     }
 
+    /// The block hashes of one segment.
+    ///
+    /// # Errors
+    /// When the call fails or the answer isn't complete.
+    pub async fn block_hashes(&self, segment: u64) -> Result<Vec<BlockHash>, LinkError> {
+        // Room for all there is: nobody receives meanwhile.
+        let (sender, mut receiver) = mpsc::channel(1);
+        self.send_blocks(&[segment], sender).await?;
+        let (_, hashes) = receiver.recv().await.ok_or_else(|| out_of_order(segment))?;
+        Ok(hashes)
+    }
+
     /// Reads the block hashes of `segments` and hands them on, whole segments at a time.
     async fn send_blocks(
         &self,

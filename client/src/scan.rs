@@ -19,6 +19,7 @@ use janus_proto::{
 };
 
 use crate::{
+    link::LinkError,
     packing::{Outgoing, Packing},
     reading::Reading,
     segment_bits::SegmentBits,
@@ -41,6 +42,9 @@ pub enum ScanError {
     /// The hash table can't be read: reconcile with the server and scan again.
     #[error("the hash cache can't be read: {0}")]
     Table(String),
+    /// The server's hashes can't be read, where they stand for the table.
+    #[error(transparent)]
+    Link(#[from] Box<LinkError>),
     /// A block had changed that a change journal had promised to be unchanged: scan again without promises.
     #[error("byte {offset} has changed, and the change journal says nothing of it")]
     Missed {
@@ -60,8 +64,23 @@ pub trait HashTable: Sync {
     /// Hashes of all blocks of a segment; `None` when all its blocks are zero.
     ///
     /// # Errors
-    /// When the table is damaged; the text says how.
-    fn segment(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, String>;
+    /// When the table is damaged, or can't be asked.
+    fn segment(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, ScanError>;
+
+    /// The segment's digest, where it is known and the hashes are costly: they are then asked for only when the digest of what
+    /// was read is another, and the segment is read again.
+    fn digest(&self, _segment: u64) -> Option<BlockHash> {
+        None
+    }
+}
+
+/// What is known of a disk of which nothing is.
+pub struct Nothing;
+
+impl HashTable for Nothing {
+    fn segment(&self, _: u64) -> Result<Option<Vec<BlockHash>>, ScanError> {
+        Ok(None)
+    }
 }
 
 /// What the session holds before this scan's blocks arrive.

@@ -2,7 +2,7 @@
 //! file beside the hash cache, and the lock that keeps a second backup of this machine away.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io,
     path::{Path, PathBuf},
 };
@@ -11,7 +11,7 @@ use janus_proto::ids::{BackupId, DiskId, ServerId};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::files::replace;
+use crate::files::{lock_file, replace, takes_nothing};
 
 /// Runs that are remembered as ours, whatever came of them: a lost one keeps others away for a lease, a minute or so.
 const OURS_KEPT: usize = 64;
@@ -101,11 +101,14 @@ pub fn look(folder: &Path) -> io::Result<Stored> {
 pub struct MachineState {
     path: PathBuf,
     stored: Stored,
+    /// Nothing can be stored, and it was said.
+    is_forgetful: bool,
     _lock: File,
 }
 
 impl MachineState {
-    /// Takes the lock in `folder`, which is made when it is missing, and reads the state.
+    /// Takes the lock in `folder`, which is made when it is missing, and reads the state. Where nothing can be written, the
+    /// folder that is there is locked, and nothing is remembered.
     ///
     /// # Errors
     /// `Busy` when another process holds it, `Io` when the folder can't be used.
@@ -114,14 +117,18 @@ impl MachineState {
             let path = path.to_path_buf();
             move |source| StateError::Io { path, source }
         };
-        fs::create_dir_all(folder).map_err(failed(folder))?;
         let lock_path = folder.join("machine.lock");
-        let lock = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&lock_path)
-            .map_err(failed(&lock_path))?;
+        let opened = fs::create_dir_all(folder).and_then(|()| lock_file(&lock_path));
+        let mut is_forgetful = false;
+        let lock = match opened {
+            Err(error) if takes_nothing(&error) => {
+                warn_forgetful(&lock_path, &error);
+                is_forgetful = true;
+                nearest(folder).ok_or(error)
+            }
+            opened => opened,
+        };
+        let lock = lock.map_err(failed(&lock_path))?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(StateError::Busy { path: lock_path }),
@@ -129,7 +136,7 @@ impl MachineState {
         }
         let path = folder.join("state.json");
         let stored = read(&path).map_err(failed(&path))?;
-        Ok(Self { path, stored, _lock: lock })
+        Ok(Self { path, stored, is_forgetful, _lock: lock })
     }
 
     /// Highest use counter that a server has told this machine.
@@ -217,10 +224,19 @@ impl MachineState {
         self.store()
     }
 
-    fn store(&self) -> Result<(), StateError> {
+    /// What can't be stored for want of room costs a resume, so a backup is not given up for it.
+    fn store(&mut self) -> Result<(), StateError> {
         let text = serde_json::to_vec_pretty(&self.stored).map_err(io::Error::from);
-        text.and_then(|text| replace(&self.path, &text))
-            .map_err(|source| StateError::Io { path: self.path.clone(), source })
+        match text.and_then(|text| replace(&self.path, &text)) {
+            // A folder that could not be made isn't there.
+            Err(_) if self.is_forgetful => Ok(()),
+            Err(error) if takes_nothing(&error) => {
+                warn_forgetful(&self.path, &error);
+                self.is_forgetful = true;
+                Ok(())
+            }
+            stored => stored.map_err(|source| StateError::Io { path: self.path.clone(), source }),
+        }
     }
 }
 
@@ -229,6 +245,15 @@ fn read(path: &Path) -> io::Result<Stored> {
     match fs::read(path) {
         Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_else(|error| {
             tracing::warn!(path = %path.display(), %error, "the state file is damaged; going on without it");
+fn warn_forgetful(path: &Path, error: &io::Error) {
+    tracing::warn!(path = %path.display(), %error, "going on without remembering: a backup that is interrupted begins anew; make room there, or set cache_path to another disk");
+}
+
+/// The nearest folder on the way to `folder` that is there.
+fn nearest(folder: &Path) -> Option<File> {
+    folder.ancestors().find_map(|folder| File::open(folder).ok())
+}
+
             Stored::default()
         })),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Stored::default()),

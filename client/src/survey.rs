@@ -54,7 +54,7 @@ impl Choice {
     pub fn plan(
         &self,
         source: &Source,
-        cache: &DiskCache,
+        cache: Option<&DiskCache>,
         policy: Policy,
     ) -> Result<Planned, SurveyError> {
         let disk = View::new(source, 0, source.size_bytes());
@@ -110,12 +110,13 @@ impl Choice {
         };
         let known = Known {
             disk: source.disk_id().as_str(),
-            memory: Memory::parse(&cache.cursor()),
+            memory: cache.and_then(|cache| Memory::parse(&cache.cursor())),
             zeros,
             volumes: surveyed,
             now: time::OffsetDateTime::now_utc().unix_timestamp(),
         };
-        Ok(Planned::new(Reading::plan(known, &journals, policy), cache.cursor_digest()))
+        let since = cache.and_then(DiskCache::cursor_digest);
+        Ok(Planned::new(Reading::plan(known, &journals, policy), since))
     }
 
     fn numbers(&self, disk: &DiskId) -> BTreeSet<u32> {

@@ -21,11 +21,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     backup::Disk,
-    cache::Stage,
+    cache::{DiskCache, Stage},
     packing::Packing,
     progress::Progress,
     reading::Reading,
-    scan::{Event, HashTable, ScanError, ScanJob, Scanned, Segments, SessionContent, scan},
+    scan::{Event, Nothing, ScanError, ScanJob, Scanned, Segments, SessionContent, scan},
     segment_bits::SegmentBits,
 };
 
@@ -103,7 +103,7 @@ impl FolderJob {
         let manifest = Manifest::new(backup_id, self.machine.clone(), self.taken_ms, &[], entries);
         claim.finish(&manifest)?;
         for (disk, stage) in disks.iter().zip(stages) {
-            let learned = stage.map(|stage| disk.cache.learn(stage));
+            let learned = stage.zip(disk.cache.as_ref()).map(|(stage, cache)| cache.learn(stage));
             if let Some(Err(error)) = learned {
                 tracing::warn!(disk = %disk.source.disk_id(), %error, "the hash cache can't be kept; the next backup fetches hashes");
             }
@@ -138,7 +138,7 @@ impl FolderJob {
             writer: DiskWriter::create(claim, source.disk_id(), geometry)?,
             size_bytes: source.size_bytes(),
             bytes: vec![0; SEGMENT_BYTES.min(source.size_bytes()) as usize],
-            stage: Some(disk.cache.stage()),
+            stage: disk.cache.as_ref().map(DiskCache::stage),
             read_bytes: 0,
         };
         let ended = scan(&job, |event| {
@@ -156,15 +156,6 @@ impl FolderJob {
         let entry = writing.writer.finish(source.consistency().into(), reading.zero_bytes())?;
         let done = FolderDisk { entry, read_bytes: writing.read_bytes, reading };
         Ok((done, writing.stage))
-    }
-}
-
-/// What is known of a disk of which nothing is.
-struct Nothing;
-
-impl HashTable for Nothing {
-    fn segment(&self, _: u64) -> Result<Option<Vec<BlockHash>>, String> {
-        Ok(None)
     }
 }
 

@@ -103,6 +103,15 @@ impl SmallFileSystem {
         &self.mount.0
     }
 
+    /// From now on nothing can be written there.
+    ///
+    /// # Errors
+    /// When somebody writes there now.
+    pub fn make_read_only(&self) -> Result<()> {
+        let mut command = Command::new("mount");
+        packages::output(command.args(["-o", "remount,ro"]).arg(self.folder())).map(drop)
+    }
+
     /// Its block device, which is mounted.
     pub fn device(&self) -> &Path {
         self.device.path()

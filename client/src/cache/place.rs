@@ -1,14 +1,14 @@
 //! The folder of one disk's cache: its lock, `CURRENT`, the databases by number, and what was moved aside.
 
 use std::{
-    fs::{self, File, OpenOptions, TryLockError},
+    fs::{self, File, TryLockError},
     io::{self, Write},
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use super::CacheError;
-use crate::files::replace;
+use crate::files::{lock_file, replace};
 
 const CURRENT: &str = "CURRENT";
 const CURRENT_NEW: &str = "CURRENT.new";
@@ -31,12 +31,7 @@ impl Place {
     pub(super) fn lock(path: PathBuf) -> Result<Self, CacheError> {
         fs::create_dir_all(&path).map_err(at(&path))?;
         let file = path.join(LOCK);
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&file)
-            .map_err(at(&file))?;
+        let lock = lock_file(&file).map_err(at(&file))?;
         match lock.try_lock() {
             Ok(()) => Ok(Self { path, _lock: lock }),
             Err(TryLockError::WouldBlock) => Err(CacheError::Busy { path: file }),

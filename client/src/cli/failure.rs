@@ -126,6 +126,7 @@ impl From<ScanError> for Failure {
     fn from(error: ScanError) -> Self {
         match error {
             ScanError::Source(error) => error.into(),
+            ScanError::Link(error) => (*error).into(),
             error => Self::new(FAILED, error),
         }
     }

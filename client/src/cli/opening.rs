@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::Failure;
 use crate::{
     backup::Disk,
-    cache::DiskCache,
+    cache::{DiskCache, warn_no_cache},
     config::{DiskSpec, Settings},
     frozen::{self, SnapshotError, Snapshots, Wish},
     reading::Policy,
@@ -90,11 +90,17 @@ fn open(
         if let Some(bitmap) = &still.bitmap {
             source.bitmap_begun(bitmap);
         }
-        let cache = DiskCache::open(folder, source.disk_id(), source.size_bytes())?;
-        if let Some(reason) = cache.fresh_reason() {
+        let cache = match DiskCache::open(folder, source.disk_id(), source.size_bytes()) {
+            Err(error) if error.is_no_room() => {
+                warn_no_cache(source.disk_id(), &error);
+                None
+            }
+            opened => Some(opened?),
+        };
+        if let Some(reason) = cache.as_ref().and_then(DiskCache::fresh_reason) {
             tracing::debug!(disk = %source.disk_id(), ?reason, "the hash cache starts empty");
         }
-        let reading = choice.plan(&source, &cache, policy)?;
+        let reading = choice.plan(&source, cache.as_ref(), policy)?;
         disks.push(Disk { source: Arc::new(source), cache, reading: Arc::new(reading) });
     }
     Ok(disks)

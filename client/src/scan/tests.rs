@@ -15,7 +15,7 @@ use janus_proto::ranges::Ranges;
 struct Table(HashMap<u64, Vec<BlockHash>>);
 
 impl HashTable for Table {
-    fn segment(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, String> {
+    fn segment(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, ScanError> {
         Ok(self.0.get(&segment).cloned())
     }
 }
@@ -157,6 +157,51 @@ fn a_delta_turns_the_old_content_into_the_new() {
     let sent = apply(size, scanned, &mut content);
     assert_eq!(sent as u64, 4096 * (1 + 1024 + 3));
     assert!(content == changed);
+}
+
+/// A table whose hashes are costly: who asks for them is counted.
+struct Far(Table, std::sync::Mutex<Vec<u64>>);
+
+impl HashTable for Far {
+    fn segment(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, ScanError> {
+        let hashes = self.0.segment(segment)?;
+        self.1.lock().unwrap().extend(hashes.is_some().then_some(segment));
+        Ok(hashes)
+    }
+
+    fn digest(&self, segment: u64) -> Option<BlockHash> {
+        self.0.0.get(&segment).map(|hashes| hash::segment_digest(hashes))
+    }
+}
+
+#[test]
+fn hashes_that_are_costly_are_asked_for_only_where_a_segment_differs() {
+    // Data before holes, in each segment: what is read twice meets them twice.
+    let size = 4 * SEGMENT_BYTES + 4096;
+    let writes = |first| [0, 1, 2, 3].map(|at| (at * SEGMENT_BYTES, noise(200_000, first + at)));
+    let (_old_dir, old) = disk(size, &writes(0));
+    let mut changed = writes(0);
+    changed[2].1[70_000] ^= 1;
+    let (_new_dir, new) = disk(size, &changed);
+    let far = Far(table_of(&old), Default::default());
+    let near = table_of(&old);
+    let scanned = run(&ScanJob { table: &far, ..job(&new, &near, SessionContent::Table) });
+    let digests: Vec<_> = scanned.iter().map(|scanned| scanned.digest).collect();
+    let plain = run(&job(&new, &near, SessionContent::Table));
+    for (segment, plain) in plain.iter().enumerate() {
+        let zeros = hash::zero_segment_of(size, segment as u64);
+        assert_eq!(digests[segment].unwrap_or(zeros), plain.digest.unwrap_or(zeros), "{segment}");
+        assert_eq!(scanned[segment].sent, plain.sent);
+    }
+    let mut content = vec![0; size as usize];
+    old.read_at(0, &mut content).unwrap();
+    assert_eq!(apply(size, scanned, &mut content), 4096);
+    let mut expected = vec![0; size as usize];
+    new.read_at(0, &mut expected).unwrap();
+    assert!(content == expected);
+    let mut asked = far.1.into_inner().unwrap();
+    asked.dedup();
+    assert!(asked == [2] || asked == [2, 4], "{asked:?}");
 }
 
 #[test]

@@ -11,8 +11,8 @@ use janus_proto::{
 use super::{ScanError, ScanJob, Scanned, SessionContent};
 use crate::{
     delta::{self, Known},
-    reading::PieceReading,
-    segment_bits::{SegmentBits, WORD_BLOCKS},
+    reading::{PieceReading, SegmentReading},
+    segment_bits::{SEGMENT_WORDS, SegmentBits, WORD_BLOCKS},
     source::Stretch,
 };
 
@@ -27,6 +27,9 @@ pub(super) struct Worker<'a> {
     /// What was read last.
     read: Option<Buffer>,
     waiting: Waiting,
+    /// Data or a hole from here ...
+    stretch_start: u64,
+    /// ... to its end.
     stretch: Stretch,
 }
 
@@ -73,6 +76,7 @@ impl<'a> Worker<'a> {
             size_bytes: job.source.size_bytes(),
             read: None,
             waiting: Waiting::default(),
+            stretch_start: 0,
             stretch: Stretch { end: 0, hole: false },
         }
     }
@@ -80,17 +84,24 @@ impl<'a> Worker<'a> {
     pub(super) fn segment(&mut self, segment: u64) -> Result<Box<Scanned>, ScanError> {
         let must = (self.job.must)(segment);
         let reading = self.job.reading.segment(segment, self.size_bytes);
-        let table = self.job.table.segment(segment).map_err(ScanError::Table)?;
-        let mut scanned = Box::new(Scanned { segment, ..Scanned::default() });
         let start = segment * SEGMENT_BYTES;
         let end = (start + SEGMENT_BYTES).min(self.size_bytes);
+        let mut scanned = Box::new(Scanned { segment, ..Scanned::default() });
+        if must == SegmentBits::default()
+            && let Some(theirs) = self.job.table.digest(segment)
+        {
+            if self.digest(start, &reading, &mut scanned)? == theirs {
+                scanned.digest = Some(theirs);
+                return Ok(scanned);
+            }
+            *scanned = Scanned { segment, ..Scanned::default() };
+        }
+        let table = self.job.table.segment(segment)?;
         if table.is_none() && must == SegmentBits::default() && self.is_hole(start, end) {
             return Ok(scanned);
         }
         let mut hashes = Vec::with_capacity(SEGMENT_BLOCKS as usize);
-        let words: Vec<usize> =
-            (0..must.len()).take_while(|word| start + *word as u64 * PIECE_BYTES < end).collect();
-        for group in words.chunks(GROUP_PIECES) {
+        for group in self.words(start).chunks(GROUP_PIECES) {
             let piece = |word: &usize| {
                 let offset = start + *word as u64 * PIECE_BYTES;
                 let known = Known::word(table.as_deref(), *word);
@@ -103,6 +114,37 @@ impl<'a> Worker<'a> {
         self.flush(&mut scanned)?;
         scanned.digest = Some(hash::segment_digest(&hashes));
         Ok(scanned)
+    }
+
+    /// The segment's words, as far as the disk goes.
+    fn words(&self, start: u64) -> Vec<usize> {
+        (0..SEGMENT_WORDS)
+            .take_while(|word| start + *word as u64 * PIECE_BYTES < self.size_bytes)
+            .collect()
+    }
+
+    /// Reads a segment of which only the digest is known.
+    fn digest(
+        &mut self,
+        start: u64,
+        reading: &SegmentReading,
+        scanned: &mut Scanned,
+    ) -> Result<BlockHash, ScanError> {
+        let mut hashes = Vec::with_capacity(SEGMENT_BLOCKS as usize);
+        for group in self.words(start).chunks(GROUP_PIECES) {
+            let piece = |word: &usize| {
+                let offset = start + *word as u64 * PIECE_BYTES;
+                self.plan(offset, *word, Known::Zeros, 0, reading.word(*word))
+            };
+            let pieces: Vec<_> = group.iter().map(piece).collect();
+            self.read(&pieces, scanned)?;
+            for (number, piece) in pieces.iter().enumerate() {
+                let data = self.read.as_deref().unwrap_or_default();
+                let data = data.get(number * PIECE_BYTES as usize..).unwrap_or_default();
+                self.hash(piece, data, &mut hashes);
+            }
+        }
+        Ok(hash::segment_digest(&hashes))
     }
 
     fn plan<'t>(
@@ -237,8 +279,9 @@ impl<'a> Worker<'a> {
 
     /// True when the file system says that these bytes are a hole. Remembers the stretch it looked at last.
     fn is_hole(&mut self, start: u64, end: u64) -> bool {
-        if self.stretch.end <= start {
-            self.stretch = self.job.source.stretch(start);
+        // Before it, where a segment is read again, it says nothing.
+        if !(self.stretch_start..self.stretch.end).contains(&start) {
+            (self.stretch_start, self.stretch) = (start, self.job.source.stretch(start));
         }
         self.stretch.hole && self.stretch.end >= end
     }

@@ -7,15 +7,16 @@ use janus_proto::{
     ids::{BlockHash, SEGMENT_BLOCKS, block_count, segment_count},
     pb::read_hashes_request::Of,
 };
+use tokio::runtime::Handle;
 
 use super::{Run, Session, TransferError};
 use crate::{
     backup::Disk,
-    cache::{CacheError, DiskCache, MustSend, Stage},
+    cache::{CacheError, DiskCache, MustSend, Stage, warn_no_cache},
     progress::Progress,
     reading::{Planned, Reading},
     reconcile::HashReader,
-    scan::{HashTable, Scanned, SessionContent},
+    scan::{HashTable, ScanError, Scanned, SessionContent},
     segment_bits::{SEGMENT_WORDS, SegmentBits},
     source::Source,
 };
@@ -57,8 +58,8 @@ pub struct DiskFigures {
 pub struct DiskTransfer {
     /// The disk.
     pub source: Arc<Source>,
-    /// Its hash cache.
-    pub cache: DiskCache,
+    /// Its hash cache; none where there is no room for it.
+    pub cache: Option<DiskCache>,
     /// What is printed while it runs.
     pub progress: Arc<Progress>,
     /// How the blocks to send were found.
@@ -71,6 +72,8 @@ pub struct DiskTransfer {
     pub figures: DiskFigures,
     /// What the session holds.
     pub content: SessionContent,
+    /// Without a cache: segment digests of what the session held when it was compared with.
+    theirs: Arc<Vec<BlockHash>>,
     must: Option<MustSend>,
     resend: BTreeMap<u64, SegmentBits>,
     /// Blocks sent in this session: only the server knows whether they arrived.
@@ -89,19 +92,24 @@ impl DiskTransfer {
     /// A transfer of `disk` into `session` on the run's server.
     pub fn new(disk: &Disk, progress: Arc<Progress>, run: &Run, session: &Session) -> Self {
         let (source, cache) = (disk.source.clone(), disk.cache.clone());
-        let known = session.head.is_some() && cache.head(&run.server) == session.head;
+        let head = cache.as_ref().and_then(|cache| cache.head(&run.server));
+        let known = session.head.is_some() && head == session.head;
         let from_zeros = session.head.is_none() && !session.resumed;
         let segments = segment_count(source.size_bytes());
         let size = source.size_bytes();
         Self {
-            must: (known && !session.resumed).then(|| cache.must_send(&run.server)),
+            theirs: Arc::default(),
+            must: cache
+                .as_ref()
+                .filter(|_| known && !session.resumed)
+                .map(|cache| cache.must_send(&run.server)),
             compare: if from_zeros { Compare::Full } else { Compare::Cache },
             content: if from_zeros { SessionContent::Zeros } else { SessionContent::Table },
             must_reconcile: !from_zeros && (!known || session.resumed),
             from_zeros,
             resend: segments_of(&session.resend, block_count(size)),
             sent: BTreeMap::new(),
-            stage: Some(cache.stage()),
+            stage: cache.as_ref().map(DiskCache::stage),
             digests: (0..segments).map(|segment| hash::zero_segment_of(size, segment)).collect(),
             figures: DiskFigures::default(),
             shown: 0,
@@ -127,14 +135,19 @@ impl DiskTransfer {
         // Only an untouched session holds exactly the head's content.
         let untouched = !session.resumed && self.sent.is_empty() && !self.from_zeros;
         let head = session.head.filter(|_| untouched);
-        let differing =
-            self.reader(run, session).adopt_into(&self.cache, &run.server, head).await?;
-        tracing::info!(disk = %session.disk_id, server = %run.server, differing_segments = differing, "compared hashes with the server");
+        let reader = self.reader(run, session);
+        match &self.cache {
+            Some(cache) => {
+                let differing = reader.adopt_into(cache, &run.server, head).await?;
+                tracing::info!(disk = %session.disk_id, server = %run.server, differing_segments = differing, "compared hashes with the server");
+            }
+            None => self.theirs = Arc::new(reader.segment_digests().await?),
+        }
         self.must = None;
         self.sent.clear();
         self.content = SessionContent::Table;
         self.compare = Compare::Reconciled;
-        self.stage = Some(self.cache.stage());
+        self.stage = self.cache.as_ref().map(DiskCache::stage);
         self.must_reconcile = false;
         Ok(())
     }
@@ -153,22 +166,26 @@ impl DiskTransfer {
     ///
     /// # Errors
     /// When no new cache can be made either.
-    pub fn reset_cache(&mut self, why: &str) -> Result<(), TransferError> {
-        tracing::warn!(disk = %self.source.disk_id(), why, "the hash cache is damaged; comparing with the server instead");
-        let damaged = CacheError::Damaged {
-            path: self.source.disk_id().as_str().into(),
-            what: why.to_owned(),
-        };
-        self.cache.reset(&damaged)?;
+    pub fn reset_cache(&mut self, why: &CacheError) -> Result<(), CacheError> {
+        let Some(cache) = &self.cache else { return Ok(()) };
+        tracing::warn!(disk = %self.source.disk_id(), %why, "the hash cache is damaged; comparing with the server instead");
+        cache.reset(why)?;
         self.compare_again();
         Ok(())
+    }
+
+    /// Goes on without a cache: what the server has is asked of the server.
+    pub fn drop_cache(&mut self, why: &CacheError) {
+        warn_no_cache(self.source.disk_id(), why);
+        self.cache = None;
+        self.compare_again();
     }
 
     /// Trusts nothing that is known of the session.
     pub fn compare_again(&mut self) {
         self.must_reconcile = true;
         self.scanned = 0;
-        self.stage = Some(self.cache.stage());
+        self.stage = self.cache.as_ref().map(DiskCache::stage);
     }
 
     /// The blocks to send whether they differ or not, as of now. Those that were sent before the connection broke are
@@ -179,7 +196,7 @@ impl DiskTransfer {
 
     /// What the next scan reads, now that the cache is what it is.
     pub fn plan_scan(&mut self) -> Arc<Reading> {
-        self.reading = self.planned.now(self.cache.cursor_digest());
+        self.reading = self.planned.now(self.cache.as_ref().and_then(DiskCache::cursor_digest));
         self.reading.clone()
     }
 
@@ -222,7 +239,14 @@ impl DiskTransfer {
         if let Some(stage) = &self.stage
             && (!scanned.changes.is_empty() || stage.holds(scanned.segment))
         {
-            stage.put(scanned.segment, &scanned.changes)?;
+            match stage.put(scanned.segment, &scanned.changes) {
+                // What it has can still be read, and is as true as before.
+                Err(error) if error.is_no_room() => {
+                    warn_no_cache(self.source.disk_id(), &error);
+                    self.stage = None;
+                }
+                put => put?,
+            }
         }
         if scanned.sent != SegmentBits::default() {
             self.sent.insert(scanned.segment, scanned.sent);
@@ -251,14 +275,22 @@ impl DiskTransfer {
         hash::table_digest(self.source.size_bytes(), &self.digests)
     }
 
-    /// The staged hashes, once.
+    /// The staged hashes, once; none where there was no room for them.
     pub fn take_stage(&mut self) -> Option<Stage> {
         self.stage.take()
     }
 
     /// The table as the scan reads it.
-    pub fn table(&self) -> CacheTable {
-        CacheTable::new(self.cache.clone())
+    pub fn table(&self, run: &Run, session: &Session) -> Box<dyn HashTable + Send> {
+        match &self.cache {
+            Some(cache) => Box::new(CacheTable::new(cache.clone())),
+            None => Box::new(ServerTable {
+                size_bytes: self.source.size_bytes(),
+                digests: self.theirs.clone(),
+                reader: self.reader(run, session),
+                handle: Handle::current(),
+            }),
+        }
     }
 }
 
@@ -317,11 +349,38 @@ impl CacheTable {
 }
 
 impl HashTable for CacheTable {
-    fn segment(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, String> {
+    fn segment(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, ScanError> {
         if self.cache.is_zero_segment(segment) {
             return Ok(None);
         }
-        self.cache.segment(segment).map(Some).map_err(|error| error.to_string())
+        self.cache.segment(segment).map(Some).map_err(|error| ScanError::Table(error.to_string()))
+    }
+}
+
+/// What the session holds, asked of its server as it is needed: for machines without room for a cache. A call for each segment
+/// that differs, by as many threads as the scan has.
+struct ServerTable {
+    size_bytes: u64,
+    /// None: the session began with zeros.
+    digests: Arc<Vec<BlockHash>>,
+    reader: HashReader,
+    handle: Handle,
+}
+
+impl HashTable for ServerTable {
+    fn segment(&self, segment: u64) -> Result<Option<Vec<BlockHash>>, ScanError> {
+        match self.digest(segment) {
+            None => Ok(None),
+            Some(_) => {
+                let asked = self.handle.block_on(self.reader.block_hashes(segment));
+                Ok(Some(asked.map_err(Box::new)?))
+            }
+        }
+    }
+
+    fn digest(&self, segment: u64) -> Option<BlockHash> {
+        let digest = self.digests.get(segment as usize).copied();
+        digest.filter(|digest| *digest != hash::zero_segment_of(self.size_bytes, segment))
     }
 }
 

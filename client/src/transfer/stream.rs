@@ -21,7 +21,7 @@ use super::{Run, Session, TransferError, disk::DiskTransfer};
 use crate::{
     link::LinkError,
     packing::{Packing, Sent},
-    scan::{Event, ScanError, ScanJob, Scanned, Segments, scan},
+    scan::{Event, HashTable, ScanError, ScanJob, Scanned, Segments, scan},
 };
 
 const WRITING: &str = "sending blocks";
@@ -66,9 +66,9 @@ pub async fn send(
         packing: settings.packing.clone(),
     };
     settings.packing.begin(&run.encodings);
-    let threads = settings.threads;
+    let (threads, table) = (settings.threads, disk.table(run, session));
     let scanning = tokio::task::spawn_blocking(move || {
-        let result = scan_into(&mut disk, segments, threads, &mut writer);
+        let result = scan_into(&mut disk, &*table, (segments, threads), &mut writer);
         (disk, result)
     });
     let request = run.address().request(ReceiverStream::new(receiver), None);
@@ -89,6 +89,7 @@ pub async fn send(
             Err(LinkError::call(WRITING)(Status::unavailable("the server ended the stream early"))
                 .into())
         }
+        (Err(ScanError::Link(error)), _) => Err((*error).into()),
         (Err(error), _) => Err(error.into()),
         (Ok(()), Ok(())) => Ok(()),
     };
@@ -121,14 +122,13 @@ async fn write(
 
 fn scan_into(
     disk: &mut DiskTransfer,
-    segments: Segments,
-    threads: usize,
+    table: &dyn HashTable,
+    (segments, threads): (Segments, usize),
     writer: &mut Writer,
 ) -> Result<(), ScanError> {
     let whole = matches!(segments, Segments::From(_));
     let blocks = block_count(disk.source.size_bytes());
     let source = disk.source.clone();
-    let table = disk.table();
     let reading = disk.plan_scan();
     // The bits as they are now: what this scan sends itself must not feed back into it.
     let must = disk.must();
@@ -136,7 +136,7 @@ fn scan_into(
     let packing = writer.packing.clone();
     let job = ScanJob {
         source: &source,
-        table: &table,
+        table,
         content: disk.content,
         reading: &reading,
         must: &must,
