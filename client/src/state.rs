@@ -84,7 +84,7 @@ pub struct Stored {
     pub last_success: Option<Success>,
     /// What came after it.
     pub failing: Option<Failing>,
-    /// Failures before the last success of whose end nobody was told yet.
+    /// Failures before the last success of whose end nobody has taken notice yet.
     recovered: Option<Failing>,
 }
 
@@ -189,16 +189,21 @@ impl MachineState {
         self.store()
     }
 
-    /// The failures that have ended, once.
+    /// The failures that have ended, until somebody has taken notice of that.
+    pub fn recovered(&self) -> Option<&Failing> {
+        self.stored.recovered.as_ref()
+    }
+
+    /// Somebody has taken notice that these have ended, or nobody wants to.
     ///
     /// # Errors
-    /// When it can't be stored that they were asked for.
-    pub fn take_recovered(&mut self) -> Result<Option<Failing>, StateError> {
-        let recovered = self.stored.recovered.take();
-        if recovered.is_some() {
-            self.store()?;
+    /// When it can't be stored durably.
+    pub fn forget_recovered(&mut self, told: &Failing) -> Result<(), StateError> {
+        if self.stored.recovered.as_ref() != Some(told) {
+            return Ok(());
         }
-        Ok(recovered)
+        self.stored.recovered = None;
+        self.store()
     }
 
     /// What failed since the last success.
@@ -240,11 +245,6 @@ impl MachineState {
     }
 }
 
-/// A state that can't be understood is as good as none: it costs a resume, never data.
-fn read(path: &Path) -> io::Result<Stored> {
-    match fs::read(path) {
-        Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_else(|error| {
-            tracing::warn!(path = %path.display(), %error, "the state file is damaged; going on without it");
 fn warn_forgetful(path: &Path, error: &io::Error) {
     tracing::warn!(path = %path.display(), %error, "going on without remembering: a backup that is interrupted begins anew; make room there, or set cache_path to another disk");
 }
@@ -254,6 +254,11 @@ fn nearest(folder: &Path) -> Option<File> {
     folder.ancestors().find_map(|folder| File::open(folder).ok())
 }
 
+/// A state that can't be understood is as good as none: it costs a resume, never data.
+fn read(path: &Path) -> io::Result<Stored> {
+    match fs::read(path) {
+        Ok(text) => Ok(serde_json::from_slice(&text).unwrap_or_else(|error| {
+            tracing::warn!(path = %path.display(), %error, "the state file is damaged; going on without it");
             Stored::default()
         })),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Stored::default()),
@@ -307,8 +312,11 @@ mod tests {
         state.set_failing(failing.clone()).unwrap();
         state.succeeded(success.clone()).unwrap();
         assert_eq!(state.failing(), None);
-        assert_eq!(state.take_recovered().unwrap(), Some(failing.clone()));
-        assert_eq!(state.take_recovered().unwrap(), None);
+        assert_eq!(state.recovered(), Some(&failing));
+        state.forget_recovered(&Failing { count: 3, ..failing.clone() }).unwrap();
+        assert_eq!(state.recovered(), Some(&failing), "others");
+        state.forget_recovered(&failing).unwrap();
+        assert_eq!(state.recovered(), None);
         state.set_failing(failing.clone()).unwrap();
         let seen = look(dir.path()).unwrap();
         assert_eq!((seen.last_success, seen.failing), (Some(success), Some(failing)));

@@ -14,7 +14,7 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
+use serde_json::{Value, json};
 use xtask::{
     disk, packages,
     site::{Plan, Programs, Running, Site},
@@ -276,3 +276,22 @@ fn failures_and_recoveries_are_told_once_and_who_does_not_listen_changes_nothing
         assert_eq!(told["event"], "success");
     }
 }
+    // A recovery that nobody has taken is told of again, once somebody does.
+    site.kill_janus().unwrap();
+    assert_eq!(client.failure(&["backup"]).unwrap().exit_code, 3);
+    assert_eq!(heard.recv_timeout(Duration::from_secs(5)).unwrap()["event"], "failure");
+    site.start_janus().unwrap();
+    site.await_ready(&client).unwrap();
+    let good = client.settings.get("notify.webhook").unwrap().clone();
+    let (deaf, refused) = webhook("503 Service Unavailable");
+    client.settings.set("notify.webhook", deaf);
+    client.settings.set("notify.command", json!([]));
+    client.backup().unwrap();
+    assert_eq!(refused.recv_timeout(Duration::from_secs(5)).unwrap()["event"], "recovery");
+    client.settings.set("notify.webhook", good);
+    client.backup().unwrap();
+    let told = heard.recv_timeout(Duration::from_secs(5)).unwrap();
+    assert_eq!((&told["event"], &told["failures"]), (&"recovery".into(), &1.into()), "{told}");
+    client.backup().unwrap();
+    assert!(heard.try_recv().is_err(), "it was taken");
+

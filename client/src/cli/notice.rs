@@ -54,18 +54,12 @@ async fn tell_success(settings: &Settings, machine: &str, made: &Value) {
         sent_bytes = sent,
         "backup made"
     );
-    let recovered = match state(settings).await {
-        Some(mut state) => state.take_recovered().unwrap_or_else(|error| {
-            tracing::warn!(%error, "can't note that backups work again");
-            None
-        }),
-        None => None,
-    };
+    let recovered = state(settings).await.and_then(|state| state.recovered().cloned());
     let notify = &settings.notify;
-    let event = match recovered {
+    let event = match &recovered {
         Some(_) if notify.wants(Event::Recovery) => Event::Recovery,
         _ if notify.wants(Event::Success) => Event::Success,
-        _ => return,
+        _ => return forget(settings, recovered).await,
     };
     let again = match (&recovered, event) {
         (Some(failed), Event::Recovery) => {
@@ -86,9 +80,20 @@ async fn tell_success(settings: &Settings, machine: &str, made: &Value) {
         "read_bytes": read,
         "changed_bytes": changed,
         "sent_bytes": sent,
-        "failures": recovered.map_or(0, |failed| failed.count),
+        "failures": recovered.as_ref().map_or(0, |failed| failed.count),
     });
-    notify.tell(&message).await;
+    // What nobody has taken is told of after the next backup.
+    if notify.tell(&message).await || event != Event::Recovery {
+        forget(settings, recovered).await;
+    }
+}
+
+async fn forget(settings: &Settings, recovered: Option<Failing>) {
+    let Some(recovered) = recovered else { return };
+    let Some(mut state) = state(settings).await else { return };
+    if let Err(error) = state.forget_recovered(&recovered) {
+        tracing::warn!(%error, "can't note that it was told that backups work again");
+    }
 }
 
 async fn tell_failure(settings: &Settings, machine: &str, failed: &Failure) {
