@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use janus_proto::channel::{ConnectOptions, Dial, Dialer, Dialing, Stream, Target};
+use janus_proto::{
+    channel::{ConnectOptions, Dial, Dialer, Dialing, Stream, Target},
+    clock,
+};
 use tokio::time::Instant;
 
 mod stream;
@@ -135,6 +138,9 @@ pub fn parse(texts: &[String]) -> Result<Vec<Window>, LimitError> {
 pub fn limited(dialer: Dialer, windows: Vec<Window>) -> Dialer {
     if windows.is_empty() {
         return dialer;
+    }
+    if windows.iter().any(|window| (window.from, window.to) != (0, DAY)) {
+        clock::warn_without_zone("times of `bandwidth`");
     }
     let bucket = || Arc::new(Bucket::new(windows.clone(), minute_of_day));
     Arc::new(LimitedDialer { dialer, sending: bucket(), receiving: bucket() })

@@ -2,6 +2,14 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+/// Says so in the log where the local time can't be told, and `what` of the settings therefore means UTC.
+pub fn warn_without_zone(what: &str) {
+    if let Err(error) = jiff::tz::TimeZone::try_system() {
+        let zone = std::env::var("TZ").unwrap_or_default();
+        tracing::warn!(TZ = zone, %error, "the local time can't be told, so {what} are UTC; set TZ (such as Europe/Berlin) or /etc/localtime");
+    }
+}
+
 /// Unix milliseconds.
 pub fn unix_ms() -> i64 {
     SystemTime::now()

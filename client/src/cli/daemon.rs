@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 use clap::ArgMatches;
-use janus_proto::program;
+use janus_proto::{clock, program};
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -23,9 +23,7 @@ pub async fn daemon(
     settings: &Settings,
     stop: &CancellationToken,
 ) -> Result<Outcome, Failure> {
-    if let Err(error) = jiff::tz::TimeZone::try_system() {
-        tracing::warn!(%error, "the local time can't be told: times of the schedule are UTC; set TZ or /etc/localtime");
-    }
+    clock::warn_without_zone("times of the schedule");
     let (sender, reloads) = mpsc::channel(1);
     let again = matches.clone();
     let reload = move || match loader().load(&again, std::env::vars_os()) {
