@@ -2,13 +2,24 @@
 
 use std::time::{Duration, Instant};
 
-use janus_proto::wake::{EVERYBODY, Mac, Sleeper, WakeError, place, wake_and_tell};
+use janus_proto::{
+    pb::WakeServersRequest,
+    tls::Role,
+    wake::{EVERYBODY, Mac, Sleeper, WakeError, place, wake_and_tell},
+};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tonic::{Code, Response};
 
-use crate::ways::Ways;
+use crate::{
+    link::{Address, QUICK},
+    ways::Ways,
+};
 
 /// How often it is looked whether one answers.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long a look takes at most where this machine knows of no server to wake.
+const GLANCE: Duration = Duration::from_secs(2);
 /// How often the packets are sent again.
 const AGAIN: Duration = Duration::from_secs(10);
 /// What stands for the addresses that `janus-client test` has remembered.
@@ -39,13 +50,10 @@ pub fn parse(texts: &[String]) -> Result<Vec<Wish>, WakeError> {
     texts.iter().map(parse).collect()
 }
 
-/// Wakes the servers up; returns as soon as any way leads to an answer, after `boot` at the latest. What comes then says
-/// itself that nobody answers.
+/// Wakes the servers up, or asks janus to, which knows its own; returns as soon as a server can be reached, after `boot` at the
+/// latest. What comes then says itself that nobody answers. Where none sleeps that anybody knows to wake, nothing is waited for.
 pub async fn wake_up(wishes: &[Wish], boot: Duration, ways: &Ways, stop: &CancellationToken) {
     let sleepers = sleepers(wishes, ways);
-    if sleepers.is_empty() {
-        return;
-    }
     let began = Instant::now();
     let mut sent: Option<Instant> = None;
     while !stop.is_cancelled() {
@@ -55,19 +63,52 @@ pub async fn wake_up(wishes: &[Wish], boot: Duration, ways: &Ways, stop: &Cancel
             }
             sent = Some(Instant::now());
         }
-        if ways.connect().await.is_ok() {
-            tracing::debug!(seconds = began.elapsed().as_secs(), "somebody answers");
-            return;
+        // Where nobody may be asleep a way that hangs is not to cost its time twice.
+        let longest = if sleepers.is_empty() && began.elapsed() < GLANCE { GLANCE } else { QUICK };
+        match timeout(longest, look(ways)).await.unwrap_or(Found::Asleep { woken: 0 }) {
+            Found::Awake => {
+                tracing::debug!(seconds = began.elapsed().as_secs(), "somebody answers");
+                return;
+            }
+            Found::Asleep { woken: 0 } if sleepers.is_empty() => return,
+            Found::Asleep { woken } => tracing::debug!(woken, "janus sends magic packets"),
         }
-        if began.elapsed() + LOOK > boot {
+        let left = boot.saturating_sub(began.elapsed());
+        if left.is_zero() {
             tracing::warn!(
                 boot_seconds = boot.as_secs(),
-                "magic packets were sent, but nobody answers"
+                "magic packets were sent, but no server answers"
             );
             return;
         }
-        let _ = stop.run_until_cancelled(tokio::time::sleep(LOOK)).await;
+        let _ = stop.run_until_cancelled(tokio::time::sleep(LOOK.min(left))).await;
     }
+}
+
+/// What a look at all ways has found.
+enum Found {
+    /// A server can be reached, or somebody who doesn't tell.
+    Awake,
+    /// None; the janus that were asked wake so many hosts.
+    Asleep { woken: u32 },
+}
+
+async fn look(ways: &Ways) -> Found {
+    let (mut tries, mut woken) = (ways.tries(), 0);
+    while let Some((_, link)) = tries.next().await {
+        if !matches!(link.peer(), Role::Janus(_)) {
+            return Found::Awake;
+        }
+        let request = Address::default().request(WakeServersRequest {}, Some(QUICK));
+        match link.info().wake_servers(request).await.map(Response::into_inner) {
+            Ok(answer) if answer.reachable_servers == 0 => woken += answer.woken_hosts,
+            Ok(_) => return Found::Awake,
+            // An older janus doesn't tell.
+            Err(status) if status.code() == Code::Unimplemented => return Found::Awake,
+            Err(error) => tracing::debug!(%error, url = link.url(), "can't ask for its servers"),
+        }
+    }
+    Found::Asleep { woken }
 }
 
 fn sleepers(wishes: &[Wish], ways: &Ways) -> Vec<Sleeper> {

@@ -68,7 +68,7 @@ pub struct Settings {
     pub alert_command: Vec<String>,
     /// A server that takes no backups for so long is worth an alert.
     pub alert_after_minutes: u64,
-    /// Servers to wake up, and when: `22:00 MAC`, `22:00 MAC@BROADCAST`.
+    /// Servers to wake up, and when: `22:00 MAC`, `22:00 MAC@BROADCAST`; `MAC` alone: when a client finds none awake.
     pub wake: Vec<String>,
     /// Hard limit for calls in progress after SIGTERM.
     pub drain_seconds: u64,
@@ -157,7 +157,10 @@ pub const KEYS: &[(&str, &str)] = &[
     ),
     ("alert_command", "Program and arguments that get each alert as a mail on stdin"),
     ("alert_after_minutes", "A server that takes no backups for so long is worth an alert"),
-    ("wake", "Servers to wake up, and when by local time: 22:00 MAC[@BROADCAST]"),
+    (
+        "wake",
+        "Servers to wake up when a client finds none awake, and when by local time: [22:00 ]MAC[@BROADCAST]",
+    ),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
     ("log", "Log filter, such as info or janus=debug"),
     ("log_format", "Log lines for people or programs: text, or json"),

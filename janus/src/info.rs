@@ -11,7 +11,8 @@ use janus_proto::{
     ids::{MachineKey, ServerId},
     pb::{
         GetRouterStatusRequest, GetRouterStatusResponse, GetServerInfoRequest,
-        GetServerInfoResponse, MachineStatus, MachineUse, ServerStatus,
+        GetServerInfoResponse, MachineStatus, MachineUse, ServerStatus, WakeServersRequest,
+        WakeServersResponse,
         server_info_service_server::{ServerInfoService, ServerInfoServiceServer},
     },
     tls::{Identity, Principal},
@@ -21,6 +22,7 @@ use tonic::{Request, Response, Status};
 use crate::{
     fleet::Fleet,
     upstream::{Need, Upstream},
+    wake::Waker,
 };
 
 /// Answers for this janus.
@@ -29,12 +31,13 @@ pub struct Info {
     id: ServerId,
     fleet: Fleet,
     identity: Identity,
+    waker: Arc<Waker>,
 }
 
 impl Info {
     /// Of the janus named `id`, with this certificate, before these servers.
-    pub fn new(id: ServerId, fleet: Fleet, identity: Identity) -> Self {
-        Self { id, fleet, identity }
+    pub fn new(id: ServerId, fleet: Fleet, identity: Identity, waker: Waker) -> Self {
+        Self { id, fleet, identity, waker: Arc::new(waker) }
     }
 
     /// The service.
@@ -228,5 +231,23 @@ impl ServerInfoService for Info {
             }
         }
         Ok(Response::new(status))
+    }
+
+    async fn wake_servers(
+        &self,
+        _: Request<WakeServersRequest>,
+    ) -> Result<Response<WakeServersResponse>, Status> {
+        self.fleet.first_look().await;
+        let servers = self.fleet.distinct();
+        let reachable = servers.iter().filter(|one| self.fleet.stand(one, Need::Link).is_ok());
+        let reachable_servers = u32::try_from(reachable.count()).unwrap_or(u32::MAX);
+        let woken_hosts = match reachable_servers {
+            0 => {
+                servers.iter().for_each(Upstream::look_now);
+                self.waker.wake().await
+            }
+            _ => 0,
+        };
+        Ok(Response::new(WakeServersResponse { reachable_servers, woken_hosts }))
     }
 }

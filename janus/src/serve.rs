@@ -29,7 +29,8 @@ use crate::{
     report::Reports,
     router::Router,
     traffic::Latencies,
-    view, wake,
+    view,
+    wake::{self, Waker},
 };
 
 /// Between NOT_SERVING and the end of the streams that tell it.
@@ -197,7 +198,9 @@ impl Janus {
         let drain_limit = Duration::from_secs(self.settings.drain_seconds);
         let (reporter, health_service) = janus_proto::health::health().await;
         let plain = Routes::new(health_service.clone());
-        let info = Info::new(self.id.clone(), fleet.clone(), self.identity.clone());
+        let alarms = self.settings.alarms()?;
+        let info =
+            Info::new(self.id.clone(), fleet.clone(), self.identity.clone(), Waker::new(&alarms));
         let local = Routes::new(health_service)
             .add_service(Catalog::service(fleet.clone()))
             .add_service(Reports::service(fleet.clone()))
@@ -213,7 +216,7 @@ impl Janus {
         let following =
             fleet.clone().follow(targets, self.dialer.clone(), drain_limit, stop.clone());
         tasks.spawn(following);
-        tasks.spawn(wake::follow(self.settings.alarms()?, shutdown.clone()));
+        tasks.spawn(wake::follow(alarms, shutdown.clone()));
         let (drain, latencies) = (CancellationToken::new(), Latencies::default());
         tasks.spawn(follow_health(fleet.clone(), reporter, shutdown.clone(), drain.clone()));
         if !self.settings.view_file.is_empty() {

@@ -56,4 +56,11 @@ impl ServerInfoService for Info {
     ) -> Result<Response<pb::GetRouterStatusResponse>, Status> {
         Err(Status::unimplemented("this is a server: ask a janus"))
     }
+
+    async fn wake_servers(
+        &self,
+        _: Request<pb::WakeServersRequest>,
+    ) -> Result<Response<pb::WakeServersResponse>, Status> {
+        Err(Status::unimplemented("this is a server: ask a janus"))
+    }
 }

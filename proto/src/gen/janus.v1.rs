@@ -2925,6 +2925,18 @@ pub mod report_service_server {
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WakeServersRequest {}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct WakeServersResponse {
+    /// Servers that can be reached now. 0: none; ask again in a second, until they have booted.
+    #[prost(uint32, tag = "1")]
+    pub reachable_servers: u32,
+    /// Hosts that magic packets of Wake-on-LAN go to, at this call or at another one in the last seconds. 0: some server can be reached,
+    /// or the settings name none to wake.
+    #[prost(uint32, tag = "2")]
+    pub woken_hosts: u32,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetServerInfoRequest {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetServerInfoResponse {
@@ -3204,6 +3216,32 @@ pub mod server_info_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
+        /// Served by janus, to every role: where none of its servers can be reached, wakes those up that its settings name. UNIMPLEMENTED
+        /// from a server, and from an older janus.
+        pub async fn wake_servers(
+            &mut self,
+            request: impl tonic::IntoRequest<super::WakeServersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::WakeServersResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/janus.v1.ServerInfoService/WakeServers",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("janus.v1.ServerInfoService", "WakeServers"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -3233,6 +3271,15 @@ pub mod server_info_service_server {
             request: tonic::Request<super::GetRouterStatusRequest>,
         ) -> std::result::Result<
             tonic::Response<super::GetRouterStatusResponse>,
+            tonic::Status,
+        >;
+        /// Served by janus, to every role: where none of its servers can be reached, wakes those up that its settings name. UNIMPLEMENTED
+        /// from a server, and from an older janus.
+        async fn wake_servers(
+            &self,
+            request: tonic::Request<super::WakeServersRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::WakeServersResponse>,
             tonic::Status,
         >;
     }
@@ -3390,6 +3437,52 @@ pub mod server_info_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = GetRouterStatusSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/janus.v1.ServerInfoService/WakeServers" => {
+                    #[allow(non_camel_case_types)]
+                    struct WakeServersSvc<T: ServerInfoService>(pub Arc<T>);
+                    impl<
+                        T: ServerInfoService,
+                    > tonic::server::UnaryService<super::WakeServersRequest>
+                    for WakeServersSvc<T> {
+                        type Response = super::WakeServersResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::WakeServersRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ServerInfoService>::wake_servers(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = WakeServersSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
