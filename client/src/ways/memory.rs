@@ -1,7 +1,8 @@
 //! What this machine remembers of its URLs: which one answered last, who it was, and how its host is woken up.
 //!
 //! A small file in the cache folder, replaced as a whole. It is worth some time, never a backup: one that is damaged, lost or
-//! of a newer version is as good as none. What was remembered of a URL goes when the URL leaves the settings.
+//! of a newer version is as good as none. What was remembered of a URL that left the settings isn't used, and goes a month
+//! later: a single run with other `--urls` must not cost the addresses that wake the servers up.
 
 use std::{
     collections::BTreeMap,
@@ -9,13 +10,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use janus_proto::tls::Role;
+use janus_proto::{clock::unix_ms, tls::Role};
 use serde::{Deserialize, Serialize};
 
 const VERSION: u32 = 1;
 const FILE: &str = "ways.json";
 /// A file that is larger was not written by us.
 const MAX_BYTES: u64 = 1 << 20;
+/// How long a URL is remembered that the settings don't name, and how many of them.
+const LEFT_KEPT_MS: i64 = 30 * 86_400_000;
+const LEFT_KEPT: usize = 64;
 
 /// What is known of one URL.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +29,9 @@ pub struct Known {
     pub peer: String,
     /// Hardware address of its host, where that is on a local link: `00:11:22:33:44:55`.
     pub mac: Option<String>,
+    /// Unix milliseconds since when the settings don't name it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub left_ms: Option<i64>,
 }
 
 #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -41,6 +48,8 @@ pub struct Memory {
     pub last: Option<String>,
     /// By URL.
     pub urls: BTreeMap<String, Known>,
+    /// Those that the settings don't name now.
+    left: BTreeMap<String, Known>,
     file: Option<PathBuf>,
     is_new: bool,
 }
@@ -57,15 +66,15 @@ impl Memory {
             }
         };
         let is_ours = |url: &String| urls.contains(url);
-        let known = stored.urls.len();
-        let kept: BTreeMap<_, _> =
-            stored.urls.into_iter().filter(|(url, _)| is_ours(url)).collect();
-        Self {
-            last: stored.last.filter(is_ours),
-            is_new: kept.len() != known,
-            urls: kept,
-            file: Some(file),
-        }
+        let last = stored.last.filter(is_ours);
+        let before = stored.urls.clone();
+        let (mut ours, left): (BTreeMap<_, _>, BTreeMap<_, _>) =
+            stored.urls.into_iter().partition(|(url, _)| is_ours(url));
+        ours.values_mut().for_each(|known| known.left_ms = None);
+        let left = left_of(left, unix_ms());
+        let is_new = ours.len() + left.len() != before.len()
+            || ours.iter().chain(&left).any(|(url, known)| before.get(url) != Some(known));
+        Self { last, is_new, urls: ours, left, file: Some(file) }
     }
 
     /// A URL has answered.
@@ -77,7 +86,7 @@ impl Memory {
         }
         if !is_known {
             // Another host has the address now.
-            self.urls.insert(url.to_owned(), Known { peer, mac: None });
+            self.urls.insert(url.to_owned(), Known { peer, ..Known::default() });
         }
         self.last = Some(url.to_owned());
         self.is_new = true;
@@ -95,7 +104,9 @@ impl Memory {
     /// Writes it down if there is anything new. Failing costs a head start next time, so it is only logged.
     pub fn write(&mut self) {
         let Some(file) = self.file.as_ref().filter(|_| self.is_new) else { return };
-        let stored = Stored { version: VERSION, last: self.last.clone(), urls: self.urls.clone() };
+        let all = self.left.iter().chain(&self.urls);
+        let urls = all.map(|(url, known)| (url.clone(), known.clone())).collect();
+        let stored = Stored { version: VERSION, last: self.last.clone(), urls };
         match replace(file, &stored) {
             Ok(()) => self.is_new = false,
             Err(error) => {
@@ -103,6 +114,23 @@ impl Memory {
             }
         }
     }
+}
+
+/// What stays of those that the settings don't name.
+fn left_of(left: BTreeMap<String, Known>, now_ms: i64) -> BTreeMap<String, Known> {
+    let noted = left.into_iter().map(|(url, known)| {
+        let left_ms = known.left_ms.unwrap_or(now_ms);
+        (url, Known { left_ms: Some(left_ms), ..known })
+    });
+    let mut kept: Vec<_> = noted
+        .filter(|(_, known)| {
+            let since = known.left_ms.map_or(0, |left_ms| now_ms.saturating_sub(left_ms));
+            since.saturating_abs() < LEFT_KEPT_MS
+        })
+        .collect();
+    kept.sort_by_key(|(_, known)| std::cmp::Reverse(known.left_ms));
+    kept.truncate(LEFT_KEPT);
+    kept.into_iter().collect()
 }
 
 fn parse(file: &Path) -> Result<Option<Stored>, String> {
@@ -162,7 +190,25 @@ mod tests {
         assert!(changed.urls.contains_key("https://a:1") && changed.urls.len() == 1);
         changed.write();
         let back = Memory::read(folder.path(), &urls(&["a", "b"]));
-        assert_eq!(back.urls.len(), 1, "what went doesn't come back with the old URL");
+        assert_eq!(back.urls.len(), 2, "one run with other URLs costs nothing");
+        assert!(back.left.is_empty() && back.urls.values().all(|known| known.left_ms.is_none()));
+    }
+
+    #[test]
+    fn what_left_the_settings_goes_in_the_end() {
+        let known = |left_ms| Known { left_ms, ..Known::default() };
+        let now = 1_767_225_600_000;
+        let left = BTreeMap::from([
+            ("new".to_owned(), known(None)),
+            ("late".to_owned(), known(Some(now - LEFT_KEPT_MS + 1))),
+            ("old".to_owned(), known(Some(now - LEFT_KEPT_MS))),
+        ]);
+        let kept = left_of(left, now);
+        assert_eq!(kept.keys().collect::<Vec<_>>(), ["late", "new"]);
+        assert_eq!(kept["new"].left_ms, Some(now));
+        let many = (0..LEFT_KEPT as i64 + 9).map(|at| (at.to_string(), known(Some(now - at))));
+        let kept = left_of(many.collect(), now);
+        assert!(kept.len() == LEFT_KEPT && kept.contains_key("0"));
     }
 
     #[test]

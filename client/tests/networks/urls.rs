@@ -86,7 +86,29 @@ fn as_root_a_home_url_that_leads_nowhere_costs_less_than_half_a_second() {
     moved.settings.set("urls", json!([both[1]]));
     moved.backup().unwrap();
     let known = memory(&moved);
-    assert_eq!(known["urls"].as_object().unwrap().len(), 1, "{known}");
+    assert!(known["urls"][&both[0]]["left_ms"].is_i64(), "{known}");
+    client.backup().unwrap();
+    let known = memory(&client);
+    assert!(known["urls"].as_object().unwrap().values().all(|url| url["left_ms"].is_null()));
+    assert_eq!(known["urls"].as_object().unwrap().len(), 2, "{known}");
+}
+
+/// Each janus reaches the server of its own site, and the first URL is no better than the second.
+#[test]
+fn as_root_a_cache_is_rebuilt_by_whichever_janus_reaches_a_server() {
+    let sites = Sites::start(Programs::for_tests().unwrap()).unwrap();
+    let disk = noise(sites.folder());
+    let mut client = sites.client("laptop", &[disk]).unwrap();
+    client.settings.set("urls", json!(SITES.map(|site| url(site, 7420))));
+    sites.await_equal(&client, std::time::Duration::from_secs(30)).unwrap();
+    for _ in SITES {
+        client.backup().unwrap();
+    }
+    sites.network().cut_between(SITES[0], SITES[1], Reject).unwrap();
+    let rebuilt: Value = client.answer(&["cache", "rebuild"]).unwrap();
+    let servers = rebuilt["disks"][0]["servers"].as_array().unwrap();
+    assert!(servers.len() == 2 && servers.iter().all(|one| one["error"].is_null()), "{rebuilt}");
+    assert_eq!(rebuilt["complete"], true, "{rebuilt}");
 }
 
 #[test]
