@@ -15,8 +15,9 @@ use janus_proto::{
 use crate::{
     cache::{DiskCache, Head},
     catalog::Listing,
-    link::{Address, Link, LinkError, QUICK},
+    link::{Address, Link, LinkError, QUICK, Remedy},
     reconcile::{HashReader, ReconcileError},
+    ways::Ways,
 };
 
 /// What came of one server.
@@ -32,7 +33,7 @@ pub struct Learnt {
 
 /// Fills the cache with what every server of the listing has as newest snapshot of the disk.
 pub async fn learn(
-    link: &Link,
+    ways: &Ways,
     cache: &DiskCache,
     disk: &DiskId,
     listing: &Listing,
@@ -50,7 +51,7 @@ pub async fn learn(
                 snapshot.size_bytes,
                 cache.size_bytes()
             )),
-            (true, true) => learn_one(link, cache, snapshot).await.map_err(|e| e.to_string()),
+            (true, true) => learn_one(ways, cache, snapshot).await.map_err(|e| e.to_string()),
         };
         let (server, snapshot) = (snapshot.server_id.clone(), snapshot.snapshot_id.clone());
         learnt.push(Learnt { server, snapshot, outcome });
@@ -58,7 +59,25 @@ pub async fn learn(
     learnt
 }
 
+/// By the first URL that leads to the snapshot's server: not every janus need reach it.
 async fn learn_one(
+    ways: &Ways,
+    cache: &DiskCache,
+    snapshot: &Snapshot,
+) -> Result<usize, ReconcileError> {
+    let (mut tries, mut failed) = (ways.tries(), None);
+    while let Some((_, link)) = tries.next().await {
+        match learn_through(&link, cache, snapshot).await {
+            Err(ReconcileError::Link(error)) if error.remedy() == Remedy::Reconnect => {
+                failed.get_or_insert(error);
+            }
+            other => return other,
+        }
+    }
+    Err(failed.unwrap_or_else(|| tries.unreachable()).into())
+}
+
+async fn learn_through(
     link: &Link,
     cache: &DiskCache,
     snapshot: &Snapshot,

@@ -19,7 +19,6 @@ pub(super) async fn run(_: &ArgMatches, context: &Context) -> Result<Outcome, Fa
     let disks = cache::disks(settings, None).await?;
     let ways = context.ways_awake().await?;
     let listing = catalog::list(&ways, &Query::default()).await?;
-    let link = ways.connect().await?;
     let chains = chains(&listing);
     let (mut text, mut rows, mut exit_code) = (String::new(), Vec::new(), 0);
     let left: Vec<_> =
@@ -38,7 +37,7 @@ pub(super) async fn run(_: &ArgMatches, context: &Context) -> Result<Outcome, Fa
             continue;
         };
         let _ = writeln!(text, "{id}: goes on with {}", chain.said());
-        let learnt = cache::learn(settings, &link, &listing, id, *size).await?;
+        let learnt = cache::learn(settings, &ways, &listing, id, *size).await?;
         for one in &learnt {
             exit_code = exit_code.max(u8::from(one.outcome.is_err()));
             let _ = writeln!(text, "{id}: {}", cache::said(one));

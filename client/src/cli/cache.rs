@@ -15,10 +15,10 @@ use crate::{
     catalog::{self, Listing, Query},
     config::Settings,
     frozen::Snapshots,
-    link::Link,
     relearn::{self, Learnt},
     source::Source,
     state::MachineState,
+    ways::Ways,
 };
 
 /// What can be done, as the command line names it.
@@ -196,10 +196,9 @@ pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<O
     let disks = disks(settings, wanted).await?;
     let ways = context.ways().await?;
     let listing = catalog::list(&ways, &Query::default()).await?;
-    let link = ways.connect().await?;
     let (mut text, mut answers, mut is_bad) = (String::new(), Vec::new(), false);
     for (disk, size) in disks {
-        let learnt = learn(settings, &link, &listing, &disk, size).await?;
+        let learnt = learn(settings, &ways, &listing, &disk, size).await?;
         if learnt.is_empty() {
             let _ = writeln!(text, "{disk}: no server that answers has a snapshot of it");
         }
@@ -227,7 +226,7 @@ pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<O
 /// Fills the cache of one disk.
 pub(super) async fn learn(
     settings: &Settings,
-    link: &Link,
+    ways: &Ways,
     listing: &Listing,
     disk: &DiskId,
     size: u64,
@@ -239,7 +238,7 @@ pub(super) async fn learn(
         Ok::<_, CacheError>(cache)
     });
     let cache = opening.await.map_err(Failure::failed)??;
-    Ok(relearn::learn(link, &cache, disk, listing).await)
+    Ok(relearn::learn(ways, &cache, disk, listing).await)
 }
 
 pub(super) fn learnt_json(learnt: &[Learnt]) -> Value {
