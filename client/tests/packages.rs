@@ -64,6 +64,20 @@ fn as_root_packages_are_installed_upgraded_and_removed_and_nothing_of_the_user_g
         "ExecStart=\"/usr/bin/janus-client\" daemon --once --config \"/etc/janus/client.toml\"";
     assert!(unit.contains(line) && !unit.contains(out.path().to_str().unwrap()), "{unit}");
 
+    // Each program has keys of its own, and janus may write what it keeps.
+    let said = |file: &str, key: &str| {
+        let text = fs::read_to_string(at(file)).unwrap();
+        let values: toml::Table = text.parse().unwrap();
+        values[key].as_str().unwrap().to_owned()
+    };
+    let keys =
+        ["client", "server", "janus"].map(|name| said(&format!("/etc/janus/{name}.toml"), "key"));
+    assert!(keys[0] != keys[1] && keys[1] != keys[2] && keys[0] != keys[2], "{keys:?}");
+    let view = said("/etc/janus/janus.toml", "view_file");
+    let folder = at(&view).parent().unwrap().metadata().unwrap();
+    let router = root.run(&["id", "-u", "janus-router"]).unwrap();
+    assert_eq!(folder.uid().to_string(), router.trim(), "{view}");
+
     // A user's settings, keys and data.
     let images = "/var/lib/janus/images/u/m/d/1.vhdx";
     root.run(&["install", "-d", "-o", "janus-server", "/var/lib/janus/images/u/m/d"]).unwrap();
@@ -99,9 +113,27 @@ fn as_root_packages_are_installed_upgraded_and_removed_and_nothing_of_the_user_g
     keeps_settings();
     assert_eq!(at("/var/lib/janus").metadata().unwrap().uid(), owner);
 
+    // Its own units are found; what was installed over them goes with the program that it starts, and what is another's stays.
+    let show = ["janus-client", "service", "show", "--config", "/etc/janus/client.toml"];
+    let shown = root.run(&show).unwrap();
+    assert!(shown.contains("janus-client.timer: installed by the package\n"), "{shown}");
+    assert!(shown.contains("the timer is not enabled"), "{shown}");
+    let install = ["service", "install", "--root", "/", "--config", "/etc/janus/client.toml"];
+    root.run(&[&["janus-client"], &install[..]].concat()).unwrap();
+    let own = at("/etc/systemd/system");
+    let shown = root.run(&show).unwrap();
+    assert!(shown.contains("/etc/systemd/system/janus-client.timer: installed\n"), "{shown}");
+    fs::write(own.join("janus-client.mount"), "another's").unwrap();
+
     let all = PACKAGES.map(|package| package.name);
     root.run(&[&["dpkg", "--remove"], &all[..]].concat()).unwrap();
     assert!(!at("/usr/bin/janus-server").exists() && !units.join("janus.service").exists());
+    for gone in
+        ["janus-client.service", "janus-client.timer", "timers.target.wants/janus-client.timer"]
+    {
+        assert!(own.join(gone).symlink_metadata().is_err(), "{gone}");
+    }
+    assert!(own.join("janus-client.mount").exists());
     keeps(&mine);
     keeps_settings();
 

@@ -101,11 +101,53 @@ fn a_service_is_installed_shown_and_removed_below_a_root() {
     assert!(unit.contains("ExecStart=\"/usr/bin/janus-client\" daemon --once"), "{unit}");
     fs::write(&config, "[schedule]\ntimes = [\"03:00\"]\n").unwrap();
     assert!(states()[1].contains("differs from the settings"), "{:?}", states());
+    // Of a package, as long as none is installed here.
+    let packaged = root.join("usr/lib/systemd/system");
+    fs::create_dir_all(&packaged).unwrap();
+    for unit in ["janus-client.service", "janus-client.timer"] {
+        fs::rename(units.join(unit), packaged.join(unit)).unwrap();
+    }
+    let shown = act("show");
+    let differs = "installed by the package, and differs from the settings; run `janus-client service install`";
+    assert_eq!(states(), ["installed by the package", differs]);
+    let path = shown["units"][0]["path"].as_str().unwrap();
+    assert!(path.contains("usr/lib/systemd/system/janus-client.service"), "{path}");
+    assert_eq!((&shown["enabled"], &act("install")["ok"]), (&true.into(), &true.into()));
+    assert_eq!(states(), ["installed", "installed"]);
     assert_eq!(act("remove")["removed"], true);
+    assert_eq!(act("show")["enabled"], false);
     assert_eq!(fs::read_dir(units.join("timers.target.wants")).unwrap().count(), 0);
     assert_eq!(act("remove")["removed"], false);
     let refused = service(&["install", "--root", root_arg]);
     assert!(refused["error"].as_str().unwrap().contains("--config"), "{refused}");
+}
+
+#[test]
+fn a_unit_depends_on_a_folder_only_where_the_settings_do_and_show_may_be_asked_anywhere() {
+    let folder = tempfile::tempdir().unwrap();
+    let (here, config) = (folder.path().join("here"), folder.path().join("client.toml"));
+    fs::create_dir(&here).unwrap();
+    let unit = |settings: &str| {
+        fs::write(&config, settings).unwrap();
+        let mut client = Programs::for_tests().unwrap().client();
+        client.current_dir(&here).args(["service", "install", "--print", "--json", "--config"]);
+        let output = client.arg(&config).output().unwrap();
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        answer["units"]["janus-client.service"].as_str().unwrap().to_owned()
+    };
+    let absolute = "cert = \"/c\"\nkey = \"/k\"\nca = \"/a\"\ndisks = [\"x=/dev/x\", \"y=nbd+unix:///e?socket=/run/s\"]\npre_backup = [\"freeze\", \"--qmp\", \"/run/q\"]\n";
+    let line = |unit: &str| {
+        unit.lines().find(|line| line.starts_with("WorkingDirectory=")).unwrap().to_owned()
+    };
+    assert_eq!(line(&unit(absolute)), "WorkingDirectory=/");
+    let here = format!("WorkingDirectory={}", here.display());
+    for relative in ["", "cert = \"/c\"\nkey = \"/k\"\nca = \"/a\"\ncache_path = \"cache\"\n"] {
+        assert_eq!(line(&unit(relative)), here);
+    }
+    for relative in ["post_backup = [\"./thaw\"]", "[notify]\nca = \"hook.pem\""] {
+        assert_eq!(line(&unit(&format!("{absolute}{relative}"))), here, "{relative}");
+    }
+    assert_eq!(line(&unit(&absolute.replace("x=/dev/x", "x=disk.raw"))), here);
 }
 
 #[test]
@@ -258,24 +300,6 @@ fn failures_and_recoveries_are_told_once_and_who_does_not_listen_changes_nothing
     let events: Vec<_> = events.map(|told| told["event"].clone()).collect();
     assert_eq!(events, ["failure", "recovery"]);
 
-    // With receivers that refuse, hang or aren't there.
-    client.settings.set("notify.when", vec!["failure", "recovery", "success"]);
-    client.settings.set("notify.seconds", 1);
-    for command in [vec!["/nonexistent"], vec!["/bin/sh", "-c", "exit 9"], vec!["sleep", "60"]] {
-        let (url, heard) = webhook("503 Service Unavailable");
-        client.settings.set("notify.webhook", url);
-        client.settings.set("notify.command", command);
-        let done = client.run(&["backup", "--json"]).unwrap();
-        assert_eq!(done.code, Some(0), "{done:?}");
-        assert!(
-            done.stderr.contains("answered 503") && done.stderr.contains("notify.command"),
-            "{}",
-            done.stderr
-        );
-        let told = heard.recv_timeout(Duration::from_secs(5)).unwrap();
-        assert_eq!(told["event"], "success");
-    }
-}
     // A recovery that nobody has taken is told of again, once somebody does.
     site.kill_janus().unwrap();
     assert_eq!(client.failure(&["backup"]).unwrap().exit_code, 3);
@@ -295,3 +319,21 @@ fn failures_and_recoveries_are_told_once_and_who_does_not_listen_changes_nothing
     client.backup().unwrap();
     assert!(heard.try_recv().is_err(), "it was taken");
 
+    // With receivers that refuse, hang or aren't there.
+    client.settings.set("notify.when", vec!["failure", "recovery", "success"]);
+    client.settings.set("notify.seconds", 1);
+    for command in [vec!["/nonexistent"], vec!["/bin/sh", "-c", "exit 9"], vec!["sleep", "60"]] {
+        let (url, heard) = webhook("503 Service Unavailable");
+        client.settings.set("notify.webhook", url);
+        client.settings.set("notify.command", command);
+        let done = client.run(&["backup", "--json"]).unwrap();
+        assert_eq!(done.code, Some(0), "{done:?}");
+        assert!(
+            done.stderr.contains("answered 503") && done.stderr.contains("notify.command"),
+            "{}",
+            done.stderr
+        );
+        let told = heard.recv_timeout(Duration::from_secs(5)).unwrap();
+        assert_eq!(told["event"], "success");
+    }
+}

@@ -87,9 +87,9 @@ impl Default for Settings {
         Self {
             listen: "127.0.0.1:7421".into(),
             image_path: "/var/lib/janus/images".into(),
-            cert: "/etc/janus/cert.pem".into(),
-            key: "/etc/janus/key.pem".into(),
-            ca: "/etc/janus/ca.pem".into(),
+            cert: "/etc/janus/server/cert.pem".into(),
+            key: "/etc/janus/server/key.pem".into(),
+            ca: "/etc/janus/server/ca.pem".into(),
             janus_urls: Vec::new(),
             urls: Vec::new(),
             prefer_vhdx: true,

@@ -19,6 +19,8 @@ use crate::{
 };
 
 const FOLDER: &str = "etc/systemd/system";
+/// Where packages have theirs, which count where there is none in [`FOLDER`].
+const PACKAGES: [&str; 2] = ["usr/lib/systemd/system", "lib/systemd/system"];
 /// Where it is once installed from a package.
 const PACKAGED: &str = "/usr/bin/janus-client";
 
@@ -76,14 +78,43 @@ fn planned(matches: &ArgMatches, place: &Place) -> Result<(Settings, [Unit; 2]),
     let given = [(OsString::from("JANUS_CLIENT_CONFIG"), config.clone())];
     let settings = loader().load(matches, given).map_err(Failure::usage)?;
     let config = std::path::absolute(config).map_err(Failure::failed)?;
-    // Relative paths in the settings count from where the service was installed; a root's from its own.
+    // Relative paths in the settings count from where the service was installed; a root's from its own. Without any the service
+    // depends on no folder, which might be gone one day.
+    let is_shown = matches.get_one::<String>("action").is_some_and(|action| action == "show");
     let folder = match place.root {
-        Some(_) => PathBuf::from("/"),
-        None => std::env::current_dir().map_err(Failure::failed)?,
+        None if has_relative_paths(&settings) => match place.installed_folder() {
+            Some(folder) if is_shown => folder,
+            _ => std::env::current_dir().map_err(Failure::failed)?,
+        },
+        _ => PathBuf::from("/"),
     };
     let units = units(&place.program()?, &config, &folder, &settings.schedule);
     let units = units.map_err(Failure::usage)?;
     Ok((settings, units))
+}
+
+/// True where something in the settings counts from the folder that a program is started in.
+fn has_relative_paths(settings: &Settings) -> bool {
+    let Settings { cert, key, ca, cache_path, notify, .. } = settings;
+    let disks = settings.disk_specs().unwrap_or_default();
+    let is_uri = |path: &Path| path.to_string_lossy().contains(':');
+    let files = [cert, key, ca, cache_path, &notify.ca].into_iter().map(PathBuf::as_path);
+    let disks = disks.iter().map(|disk| disk.path.as_path()).filter(|path| !is_uri(path));
+    let qcow2 = settings
+        .disks
+        .iter()
+        .any(|disk| disk.split_once("qcow2:").is_some_and(|(_, path)| !path.starts_with('/')));
+    let words = settings.pre_backup.iter().chain(&settings.post_backup).chain(&notify.command);
+    // Such as ./freeze, but not --socket=/run/x.
+    let is_relative = |word: &String| {
+        word.find('/').is_some_and(|at| at > 0)
+            && !word.starts_with('-')
+            && !word.contains([':', '='])
+    };
+    let mut files = files.chain(disks);
+    qcow2
+        || files.any(|path| path.is_relative() && !path.as_os_str().is_empty())
+        || words.into_iter().any(is_relative)
 }
 
 fn printed(units: &[Unit]) -> Outcome {
@@ -115,6 +146,31 @@ impl Place {
 
     fn folder(&self) -> PathBuf {
         self.root.as_deref().unwrap_or(Path::new("/")).join(FOLDER)
+    }
+
+    /// A unit's file: what was installed here goes before what a package has.
+    fn unit(&self, name: &str) -> (PathBuf, Option<&'static str>) {
+        let root = self.root.as_deref().unwrap_or(Path::new("/"));
+        let own = self.folder().join(name);
+        if own.exists() {
+            return (own, None);
+        }
+        let packaged = PACKAGES.iter().map(|folder| root.join(folder).join(name));
+        match packaged.into_iter().find(|path| path.exists()) {
+            Some(path) => (path, Some(" by the package")),
+            None => (own, None),
+        }
+    }
+
+    /// The folder from which relative paths of the settings count for the service that is there.
+    fn installed_folder(&self) -> Option<PathBuf> {
+        let text = fs::read_to_string(self.unit(SERVICE).0).ok()?;
+        let folder = text.lines().find_map(|line| line.strip_prefix("WorkingDirectory="))?;
+        Some(folder.replace("%%", "%").into())
+    }
+
+    fn is_enabled(&self) -> bool {
+        fs::symlink_metadata(self.folder().join("timers.target.wants").join(TIMER)).is_ok()
     }
 
     fn install(&self, units: &[Unit]) -> Result<Outcome, Failure> {
@@ -184,11 +240,17 @@ impl Place {
     fn show(&self, settings: &Settings, units: &[Unit]) -> Result<Outcome, Failure> {
         let mut states = Vec::new();
         for (name, unit) in units {
-            let path = self.folder().join(name);
+            let (path, by) = self.unit(name);
+            let by = by.unwrap_or_default();
             let state = match fs::read_to_string(&path) {
-                Ok(text) if text == *unit => "installed",
-                Ok(_) => "differs from the settings; run `janus-client service install` again",
-                Err(error) if error.kind() == io::ErrorKind::NotFound => "not installed",
+                Ok(text) if text == *unit => format!("installed{by}"),
+                Ok(_) if by.is_empty() => {
+                    "differs from the settings; run `janus-client service install` again".into()
+                }
+                Ok(_) => format!(
+                    "installed{by}, and differs from the settings; run `janus-client service install`"
+                ),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => "not installed".into(),
                 Err(error) => return Err(failed(&path)(error)),
             };
             states.push((path, state));
@@ -198,10 +260,17 @@ impl Place {
         for (path, state) in &states {
             let _ = writeln!(text, "{}: {state}", path.display());
         }
+        let enabled = self.is_enabled();
+        if !enabled {
+            text.push_str("the timer is not enabled: no backup is made by itself; run `janus-client service install`\n");
+        }
         text.push_str(&local.text);
         let states = states.iter().map(|(path, state)| json!({ "path": path, "state": state }));
         let units: Vec<_> = states.collect();
-        Ok(Outcome { json: json!({ "ok": true, "units": units, "local": local.json }), text })
+        Ok(Outcome {
+            json: json!({ "ok": true, "units": units, "enabled": enabled, "local": local.json }),
+            text,
+        })
     }
 }
 
