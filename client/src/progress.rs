@@ -21,6 +21,8 @@ use serde_json::{Value, json};
 
 const LINE_EVERY: Duration = Duration::from_secs(60);
 const EVENT_EVERY: Duration = Duration::from_secs(1);
+/// Columns that a bar needs to be one.
+const LEAST_BAR: usize = 6;
 const BAR_EVERY: Duration = Duration::from_millis(200);
 /// What the throughput is the mean of.
 const WINDOW: Duration = Duration::from_secs(30);
@@ -192,7 +194,7 @@ fn write_events(doing: Doing, progress: &Progress, ticks: &Ticks, out: &mut dyn 
         let _ = writeln!(out, "{}", event(doing, &figures, rate, left)).and_then(|()| out.flush());
         if now >= line_at {
             line_at += LINE_EVERY;
-            tracing::info!("{}", line(doing, &figures, rate, left));
+            tracing::info!("{}", line(doing, &figures, (rate, left), Details::All));
         }
     }
 }
@@ -203,8 +205,31 @@ fn log(doing: Doing, progress: &Progress, ticks: &Ticks) {
     while ticks.wait(LINE_EVERY) {
         let figures = progress.figures();
         let (rate, left) = pace.sample(began.elapsed(), &figures);
-        tracing::info!("{}", line(doing, &figures, rate, left));
+        tracing::info!("{}", line(doing, &figures, (rate, left), Details::All));
     }
+}
+
+/// How much a line says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Details {
+    All,
+    Pace,
+    Share,
+}
+
+/// Columns of the terminal; 80 where it doesn't tell.
+fn columns() -> usize {
+    let size = rustix::termios::tcgetwinsize(std::io::stderr());
+    size.ok().map(|size| size.ws_col.into()).filter(|columns| *columns > 0).unwrap_or(80)
+}
+
+/// The line that says most and leaves room for the bar: one that is too long would be broken, and drawn again and again.
+fn fitting(columns: usize, line: impl Fn(Details) -> String) -> String {
+    let fits = |line: &String| line.chars().count() + LEAST_BAR <= columns;
+    let lines = [Details::All, Details::Pace].map(&line);
+    let found = lines.into_iter().find(fits);
+    let shortest = || line(Details::Share).chars().take(columns.saturating_sub(1)).collect();
+    found.unwrap_or_else(shortest)
 }
 
 fn draw(doing: Doing, progress: &Progress, ticks: &Ticks) {
@@ -218,7 +243,7 @@ fn draw(doing: Doing, progress: &Progress, ticks: &Ticks) {
         let (rate, left) = pace.sample(began.elapsed(), &figures);
         bar.set_length(figures.total);
         bar.set_position(figures.done);
-        bar.set_message(line(doing, &figures, rate, left));
+        bar.set_message(fitting(columns(), |details| line(doing, &figures, (rate, left), details)));
         if !ticks.wait(BAR_EVERY) {
             return bar.finish_and_clear();
         }
@@ -247,8 +272,16 @@ fn event(doing: Doing, figures: &Figures, rate: Option<u64>, left: Option<Durati
     event
 }
 
-fn line(doing: Doing, figures: &Figures, rate: Option<u64>, left: Option<Duration>) -> String {
+fn line(
+    doing: Doing,
+    figures: &Figures,
+    (rate, left): (Option<u64>, Option<Duration>),
+    details: Details,
+) -> String {
     let percent = (figures.done * 100).checked_div(figures.total).unwrap_or(0);
+    if details == Details::Share {
+        return format!("{percent} %");
+    }
     let rate = rate.map_or_else(String::new, |rate| format!(" at {}/s", amount(rate)));
     let left = left.map_or_else(String::new, |left| format!("; {} left", span(left)));
     let moved = match doing {
@@ -262,7 +295,10 @@ fn line(doing: Doing, figures: &Figures, rate: Option<u64>, left: Option<Duratio
         Doing::Copy => format!("{} copied", amount(figures.done)),
     };
     let (doing, total) = (doing.name(), amount(figures.total));
-    format!("{doing} {percent} % of {total}{rate}; {moved}{left}")
+    match details {
+        Details::All => format!("{doing} {percent} % of {total}{rate}; {moved}{left}"),
+        _ => format!("{doing} {percent} % of {total}{rate}{left}"),
+    }
 }
 
 /// As exact as an estimate is.
@@ -305,16 +341,33 @@ mod tests {
         let (figures, rate, left) =
             (progress.figures(), Some(512 << 10), Some(Duration::from_secs(75)));
         assert_eq!(
-            line(Doing::Backup, &figures, rate, left),
+            line(Doing::Backup, &figures, (rate, left), Details::All),
             "backup 40 % of 10.0 MiB at 512.0 KiB/s; 3.0 MiB read, 2.0 MiB changed, 1.0 MiB sent; 2 min left"
         );
         let event = event(Doing::Backup, &figures, rate, left);
         assert_eq!((&event["seconds_left"], &event["sent_bytes"]), (&75.into(), &(1 << 20).into()));
         assert_eq!(
-            line(Doing::Restore, &figures, None, None),
+            line(Doing::Restore, &figures, (None, None), Details::All),
             "restore 40 % of 10.0 MiB; 1.0 MiB fetched"
         );
         progress.scanned(9);
         assert_eq!(progress.figures().done, 10 << 20, "the last segment is cut off");
+    }
+
+    #[test]
+    fn a_line_leaves_room_for_the_bar_on_any_terminal() {
+        let tib = 1 << 40;
+        let figures = Figures { done: tib, total: 10 * tib, read: tib, changed: tib, wire: tib };
+        let pace = (Some(1023 << 20), Some(Duration::from_secs(360_000)));
+        for doing in [Doing::Backup, Doing::Restore, Doing::Copy] {
+            for columns in 0..200 {
+                let line = fitting(columns, |details| line(doing, &figures, pace, details));
+                assert!(line.chars().count() < columns.max(1), "{columns}: {line}");
+            }
+            let at_80 = fitting(80, |details| line(doing, &figures, pace, details));
+            assert!(at_80.contains("100 h 0 min left"), "{at_80}");
+        }
+        let wide = fitting(132, |details| line(Doing::Backup, &figures, pace, details));
+        assert!(wide.contains("sent"), "{wide}");
     }
 }
