@@ -10,7 +10,7 @@ use janus_proto::{
         GetRouterStatusRequest, GetServerInfoRequest, GetServerInfoResponse, ServerStatus,
         server_info_service_client::ServerInfoServiceClient,
     },
-    show::{amount, date},
+    show::{amount, date, of_named},
     tls::Role,
 };
 use tonic::Code;
@@ -255,7 +255,7 @@ async fn servers(
     };
     let mut text = format!("{ready} of {} take backups", servers.len());
     for away in servers.iter().filter(|server| !server.ready) {
-        text += &format!("; {} doesn't: {}", name(away), away.reason);
+        text += &format!("; {} doesn't: {}", name(away), of_named(name(away), &away.reason));
     }
     checked.add("servers", state, text);
     for server in servers.iter().filter(|server| server.total_bytes > 0) {

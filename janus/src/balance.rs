@@ -51,6 +51,7 @@ use futures::{
     future::BoxFuture,
     stream::{FuturesUnordered, StreamExt},
 };
+use janus_proto::show::of_named;
 use tower::{Layer, Service, ServiceExt};
 
 use crate::{patience::Wait, selection::Place};
@@ -127,7 +128,7 @@ pub struct Skipped {
 
 impl fmt::Display for Skipped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.server, self.reason)
+        write!(f, "{}: {}", self.server, of_named(&self.server, &self.reason))
     }
 }
 

@@ -19,6 +19,7 @@ use janus_proto::{
         catalog_service_client::CatalogServiceClient,
         catalog_service_server::{CatalogService, CatalogServiceServer},
     },
+    show::of_named,
     tls::{Principal, Role},
     trace::{TRACEPARENT, TraceContext},
 };
@@ -273,7 +274,10 @@ impl Catalog {
                     return Ok(snapshot);
                 }
                 Ok(None) => {}
-                Err(reason) => unreachable.push(format!("{}: {reason}", upstream.name())),
+                Err(reason) => {
+                    let name = upstream.name();
+                    unreachable.push(format!("{name}: {}", of_named(&name, &reason)));
+                }
             }
         }
         let remembered = self.fleet.registry().snapshot(id).map(|(_, snapshot)| snapshot);

@@ -4,7 +4,7 @@ use std::{fmt, time::Duration};
 
 use janus_proto::{
     pb::{GetRouterStatusResponse, MachineStatus, ServerStatus},
-    show::{amount, date},
+    show::{amount, date, of_named},
 };
 
 /// A certificate that expires in less than this is worth a warning.
@@ -101,7 +101,7 @@ pub fn findings(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64
     for server in &status.servers {
         let name = name_of(server);
         if !server.ready {
-            let text = format!("{name}: {}", server.reason);
+            let text = format!("{name}: {}", of_named(&name, &server.reason));
             say(Verdict::Warning, About::Server(name.clone()), text);
         } else if server.report_age_ms < 0 {
             let text = format!("{name} does not report to this janus");

@@ -25,6 +25,11 @@ pub fn date(ms: i64) -> String {
     time.and_then(|time| time.format(&format).ok()).unwrap_or_else(|| ms.to_string())
 }
 
+/// What is said of a server after its name: where that is its URL, since it was never reached, it isn't said twice.
+pub fn of_named<'a>(name: &str, reason: &'a str) -> &'a str {
+    reason.strip_prefix(name).and_then(|rest| rest.strip_prefix(": ")).unwrap_or(reason)
+}
+
 /// A janus' status as text, a line for each thing it knows.
 pub fn router_status(status: &GetRouterStatusResponse) -> String {
     let mut text = String::new();
@@ -81,8 +86,10 @@ fn proof_line(text: &mut String, machine: &MachineStatus, at: &MachineUse) {
 }
 
 fn server_line(text: &mut String, server: &ServerStatus) {
-    let state =
-        if server.ready { "ready".to_owned() } else { format!("not ready: {}", server.reason) };
+    let state = match server.ready {
+        true => "ready".to_owned(),
+        false => format!("not ready: {}", of_named(&server.url, &server.reason)),
+    };
     let since = match server.since_ms {
         1.. => format!(" since {}", date(server.since_ms)),
         _ => String::new(),

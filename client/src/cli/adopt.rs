@@ -7,7 +7,11 @@
 use std::fmt::Write as _;
 
 use clap::ArgMatches;
-use janus_proto::{ids::DiskId, pb::Snapshot, show::amount};
+use janus_proto::{
+    ids::DiskId,
+    pb::Snapshot,
+    show::{amount, of_named},
+};
 use serde_json::json;
 
 use super::{Context, Failure, Outcome, cache, opening};
@@ -49,7 +53,7 @@ pub(super) async fn run(_: &ArgMatches, context: &Context) -> Result<Outcome, Fa
     }
     for away in &listing.unreachable {
         exit_code = 1;
-        let _ = writeln!(text, "{}: {}", away.server_id, away.reason);
+        let _ = writeln!(text, "{}: {}", away.server_id, of_named(&away.server_id, &away.reason));
     }
     let left: Vec<_> = left.iter().map(|chain| chain.disk).collect();
     let json = json!({ "ok": exit_code == 0, "exit_code": exit_code, "disks": rows, "left": left });

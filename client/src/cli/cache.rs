@@ -5,7 +5,7 @@ use std::{fmt::Write, path::Path};
 use clap::ArgMatches;
 use janus_proto::{
     ids::{DiskId, SEGMENT_BYTES, ServerId},
-    show::amount,
+    show::{amount, of_named},
 };
 use serde_json::{Value, json};
 
@@ -210,7 +210,7 @@ pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<O
     }
     for away in &listing.unreachable {
         is_bad = true;
-        let _ = writeln!(text, "{}: {}", away.server_id, away.reason);
+        let _ = writeln!(text, "{}: {}", away.server_id, of_named(&away.server_id, &away.reason));
     }
     if is_bad {
         text.push_str(

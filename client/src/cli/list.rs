@@ -6,7 +6,7 @@ use clap::ArgMatches;
 use janus_proto::{
     ids::{BLOCK_BYTES, ServerId},
     pb::{Snapshot, TableShare, UnreachableServer},
-    show::{amount, date},
+    show::{amount, date, of_named},
     tls::Role,
 };
 use serde_json::{Value, json};
@@ -108,7 +108,12 @@ fn listing_text(listing: &Listing, mirrored: &[Mirrored]) -> String {
     for u in &listing.unreachable {
         let since =
             if u.since_ms > 0 { format!(" since {}", date(u.since_ms)) } else { String::new() };
-        let _ = writeln!(text, "server {} can't be reached{since}: {}", u.server_id, u.reason);
+        let _ = writeln!(
+            text,
+            "server {} can't be reached{since}: {}",
+            u.server_id,
+            of_named(&u.server_id, &u.reason)
+        );
     }
     text
 }
