@@ -76,6 +76,10 @@ fn lines(errors: &[ConnectError]) -> String {
 fn told(status: &Status) -> String {
     match error::reason(status) {
         Some(reason) => format!("{} ({})", status.message(), reason_name(reason)),
+        None if status.code() == Code::Unimplemented => {
+            "the other end doesn't know this call, so it is older than this client: update it"
+                .into()
+        }
         None => channel::explain(status),
     }
 }
