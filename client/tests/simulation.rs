@@ -2,7 +2,8 @@
 //! network in memory, with partitions, crashes, frozen and slow lines, all drawn from a seed.
 //!
 //! A seed that breaks a rule is printed; `JANUS_SIMULATION_SEED=<seed>` plays it alone and shows what happened.
-//! `JANUS_SIMULATION_SEEDS=<count>` says how many are played: 300 without it, 100,000 with `JANUS_SOAK`.
+//! `JANUS_SIMULATION_SEEDS=<count>` says how many are played: 300 without it, 100,000 with `JANUS_SOAK`; they begin with
+//! `JANUS_SIMULATION_FIRST=<seed>`, 1 without it.
 
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
@@ -71,14 +72,16 @@ fn every_seed_keeps_the_rules() {
     }
     let soak = std::env::var_os("JANUS_SOAK").is_some();
     let seeds = number("JANUS_SIMULATION_SEEDS").unwrap_or(if soak { 100_000 } else { 300 });
-    let (next, begun) = (AtomicU64::new(1), Instant::now());
+    let first = number("JANUS_SIMULATION_FIRST").unwrap_or(1);
+    let last = first.saturating_add(seeds).saturating_sub(1);
+    let (next, begun) = (AtomicU64::new(first), Instant::now());
     let (total, broken) = (Mutex::new(Counts::default()), Mutex::new(Vec::new()));
     thread::scope(|threads| {
         for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
             threads.spawn(|| {
                 while broken.lock().unwrap().is_empty() {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed > seeds {
+                    if seed > last {
                         break;
                     }
                     let outcome = play(seed);
@@ -92,7 +95,7 @@ fn every_seed_keeps_the_rules() {
     });
     let counts = total.into_inner().unwrap();
     let seconds = begun.elapsed().as_secs_f64();
-    println!("{seeds} seeds in {seconds:.1} s: {counts:?}");
+    println!("{seeds} seeds from {first} in {seconds:.1} s: {counts:?}");
     let broken = broken.into_inner().unwrap();
     assert!(broken.is_empty(), "{}", broken.join("\n\n"));
     let each = [
