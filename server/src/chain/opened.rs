@@ -234,22 +234,43 @@ pub struct Ahead<'a> {
     opened: &'a OpenedSnapshot,
     /// Bytes of the disk whose structures are being read.
     structures: Range<u64>,
-    /// Segments that were looked up last.
+    /// Segments that were looked up last, some at once.
     segments: VecDeque<Places>,
 }
 
 impl Ahead<'_> {
     /// Bytes of the disk whose structures are asked for at once: 32 KiB of each image.
     const STRUCTURES: u64 = 128 << 20;
-    /// Of one segment the last message is in the making while the next is looked up.
+    /// Segments that are looked up at once: what says where they are lies together in each image, and a long chain has many.
+    pub const AT_ONCE: usize = 8;
+    /// Of one segment the last message is in the making while the next ones are looked up.
     const SEGMENTS: usize = 3;
 
     /// A segment is read soon. What can't be looked up is left to its reader.
     pub fn segment(&mut self, segment: u64) {
+        self.look_up(segment..segment + 1);
+    }
+
+    /// A segment is read now, and those of `next` after it. What can't be looked up is left to its reader.
+    pub fn segments(&mut self, segment: u64, next: &[u64]) {
+        let run = |from: u64, next: &[u64]| {
+            let follows = (from + 1..).zip(next).take_while(|(number, next)| number == *next);
+            from..from + 1 + follows.count().min(Self::AT_ONCE - 1) as u64
+        };
+        self.look_up(run(segment, next));
+        // While the last one that is known is sent the disk begins with the others.
+        if let [first, rest @ ..] = next {
+            self.look_up(run(*first, rest));
+        }
+    }
+
+    /// Looks segments that follow each other up, unless the first of them is known.
+    fn look_up(&mut self, segments: Range<u64>) {
         let Some(layers) = &self.opened.layers else { return };
         let disk_bytes = self.opened.tables.disk_bytes();
-        let bytes = segment * SEGMENT_BYTES..((segment + 1) * SEGMENT_BYTES).min(disk_bytes);
-        if bytes.is_empty() || self.segments.iter().any(|places| places.range() == bytes) {
+        let bytes = segments.start * SEGMENT_BYTES..(segments.end * SEGMENT_BYTES).min(disk_bytes);
+        let is_known = |places: &Places| places.range().contains(&bytes.start);
+        if bytes.is_empty() || self.segments.iter().any(is_known) {
             return;
         }
         if !self.structures.contains(&bytes.start) {

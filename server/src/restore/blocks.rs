@@ -3,7 +3,7 @@
 //! What is read is compared with its hashes before it is sent. Where something is wrong, each block is tried by any way
 //! there is; those that are lost are named in the stream, or end it where the caller doesn't know such names.
 
-use std::ops::Range;
+use std::{collections::VecDeque, ops::Range};
 
 use bytes::Bytes;
 use janus_proto::{
@@ -79,18 +79,19 @@ impl Message<'_> {
         let (opened, size) = (self.opened, self.size_bytes());
         // Looked up one by one: requests for a few blocks of a large disk are many.
         let is_zero = |segment| opened.tables.digest(segment) == zero_segment_of(size, segment);
-        let mut parts = ranges.iter().cloned().flat_map(by_segment).peekable();
-        while let Some(part) = parts.next() {
+        let mut parts = ranges.iter().cloned().flat_map(by_segment);
+        let mut coming: VecDeque<Range<u64>> = VecDeque::new();
+        loop {
+            coming.extend(parts.by_ref().take(Ahead::AT_ONCE + 1 - coming.len()));
+            let Some(part) = coming.pop_front() else { break };
             let segment = part.start / SEGMENT_BLOCKS;
-            let next = parts.peek().map(|part| part.start / SEGMENT_BLOCKS);
             if is_zero(segment) {
                 self.add(part.start, part.end - part.start, true);
                 continue;
             }
-            self.ahead.segment(segment);
-            if let Some(next) = next.filter(|next| !is_zero(*next)) {
-                self.ahead.segment(next);
-            }
+            let next = coming.iter().map(|part| part.start / SEGMENT_BLOCKS);
+            let next: Vec<u64> = next.take_while(|next| !is_zero(*next)).collect();
+            self.ahead.segments(segment, &next);
             match opened.tables.segment(segment) {
                 Ok(all) => self.add_blocks(part, &all)?,
                 Err(error) => {

@@ -133,13 +133,14 @@ impl VhdxImage {
         let mut extents = Extents(Vec::new());
         let (size, block_bytes) = (self.geometry().disk_bytes, self.metadata.block_bytes);
         let end = range.end.min(size);
-        let mut window = Window::default();
+        let (mut window, mut bitmap) = (Window::default(), Bitmap::default());
         let mut at = range.start;
         while at < end {
             let block = at / block_bytes;
             let stop = end.min((block + 1) * block_bytes);
             let entry = self.entry(&mut window, block, end.div_ceil(block_bytes))?;
-            self.block_extents(block, entry, at..stop, &mut extents)?;
+            bitmap.until = end;
+            self.block_extents(block, entry, at..stop, &mut bitmap, &mut extents)?;
             at = stop;
         }
         if at < range.end {
@@ -258,7 +259,8 @@ impl VhdxImage {
         let block_bytes = self.metadata.block_bytes;
         let range = block * block_bytes..self.geometry().disk_bytes.min((block + 1) * block_bytes);
         let mut extents = Extents(Vec::new());
-        self.sectors(block, 0, range, &mut extents)?;
+        let mut bitmap = Bitmap { until: range.end, ..Bitmap::default() };
+        self.sectors(block, 0, range, &mut bitmap, &mut extents)?;
         Ok(extents.0.iter().all(|(_, source)| *source != Source::Parent))
     }
 
@@ -267,6 +269,7 @@ impl VhdxImage {
         block: u64,
         entry: u64,
         range: Range<u64>,
+        bitmap: &mut Bitmap,
         extents: &mut Extents,
     ) -> Result<(), ImageError> {
         let block_bytes = self.metadata.block_bytes;
@@ -282,7 +285,7 @@ impl VhdxImage {
             }
             (bat::PARTIALLY_PRESENT, Kind::Differencing) => {
                 let start = self.place(entry, block_bytes)?;
-                return self.sectors(block, start, range, extents);
+                return self.sectors(block, start, range, bitmap, extents);
             }
             (state, _) => {
                 return Err(ImageError::damaged(format!("block {block} has state {state}")));
@@ -291,13 +294,45 @@ impl VhdxImage {
         Ok(())
     }
 
-    /// Looks `range`, a part of block `block` whose data starts at `start`, up in the sector bitmap.
+    /// Looks `range`, a part of block `block` whose data starts at `start`, up in the sector bitmap, of which `bitmap` has a part.
     fn sectors(
         &self,
         block: u64,
         start: u64,
         range: Range<u64>,
+        bitmap: &mut Bitmap,
         extents: &mut Extents,
+    ) -> Result<(), ImageError> {
+        let block_bytes = self.metadata.block_bytes;
+        let sector_bytes = u64::from(self.geometry().logical_sector_bytes);
+        let block_start = block * block_bytes;
+        // Sectors within the chunk, whose bitmap block has 2^23 bits.
+        let chunk = block / self.ratio;
+        let chunk_start = chunk * self.ratio * block_bytes;
+        let first = (range.start - chunk_start) / sector_bytes;
+        let end = (range.end - chunk_start).div_ceil(sector_bytes);
+        if !bitmap.has(chunk, first / 8..end.div_ceil(8)) {
+            let until = bitmap.until.clamp(range.end, chunk_start + self.ratio * block_bytes);
+            let last = (until - chunk_start).div_ceil(sector_bytes).div_ceil(8);
+            self.read_bits(block, first / 8..last, bitmap)?;
+        }
+        let bits = bitmap.at(first / 8);
+        for (run, present) in Runs::new(bits, BitOrder::LowestFirst, first..end) {
+            let from = (chunk_start + run.start * sector_bytes).max(range.start);
+            let to = (chunk_start + run.end * sector_bytes).min(range.end);
+            let source =
+                if present { Source::File(start + (from - block_start)) } else { Source::Parent };
+            extents.push(from..to, source);
+        }
+        Ok(())
+    }
+
+    /// Reads some bytes of the sector bitmap that serves payload block `block`.
+    fn read_bits(
+        &self,
+        block: u64,
+        bytes: Range<u64>,
+        bitmap: &mut Bitmap,
     ) -> Result<(), ImageError> {
         let entry = self.bitmap_entry(block)?;
         if bat::state(entry) != bat::BITMAP_PRESENT {
@@ -305,24 +340,14 @@ impl VhdxImage {
                 "block {block} is partial, but its sector bitmap is missing"
             )));
         }
-        let (bitmap, block_bytes) = (self.place(entry, MIB)?, self.metadata.block_bytes);
-        let sector_bytes = u64::from(self.geometry().logical_sector_bytes);
-        let block_start = block * block_bytes;
-        // Sectors within the chunk, whose bitmap block has 2^23 bits.
-        let chunk_start = block / self.ratio * self.ratio * block_bytes;
-        let first = (range.start - chunk_start) / sector_bytes;
-        let end = (range.end - chunk_start).div_ceil(sector_bytes);
-        let mut bits = vec![0; (end.div_ceil(8) - first / 8) as usize];
+        let place = self.place(entry, MIB)?;
+        // Nothing is known of them if that fails.
+        bitmap.chunk = None;
+        bitmap.bits.resize((bytes.end - bytes.start) as usize, 0);
         self.file
-            .read_exact_at(&mut bits, bitmap + first / 8)
+            .read_exact_at(&mut bitmap.bits, place + bytes.start)
             .map_err(ImageError::io("sector bitmap"))?;
-        for (run, present) in Runs::new(&bits, BitOrder::LowestFirst, first..end) {
-            let from = (chunk_start + run.start * sector_bytes).max(range.start);
-            let to = (chunk_start + run.end * sector_bytes).min(range.end);
-            let source =
-                if present { Source::File(start + (from - block_start)) } else { Source::Parent };
-            extents.push(from..to, source);
-        }
+        (bitmap.chunk, bitmap.first) = (Some(block / self.ratio), bytes.start);
         Ok(())
     }
 
@@ -341,6 +366,29 @@ impl VhdxImage {
             ))),
             _ => Ok(start),
         }
+    }
+}
+
+/// Some bytes of a chunk's sector bitmap, read at once for all blocks of a range.
+#[derive(Default)]
+struct Bitmap {
+    /// End of the range, in bytes of the disk.
+    until: u64,
+    chunk: Option<u64>,
+    /// Place of the first of them in the bitmap.
+    first: u64,
+    bits: Vec<u8>,
+}
+
+impl Bitmap {
+    fn has(&self, chunk: u64, bytes: Range<u64>) -> bool {
+        let end = self.first + self.bits.len() as u64;
+        self.chunk == Some(chunk) && self.first <= bytes.start && bytes.end <= end
+    }
+
+    /// Those from a place on, which it has.
+    fn at(&self, byte: u64) -> &[u8] {
+        self.bits.get((byte - self.first) as usize..).unwrap_or_default()
     }
 }
 

@@ -3,10 +3,13 @@
 use std::{
     collections::BTreeMap,
     convert::Infallible,
-    fs,
+    fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use proptest::prelude::*;
@@ -15,7 +18,7 @@ use uuid::Uuid;
 use super::*;
 use crate::{
     image::{Geometry, Identity, Image, ImageError, Kind, Layers, Source, sample::Sample},
-    storage::{Access, Disk, File, temporary},
+    storage::{Access, Disk, File, Op, Verdict, Watcher, temporary},
 };
 
 const UNITS: u64 = PAYLOAD_BYTES / UNIT_BYTES;
@@ -79,6 +82,37 @@ pub(in crate::image) fn disks() -> impl Strategy<Value = (Geometry, Vec<BTreeMap
         let links = prop::collection::vec(changes(disk_bytes.div_ceil(UNIT_BYTES)), 1..=5);
         (Just(geometry(disk_bytes, sector_bytes)), links)
     })
+}
+
+/// Counts what is read.
+#[derive(Default)]
+struct Reads(AtomicUsize);
+
+impl Watcher for Reads {
+    fn before(&self, op: &Op<'_>) -> io::Result<Verdict> {
+        if let Op::Read { .. } = op {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(Verdict::Go)
+    }
+}
+
+#[test]
+fn where_a_range_is_takes_three_reads_however_many_blocks_it_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut sample = Sample::new(folder.path(), geometry(64 << 20, 512));
+    sample.add(&(0..64 * 256).step_by(3).map(|unit| (unit, 1)).collect());
+    sample.add(&(0..64 * 256).step_by(50).map(|unit| (unit, 2)).collect());
+    assert_reads_as_model(&sample);
+    let reads = Arc::new(Reads::default());
+    let disk = Disk::watched(reads.clone());
+    let image = Image::open(disk.open(&sample.files[1], Access::Read).unwrap()).unwrap();
+    let before = reads.0.swap(0, Ordering::Relaxed);
+    assert!(before > 0);
+    let extents = image.extents(0..32 << 20).unwrap();
+    assert_eq!(extents.iter().filter(|(_, from)| *from != Source::Parent).count(), 164);
+    // The table's entries, the bitmap's own entry, and its bits.
+    assert_eq!(reads.0.load(Ordering::Relaxed), 3);
 }
 
 proptest! {
