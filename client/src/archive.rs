@@ -109,7 +109,7 @@ fn add(snapshots: &mut BTreeMap<SnapshotId, Found>, manifest: Manifest) {
                 .get(1)
                 .map(|link| link.snapshot.to_string())
                 .unwrap_or_default(),
-            image: format!("{}.{}", link.snapshot, entry.format.extension()),
+            image: format!("{}.{}", link.edition(), entry.format.extension()),
             image_allocated_bytes: link.image.stored_bytes,
             image_length_bytes: link.image.length_bytes,
             consistency: entry.consistency,

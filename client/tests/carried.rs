@@ -227,6 +227,14 @@ fn damage_hostile_folders_and_wrong_arguments_are_told_and_change_nothing() {
         let output = scene.site.admin("server-b", wrong).unwrap();
         assert_eq!(output.status.code(), Some(2), "{wrong:?}: {output:?}");
     }
+    // Nobody waits for what a pipe may say.
+    let pipe = scene.site.folder().join("pipe");
+    xtask::packages::output(std::process::Command::new("mkfifo").arg(&pipe)).unwrap();
+    for kind in ["--raw", "--vhdx"] {
+        let named = [kind, pipe.to_str().unwrap(), "--machine", "alice/piped", "--disk", "root"];
+        let output = scene.site.admin("server-b", &[&["import"][..], &named].concat()).unwrap();
+        assert!(refused(&output).contains("it is no file"), "{output:?}");
+    }
     let unknown = scene.site.admin("server-a", &["export", "bob/none", "--to", "/x"]).unwrap();
     assert!(refused(&unknown).contains("no machine bob/none"));
 }

@@ -153,7 +153,9 @@ pub enum AdminError {
         known: String,
     },
     /// Another one is at work.
-    #[error("archive {name} is being written or verified already: try again when that is done")]
+    #[error(
+        "archive {name}, or one at the same place, is being written or verified already: try again when that is done"
+    )]
     ArchiveBusy {
         /// Its name.
         name: String,

@@ -41,7 +41,7 @@ use crate::{
     seed::{SeedError, Which},
 };
 
-/// Names of archives at work: two of one could take each other's parts for what a killed one left.
+/// Places of archives at work: two at one place could take each other's parts for what a killed one left.
 static AT_WORK: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 /// Keeps others away from an archive until it is dropped.
@@ -49,10 +49,16 @@ static AT_WORK: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 pub struct Alone(String);
 
 impl Alone {
-    /// `None`: another one is at work.
-    pub fn with(name: &str) -> Option<Self> {
+    /// `None`: another one is at work there, whatever its name.
+    pub fn with(rule: &Rule) -> Option<Self> {
+        let folder = rule.url.strip_prefix("file://").map(std::fs::canonicalize);
+        let place = match folder {
+            Some(Ok(folder)) => folder.display().to_string(),
+            _ => format!("{} {}", rule.endpoint, rule.url.trim_end_matches('/')),
+        };
         let mut at_work = AT_WORK.lock().unwrap_or_else(PoisonError::into_inner);
-        at_work.insert(name.to_owned()).then(|| Self(name.to_owned()))
+        // Not `then_some`: one that is made and dropped here would take the place from who has it.
+        at_work.insert(place.clone()).then(|| Self(place))
     }
 }
 
@@ -210,15 +216,16 @@ impl Archive {
             match self.archive_run(runs, &run, (&place, &objects), &known, which, wish, hear) {
                 Ok((mut manifest, sent)) => {
                     let object = match held {
-                        Some(there) => {
-                            let others = there.manifest.disks.iter();
-                            let others = others.filter(|entry| !which.takes_disk(&entry.disk));
-                            manifest.disks.extend(others.cloned());
-                            there.object.clone()
-                        }
+                        Some(there) => there.object.clone(),
                         None => place.manifest(taken_ms(&run), run_id(&run), which.alone()),
                     };
-                    let was_there = held.is_some() || damaged.contains_key(&object);
+                    // Disks of the same run may have come here one by one, or have gone here.
+                    let there = known.iter().find(|there| there.object == object);
+                    let others = there.map(|there| &there.manifest.disks[..]).unwrap_or_default();
+                    let others = others.iter().filter(|entry| manifest.disk(&entry.disk).is_none());
+                    let others: Vec<_> = others.cloned().collect();
+                    manifest.disks.extend(others);
+                    let was_there = there.is_some() || damaged.contains_key(&object);
                     self.commit(&object, &manifest, was_there)?;
                     tell(Event::Archived(&manifest, &sent));
                     damaged.remove(&object);
@@ -320,11 +327,11 @@ impl Archive {
     ) -> Result<(Manifest, Vec<Sent>), CarryError> {
         // What may be damaged is not gone on with.
         let nothing = Objects::new();
-        let (known, objects) = if wish.full { (&[][..], &nothing) } else { (known, objects) };
+        let (usable, objects) = if wish.full { (&[][..], &nothing) } else { (known, objects) };
         let (mut entries, mut sent) = (Vec::new(), Vec::new());
         for held in Held::all(run).filter(|held| which.takes_disk(&held.snapshot().disk)) {
             let snapshot = held.snapshot();
-            let same = there::entries(known, &snapshot.disk).find(|entry| {
+            let same = there::entries(usable, &snapshot.disk).find(|entry| {
                 entry.snapshot() == Some(snapshot.id) && entry.table_digest == snapshot.table_digest
             });
             if let Some(entry) = same
@@ -333,8 +340,9 @@ impl Archive {
                 entries.push(entry.clone());
                 continue;
             }
-            let before = self.before(runs, &run.machine, &held, place, known, objects)?;
-            let (entry, of_disk) = self.write_disk(runs, &held, place, before, objects, hear)?;
+            let before = self.before(runs, &run.machine, &held, place, usable, objects)?;
+            let there = (known, objects, wish.full);
+            let (entry, of_disk) = self.write_disk(runs, &held, place, before, there, hear)?;
             entries.push(entry);
             sent.push(of_disk);
         }
@@ -407,4 +415,23 @@ fn taken_ms(run: &Run) -> i64 {
 fn holds(there: &Manifest, run: &Run, which: &Which) -> bool {
     let mut disks = run.snapshots.iter().filter(|snapshot| which.takes_disk(&snapshot.disk));
     there.run == run_id(run) && disks.all(|snapshot| there.disk(&snapshot.disk).is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_place_has_one_writer_whatever_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |url: String| Rule { url, ..Rule::default() };
+        let path = folder.path().display();
+        let first = Alone::with(&at(format!("file://{path}"))).unwrap();
+        assert!(Alone::with(&at(format!("file://{path}/."))).is_none());
+        drop(first);
+        assert!(Alone::with(&at(format!("file://{path}/."))).is_some());
+        let _bucket = Alone::with(&at("s3://bucket/of/us".into())).unwrap();
+        assert!(Alone::with(&at("s3://bucket/of/us/".into())).is_none());
+        assert!(Alone::with(&at("s3://bucket/of/others".into())).is_some());
+    }
 }

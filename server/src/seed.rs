@@ -172,6 +172,30 @@ pub struct Seeder {
     stubs: bool,
 }
 
+/// The server of this name.
+fn named(from: &str, janus_urls: &[String]) -> Result<ServerId, SeedError> {
+    let server: ServerId = from.parse().map_err(|_| SeedError::From { from: from.to_owned() })?;
+    match janus_urls.is_empty() {
+        true => Err(SeedError::NoJanus { server }),
+        false => Ok(server),
+    }
+}
+
+/// Checks what can be told of the name or URL of another server without asking anybody.
+///
+/// # Errors
+/// Says what is wrong with it.
+pub fn check_from(from: &str, own: &ServerId, janus_urls: &[String]) -> Result<(), CarryError> {
+    if from.contains("://") {
+        return Ok(());
+    }
+    let server = named(from, janus_urls)?;
+    match server == *own {
+        true => Err(SeedError::Own { server }.into()),
+        false => Ok(()),
+    }
+}
+
 /// How it is called.
 #[derive(Clone)]
 struct Link {
@@ -208,11 +232,7 @@ impl Seeder {
                 (peers, server)
             }
             false => {
-                let server: ServerId =
-                    from.parse().map_err(|_| SeedError::From { from: from.to_owned() })?;
-                if janus_urls.is_empty() {
-                    return Err(SeedError::NoJanus { server }.into());
-                }
+                let server = named(from, janus_urls)?;
                 let connecting = peer::connect(janus_urls, Expect::Janus, dialer);
                 (runtime.block_on(connecting).map_err(unreachable)?, server)
             }

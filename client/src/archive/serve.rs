@@ -286,11 +286,21 @@ struct Message<'a> {
     extents: Vec<Extent>,
     hashes: Vec<u8>,
     data: Vec<u8>,
+    /// What was said last: one object has many blocks.
+    said: String,
 }
 
 impl<'a> Message<'a> {
     fn new(disk: &'a Archived, answers: &'a Answers<pb::ReadBlocksResponse>) -> Self {
-        Self { disk, answers, extents: Vec::new(), hashes: Vec::new(), data: Vec::new() }
+        let (extents, hashes, data) = (Vec::new(), Vec::new(), Vec::new());
+        Self { disk, answers, extents, hashes, data, said: String::new() }
+    }
+
+    fn say(&mut self, what: &str) {
+        if self.said != what {
+            tracing::error!("{what}");
+            what.clone_into(&mut self.said);
+        }
     }
 
     /// Adds blocks of one segment.
@@ -303,7 +313,7 @@ impl<'a> Message<'a> {
         let hashes = match self.disk.segment(segment) {
             Ok(hashes) => hashes,
             Err(error) if error.is_damage() => {
-                tracing::error!(%error, segment, "the hashes of a segment can't be read");
+                self.say(&format!("hashes of blocks can't be read: {error}"));
                 return self.lose(part);
             }
             Err(error) => return Err(Some(failed(error))),
@@ -338,7 +348,7 @@ impl<'a> Message<'a> {
             Ok(()) => hash_blocks(&data, &mut found),
             Err(error) if error.is_damage() && run.end - run.start > 1 => {}
             Err(error) if error.is_damage() => {
-                tracing::error!(%error, block = run.start, "a block is lost");
+                self.say(&format!("blocks are lost: {error}"));
                 return self.lose(run);
             }
             Err(error) => return Err(Some(failed(error))),
@@ -349,7 +359,7 @@ impl<'a> Message<'a> {
             return self.add(run, &found, &data);
         }
         if run.end - run.start == 1 {
-            tracing::error!(block = run.start, "a block is not what was archived");
+            self.say("blocks are not what was archived");
             return self.lose(run);
         }
         // Which of them is it?

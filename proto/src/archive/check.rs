@@ -41,7 +41,7 @@ impl Check<'_> {
     /// When the store can't be asked.
     pub fn link(&self, link: &Link) -> Result<Vec<ArchiveError>, ArchiveError> {
         let frames = Frames::new(FRAMES);
-        let name = |kind| self.place.file(&self.entry.disk, link.snapshot, kind);
+        let name = |kind| self.place.file(&self.entry.disk, link.edition(), kind);
         let (table_name, image_name) = (name(Kind::Table), name(Kind::Image(self.entry.format)));
         let mut wrong = Vec::new();
         let table = self.open(&table_name, &link.table, &frames, &mut wrong)?;

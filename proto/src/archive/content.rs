@@ -118,7 +118,7 @@ impl<'a> Opener<'a> {
         entry: &'a DiskEntry,
     ) -> Result<Self, ArchiveError> {
         let fetch = |link: &'a Link| async move {
-            let name = |kind| place.file(&entry.disk, link.snapshot, kind);
+            let name = |kind| place.file(&entry.disk, link.edition(), kind);
             let (image, table) = (name(Kind::Image(entry.format)), name(Kind::Table));
             let image = fetch_index(store, &image, &link.image).await?;
             let table = fetch_index(store, &table, &link.table).await?;
@@ -131,7 +131,7 @@ impl<'a> Opener<'a> {
     }
 
     fn name(&self, link: Option<&Link>, kind: Kind) -> String {
-        let name = link.map(|link| self.place.file(&self.entry.disk, link.snapshot, kind));
+        let name = link.map(|link| self.place.file(&self.entry.disk, link.edition(), kind));
         name.map(|name| name.as_str().to_owned()).unwrap_or_default()
     }
 
@@ -142,7 +142,7 @@ impl<'a> Opener<'a> {
 
     fn tables(&self) -> Result<Vec<Arc<Table>>, ArchiveError> {
         self.each(|link, (_, index)| {
-            let name = self.place.file(&self.entry.disk, link.snapshot, Kind::Table);
+            let name = self.place.file(&self.entry.disk, link.edition(), Kind::Table);
             let told = name.as_str().to_owned();
             let table = Table::open(self.packed(name, index).into_file());
             let table = table.map_err(|error| of_table(&told, error))?;
@@ -156,7 +156,7 @@ impl<'a> Opener<'a> {
     fn images(&self) -> Result<Vec<Arc<Image>>, ArchiveError> {
         self.each(|link, (index, _)| {
             let name =
-                self.place.file(&self.entry.disk, link.snapshot, Kind::Image(self.entry.format));
+                self.place.file(&self.entry.disk, link.edition(), Kind::Image(self.entry.format));
             let told = name.as_str().to_owned();
             let image = Image::open(self.packed(name, index).into_file());
             Ok(Arc::new(image.map_err(|error| of_image(&told, error))?))

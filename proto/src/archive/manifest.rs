@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     ArchiveError,
     index::Index,
-    names::{FileName, Kind, MachinePlace},
+    names::{Edition, FileName, Kind, MachinePlace},
 };
 use crate::{
     ids::{BackupId, BlockHash, DiskId, MachineKey, ServerId, SnapshotId},
@@ -74,6 +74,9 @@ pub struct DiskEntry {
 pub struct Link {
     /// The snapshot that it makes of what is below it.
     pub snapshot: SnapshotId,
+    /// Which of the images of this snapshot: 0, or of one that was sent anew its number.
+    #[serde(default)]
+    pub edition: u32,
     /// What a child names.
     pub data_write: uuid::Uuid,
     /// The same over a chain.
@@ -190,6 +193,13 @@ impl Manifest {
     }
 }
 
+impl Link {
+    /// What its files are named by.
+    pub fn edition(&self) -> Edition {
+        Edition { snapshot: self.snapshot, number: self.edition }
+    }
+}
+
 impl DiskEntry {
     /// The snapshot.
     pub fn snapshot(&self) -> Option<SnapshotId> {
@@ -208,7 +218,7 @@ impl DiskEntry {
         place: &'a MachinePlace,
     ) -> impl Iterator<Item = (FileName, &'a FileEntry)> + 'a {
         self.links.iter().flat_map(move |link| {
-            let name = |kind| place.file(&self.disk, link.snapshot, kind);
+            let name = |kind| place.file(&self.disk, link.edition(), kind);
             [(name(Kind::Image(self.format)), &link.image), (name(Kind::Table), &link.table)]
         })
     }

@@ -1,6 +1,6 @@
 //! Names of objects. They are made of ids and checked names; what a store lists is only ever compared with them.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use object_store::path::Path;
 
@@ -30,6 +30,26 @@ impl Kind {
         match self {
             Self::Image(format) => format.extension(),
             Self::Table => "table",
+        }
+    }
+}
+
+/// A snapshot as it lies in an archive. One that was sent anew, and then is another image, has another number, so that the files of
+/// both can be told apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Edition {
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// 0: the first one.
+    pub number: u32,
+}
+
+/// As files are named.
+impl fmt::Display for Edition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.number {
+            0 => write!(f, "{}", self.snapshot),
+            number => write!(f, "{}_{number}", self.snapshot),
         }
     }
 }
@@ -66,16 +86,16 @@ impl MachinePlace {
     }
 
     /// A file of a snapshot.
-    pub fn file(&self, disk: &DiskId, snapshot: SnapshotId, kind: Kind) -> FileName {
+    pub fn file(&self, disk: &DiskId, edition: Edition, kind: Kind) -> FileName {
         let folder = self.disks.clone().join(disk.as_str());
-        FileName { folder, name: format!("{snapshot}.{}", kind.extension()) }
+        FileName { folder, name: format!("{edition}.{}", kind.extension()) }
     }
 
     /// The snapshot that an object below [`Self::disks`] belongs to, by its name.
     pub fn owner(&self, object: &Path) -> Option<SnapshotId> {
         let mut parts = object.prefix_match(&self.disks)?;
         let _disk = parts.next()?;
-        parts.next()?.as_ref().split('.').next()?.parse().ok()
+        parts.next()?.as_ref().split(['.', '_']).next()?.parse().ok()
     }
 }
 

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{
     index::{Index, Packer, unpack},
     manifest::RunFacts,
-    names::{Kind, MachinePlace},
+    names::{Edition, Kind, MachinePlace},
     reader::{Frames, Packed, Reading, fetch_index},
     *,
 };
@@ -33,7 +33,11 @@ fn store() -> Store {
 #[test]
 fn names_tell_what_belongs_to_which_snapshot() {
     let (place, snapshot) = (place(), SnapshotId::new());
-    let name = place.file(&"sda".parse().unwrap(), snapshot, Kind::Image(Format::Vhdx));
+    let name = place.file(
+        &"sda".parse().unwrap(),
+        Edition { snapshot, number: 0 },
+        Kind::Image(Format::Vhdx),
+    );
     let sum = BlockHash([0xab; 32]);
     let (part, index) = (name.part(12, &sum), name.index(&sum));
     let folder = "of/us/server-a/alice/laptop";
@@ -45,7 +49,9 @@ fn names_tell_what_belongs_to_which_snapshot() {
         index.as_ref(),
         format!("{folder}/disks/sda/{snapshot}.vhdx.index.abababababababab")
     );
-    for object in [&part, &index] {
+    let anew = place.file(&"sda".parse().unwrap(), Edition { snapshot, number: 2 }, Kind::Table);
+    assert_eq!(anew.as_str(), format!("{snapshot}_2.table"));
+    for object in [&part, &index, &anew.index(&sum)] {
         assert_eq!(place.owner(object), Some(snapshot));
     }
     for other in
@@ -53,7 +59,7 @@ fn names_tell_what_belongs_to_which_snapshot() {
     {
         assert_eq!(place.owner(&Path::from(other)), None, "{other}");
     }
-    let table = place.file(&"sda".parse().unwrap(), snapshot, Kind::Table);
+    let table = place.file(&"sda".parse().unwrap(), Edition { snapshot, number: 0 }, Kind::Table);
     let all = [part.clone(), index, table.part(0, &BlockHash([1; 32]))];
     let all = all.into_iter().map(|object| (object, 5)).collect();
     let parts: Vec<_> = name.parts_in(&all).collect();
@@ -70,7 +76,11 @@ fn names_tell_what_belongs_to_which_snapshot() {
 
 /// A file of some frames in the store, with its index.
 async fn file(store: &Store, content: &[u8]) -> (names::FileName, FileEntry) {
-    let name = place().file(&"sda".parse().unwrap(), SnapshotId::new(), Kind::Table);
+    let name = place().file(
+        &"sda".parse().unwrap(),
+        Edition { snapshot: SnapshotId::new(), number: 0 },
+        Kind::Table,
+    );
     let (mut index, mut packer) = (Index::new(content.len() as u64), Packer::default());
     let frames: Vec<_> = content.chunks(FRAME_BYTES as usize).collect();
     for part in frames.chunks(PART_FRAMES as usize) {
@@ -184,6 +194,7 @@ fn manifest() -> Manifest {
         FileEntry { length_bytes: 5 << 20, stored_bytes: 4096, index_sum: BlockHash([3; 32]) };
     let link = Link {
         snapshot: SnapshotId::new(),
+        edition: 0,
         data_write: Uuid::now_v7(),
         virtual_disk: Uuid::new_v4(),
         image: file,

@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{Image, ImageError, Layers};
-use crate::storage::{Access, Disk};
+use crate::storage::Disk;
 
 /// Longest chain that is followed. Windows follows fewer.
 const MAX_IMAGES: usize = 1024;
@@ -71,7 +71,7 @@ pub fn open_chain(storage: &Disk, path: &Path) -> Result<ForeignChain, ForeignEr
             return Err(ForeignError::TooLong { path: path.to_owned() });
         }
         let path = &paths[images.len()];
-        let file = storage.open_data(path, Access::Read);
+        let file = storage.open_named(path);
         let file = file.map_err(|source| ForeignError::Io { path: path.clone(), source })?;
         let failed = |source| ForeignError::Image { path: path.clone(), source };
         let image = Arc::new(Image::open_foreign(file).map_err(failed)?);

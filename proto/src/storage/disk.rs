@@ -4,7 +4,7 @@ use std::{
     collections::HashSet,
     fs::{self, OpenOptions},
     io,
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -100,13 +100,29 @@ impl Disk {
     /// # Errors
     /// As the file system says, and `InvalidInput` for what is no file.
     pub fn open_regular(&self, path: &Path) -> io::Result<File> {
+        self.open_if(path, OFlags::NOFOLLOW, |kind| kind.is_file())
+    }
+
+    /// Opens what an operator names for reading data: a file, also behind a link, or a block device.
+    ///
+    /// # Errors
+    /// As the file system says, and `InvalidInput` for what is neither.
+    pub fn open_named(&self, path: &Path) -> io::Result<File> {
+        self.open_if(path, OFlags::empty(), |kind| kind.is_file() || kind.is_block_device())
+    }
+
+    fn open_if(
+        &self,
+        path: &Path,
+        flags: OFlags,
+        fits: impl Fn(fs::FileType) -> bool,
+    ) -> io::Result<File> {
         let handle = self.handle(path);
         self.ask(Op::Open { file: &handle, access: Access::Read })?;
         // A pipe must not keep us waiting.
-        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-        let flags = flags.bits().cast_signed();
+        let flags = (flags | OFlags::NONBLOCK).bits().cast_signed();
         let file = options(Access::Read).custom_flags(flags).open(path)?;
-        if !file.metadata()?.is_file() {
+        if !fits(file.metadata()?.file_type()) {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file"));
         }
         Ok(File::new(DirectFile::for_reading(file, path), handle, self.watcher.clone()))

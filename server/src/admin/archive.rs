@@ -121,7 +121,7 @@ pub(super) fn run(
 fn alone(admin: &Admin, name: &str, task: &Task<'_>) -> Result<(Alone, Archive), AdminError> {
     let busy = || AdminError::ArchiveBusy { name: name.to_owned() };
     let rule = rule(admin, name)?;
-    let alone = Alone::with(name).ok_or_else(busy)?;
+    let alone = Alone::with(rule).ok_or_else(busy)?;
     Ok((alone, Archive::open(name, rule, &own(admin)?, task.token())?))
 }
 
@@ -161,9 +161,15 @@ fn archive(
     if let (0, Some(Which::Machine(machine, _))) = (count, &arguments.target) {
         return Err(AdminError::UnknownMachine { machine: machine.clone() });
     }
-    let is_nothing = told.runs.is_empty() && told.failed == 0;
-    if let (true, Some(Which::Machine(machine, Some(disk)))) = (is_nothing, &arguments.target) {
-        return Err(AdminError::UnknownDisk { machine: machine.clone(), disk: disk.clone() });
+    if let Some(Which::Machine(machine, disk)) = &arguments.target
+        && told.runs.is_empty()
+        && told.failed == 0
+    {
+        let machine = machine.clone();
+        return Err(match disk.clone() {
+            Some(disk) => AdminError::UnknownDisk { machine, disk },
+            None => AdminError::UnknownMachine { machine },
+        });
     }
     let Told { mut text, runs, failed } = told;
     let (sent, seconds) = (archive.sent_bytes(), began.elapsed().as_secs_f64());

@@ -70,6 +70,8 @@ struct State {
     file: Option<SeedsFile>,
     at_work: Option<AtWork>,
     failed: BTreeMap<u32, Failed>,
+    /// Those that were tried, the one that was tried last with the greatest number.
+    tried: BTreeMap<u32, u64>,
 }
 
 struct AtWork {
@@ -149,6 +151,7 @@ impl Queue {
     fn remove(&self, state: &mut State, number: u32) -> Result<(), StoreError> {
         self.change(state, |file| file.seedings.retain(|seeding| seeding.number != number))?;
         state.failed.remove(&number);
+        state.tried.remove(&number);
         Ok(())
     }
 
@@ -194,7 +197,7 @@ impl Queue {
         Ok((text, listed))
     }
 
-    /// The next one that can go on.
+    /// The next one that can go on: of those the one that was tried longest ago, so that none holds the others up.
     fn begin(&self, shutdown: &CancellationToken) -> Option<(Seeding, CancellationToken)> {
         let mut state = self.state();
         let seedings = match self.file(&mut state) {
@@ -209,8 +212,11 @@ impl Queue {
             seeding.order.is_time()
                 && state.failed.get(&seeding.number).is_none_or(|failed| failed.next <= now)
         };
-        let seeding = seedings.into_iter().find(can_go)?;
+        let tried = |seeding: &Seeding| state.tried.get(&seeding.number).copied().unwrap_or(0);
+        let seeding = seedings.into_iter().filter(can_go).min_by_key(tried)?;
         let (number, stop) = (seeding.number, shutdown.child_token());
+        let last = state.tried.values().max().copied().unwrap_or(0);
+        state.tried.insert(number, last + 1);
         let told = "begins".to_owned();
         state.at_work = Some(AtWork { number, told, stop: stop.clone() });
         Some((seeding, stop))
@@ -226,11 +232,12 @@ impl Queue {
     fn end(&self, number: u32, failed: Option<String>) {
         let mut state = self.state();
         state.at_work = None;
-        let Some(why) = failed else {
-            if let Err(error) = self.remove(&mut state, number) {
-                tracing::error!(%error, "a seeding that is done can't be taken out of the queue");
-            }
-            return;
+        let why = match failed {
+            Some(why) => why,
+            None => match self.remove(&mut state, number) {
+                Ok(()) => return,
+                Err(error) => format!("it is done, but can't be taken out of the queue: {error}"),
+            },
         };
         let (first, longest) = PAUSES;
         let pause = state.failed.get(&number).map_or(first, |last| (last.pause * 2).min(longest));

@@ -4,12 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use janus_proto::{
     archive::{
-        ArchiveError, DiskEntry, FileEntry, Manifest, Path,
+        ArchiveError, DiskEntry, FileEntry, Link, Manifest, Path,
         index::Index,
-        names::{FileName, MachinePlace},
+        names::{Edition, FileName, MachinePlace},
         reader::fetch_index,
     },
-    ids::{BackupId, DiskId},
+    ids::{BackupId, DiskId, MachineKey, SnapshotId},
 };
 
 use super::Archive;
@@ -33,6 +33,31 @@ pub(super) fn entries<'a>(
     disk: &'a DiskId,
 ) -> impl DoubleEndedIterator<Item = &'a DiskEntry> {
     known.iter().filter_map(move |there| there.manifest.disk(disk))
+}
+
+/// Which edition of a snapshot is to be sent, over what is `below` it. The one that is there already if that lies over the same, so that
+/// only what is missing of it is sent; `anew`, or over something else, one that nobody knows.
+pub(super) fn edition(
+    known: &[There],
+    disk: &DiskId,
+    snapshot: SnapshotId,
+    below: Option<Edition>,
+    anew: bool,
+) -> Edition {
+    let mut number = 0;
+    for entry in entries(known, disk) {
+        let under = entry.links.iter().skip(1).map(Some).chain([None]);
+        for (link, under) in entry.links.iter().zip(under) {
+            if link.snapshot != snapshot {
+                continue;
+            }
+            if !anew && under.map(Link::edition) == below {
+                return link.edition();
+            }
+            number = number.max(link.edition.saturating_add(1));
+        }
+    }
+    Edition { snapshot, number }
 }
 
 impl Archive {
@@ -86,13 +111,20 @@ impl Archive {
         }
     }
 
-    /// Removes the manifests of the oldest runs, so that `keep` runs stay. Returns how many went.
+    /// Removes the manifests of the oldest runs, so that of each disk the newest `keep` stay. Returns how many went.
     pub(super) fn thin(&self, known: &mut Vec<There>) -> Result<usize, CarryError> {
         known.sort_by_key(|there| there.manifest.committed_ms);
-        let mut kept = BTreeSet::new();
+        let keep = self.rule.keep as usize;
+        let mut kept: BTreeMap<DiskId, BTreeSet<BackupId>> = BTreeMap::new();
         let stays = |there: &There| {
-            let run: BackupId = there.manifest.run;
-            kept.contains(&run) || kept.len() < self.rule.keep as usize && kept.insert(run)
+            let run = there.manifest.run;
+            let mut of_disk = |disk: &DiskId| {
+                let kept = kept.entry(disk.clone()).or_default();
+                kept.contains(&run) || kept.len() < keep && kept.insert(run)
+            };
+            // Each of its disks is counted.
+            let disks = there.manifest.disks.iter();
+            disks.filter(|entry| of_disk(&entry.disk)).count() > 0
         };
         let (stay, go): (Vec<_>, Vec<_>) = known.drain(..).rev().partition(stays);
         known.extend(stay.into_iter().rev());
@@ -131,11 +163,7 @@ impl Archive {
     ///
     /// # Errors
     /// When the store can't be asked.
-    pub fn remove(
-        &self,
-        machine: &janus_proto::ids::MachineKey,
-        run: BackupId,
-    ) -> Result<usize, CarryError> {
+    pub fn remove(&self, machine: &MachineKey, run: BackupId) -> Result<usize, CarryError> {
         let place = MachinePlace::new(self.store.prefix(), &self.own, machine);
         let (mut stay, mut damaged, mut gone) = (Vec::new(), 0, 0);
         for listed in self.runs(&self.own, machine)? {

@@ -19,7 +19,11 @@ use janus_proto::{
     table::{Difference, Page, Table, TableHeader, TableStack, TableWriter},
 };
 
-use super::{Archive, Sent, there::Objects, upload::Upload};
+use super::{
+    Archive, Sent,
+    there::{self, Objects, There},
+    upload::Upload,
+};
 use crate::{
     carry::{CarryError, Meter, whole},
     chain::{
@@ -41,7 +45,7 @@ impl Archive {
         held: &Held,
         place: &MachinePlace,
         before: Option<(DiskEntry, TableStack)>,
-        objects: &Objects,
+        (known, objects, anew): (&[There], &Objects, bool),
         hear: &dyn Fn(u64, u64) -> bool,
     ) -> Result<(DiskEntry, Sent), CarryError> {
         let snapshot = held.snapshot();
@@ -52,7 +56,9 @@ impl Archive {
         let mut image = NewImage::plan(&opened, &spool, format, before.as_ref(), hear)?;
         let total = image.length_bytes + image.table_bytes;
         let mut meter = Meter::new(total, hear);
-        let name = |kind| place.file(&snapshot.disk, snapshot.id, kind);
+        let below = before.as_ref().and_then(|(entry, _)| entry.links.first()).map(Link::edition);
+        let edition = there::edition(known, &snapshot.disk, snapshot.id, below, anew);
+        let name = |kind| place.file(&snapshot.disk, edition, kind);
         let mut upload = Upload::new(self, objects, &mut meter);
         let table_file = spool.open(TABLE)?;
         let mut read_table = |offset: u64, buffer: &mut [u8]| {
@@ -71,8 +77,14 @@ impl Archive {
             kept_bytes,
         };
         let Identity { data_write, virtual_disk } = image.identity;
-        let mut links =
-            vec![Link { snapshot: snapshot.id, data_write, virtual_disk, image: file, table }];
+        let mut links = vec![Link {
+            snapshot: snapshot.id,
+            edition: edition.number,
+            data_write,
+            virtual_disk,
+            image: file,
+            table,
+        }];
         links.extend(before.into_iter().flat_map(|(entry, _)| entry.links));
         let entry = DiskEntry {
             disk: snapshot.disk.clone(),
@@ -323,7 +335,7 @@ fn parent(entry: &DiskEntry) -> Option<Parent> {
     let link = entry.links.first()?;
     Some(Parent {
         data_write: link.data_write,
-        file_name: format!("{}.{}", link.snapshot, entry.format.extension()),
+        file_name: format!("{}.{}", link.edition(), entry.format.extension()),
         time_stamp: match entry.format {
             Format::Vhd => vhd::time_stamp_of(link.data_write),
             Format::Vhdx => 0,

@@ -16,7 +16,7 @@ use janus_proto::{
 };
 
 use super::CarryError;
-use crate::storage::{Access, Disk, File};
+use crate::storage::{Disk, File};
 
 /// The content of a disk that is to be imported.
 pub trait Content {
@@ -141,7 +141,7 @@ struct Raw {
 /// When it can't be opened or is no disk.
 pub fn raw(storage: &Disk, path: &Path) -> Result<(Box<dyn Content>, u64), CarryError> {
     let failed = |source| CarryError::Io { path: path.to_owned(), source };
-    let file = storage.open_data(path, Access::Read).map_err(failed)?;
+    let file = storage.open_named(path).map_err(failed)?;
     let size = file.metadata().map_err(failed)?.length_bytes;
     check_size(path, size)?;
     Ok((Box::new(Raw { file }), size))

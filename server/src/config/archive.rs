@@ -32,7 +32,7 @@ pub struct Archive {
     pub machines: Vec<String>,
     /// A chain of deltas gets no longer than this, then a new base is sent.
     pub full_every: u32,
-    /// So many of the newest runs of each machine are kept; 0: all.
+    /// So many of the newest runs of each disk are kept; 0: all.
     pub keep: u32,
     /// A request ends after so long a silence, and is made again.
     pub silence_seconds: u64,

@@ -49,6 +49,7 @@ pub(super) fn manifest_seeds() -> Vec<Vec<u8>> {
         FileEntry { length_bytes: 5 << 20, stored_bytes: 4096, index_sum: BlockHash([3; 32]) };
     let link = |number: u8| Link {
         snapshot: SnapshotId::new(),
+        edition: u32::from(number),
         data_write: Uuid::from_bytes([number; 16]),
         virtual_disk: Uuid::from_bytes([9; 16]),
         image: file,
