@@ -79,7 +79,8 @@ mod tests {
     proptest! {
         #[test]
         fn times_never_descend_and_a_few_wrong_ones_move_no_other(
-            wrong in prop::collection::btree_map(0..60usize, any::<i64>(), 0..8),
+            // Fewer than there are right ones before and after them.
+            wrong in prop::collection::btree_map(8..52usize, any::<i64>(), 0..8),
         ) {
             let right: Vec<i64> = (0..60).map(|run| run * 1000).collect();
             let told = right.iter().enumerate();
@@ -89,9 +90,8 @@ mod tests {
             prop_assert!(found.is_sorted(), "{:?}", found);
             // A wrong time that happens to fit is believed; then a right one beside it may not fit any more.
             let fits = |run: &usize| wrong.get(run).is_some_and(|ms| (0..60_000).contains(ms));
-            if !wrong.keys().any(|run| fits(run)) {
-                let last_right = (0..60).rfind(|run| !wrong.contains_key(run)).unwrap_or(0);
-                for run in (0..=last_right).filter(|run| !wrong.contains_key(run)) {
+            if !wrong.keys().any(fits) {
+                for run in (0..60).filter(|run| !wrong.contains_key(run)) {
                     prop_assert_eq!(found[run], right[run], "run {}", run);
                 }
             }

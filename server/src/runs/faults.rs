@@ -10,7 +10,7 @@ use crate::chain::store::StoreError;
 /// Faults that are told to every janus.
 const MOST_TOLD: usize = 20;
 /// Length of one that is told.
-const MOST_BYTES: usize = 600;
+const MOST_CHARS: usize = 600;
 
 impl Runs {
     /// Why a machine can't be used here.
@@ -53,7 +53,7 @@ impl Runs {
         let more = all.len().saturating_sub(MOST_TOLD);
         all.truncate(MOST_TOLD);
         for text in &mut all {
-            text.truncate(text.floor_char_boundary(MOST_BYTES));
+            *text = text.chars().take(MOST_CHARS).collect();
         }
         if more > 0 {
             all.push(format!("and {more} more: `janus-server verify` names them"));

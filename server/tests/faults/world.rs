@@ -193,7 +193,7 @@ impl World {
                 return Err(format!("{}: {reason}", path.display()));
             }
             let lease = Duration::from_secs(60);
-            world.runs = Some(Arc::new(Runs::new(rebuilt.store, rebuilt.machines, lease)));
+            world.runs = Some(usable(Runs::new(rebuilt.store, rebuilt.machines, lease))?);
             Ok(())
         })
     }
@@ -209,7 +209,7 @@ impl World {
         if self.runs.is_none() {
             let opened = Store::open_on(self.storage.clone(), &self.folder, true);
             let (store, machines) = opened.map_err(|e| format!("open the store: {e}"))?;
-            self.runs = Some(Arc::new(Runs::new(store, machines, Duration::from_secs(60))));
+            self.runs = Some(usable(Runs::new(store, machines, Duration::from_secs(60)))?);
         }
         Ok(self.runs.as_ref().unwrap())
     }
@@ -361,6 +361,14 @@ impl World {
         let snapshots =
             run.snapshots.iter().map(|snapshot| (snapshot.id, snapshot.disk.clone())).collect();
         self.promise(Promise::Committed { backup: run.backup, snapshots });
+    }
+}
+
+/// A server that couldn't read all of it says so, and that it is to be started again.
+fn usable(runs: Runs) -> Result<Arc<Runs>, String> {
+    match runs.faults(None).first() {
+        Some(fault) => Err(format!("start the server: {fault}")),
+        None => Ok(Arc::new(runs)),
     }
 }
 
