@@ -139,8 +139,9 @@ impl CacheError {
 
 /// Says that a backup goes on without a cache, and what to do.
 pub fn warn_no_cache(disk: &DiskId, why: &CacheError) {
-    let cause = std::error::Error::source(why).map(ToString::to_string).unwrap_or_default();
-    tracing::warn!(%disk, "{why}: {cause}; going on without remembering hashes: the next backup compares with its server; make room there, or set cache_path to another disk");
+    let cause = std::error::Error::source(why).map(|cause| format!(": {cause}"));
+    let cause = cause.unwrap_or_default();
+    tracing::warn!(%disk, "{why}{cause}; going on without remembering hashes: the next backup compares with its server; make room there, or set cache_path to another disk");
 }
 
 /// The hash cache of one disk. Cloning shares it; all methods may be called by several threads at once.

@@ -116,7 +116,7 @@ impl Scene {
 
 #[test]
 fn what_came_later_is_done_without() {
-    let scene = Scene::new();
+    let mut scene = Scene::new();
     scene.forget(&NEWER);
     let (client, to) = (&scene.client, scene.site.folder().join("restored.raw"));
     for _ in 0..3 {
@@ -133,6 +133,10 @@ fn what_came_later_is_done_without() {
     let rows = checked["urls"][0]["checks"].as_array().unwrap();
     let throughput = rows.iter().find(|row| row["check"] == "throughput").unwrap();
     assert_eq!(throughput["state"], "skipped", "{checked}");
+    // What others have of a server that is away.
+    scene.site.kill_server("server-a").unwrap();
+    let listed = scene.client.list().unwrap();
+    assert!(listed.snapshots.len() == 3 && listed.unreachable.len() == 1, "{listed:?}");
     println!("tried in vain: {:?}", scene.tried());
     assert_eq!(scene.tried().len(), NEWER.len());
 }

@@ -114,14 +114,14 @@ fn as_root_packages_are_installed_upgraded_and_removed_and_nothing_of_the_user_g
     assert_eq!(at("/var/lib/janus").metadata().unwrap().uid(), owner);
 
     // Its own units are found; what was installed over them goes with the program that it starts, and what is another's stays.
-    let show = ["janus-client", "service", "show", "--config", "/etc/janus/client.toml"];
-    let shown = root.run(&show).unwrap();
+    let show = ["service", "show", "--root", "/", "--config", "/etc/janus/client.toml"];
+    let shown = root.run(&[&["janus-client"], &show[..]].concat()).unwrap();
     assert!(shown.contains("janus-client.timer: installed by the package\n"), "{shown}");
     assert!(shown.contains("the timer is not enabled"), "{shown}");
     let install = ["service", "install", "--root", "/", "--config", "/etc/janus/client.toml"];
     root.run(&[&["janus-client"], &install[..]].concat()).unwrap();
     let own = at("/etc/systemd/system");
-    let shown = root.run(&show).unwrap();
+    let shown = root.run(&[&["janus-client"], &show[..]].concat()).unwrap();
     assert!(shown.contains("/etc/systemd/system/janus-client.timer: installed\n"), "{shown}");
     fs::write(own.join("janus-client.mount"), "another's").unwrap();
 

@@ -123,7 +123,7 @@ fn a_service_is_installed_shown_and_removed_below_a_root() {
 }
 
 #[test]
-fn a_unit_depends_on_a_folder_only_where_the_settings_do_and_show_may_be_asked_anywhere() {
+fn a_unit_depends_on_a_folder_only_where_the_settings_do() {
     let folder = tempfile::tempdir().unwrap();
     let (here, config) = (folder.path().join("here"), folder.path().join("client.toml"));
     fs::create_dir(&here).unwrap();
