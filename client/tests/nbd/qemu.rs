@@ -65,6 +65,11 @@ pub fn flatten(image: &Path, to: &Path) {
 
 /// Names of the image's bitmaps.
 pub fn bitmaps(image: &Path) -> Vec<String> {
+    // Who exported it for a client that has failed may still be closing it.
+    let until = Instant::now() + Duration::from_secs(10);
+    while is_locked(image) && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(50));
+    }
     let info = run("qemu-img", &["info", "--output=json", text(image)]);
     let info: Value = serde_json::from_str(&info).unwrap();
     let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array().cloned();
