@@ -28,7 +28,7 @@ mod socket;
 
 pub use self::{
     door::{At, Door},
-    folder::Folder,
+    folder::{Folder, for_left_behind},
     overlay::{Overlay, OverlayError},
     server::Server,
 };

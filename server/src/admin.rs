@@ -33,8 +33,8 @@ use std::sync::Arc;
 use clap::Subcommand;
 use janus_proto::{
     archive::ArchiveError,
-    ids::{BackupId, DiskId, MachineKey, SnapshotId},
-    tls::TlsError,
+    ids::{BackupId, DiskId, MachineKey, ServerId, SnapshotId},
+    tls::{Identity, TlsError},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -48,7 +48,7 @@ use crate::{
     prove::ProveError,
     retention::{Retention, RetentionError},
     runs::{Machine, Runs},
-    serve::ServeError,
+    serve::{self, ServeError},
 };
 
 /// What an administrator asks for: subcommands of `janus-server`, and what travels through the socket.
@@ -298,6 +298,12 @@ impl Admin {
     /// The retention of its store.
     pub fn retention(&self) -> &Arc<Retention> {
         &self.retention
+    }
+
+    /// This server's name.
+    fn server(&self) -> Result<ServerId, AdminError> {
+        let Settings { cert, key, ca, .. } = &self.settings;
+        Ok(serve::name(&Identity::load(cert, key, ca)?)?)
     }
 
     /// The seedings that wait.

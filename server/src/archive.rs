@@ -202,8 +202,8 @@ impl Archive {
                 Err(error) => drop(damaged.insert(object, error)),
             }
         }
+        let mut objects = self.objects(&place)?;
         for run in self.chosen(runs, machine, which, wish, &known) {
-            let objects = self.objects(&place)?;
             // Readers take the last that has it.
             let held = known.iter().rev().find(|there| holds(&there.manifest, &run, which));
             if let Some(there) = held.filter(|_| !wish.full) {
@@ -237,6 +237,7 @@ impl Archive {
                 }
                 Err(error) => tell(Event::Failed(&run, &error)),
             }
+            objects = self.objects(&place)?;
         }
         damaged.values().for_each(|error| tell(Event::Damaged(error)));
         // What a manifest that can't be read needs isn't known.
@@ -247,7 +248,7 @@ impl Archive {
                     gone => tell(Event::Removed(gone)),
                 }
             }
-            self.clean(&place, &known)?;
+            self.clean(&place, &objects, &known)?;
         }
         Ok(())
     }

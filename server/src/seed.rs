@@ -173,12 +173,8 @@ pub struct Seeder {
 }
 
 /// The server of this name.
-fn named(from: &str, janus_urls: &[String]) -> Result<ServerId, SeedError> {
-    let server: ServerId = from.parse().map_err(|_| SeedError::From { from: from.to_owned() })?;
-    match janus_urls.is_empty() {
-        true => Err(SeedError::NoJanus { server }),
-        false => Ok(server),
-    }
+fn named(from: &str) -> Result<ServerId, SeedError> {
+    from.parse().map_err(|_| SeedError::From { from: from.to_owned() })
 }
 
 /// Checks what can be told of the name or URL of another server without asking anybody.
@@ -189,7 +185,10 @@ pub fn check_from(from: &str, own: &ServerId, janus_urls: &[String]) -> Result<(
     if from.contains("://") {
         return Ok(());
     }
-    let server = named(from, janus_urls)?;
+    let server = named(from)?;
+    if janus_urls.is_empty() {
+        return Err(SeedError::NoJanus { server }.into());
+    }
     match server == *own {
         true => Err(SeedError::Own { server }.into()),
         false => Ok(()),
@@ -220,6 +219,7 @@ impl Seeder {
     ) -> Result<Self, CarryError> {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         let runtime = runtime.worker_threads(2).enable_all().build().map_err(SeedError::Threads)?;
+        check_from(from, own, janus_urls)?;
         let unreachable = |reason| SeedError::Unreachable { reason };
         let (peers, server) = match from.contains("://") {
             true => {
@@ -232,7 +232,7 @@ impl Seeder {
                 (peers, server)
             }
             false => {
-                let server = named(from, janus_urls)?;
+                let server = named(from)?;
                 let connecting = peer::connect(janus_urls, Expect::Janus, dialer);
                 (runtime.block_on(connecting).map_err(unreachable)?, server)
             }

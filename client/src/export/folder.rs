@@ -34,7 +34,7 @@ impl Folder {
     }
 
     fn make_in(parent: &Path) -> Result<Self, ExportError> {
-        remove_left_behind(parent);
+        for_left_behind(parent, PREFIX, remove_if_dead);
         let path = parent.join(format!("{PREFIX}{}", uuid::Uuid::new_v4().simple()));
         let made = DirBuilder::new().mode(0o700).create(&path);
         let place = path.display().to_string();
@@ -54,19 +54,25 @@ impl Drop for Folder {
     }
 }
 
-/// What can't be looked at or removed stays.
-fn remove_left_behind(parent: &Path) {
+/// Hands over our user's folders in `parent` whose names begin with `prefix`, to be removed where who made them is dead. What can't
+/// be looked at or removed stays.
+pub fn for_left_behind(
+    parent: &Path,
+    prefix: &str,
+    remove_if_dead: impl Fn(&Path) -> io::Result<()>,
+) {
+    let is_ours = |folder: &Path| {
+        let meta = fs::symlink_metadata(folder);
+        meta.is_ok_and(|meta| meta.is_dir() && meta.uid() == geteuid().as_raw())
+    };
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
-    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(PREFIX)) {
-        let _ = remove_if_dead(&entry.path());
+    let named = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix));
+    for folder in named.map(|entry| entry.path()).filter(|folder| is_ours(folder)) {
+        let _ = remove_if_dead(&folder);
     }
 }
 
 fn remove_if_dead(folder: &Path) -> io::Result<()> {
-    let meta = fs::symlink_metadata(folder)?;
-    if !meta.is_dir() || meta.uid() != geteuid().as_raw() {
-        return Ok(());
-    }
     // Whoever makes a socket there holds this lock until it listens.
     let lock = File::open(folder)?;
     flock(&lock, FlockOperation::NonBlockingLockExclusive)?;

@@ -36,7 +36,7 @@ impl Kind {
 
 /// A snapshot as it lies in an archive. One that was sent anew, and then is another image, has another number, so that the files of
 /// both can be told apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Edition {
     /// The snapshot.
     pub snapshot: SnapshotId,
@@ -125,10 +125,10 @@ impl FileName {
     }
 
     /// Of these objects those that are parts of it.
-    pub fn parts_in<'a, T>(
+    pub fn parts_in<'a>(
         &self,
-        objects: &'a BTreeMap<Path, T>,
-    ) -> impl Iterator<Item = (&'a Path, &'a T)> + use<'a, T> {
+        objects: &'a BTreeMap<Path, u64>,
+    ) -> impl Iterator<Item = (&'a Path, &'a u64)> + use<'a> {
         let first = self.folder.clone().join(format!("{}.", self.name));
         let own = first.clone();
         objects

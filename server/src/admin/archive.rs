@@ -7,7 +7,6 @@ use janus_proto::{
     archive::Manifest,
     ids::{BackupId, MachineKey, ServerId, check_name},
     show::{amount, date},
-    tls::Identity,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -18,7 +17,6 @@ use crate::{
     carry::CarryError,
     config::Archive as Rule,
     seed::Which,
-    serve,
 };
 
 /// What to archive, and where.
@@ -94,12 +92,6 @@ pub(super) fn rule<'a>(admin: &'a Admin, name: &str) -> Result<&'a Rule, AdminEr
     })
 }
 
-/// This server's name.
-pub(super) fn own(admin: &Admin) -> Result<ServerId, AdminError> {
-    let settings = admin.settings();
-    Ok(serve::name(&Identity::load(&settings.cert, &settings.key, &settings.ca)?)?)
-}
-
 pub(super) fn run(
     admin: &Admin,
     arguments: &Arguments,
@@ -122,7 +114,7 @@ fn alone(admin: &Admin, name: &str, task: &Task<'_>) -> Result<(Alone, Archive),
     let busy = || AdminError::ArchiveBusy { name: name.to_owned() };
     let rule = rule(admin, name)?;
     let alone = Alone::with(rule).ok_or_else(busy)?;
-    Ok((alone, Archive::open(name, rule, &own(admin)?, task.token())?))
+    Ok((alone, Archive::open(name, rule, &admin.server()?, task.token())?))
 }
 
 fn archive(
@@ -185,7 +177,7 @@ fn archive(
 }
 
 fn list(admin: &Admin, there: &There, task: &Task<'_>) -> Result<Answer, AdminError> {
-    let own = own(admin)?;
+    let own = admin.server()?;
     let archive = Archive::open(&there.name, rule(admin, &there.name)?, &own, task.token())?;
     let head = ["time", "machine", "server", "run", "disk", "size", "images", "stored"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
@@ -241,7 +233,7 @@ fn remove(
 fn verify(admin: &Admin, there: &There, task: &Task<'_>) -> Result<Answer, AdminError> {
     // What is removed meanwhile would count as missing.
     let (_alone, archive) = alone(admin, &there.name, task)?;
-    let own = own(admin)?;
+    let own = admin.server()?;
     let began = Instant::now();
     let (mut runs, mut images, mut wrong, mut text) = (0, 0, Vec::new(), String::new());
     let only = there.target.as_ref().and_then(Which::alone);

@@ -265,7 +265,7 @@ fn carried(
 
 /// The archive of that name, or at that URL with all else from the environment.
 fn open_archive(admin: &Admin, from: &str, task: &Task<'_>) -> Result<Archive, AdminError> {
-    let own = super::archive::own(admin)?;
+    let own = admin.server()?;
     if from.contains("://") {
         return Ok(Archive::at(&Place::new(from), &Rule::default(), &own, task.token())?);
     }

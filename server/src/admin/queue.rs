@@ -70,8 +70,6 @@ struct State {
     file: Option<SeedsFile>,
     at_work: Option<AtWork>,
     failed: BTreeMap<u32, Failed>,
-    /// Those that were tried, the one that was tried last with the greatest number.
-    tried: BTreeMap<u32, u64>,
 }
 
 struct AtWork {
@@ -98,13 +96,14 @@ impl Queue {
     }
 
     fn file<'s>(&self, state: &'s mut State) -> Result<&'s mut SeedsFile, StoreError> {
-        if state.file.is_none() {
-            let known = read_or_put_aside(&self.storage, &self.path)?;
-            let empty = SeedsFile { format: FORMAT, last: 0, seedings: Vec::new() };
-            state.file = Some(known.unwrap_or(empty));
+        match &mut state.file {
+            Some(file) => Ok(file),
+            unread => {
+                let known = read_or_put_aside(&self.storage, &self.path)?;
+                let empty = SeedsFile { format: FORMAT, last: 0, seedings: Vec::new() };
+                Ok(unread.insert(known.unwrap_or(empty)))
+            }
         }
-        let unread = || StoreError::Damaged { path: self.path.clone(), reason: "not read".into() };
-        state.file.as_mut().ok_or_else(unread)
     }
 
     /// Replaces the file by what `change` makes of it. The old state stays when that can't be written.
@@ -151,7 +150,6 @@ impl Queue {
     fn remove(&self, state: &mut State, number: u32) -> Result<(), StoreError> {
         self.change(state, |file| file.seedings.retain(|seeding| seeding.number != number))?;
         state.failed.remove(&number);
-        state.tried.remove(&number);
         Ok(())
     }
 
@@ -197,7 +195,8 @@ impl Queue {
         Ok((text, listed))
     }
 
-    /// The next one that can go on: of those the one that was tried longest ago, so that none holds the others up.
+    /// The next one that can go on: one that hasn't failed, else the one that waits longest for its next try, so that none holds the
+    /// others up.
     fn begin(&self, shutdown: &CancellationToken) -> Option<(Seeding, CancellationToken)> {
         let mut state = self.state();
         let seedings = match self.file(&mut state) {
@@ -208,15 +207,12 @@ impl Queue {
             }
         };
         let now = Instant::now();
+        let next = |seeding: &Seeding| state.failed.get(&seeding.number).map(|failed| failed.next);
         let can_go = |seeding: &Seeding| {
-            seeding.order.is_time()
-                && state.failed.get(&seeding.number).is_none_or(|failed| failed.next <= now)
+            seeding.order.is_time() && next(seeding).is_none_or(|next| next <= now)
         };
-        let tried = |seeding: &Seeding| state.tried.get(&seeding.number).copied().unwrap_or(0);
-        let seeding = seedings.into_iter().filter(can_go).min_by_key(tried)?;
+        let seeding = seedings.into_iter().filter(can_go).min_by_key(next)?;
         let (number, stop) = (seeding.number, shutdown.child_token());
-        let last = state.tried.values().max().copied().unwrap_or(0);
-        state.tried.insert(number, last + 1);
         let told = "begins".to_owned();
         state.at_work = Some(AtWork { number, told, stop: stop.clone() });
         Some((seeding, stop))

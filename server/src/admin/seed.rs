@@ -143,9 +143,7 @@ pub(super) fn run(
     if !arguments.queue {
         return seed(admin, &order, true, task);
     }
-    let settings = admin.settings();
-    let own = serve::name(&Identity::load(&settings.cert, &settings.key, &settings.ca)?)?;
-    seed::check_from(&order.from, &own, &settings.janus_urls)?;
+    seed::check_from(&order.from, &admin.server()?, &admin.settings().janus_urls)?;
     let number = admin.queue().add(order)?;
     let text = format!(
         "seeding {number} is in the queue of this server: `janus-server seed status` tells how far it is, `seed cancel {number}` takes it out\n"

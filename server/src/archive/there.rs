@@ -135,8 +135,12 @@ impl Archive {
     }
 
     /// Removes the objects of a machine's disks that none of its runs needs.
-    pub(super) fn clean(&self, place: &MachinePlace, known: &[There]) -> Result<(), CarryError> {
-        let objects = self.objects(place)?;
+    pub(super) fn clean(
+        &self,
+        place: &MachinePlace,
+        objects: &Objects,
+        known: &[There],
+    ) -> Result<(), CarryError> {
         let entries = known.iter().flat_map(|there| &there.manifest.disks);
         // Most are in many chains.
         let files: BTreeMap<Path, (FileName, &FileEntry)> = entries
@@ -145,10 +149,10 @@ impl Archive {
             .collect();
         let mut needed = BTreeSet::new();
         for (index, (name, file)) in files {
-            match self.parts(&name, file, &objects)? {
+            match self.parts(&name, file, objects)? {
                 Some(parts) => needed.extend(parts.into_keys()),
                 // Which they are isn't known.
-                None => needed.extend(name.parts_in(&objects).map(|(part, _)| part.clone())),
+                None => needed.extend(name.parts_in(objects).map(|(part, _)| part.clone())),
             }
             needed.insert(index);
         }
@@ -180,7 +184,7 @@ impl Archive {
         }
         // What a manifest that can't be read needs isn't known.
         if gone > 0 && damaged == 0 {
-            self.clean(&place, &stay)?;
+            self.clean(&place, &self.objects(&place)?, &stay)?;
         }
         Ok(gone)
     }

@@ -8,6 +8,11 @@ use std::collections::BTreeMap;
 /// Clocks are set by so much without being wrong: a run within it comes right after the one before.
 pub const SLACK_MS: i64 = 600_000;
 
+/// True for a time that no right clock can have told yet.
+pub fn is_future(ms: i64, now_ms: i64) -> bool {
+    ms > now_ms.saturating_add(SLACK_MS)
+}
+
 /// Runs whose times contradict their order, with the times they get. `times` are those of all runs by their numbers, which ascend.
 pub fn corrected(times: &BTreeMap<u64, i64>) -> BTreeMap<u64, i64> {
     let all: Vec<(u64, i64)> = times.iter().map(|(number, ms)| (*number, *ms)).collect();

@@ -31,7 +31,7 @@ use janus_proto::{
 use serde::Serialize;
 
 use self::calendar::Period;
-use super::clocks::SLACK_MS;
+use super::clocks::is_future;
 
 const DAY_MS: i64 = 86_400_000;
 /// So few drops are never taken for an accident.
@@ -344,11 +344,6 @@ fn strength(verdict: &Verdict) -> Option<Reason> {
         Verdict::Keep(reasons) => reasons.first().map(|(reason, _)| *reason),
         Verdict::Drop(_) => None,
     }
-}
-
-/// Clocks are set, and commits of a machine are at least 1 ms apart.
-fn is_future(ms: i64, now_ms: i64) -> bool {
-    ms > now_ms.saturating_add(SLACK_MS)
 }
 
 fn stop(points: &[Point], verdicts: &[Verdict], percent: u32, now_ms: i64) -> Option<Stop> {

@@ -10,7 +10,7 @@ use std::{
     fs, io,
     io::Read,
     os::unix::{
-        fs::{DirBuilderExt, MetadataExt},
+        fs::DirBuilderExt,
         process::{CommandExt, ExitStatusExt},
     },
     path::{Path, PathBuf},
@@ -24,15 +24,13 @@ use std::{
 
 use janus_client::{
     browse::shown,
-    export::{At, Door, Export, ExportError, Server},
+    export::{At, Door, Export, ExportError, Server, for_left_behind},
     source::medium::Medium,
 };
 use janus_proto::ids::HandleId;
 use rustix::{
     fs::{FlockOperation, flock},
-    process::{
-        Resource, Rlimit, Signal, geteuid, set_parent_process_death_signal, setrlimit, setsid,
-    },
+    process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit, setsid},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -147,11 +145,7 @@ impl Folder {
     }
 
     fn make_in(parent: &Path) -> io::Result<Self> {
-        for entry in fs::read_dir(parent)?.flatten() {
-            if entry.file_name().to_string_lossy().starts_with(PREFIX) {
-                let _ = remove_if_dead(&entry.path());
-            }
-        }
+        for_left_behind(parent, PREFIX, remove_if_dead);
         let path = parent.join(format!("{PREFIX}{}", HandleId::new()));
         fs::DirBuilder::new().mode(0o700).create(&path)?;
         // Under its name it is locked.
@@ -163,10 +157,6 @@ impl Folder {
 }
 
 fn remove_if_dead(folder: &Path) -> io::Result<()> {
-    let meta = fs::symlink_metadata(folder)?;
-    if !meta.is_dir() || meta.uid() != geteuid().as_raw() {
-        return Ok(());
-    }
     let lock = fs::File::open(folder.join(LOCK))?;
     flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
     fs::remove_dir_all(folder)

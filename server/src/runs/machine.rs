@@ -414,7 +414,7 @@ impl Machine {
         let last = state.history.last().map_or(purged, |run| (run.sequence, run.committed_ms));
         let sequence = last.0.max(purged.0).max(state.last_sequence).saturating_add(1);
         let now = now_ms();
-        let earlier = [last.1, purged.1].into_iter().filter(|ms| !is_ahead(*ms, now));
+        let earlier = [last.1, purged.1].into_iter().filter(|ms| !clocks::is_future(*ms, now));
         let after = earlier.max().map_or(now, |ms| ms.saturating_add(1));
         (sequence, now.max(after))
     }
@@ -434,7 +434,8 @@ impl Machine {
         let now = now_ms();
         let taken_ms = taken_ms.min(now);
         let here = self.snapshots();
-        let believed = |run: &Run| Some(self.time_of(run)).filter(|ms| !is_ahead(*ms, now));
+        let believed =
+            |run: &Run| Some(self.time_of(run)).filter(|ms| !clocks::is_future(*ms, now));
         for disk in disks {
             let newest = here.iter().find(|held| held.snapshot().disk == *disk);
             let newest_ms = newest.and_then(|held| believed(&held.run));
@@ -461,9 +462,4 @@ impl Machine {
             state.aborted.pop_front();
         }
     }
-}
-
-/// True for a time that no right clock can have told yet.
-fn is_ahead(ms: i64, now_ms: i64) -> bool {
-    ms > now_ms.saturating_add(clocks::SLACK_MS)
 }

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use time::{OffsetDateTime, macros::datetime};
 
 use super::*;
+use crate::chain::clocks::SLACK_MS;
 
 const DEFAULT: Rules = Rules {
     keep_all_days: 3,
