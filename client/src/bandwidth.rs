@@ -12,6 +12,8 @@ use std::{
 use janus_proto::{
     channel::{ConnectOptions, Dial, Dialer, Dialing, Stream, Target},
     clock,
+    ids::ServerId,
+    proof::Statement,
 };
 use tokio::time::Instant;
 
@@ -164,6 +166,10 @@ impl Dial for LimitedDialer {
             let limited = Limited::new(stream, self.sending.clone(), self.receiving.clone());
             Ok((Box::new(limited) as Stream, peer))
         })
+    }
+
+    fn prove(&self, statement: &Statement, server: Option<&ServerId>) -> Option<String> {
+        self.dialer.prove(statement, server)
     }
 }
 

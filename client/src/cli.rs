@@ -8,6 +8,7 @@ mod chosen;
 mod cp;
 mod daemon;
 mod dry_run;
+mod enroll;
 mod failure;
 mod inside;
 mod list;
@@ -42,6 +43,7 @@ pub use self::{
     cache::{cache_here, needs_server},
     daemon::daemon,
     dry_run::dry_run,
+    enroll::enroll,
     failure::Failure,
     notice::tell,
     service::service,
@@ -177,6 +179,7 @@ pub fn command() -> Command {
                         .help("Restore what is left of a damaged snapshot; MAP: file to make that says what is zeros now"),
                 ),
         ))
+        .subcommand(with_flags(enroll::command()))
         .subcommand(with_flags(nbd::command()))
         .subcommand(with_flags(ls::command()))
         .subcommand(with_flags(cat::command()))

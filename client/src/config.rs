@@ -12,8 +12,8 @@ use janus_proto::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bandwidth, frozen::Wish, link::Direct, nbd, notify::NotifySettings, packing, reading::Policy,
-    schedule::ScheduleSettings, survey::Choice, wake,
+    bandwidth, enroll::Files, frozen::Wish, link::Direct, nbd, notify::NotifySettings, packing,
+    reading::Policy, schedule::ScheduleSettings, survey::Choice, wake,
 };
 
 /// Settings as they stand in the file; see `client.example.toml`.
@@ -200,6 +200,11 @@ impl DiskSpec {
 }
 
 impl Settings {
+    /// The files of this machine's identity.
+    pub fn identity_files(&self) -> Files {
+        Files { cert: self.cert.clone(), key: self.key.clone(), ca: self.ca.clone() }
+    }
+
     /// URLs, at least one.
     ///
     /// # Errors

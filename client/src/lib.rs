@@ -12,6 +12,7 @@ pub mod config;
 pub mod daemon;
 pub mod delta;
 pub mod dry_run;
+pub mod enroll;
 pub mod export;
 mod files;
 pub mod frozen;

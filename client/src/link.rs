@@ -1,21 +1,23 @@
 //! Calls: which URL, which server, which deadline, and what a failure means.
 
 use std::{
+    fmt,
     sync::OnceLock,
     time::{Duration, Instant},
 };
 
 use janus_proto::{
-    channel::{self, ConnectError, ConnectOptions, Dialer, Expect, race},
+    channel::{self, ConnectError, ConnectOptions, Dialer, Expect, add_proof, race},
     error,
     ids::{BackupId, MachineKey, ServerId},
     metadata,
     pb::{
-        ErrorReason, backup_service_client::BackupServiceClient,
+        self, ErrorReason, backup_service_client::BackupServiceClient,
         catalog_service_client::CatalogServiceClient, restore_service_client::RestoreServiceClient,
         server_info_service_client::ServerInfoServiceClient,
         table_service_client::TableServiceClient,
     },
+    proof::Statement,
     tls::Role,
     trace::{TRACEPARENT, TraceContext},
 };
@@ -319,13 +321,21 @@ pub enum Direct {
 }
 
 /// A connection to janus or a server.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Link {
+    /// What made it, and signs what is asked through it.
+    dialer: Dialer,
     url: String,
     channel: Channel,
     peer: Role,
     /// Of streams: straight to the server, past janus.
     direct: Option<Channel>,
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Link({}, {})", self.url, self.peer)
+    }
 }
 
 impl Link {
@@ -337,7 +347,7 @@ impl Link {
         let options = ConnectOptions::default();
         let connection = channel::connect_through(url, dialer.clone(), options).await?;
         let (channel, peer) = (connection.channel, connection.peer.role);
-        Ok(Self { url: url.to_owned(), channel, peer, direct: None })
+        Ok(Self { dialer: dialer.clone(), url: url.to_owned(), channel, peer, direct: None })
     }
 
     /// The same link, with its streams straight to `server` where one of `urls` leads to it at once. A peer that doesn't
@@ -379,6 +389,64 @@ impl Link {
     /// Client of RestoreService.
     pub fn restore(&self) -> RestoreServiceClient<Channel> {
         RestoreServiceClient::new(self.channel.clone())
+    }
+
+    /// Starts a run, in our own name.
+    ///
+    /// # Errors
+    /// The server's, or the transport's.
+    pub async fn start_backup(
+        &self,
+        address: &Address,
+        message: pb::StartBackupRequest,
+        use_counter: u64,
+    ) -> Result<Response<pb::StartBackupResponse>, Status> {
+        let statement = Statement::start(&message);
+        let mut request = self.proven(address, message, &statement, START);
+        request.metadata_mut().insert(metadata::USE, use_counter.into());
+        self.backup().start_backup(request).await
+    }
+
+    /// Commits a run, in our own name.
+    ///
+    /// # Errors
+    /// The server's, or the transport's.
+    pub async fn commit_backup(
+        &self,
+        address: &Address,
+        message: pb::CommitBackupRequest,
+    ) -> Result<Response<pb::CommitBackupResponse>, Status> {
+        let statement = Statement::commit(&message);
+        let request = self.proven(address, message, &statement, COMMIT);
+        self.backup().commit_backup(request).await
+    }
+
+    /// Opens a snapshot, in our own name.
+    ///
+    /// # Errors
+    /// The server's, or the transport's.
+    pub async fn open_snapshot(
+        &self,
+        address: &Address,
+        message: pb::OpenSnapshotRequest,
+    ) -> Result<pb::OpenSnapshotResponse, LinkError> {
+        let statement = Statement::open(&message);
+        let request = self.proven(address, message, &statement, QUICK);
+        let opened = self.restore().open_snapshot(request).await;
+        Ok(opened.map_err(LinkError::call("opening the snapshot"))?.into_inner())
+    }
+
+    /// A request that carries our signature over what it asks.
+    fn proven<T>(
+        &self,
+        address: &Address,
+        message: T,
+        statement: &Statement,
+        deadline: Duration,
+    ) -> Request<T> {
+        let mut request = address.request(message, Some(deadline));
+        add_proof(&mut request, &*self.dialer, statement, address.server.as_ref());
+        request
     }
 
     /// Client of BackupService for streams of blocks.

@@ -79,6 +79,10 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     if name == "cache" && !cli::needs_server(matches) {
         return cli::cache_here(&settings, matches);
     }
+    if name == "enroll" {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        return runtime.map_err(Failure::failed)?.block_on(cli::enroll(matches, &settings));
+    }
     let is_daemon = name == "daemon";
     let is_dry = name == "backup" && matches.get_flag("dry-run");
     let load = || Identity::load(&settings.cert, &settings.key, &settings.ca);

@@ -101,8 +101,7 @@ async fn learn_through(
     };
     let head = head().map_err(LinkError::answer("asking the server for its store"))?;
     let message = OpenSnapshotRequest { snapshot_id: snapshot.snapshot_id.clone(), table: false };
-    let opened = link.restore().open_snapshot(address.request(message, Some(QUICK))).await;
-    let handle = opened.map_err(LinkError::call("opening the snapshot"))?.into_inner().handle;
+    let handle = link.open_snapshot(&address, message).await?.handle;
     let reader = HashReader {
         link: link.clone(),
         address: address.clone(),

@@ -15,7 +15,7 @@ use tonic::metadata::MetadataMap;
 
 use crate::{
     cache::{CacheError, Head},
-    link::{Address, Direct, Link, LinkError, Remedy, START},
+    link::{Address, Direct, Link, LinkError, Remedy},
     reconcile::ReconcileError,
     scan::ScanError,
     ways::Ways,
@@ -280,10 +280,8 @@ async fn start_through(
     };
     let address =
         Address { server: server.cloned(), run: server.map(|_| plan.backup_id), machine: None };
-    let mut request = address.request(message, Some(START));
-    request.metadata_mut().insert(metadata::USE, plan.use_counter.into());
-    let (headers, answer, _) =
-        link.backup().start_backup(request).await.map_err(LinkError::call(STARTING))?.into_parts();
+    let started = link.start_backup(&address, message, plan.use_counter).await;
+    let (headers, answer, _) = started.map_err(LinkError::call(STARTING))?.into_parts();
     let run = parse_start(link, plan, &headers, &answer).map_err(LinkError::answer(STARTING))?;
     let of_janus = values(&headers, metadata::WARNING);
     for warning in of_janus.chain(answer.warnings.iter().map(String::as_str)) {

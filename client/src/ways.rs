@@ -155,7 +155,11 @@ mod tests {
         time::Instant,
     };
 
-    use janus_proto::channel::{ConnectOptions, Dial, Dialing, Target};
+    use janus_proto::{
+        channel::{ConnectOptions, Dial, Dialing, Target},
+        ids::ServerId,
+        proof::Statement,
+    };
 
     use super::*;
 
@@ -172,6 +176,10 @@ mod tests {
                 }
                 Err(ConnectError::Refused { target: target.to_string() })
             })
+        }
+
+        fn prove(&self, _: &Statement, _: Option<&ServerId>) -> Option<String> {
+            None
         }
     }
 

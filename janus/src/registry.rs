@@ -563,7 +563,8 @@ impl ReportSlot {
     ) -> Result<(), ReportRefused> {
         use pb::report_request::Event;
         let mut inner = self.registry.lock();
-        inner.revision += u64::from(!matches!(event, Some(Event::Heartbeat(_)) | None));
+        inner.revision +=
+            u64::from(!matches!(event, Some(Event::Heartbeat(_) | Event::Revocations(_)) | None));
         let state = inner
             .servers
             .get_mut(&self.server)
@@ -581,7 +582,8 @@ impl ReportSlot {
             Some(Event::Heartbeat(heartbeat)) => {
                 state.vitals = heartbeat.vitals.or(state.vitals.take());
             }
-            Some(Event::Hello(_)) | None => {}
+            // The report service has taken them.
+            Some(Event::Hello(_) | Event::Revocations(_)) | None => {}
         }
         Ok(())
     }

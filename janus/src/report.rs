@@ -1,6 +1,8 @@
-//! The Report service: servers tell what they hold. Each may speak only for the name in its own certificate.
+//! The Report service: servers tell what they hold. Each may speak only for the name in its own certificate. What one of them has
+//! revoked is told to all.
 
 use std::{
+    collections::VecDeque,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -10,12 +12,14 @@ use janus_proto::{
     error::{ErrorReason, status},
     ids::ServerId,
     pb::{
-        ReportHello, ReportRequest, ReportResponse,
+        self, ReportHello, ReportRequest, ReportResponse,
         report_request::Event,
         report_service_server::{ReportService, ReportServiceServer},
     },
-    tls::{Principal, Role},
+    revoked::Revocation,
+    tls::{Identity, Principal, Role},
 };
+use tokio::sync::watch;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
@@ -40,14 +44,32 @@ impl From<ReportRefused> for Status {
 #[derive(Debug, Clone)]
 pub struct Reports {
     fleet: Fleet,
+    /// With the revocations.
+    identity: Identity,
     /// What was logged last.
     warned: Arc<Mutex<Vec<String>>>,
 }
 
 impl Reports {
     /// The service for the servers of `fleet`, and others that report.
-    pub fn service(fleet: Fleet) -> ReportServiceServer<Self> {
-        ReportServiceServer::new(Self { fleet, warned: Arc::default() })
+    pub fn service(fleet: Fleet, identity: Identity) -> ReportServiceServer<Self> {
+        ReportServiceServer::new(Self { fleet, identity, warned: Arc::default() })
+    }
+
+    /// Takes in what a server has revoked, or has learnt of. One that isn't believed is logged, the others count.
+    fn revoke(&self, server: &ServerId, revocations: &[pb::Revocation]) {
+        let known = self.identity.revocations();
+        let news =
+            revocations.iter().filter(|one| known.is_news(&one.principal, one.until_seconds));
+        let believed: Vec<_> = news
+            .filter_map(|one| {
+                let told = |error: &_| warn!(%server, %error, "revocation ignored");
+                self.identity.believed(one).inspect_err(told).ok()
+            })
+            .collect();
+        if let Err(error) = known.insert(believed) {
+            warn!(%server, %error, "not all revocations are kept");
+        }
     }
 
     fn open(&self, server: &ServerId, hello: &ReportHello) -> Result<ReportSlot, Status> {
@@ -90,23 +112,49 @@ fn reporting_server<T>(request: &Request<T>) -> Result<ServerId, Status> {
     }
 }
 
+/// Far below the message limit.
+const REVOCATIONS_A_MESSAGE: usize = 1000;
+
 struct Stage {
     reports: Reports,
     server: ServerId,
     incoming: Streaming<ReportRequest>,
     slot: Option<ReportSlot>,
+    /// Highest sequence taken in.
+    sequence: u64,
+    changes: watch::Receiver<u64>,
+    /// Revocations that are still to be told.
+    untold: VecDeque<Revocation>,
 }
 
 impl Stage {
-    /// Takes one message in; `None` at the end of the stream.
+    /// The answer to one message, or what others have revoked; `None` at the end of the stream.
     async fn next(&mut self) -> Option<Result<ReportResponse, Status>> {
-        let message = match self.incoming.next().await? {
-            Ok(message) => message,
+        loop {
+            if !self.untold.is_empty() {
+                let some = self.untold.len().min(REVOCATIONS_A_MESSAGE);
+                let revocations = self.untold.drain(..some).map(|one| one.to_wire()).collect();
+                return Some(Ok(ReportResponse { sequence: self.sequence, revocations }));
+            }
+            let message = tokio::select! {
+                biased;
+                Ok(()) = self.changes.changed() => {
+                    self.tell_all();
+                    continue;
+                }
+                message = self.incoming.next() => message?,
+            };
             // The connection is gone: nobody is left to be told.
-            Err(_) => return None,
-        };
-        let sequence = message.sequence;
-        Some(self.take(message).map(|()| ReportResponse { sequence }))
+            let Ok(message) = message else { return None };
+            self.sequence = message.sequence;
+            let answer = ReportResponse { sequence: self.sequence, ..Default::default() };
+            return Some(self.take(message).map(|()| answer));
+        }
+    }
+
+    /// Who knows them already ignores them.
+    fn tell_all(&mut self) {
+        self.untold = self.reports.identity.revocations().all().into();
     }
 
     fn take(&mut self, message: ReportRequest) -> Result<(), Status> {
@@ -115,7 +163,12 @@ impl Stage {
                 self.slot = Some(self.reports.open(&self.server, &hello)?);
                 Ok(())
             }
-            (Some(slot), event) => Ok(slot.take(message.sequence, event)?),
+            (Some(slot), event) => {
+                if let Some(Event::Revocations(pb::Revocations { revocations })) = &event {
+                    self.reports.revoke(&self.server, revocations);
+                }
+                Ok(slot.take(message.sequence, event)?)
+            }
             (None, _) => Err(status(
                 ErrorReason::InvalidField,
                 "hello: the first message of a report must be hello",
@@ -133,8 +186,18 @@ impl ReportService for Reports {
         request: Request<Streaming<ReportRequest>>,
     ) -> Result<Response<Self::ReportStream>, Status> {
         let server = reporting_server(&request)?;
-        let stage =
-            Stage { reports: self.clone(), server, incoming: request.into_inner(), slot: None };
+        let mut changes = self.identity.revocations().changes();
+        // At the beginning the server hears of all.
+        changes.mark_changed();
+        let stage = Stage {
+            reports: self.clone(),
+            server,
+            incoming: request.into_inner(),
+            slot: None,
+            sequence: 0,
+            changes,
+            untold: VecDeque::new(),
+        };
         let answers = stream::unfold(Some(stage), |stage| async move {
             let mut stage = stage?;
             let answer = stage.next().await?;

@@ -203,7 +203,7 @@ impl Janus {
             Info::new(self.id.clone(), fleet.clone(), self.identity.clone(), Waker::new(&alarms));
         let local = Routes::new(health_service)
             .add_service(Catalog::service(fleet.clone()))
-            .add_service(Reports::service(fleet.clone()))
+            .add_service(Reports::service(fleet.clone(), self.identity.clone()))
             .add_service(info.clone().service())
             .add_service(Maintenance::service(self.id.clone(), fleet.clone()))
             .add_service(reflection().build_v1().map_err(wiring)?)

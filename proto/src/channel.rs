@@ -16,12 +16,14 @@ use tonic::transport::{Channel, Endpoint};
 mod connect;
 mod dial;
 mod explain;
+mod pinned;
 mod proxy;
 mod race;
 
 pub use connect::{Target, TlsStream, connect_tls};
-pub use dial::{Dial, Dialer, Dialing, Stream};
+pub use dial::{Dial, Dialer, Dialing, Stream, add_proof};
 pub use explain::{ConnectError, explain, explain_error};
+pub use pinned::Pinned;
 pub use proxy::{NoProxy, Proxied, Proxies};
 pub use race::{HEAD_START, Raced, race};
 

@@ -61,7 +61,7 @@ pub fn code(reason: ErrorReason) -> Code {
     match reason {
         R::InvalidField | R::BlockHashMismatch | R::DiskTwice => Code::InvalidArgument,
         R::IdentityMissing => Code::Unauthenticated,
-        R::NotAllowed => Code::PermissionDenied,
+        R::NotAllowed | R::ProofRefused | R::TokenRefused => Code::PermissionDenied,
         R::SnapshotUnknown | R::SessionExpired | R::MachineUnknown | R::HandleExpired => {
             Code::NotFound
         }

@@ -116,6 +116,8 @@ pub struct Known {
 pub enum Door {
     /// TCP, then TLS with certificates on both sides.
     Tls(TcpListener, Identity),
+    /// The same, where a caller may also have no certificate yet: its requests come without a [`Principal`] then.
+    Open(TcpListener, Identity),
     /// Connections whose other end is known, until the channel is closed.
     Known(mpsc::Receiver<Known>),
 }
@@ -127,7 +129,7 @@ impl Door {
     /// As the system says; `Unsupported` where there is none.
     pub fn address(&self) -> io::Result<SocketAddr> {
         match self {
-            Self::Tls(listener, _) => listener.local_addr(),
+            Self::Tls(listener, _) | Self::Open(listener, _) => listener.local_addr(),
             Self::Known(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
@@ -146,13 +148,10 @@ impl Door {
         let _kill_on_drop = hall.kill.clone().drop_guard();
         match self {
             Self::Tls(listener, identity) => {
-                while let Some((tcp, address)) = accept(&listener, &hall.shutdown).await {
-                    let Some(connection) = hall.open(address) else { continue };
-                    // Asked for each time: the certificate may have been renewed.
-                    let acceptor = identity.server_config().into();
-                    let tls = Handshake { identity: identity.clone(), acceptor, tcp };
-                    hall.spawn(connection.run(tls, service.clone()));
-                }
+                hall.accept_all(&listener, &identity, false, &service).await;
+            }
+            Self::Open(listener, identity) => {
+                hall.accept_all(&listener, &identity, true, &service).await;
             }
             Self::Known(mut connections) => {
                 while let Some(Some(known)) =
@@ -161,7 +160,7 @@ impl Door {
                     let Some(connection) = hall.open(known.address) else { continue };
                     let service = service.clone();
                     hall.spawn(async move {
-                        connection.admit(known.stream, known.principal, service).await;
+                        connection.admit(known.stream, Some(known.principal), service).await;
                     });
                 }
             }
@@ -211,6 +210,30 @@ impl Hall {
             executor,
             _place: place,
         })
+    }
+
+    /// Accepts connections of TCP until shutdown.
+    async fn accept_all<S, B>(
+        &self,
+        listener: &TcpListener,
+        identity: &Identity,
+        is_open: bool,
+        service: &S,
+    ) where
+        S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+        S::Future: Send,
+        S::Error: Into<BoxError>,
+        B: hyper::body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        while let Some((tcp, address)) = accept(listener, &self.shutdown).await {
+            let Some(connection) = self.open(address) else { continue };
+            // Asked for each time: the certificate may have been renewed.
+            let config = if is_open { identity.open_config() } else { identity.server_config() };
+            let (identity, acceptor) = (identity.clone(), config.into());
+            let tls = Handshake { identity, acceptor, is_open, tcp };
+            self.spawn(connection.run(tls, service.clone()));
+        }
     }
 
     fn spawn(&self, connection: impl Future<Output = ()> + Send + 'static) {
@@ -277,6 +300,8 @@ where
 struct Handshake {
     identity: Identity,
     acceptor: TlsAcceptor,
+    /// Somebody without a certificate may come in.
+    is_open: bool,
     tcp: TcpStream,
 }
 
@@ -300,7 +325,7 @@ impl Connection {
         B::Error: Into<BoxError>,
     {
         let _end_streams = self.executor.kill.clone().drop_guard();
-        let Handshake { identity, acceptor, tcp } = peer;
+        let Handshake { identity, acceptor, is_open, tcp } = peer;
         let handshake = timeout(self.limits.handshake_timeout, self.handshake(tcp, acceptor));
         let tls = match self.shutdown.run_until_cancelled(handshake).await {
             None => return,
@@ -311,8 +336,18 @@ impl Connection {
             Some(Ok(None)) => return,
             Some(Ok(Some(tls))) => tls,
         };
-        match identity.peer(tls.get_ref().1.peer_certificates()) {
-            Ok(principal) => self.admit(tls, principal, service).await,
+        let certificates = tls.get_ref().1.peer_certificates();
+        if is_open && certificates.is_none() {
+            return self.admit(tls, None, service).await;
+        }
+        match identity.peer(certificates) {
+            Ok(principal) => {
+                let revoked = identity.revocations().end_of(&principal);
+                let serving = self.admit(tls, Some(principal), service);
+                if revoked.run_until_cancelled(serving).await.is_none() {
+                    warn!(address = %self.address, "connection ended: its certificate was revoked");
+                }
+            }
             Err(error) => {
                 warn!(address = %self.address, %error, "connection refused");
                 self.refuse(tls, ErrorReason::IdentityMissing, error.to_string()).await;
@@ -320,7 +355,7 @@ impl Connection {
         }
     }
 
-    async fn admit<S, B, T>(&self, stream: T, principal: Principal, service: S)
+    async fn admit<S, B, T>(&self, stream: T, principal: Option<Principal>, service: S)
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
         S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
@@ -329,13 +364,15 @@ impl Connection {
         B: hyper::body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError>,
     {
-        let caller: Arc<str> = principal.to_string().into();
+        // Who has no certificate shares with others at its address.
+        let nobody = || self.address.ip().to_string();
+        let caller: Arc<str> = principal.as_ref().map_or_else(nobody, ToString::to_string).into();
         match self.connections.take(&caller) {
-            Some(_share) => self.serve(stream, Arc::new(principal), caller, service).await,
+            Some(_share) => self.serve(stream, principal.map(Arc::new), caller, service).await,
             None => {
                 let limit = self.connections.each();
-                warn!(address = %self.address, %principal, limit, "connection refused: the caller has too many");
-                let reason = format!("{principal} has {limit} connections here already");
+                warn!(address = %self.address, principal = %caller, limit, "connection refused: the caller has too many");
+                let reason = format!("{caller} has {limit} connections here already");
                 self.refuse(stream, ErrorReason::TooMany, reason).await;
             }
         }
@@ -376,8 +413,13 @@ impl Connection {
         }
     }
 
-    async fn serve<S, B, T>(&self, stream: T, principal: Arc<Principal>, name: Arc<str>, service: S)
-    where
+    async fn serve<S, B, T>(
+        &self,
+        stream: T,
+        principal: Option<Arc<Principal>>,
+        name: Arc<str>,
+        service: S,
+    ) where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
         S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
         S::Future: Send,
@@ -386,10 +428,12 @@ impl Connection {
         B::Error: Into<BoxError>,
     {
         let address = PeerAddress(self.address);
-        let (caller, calls) = (principal.clone(), self.calls.clone());
+        let (who, calls) = (name.clone(), self.calls.clone());
         let with_caller = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-            let counted = count(&calls, &caller, &name);
-            request.extensions_mut().insert(caller.clone());
+            let counted = count(&calls, principal.as_deref(), &name);
+            if let Some(principal) = principal.clone() {
+                request.extensions_mut().insert(principal);
+            }
             request.extensions_mut().insert(address);
             let service = service.clone();
             async move {
@@ -412,8 +456,10 @@ impl Connection {
             }
         };
         match ended {
-            Ok(()) => debug!(address = %self.address, %principal, "connection closed"),
-            Err(error) => debug!(address = %self.address, %principal, %error, "connection lost"),
+            Ok(()) => debug!(address = %self.address, principal = %who, "connection closed"),
+            Err(error) => {
+                debug!(address = %self.address, principal = %who, %error, "connection lost");
+            }
         }
     }
 
@@ -449,10 +495,10 @@ impl Connection {
 /// One more open call of `caller`.
 fn count(
     calls: &Shares,
-    caller: &Principal,
+    caller: Option<&Principal>,
     name: &Arc<str>,
 ) -> Result<Option<Share>, tonic::Status> {
-    if matches!(caller.role, Role::Janus(_)) {
+    if caller.is_some_and(|caller| matches!(caller.role, Role::Janus(_))) {
         return Ok(None);
     }
     let refused =

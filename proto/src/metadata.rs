@@ -10,6 +10,8 @@ pub const RUN: &str = "janus-run";
 pub const USE: &str = "janus-use";
 /// The caller's certificate (DER, base64), set by janus and believed only from a peer with the janus role.
 pub const PRINCIPAL: &str = "janus-principal";
+/// The caller's signature over what it asks, as [`proof`](crate::proof) says.
+pub const PROOF: &str = "janus-proof";
 /// Answer of StartBackup through janus: `<server>: <reason>`, one value for each server passed over.
 pub const SKIPPED: &str = "janus-skipped";
 /// Answer of StartBackup through janus: something an administrator should look at, one value for each.

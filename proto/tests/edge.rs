@@ -26,6 +26,8 @@ use tower::ServiceExt;
 
 #[path = "edge/pki.rs"]
 mod pki;
+#[path = "edge/revoked.rs"]
+mod revoked;
 
 use pki::Ca;
 

@@ -12,12 +12,14 @@
 mod archive;
 pub mod ask;
 mod carry;
+mod enroll;
 mod missing;
 pub mod offline;
 mod prove;
 pub mod queue;
 mod rebuild;
 mod retention;
+pub mod revoke;
 mod seed;
 pub mod socket;
 mod table;
@@ -33,20 +35,25 @@ use std::sync::Arc;
 use clap::Subcommand;
 use janus_proto::{
     archive::ArchiveError,
+    error::WireError,
     ids::{BackupId, DiskId, MachineKey, ServerId, SnapshotId},
     tls::{Identity, TlsError},
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use self::queue::Queue;
 use crate::{
     carry::CarryError,
     chain::store::StoreError,
     config::Settings,
+    enroll::{EnrollError, tokens::Tokens},
+    pki::PkiError,
     prove::ProveError,
     retention::{Retention, RetentionError},
+    revoked::{RevokeError, Revoked},
     runs::{Machine, Runs},
     serve::{self, ServeError},
 };
@@ -89,6 +96,12 @@ pub enum Command {
     Seed(seed::Arguments),
     /// Copy backups to an object store or folder, show what is there, or read it again
     Archive(archive::Arguments),
+    /// Make, show and cancel tokens for which machines get their certificates
+    #[command(subcommand)]
+    Enroll(enroll::Action),
+    /// Refuse certificates: `janus-server pki revoke`
+    #[command(skip)]
+    Revoke(revoke::Action),
     /// Take in a run that was carried here in a folder, an archived one, or a disk image of another program
     Import(carry::ImportArguments),
 }
@@ -184,6 +197,32 @@ pub enum AdminError {
         /// How many.
         most: usize,
     },
+    /// Machines can't enrol at this server.
+    #[error(
+        "machines can't enrol here: section [enroll] of the settings names no `listen` (a server that runs reads its settings when it starts)"
+    )]
+    NoEnrollment,
+    /// It would cut off itself.
+    #[error("that is this server's own certificate: revoke it at another server")]
+    OwnCertificate,
+    /// No such token.
+    #[error("no open token {id}: `janus-server enroll list` shows them")]
+    UnknownToken {
+        /// As given.
+        id: Uuid,
+    },
+    /// A name that can't be one.
+    #[error(transparent)]
+    Name(#[from] WireError),
+    /// The certificate authority.
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    /// Revocation.
+    #[error(transparent)]
+    Revoke(#[from] RevokeError),
+    /// Enrolment.
+    #[error(transparent)]
+    Enroll(#[from] EnrollError),
     /// The caller has gone, or the server stops.
     #[error("stopped before it was done: what is missing can be done by the same command")]
     Cancelled,
@@ -275,6 +314,9 @@ pub struct Admin {
     settings: Settings,
     retention: Arc<Retention>,
     queue: Queue,
+    tokens: Arc<Tokens>,
+    /// Of the server that runs; a command without one reads them itself.
+    revoked: Option<Arc<Revoked>>,
 }
 
 impl Admin {
@@ -282,7 +324,21 @@ impl Admin {
     pub fn new(runs: Arc<Runs>, settings: Settings) -> Self {
         let retention = Arc::new(Retention::new(runs.clone(), settings.clone()));
         let queue = Queue::new(runs.store());
-        Self { runs, settings, retention, queue }
+        let tokens = Arc::new(Tokens::new(runs.store()));
+        Self { runs, settings, retention, queue, tokens, revoked: None }
+    }
+
+    /// The same for the server that runs, with what it has revoked.
+    pub fn with_revoked(self, revoked: Arc<Revoked>) -> Self {
+        Self { revoked: Some(revoked), ..self }
+    }
+
+    /// What is revoked here.
+    fn revoked(&self) -> Result<Arc<Revoked>, AdminError> {
+        if let Some(revoked) = &self.revoked {
+            return Ok(revoked.clone());
+        }
+        Ok(Arc::new(Revoked::open(self.runs.store(), self.identity()?)?))
     }
 
     /// Its runs.
@@ -302,8 +358,18 @@ impl Admin {
 
     /// This server's name.
     fn server(&self) -> Result<ServerId, AdminError> {
+        Ok(serve::name(&self.identity()?)?)
+    }
+
+    /// This server's certificate, read anew.
+    fn identity(&self) -> Result<Identity, AdminError> {
         let Settings { cert, key, ca, .. } = &self.settings;
-        Ok(serve::name(&Identity::load(cert, key, ca)?)?)
+        Ok(Identity::load(cert, key, ca)?)
+    }
+
+    /// The enrolment tokens of its store.
+    pub fn tokens(&self) -> &Arc<Tokens> {
+        &self.tokens
     }
 
     /// The seedings that wait.
@@ -326,7 +392,12 @@ impl Admin {
     pub fn run(&self, command: Command, task: &Task<'_>) -> Result<Answer, AdminError> {
         let gives_nothing_back = matches!(
             command,
-            Command::Usage(_) | Command::Verify(_) | Command::Prove(_) | Command::Export(_)
+            Command::Usage(_)
+                | Command::Verify(_)
+                | Command::Enroll(_)
+                | Command::Revoke(_)
+                | Command::Prove(_)
+                | Command::Export(_)
         );
         if !gives_nothing_back {
             self.runs.store().give_spare();
@@ -344,6 +415,8 @@ impl Admin {
             Command::Import(arguments) => carry::import(self, &arguments, task),
             Command::Seed(arguments) => seed::run(self, &arguments, task),
             Command::Archive(arguments) => archive::run(self, &arguments, task),
+            Command::Enroll(action) => enroll::run(self, &action),
+            Command::Revoke(action) => revoke::run(self, &action, task),
         }
     }
 }

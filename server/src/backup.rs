@@ -8,6 +8,7 @@ use janus_proto::{
     metadata,
     model::Batch,
     pb::{self, backup_service_server::BackupService},
+    proof::Statement,
     trace,
 };
 use tokio::sync::mpsc;
@@ -157,9 +158,11 @@ impl BackupService for Backup {
         &self,
         request: Request<pb::StartBackupRequest>,
     ) -> Result<Response<pb::StartBackupResponse>, Status> {
-        let machine = Caller::of(&request)?.own_machine(request.metadata())?;
+        let caller = Caller::of(&request)?;
+        let machine = caller.own_machine(request.metadata())?;
         let used = use_counter(&request)?;
         let request = request.into_inner();
+        caller.has_proven(&Statement::start(&request))?;
         let backup: BackupId = request.backup_id.parse()?;
         // A start has no run in its metadata yet.
         trace::note("backup_id", backup);
@@ -200,8 +203,10 @@ impl BackupService for Backup {
         &self,
         request: Request<pb::CommitBackupRequest>,
     ) -> Result<Response<pb::CommitBackupResponse>, Status> {
-        let machine = Caller::of(&request)?.own_machine(request.metadata())?;
+        let caller = Caller::of(&request)?;
+        let machine = caller.own_machine(request.metadata())?;
         let request = request.into_inner();
+        caller.has_proven(&Statement::commit(&request))?;
         let backup: BackupId = request.backup_id.parse()?;
         if request.client_seal.len() > MAX_SEAL_BYTES {
             return Err(WireError::invalid(

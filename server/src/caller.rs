@@ -1,5 +1,7 @@
 //! Who calls, and for which machine: decided once for each request, before any service sees it.
 
+mod ending;
+
 use std::{
     future::Future,
     pin::Pin,
@@ -11,19 +13,62 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use http::{HeaderValue, Request, Response};
 use hyper::body::Incoming;
 use janus_proto::{
-    error::{ErrorReason, status},
+    error::{ErrorReason, shorten, status},
     ids::{MachineKey, ServerId},
     metadata,
+    proof::{self, ProofError, Statement},
     tls::{Identity, Principal, Role},
     trace::{self, TRACEPARENT, TraceContext},
 };
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body, metadata::MetadataMap};
 use tower::Service;
 use tracing::Instrument;
 
+use self::ending::{ending, revoked};
+use crate::rights;
+
 /// The caller of a request: the peer, or whom a janus speaks for.
 #[derive(Debug, Clone)]
-pub struct Caller(pub Arc<Principal>);
+pub struct Caller {
+    /// Who it is.
+    pub principal: Arc<Principal>,
+    /// Of a caller whom a janus speaks for: TLS proves only that of the janus.
+    forwarded: Option<Forwarded>,
+}
+
+/// What shows that a forwarded caller wants what the janus asks in its name.
+#[derive(Debug, Clone)]
+struct Forwarded {
+    /// Proofs for other servers are none.
+    here: ServerId,
+    is_proof_needed: bool,
+    proof: Option<HeaderValue>,
+}
+
+/// Whose calls through a janus need a [`proof`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RequireProof {
+    /// Those of certificates that ask for it, as the ones of enrolled machines do, and those of servers.
+    #[default]
+    AsIssued,
+    /// Everybody's.
+    Always,
+    /// Nobody's: whoever holds the key of a janus then acts for everybody whose certificate it has seen.
+    Never,
+}
+
+impl RequireProof {
+    fn needs(self, caller: &Principal) -> bool {
+        match self {
+            Self::AsIssued => caller.limits.proof || matches!(caller.role, Role::Server(_)),
+            Self::Always => true,
+            Self::Never => false,
+        }
+    }
+}
 
 impl Caller {
     /// The caller that the gate put into a request.
@@ -41,7 +86,7 @@ impl Caller {
     /// `NOT_ALLOWED` for another machine, or for a role without machines; `INVALID_FIELD` when it isn't named.
     pub fn machine(&self, metadata: &MetadataMap) -> Result<MachineKey, Status> {
         let named = named_machine(metadata)?;
-        match (&self.0.role, named) {
+        match (&self.principal.role, named) {
             (Role::Client(own) | Role::Restore(own), None) => Ok(own.clone()),
             (Role::Client(own) | Role::Restore(own), Some(named)) if *own == named => Ok(named),
             (Role::Operator(_), Some(named)) => Ok(named),
@@ -60,7 +105,7 @@ impl Caller {
     /// # Errors
     /// `NOT_ALLOWED` for every other role or machine.
     pub fn own_machine(&self, metadata: &MetadataMap) -> Result<MachineKey, Status> {
-        match &self.0.role {
+        match &self.principal.role {
             Role::Client(_) => self.machine(metadata),
             role => Err(status(
                 ErrorReason::NotAllowed,
@@ -72,11 +117,29 @@ impl Caller {
     /// True when the caller may read this machine's snapshots. Another server of the group may, to mirror its tables: it has
     /// such data itself.
     pub fn may_read(&self, machine: &MachineKey) -> bool {
-        match &self.0.role {
+        match &self.principal.role {
             Role::Client(own) | Role::Restore(own) => own == machine,
             Role::Operator(_) | Role::Server(_) => true,
             Role::Janus(_) => false,
         }
+    }
+
+    /// That the caller itself wants this, and not just the janus between us.
+    ///
+    /// # Errors
+    /// `PROOF_REFUSED`.
+    pub fn has_proven(&self, statement: &Statement) -> Result<(), Status> {
+        let Some(Forwarded { here, is_proof_needed: true, proof }) = &self.forwarded else {
+            return Ok(());
+        };
+        let checked = match proof {
+            None => Err(ProofError::Missing),
+            Some(proof) => proof::check(proof.as_bytes(), statement, &self.principal, here),
+        };
+        checked.map_err(|error| {
+            tracing::warn!(principal = %self.principal, %error, "call through janus refused");
+            status(ErrorReason::ProofRefused, format!("{}: {error}", self.principal))
+        })
     }
 }
 
@@ -92,6 +155,7 @@ pub struct Gate<S> {
     inner: S,
     identity: Identity,
     server: ServerId,
+    require_proof: RequireProof,
     name: HeaderValue,
 }
 
@@ -100,29 +164,47 @@ impl<S> Gate<S> {
     ///
     /// # Errors
     /// When the name can't stand in a header, which valid names can.
-    pub fn new(inner: S, identity: Identity, server: ServerId) -> Result<Self, http::Error> {
+    pub fn new(
+        inner: S,
+        identity: Identity,
+        server: ServerId,
+        require_proof: RequireProof,
+    ) -> Result<Self, http::Error> {
         let name = HeaderValue::from_str(server.as_str())?;
-        Ok(Self { inner, identity, server, name })
+        Ok(Self { inner, identity, server, require_proof, name })
     }
 
-    fn admit(&self, request: &mut Request<Incoming>) -> Result<(), Status> {
+    /// What ends the call: the revocation of a caller that a janus speaks for.
+    fn admit(&self, request: &mut Request<Incoming>) -> Result<Option<CancellationToken>, Status> {
         let peer = request.extensions().get::<Arc<Principal>>().cloned();
         let peer = peer.ok_or_else(|| {
             status(ErrorReason::IdentityMissing, "no certificate came with this call")
         })?;
         let forwarded = request.headers_mut().remove(metadata::PRINCIPAL);
+        let proof = request.headers_mut().remove(metadata::PROOF);
         let caller = match (&peer.role, forwarded) {
-            (Role::Janus(_), Some(value)) => Arc::new(self.forwarded(&value)?),
-            _ => peer,
+            (Role::Janus(_), Some(value)) => self.forwarded(&peer, &value, proof)?,
+            _ => Caller { principal: peer, forwarded: None },
         };
-        request.extensions_mut().insert(Caller(caller));
+        let path = request.uri().path();
+        if !rights::may_call(&caller.principal.role, path) {
+            let what = match path.contains("BackupService/") {
+                true => "write backups: use a client certificate".to_owned(),
+                false => format!("call {}", shorten(path)),
+            };
+            let text = format!("{} may not {what}", caller.principal);
+            return Err(status(ErrorReason::NotAllowed, text));
+        }
+        let is_forwarded = caller.forwarded.is_some();
+        let end = is_forwarded.then(|| self.identity.revocations().end_of(&caller.principal));
+        request.extensions_mut().insert(caller);
         match request.headers().get(metadata::SERVER) {
             Some(wanted) if wanted.as_bytes() != self.server.as_str().as_bytes() => {
                 let wanted = String::from_utf8_lossy(wanted.as_bytes()).into_owned();
                 let text = format!("this call is for server {wanted:?}, this is {}", self.server);
                 Err(status(ErrorReason::WrongServer, text))
             }
-            _ => Ok(()),
+            _ => Ok(end),
         }
     }
 
@@ -132,7 +214,7 @@ impl<S> Gate<S> {
         let text =
             |name| request.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
         let caller = request.extensions().get::<Caller>();
-        let own = caller.and_then(|caller| caller.0.machine()).map(ToString::to_string);
+        let own = caller.and_then(|caller| caller.principal.machine()).map(ToString::to_string);
         if let Some(machine) = own.as_deref().or_else(|| text(metadata::MACHINE)) {
             trace::note("machine", machine);
         }
@@ -141,7 +223,29 @@ impl<S> Gate<S> {
         }
     }
 
-    fn forwarded(&self, value: &HeaderValue) -> Result<Principal, Status> {
+    /// The caller that `janus` speaks for.
+    fn forwarded(
+        &self,
+        janus: &Principal,
+        value: &HeaderValue,
+        proof: Option<HeaderValue>,
+    ) -> Result<Caller, Status> {
+        let principal = self.forwarded_principal(value)?;
+        let users = &janus.limits.users;
+        let is_one_of_them = |user: &str| users.iter().any(|allowed| allowed.as_str() == user);
+        if !users.is_empty() && !principal.machine().is_some_and(|m| is_one_of_them(m.user())) {
+            let text = format!(
+                "{janus} speaks for machines of {} only, not for {principal}",
+                users.join(", ")
+            );
+            return Err(status(ErrorReason::NotAllowed, text));
+        }
+        let is_proof_needed = self.require_proof.needs(&principal);
+        let forwarded = Some(Forwarded { here: self.server.clone(), is_proof_needed, proof });
+        Ok(Caller { principal: Arc::new(principal), forwarded })
+    }
+
+    fn forwarded_principal(&self, value: &HeaderValue) -> Result<Principal, Status> {
         let refused = |why: String| {
             status(ErrorReason::IdentityMissing, format!("certificate forwarded by janus: {why}"))
         };
@@ -176,7 +280,14 @@ where
         let mut inner = std::mem::replace(&mut self.inner, clone);
         let answer = async move {
             let mut response = match admitted {
-                Ok(()) => inner.call(request.map(Body::new)).await?,
+                Ok(None) => inner.call(request.map(Body::new)).await?,
+                Ok(Some(end)) => {
+                    let answering = inner.call(request.map(Body::new));
+                    match end.run_until_cancelled(answering).await {
+                        Some(answer) => ending(answer?, end),
+                        None => revoked().into_http(),
+                    }
+                }
                 Err(refused) => refused.into_http(),
             };
             response.headers_mut().insert(metadata::SERVER, name);

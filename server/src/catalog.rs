@@ -45,7 +45,7 @@ impl Catalog {
         if !caller.may_read(&key) {
             return Err(status(
                 ErrorReason::NotAllowed,
-                format!("{} may not read machine {key}", caller.0),
+                format!("{} may not read machine {key}", caller.principal),
             ));
         }
         // That nothing is known is no empty list: others would drop what they know of it.
@@ -98,10 +98,10 @@ impl CatalogService for Catalog {
         request: Request<pb::ListMachinesRequest>,
     ) -> Result<Response<pb::ListMachinesResponse>, Status> {
         let caller = Caller::of(&request)?;
-        if matches!(caller.0.role, Role::Janus(_)) {
+        if matches!(caller.principal.role, Role::Janus(_)) {
             return Err(status(
                 ErrorReason::NotAllowed,
-                format!("{} may not list machines", caller.0),
+                format!("{} may not list machines", caller.principal),
             ));
         }
         let request = request.into_inner();

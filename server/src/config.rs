@@ -1,6 +1,7 @@
 //! Settings of `janus-server`, with their defaults.
 
 pub mod archive;
+pub mod enroll;
 pub mod fill;
 pub mod prove;
 pub mod replicate;
@@ -17,10 +18,10 @@ use janus_proto::{
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    archive::Archive, fill::Fill, prove::Prove, replicate::Replicate, retention::Retention,
-    size::Size,
+    archive::Archive, enroll::Enroll, fill::Fill, prove::Prove, replicate::Replicate,
+    retention::Retention, size::Size,
 };
-use crate::image::Format;
+use crate::{caller::RequireProof, image::Format};
 
 /// Settings of one server. Every key is also an environment variable and a flag.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +59,10 @@ pub struct Settings {
     pub scrub_days: u64,
     /// Tables of other servers' snapshots are kept here, read through janus.
     pub mirror_tables: bool,
+    /// Whose calls through a janus need a signature of their own: `as_issued`, `always` or `never`.
+    pub require_proof: RequireProof,
+    /// Machines whose own certificates may not read what was backed up: `USER/MACHINE` or `USER/*`.
+    pub write_only: Vec<String>,
     /// On SIGTERM, calls may go on for this long.
     pub drain_seconds: u64,
     /// Log filter.
@@ -78,6 +83,8 @@ pub struct Settings {
     pub replicate: BTreeMap<String, Replicate>,
     /// Which backups are proven, and how.
     pub prove: Prove,
+    /// Certificates for machines that have a token.
+    pub enroll: Enroll,
     /// Object stores and folders that `janus-server archive` copies runs to, by name.
     pub archive: BTreeMap<String, Archive>,
 }
@@ -101,6 +108,8 @@ impl Default for Settings {
             scrub_mib_per_second: 20,
             scrub_days: 30,
             mirror_tables: true,
+            require_proof: RequireProof::AsIssued,
+            write_only: Vec::new(),
             drain_seconds: 10,
             log: "info".into(),
             log_format: LogFormat::Text,
@@ -111,6 +120,7 @@ impl Default for Settings {
             fill: Fill::default(),
             replicate: BTreeMap::new(),
             prove: Prove::default(),
+            enroll: Enroll::default(),
             archive: BTreeMap::new(),
         }
     }
@@ -137,6 +147,11 @@ pub const KEYS: &[(&str, &str)] = &[
         "mirror_tables",
         "Keep hash tables of other servers' snapshots, for restores while these are away",
     ),
+    (
+        "require_proof",
+        "Calls through a janus that their callers must have signed: as_issued, always or never",
+    ),
+    ("write_only", "Machines that may back up but not restore: USER/MACHINE or USER/*"),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
     ("reserve", "Free space that new backups leave alone: 5 GiB, or 1% of the file system"),
     ("log", "Log filter, such as info or janus_server=debug"),
@@ -202,9 +217,15 @@ impl Settings {
         self.retention.check()?;
         self.fill.check()?;
         self.prove.check()?;
+        self.enroll.check()?;
         self.replicate.iter().try_for_each(|(name, rule)| rule.check(name))?;
-        self.archive.iter().try_for_each(|(name, archive)| archive.check(name))?;
-        match self.janus_urls.iter().chain(&self.urls).find(|url| !url.starts_with("https://")) {
+        replicate::which(&self.write_only)
+            .map_err(|reason| ConfigError::Invalid { key: "write_only", reason })?;
+        self.archive
+            .iter()
+            .try_for_each(|(name, archive)| archive.check(name, &self.image_path))?;
+        let urls = self.janus_urls.iter().chain(&self.urls).chain(&self.enroll.urls);
+        match urls.into_iter().find(|url| !url.starts_with("https://")) {
             Some(url) => invalid("janus_urls", &format!("{url:?} does not begin with https://")),
             None => Ok(()),
         }

@@ -14,7 +14,8 @@ use janus_proto::{
     settings::{Loader, SettingsError},
 };
 use janus_server::{
-    admin, config,
+    admin::{self, revoke},
+    config,
     pki::{self, PkiCommand},
     prove::boot,
     serve::Server,
@@ -33,8 +34,10 @@ fn main() -> ExitCode {
         _ => {}
     }
     let serve = loader().add_flags(Command::new("serve").about("Serve backups and restores"));
-    let pki = PkiCommand::augment_subcommands(Command::new("pki").about("Make certificates"))
-        .subcommand_required(true);
+    let pki = Command::new("pki").about("Make certificates, and refuse them");
+    let pki =
+        with_settings(PkiCommand::augment_subcommands(pki), revoke::Action::augment_subcommands)
+            .subcommand_required(true);
     let command = Command::new("janus-server")
         .about("Backup server of Janus Backup: keeps chains of virtual disks")
         .version(env!("CARGO_PKG_VERSION"))
@@ -49,30 +52,44 @@ fn main() -> ExitCode {
     }
     match matches.subcommand() {
         Some(("serve", matches)) => serve_command(matches),
-        Some(("pki", matches)) => pki_command(matches),
-        Some((_, of_command)) => admin_command(&matches, of_command),
+        Some(("pki", of_pki)) => match of_pki.subcommand() {
+            Some((name, of_command)) if revoke::Action::has_subcommand(name) => {
+                let action = revoke::Action::from_arg_matches(of_pki);
+                admin_command(&matches, of_command, action.ok().map(admin::Command::Revoke))
+            }
+            _ => pki_command(of_pki),
+        },
+        Some((_, of_command)) => admin_command(&matches, of_command, None),
         None => ExitCode::from(USAGE),
     }
 }
 
 /// Adds what is asked of a store. These commands take the settings of `serve`, but their help only shows `--config`.
 fn with_admin_commands(command: Command) -> Command {
+    with_settings(command, |admin| {
+        admin::offline::Command::augment_subcommands(admin::Command::augment_subcommands(admin))
+    })
+}
+
+fn with_settings(command: Command, augment: impl FnOnce(Command) -> Command) -> Command {
     let json = Arg::new("json")
         .long("json")
         .action(ArgAction::SetTrue)
         .global(true)
         .help("Print one JSON object on stdout");
     let settings = loader().add_flags(Command::new("settings"));
-    let admin = admin::Command::augment_subcommands(Command::new("admin"));
-    let admin = admin::offline::Command::augment_subcommands(admin);
-    admin.get_subcommands().fold(command, |command, one| {
+    augment(Command::new("admin")).get_subcommands().fold(command, |command, one| {
         let hidden = |arg: &Arg| arg.clone().global(true).hide(arg.get_id() != "config");
         command.subcommand(one.clone().arg(&json).args(settings.get_arguments().map(hidden)))
     })
 }
 
 /// Has a command done by the server that runs, or does it here.
-fn admin_command(matches: &ArgMatches, of_command: &ArgMatches) -> ExitCode {
+fn admin_command(
+    matches: &ArgMatches,
+    of_command: &ArgMatches,
+    known: Option<admin::Command>,
+) -> ExitCode {
     let is_json = of_command.get_flag("json");
     let failed = |error: String, code: u8| {
         if is_json {
@@ -93,7 +110,9 @@ fn admin_command(matches: &ArgMatches, of_command: &ArgMatches) -> ExitCode {
     };
     let progress = |line| eprintln!("{line}");
     let is_offline = matches.subcommand_name().is_some_and(admin::offline::Command::has_subcommand);
-    let answer = if is_offline {
+    let answer = if let Some(command) = known {
+        Ok(admin::ask::ask(&settings.server, command, &progress))
+    } else if is_offline {
         let command = admin::offline::Command::from_arg_matches(matches);
         command.map(|command| admin::offline::run(&settings.server, &command, &progress))
     } else {
@@ -153,6 +172,7 @@ fn loader() -> Loader<Settings> {
         .describe_section("retention", config::retention::KEYS)
         .describe_section("fill", config::fill::KEYS)
         .describe_section("prove", config::prove::KEYS)
+        .describe_section("enroll", config::enroll::KEYS)
         .describe_section("janus", janus::config::KEYS)
 }
 

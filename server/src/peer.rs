@@ -3,15 +3,18 @@
 use std::time::Duration;
 
 use janus_proto::{
-    channel::{self, ConnectOptions, Dialer, Expect, explain},
+    channel::{self, ConnectOptions, Dialer, Expect, add_proof, explain},
     error,
     ids::{MachineKey, ServerId},
     metadata,
     model::MAX_MESSAGE_BYTES,
     pb::{
         self, ErrorReason, catalog_service_client::CatalogServiceClient,
-        restore_service_client::RestoreServiceClient, table_service_client::TableServiceClient,
+        restore_service_client::RestoreServiceClient,
+        server_info_service_client::ServerInfoServiceClient,
+        table_service_client::TableServiceClient,
     },
+    proof::Statement,
     tls::Role,
 };
 use tokio::time::timeout;
@@ -26,8 +29,9 @@ const MAX_PAGES: usize = 10_000;
 const PAGE: u32 = 250;
 
 /// A janus that leads to the other servers, or one of them.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Peers {
+    dialer: Dialer,
     pub(crate) url: String,
     pub(crate) role: Role,
     channel: Channel,
@@ -45,7 +49,7 @@ pub(crate) async fn connect(
         match channel::connect_through(url, dialer.clone(), options).await {
             Ok(connection) => {
                 let (channel, role) = (connection.channel, connection.peer.role);
-                return Ok(Peers { url: url.clone(), role, channel });
+                return Ok(Peers { dialer: dialer.clone(), url: url.clone(), role, channel });
             }
             Err(error) => reason = error.to_string(),
         }
@@ -117,6 +121,27 @@ pub(crate) async fn unless_silent<T>(
 }
 
 impl Peers {
+    /// What a janus knows of its servers.
+    pub(crate) async fn router_status(&self) -> Result<pb::GetRouterStatusResponse, Status> {
+        let mut request = request(pb::GetRouterStatusRequest {}, None);
+        request.set_timeout(QUICK);
+        let mut client = ServerInfoServiceClient::new(self.channel.clone());
+        Ok(client.get_router_status(request).await?.into_inner())
+    }
+
+    /// Opens a snapshot of `server`, in this server's own name.
+    pub(crate) async fn open_snapshot(
+        &self,
+        message: pb::OpenSnapshotRequest,
+        server: &ServerId,
+    ) -> Result<pb::OpenSnapshotResponse, Status> {
+        let statement = Statement::open(&message);
+        let mut request = request(message, Some(server));
+        request.set_timeout(QUICK);
+        add_proof(&mut request, &*self.dialer, &statement, Some(server));
+        Ok(self.restore().open_snapshot(request).await?.into_inner())
+    }
+
     fn catalog(&self) -> CatalogServiceClient<Channel> {
         CatalogServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }

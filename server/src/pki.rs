@@ -4,10 +4,12 @@
 //! repeated command leaves what stood there. Private keys are readable by their owner only. The CA's key stays on one
 //! host; who has it can make a certificate for every role.
 
+mod authority;
+mod rotation;
+
 use std::{
     fs,
     io::{self, Write},
-    net::IpAddr,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::Duration,
@@ -17,19 +19,16 @@ use clap::{Args, Subcommand, ValueEnum};
 use janus_proto::{
     error::WireError,
     ids::{MachineKey, ServerId, check_name},
-    tls::{Role, TlsError, ca_group},
+    tls::{Role, TlsError},
 };
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType, SerialNumber,
-};
-use time::OffsetDateTime;
+use rcgen::{BasicConstraints, IsCa, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256};
+
+pub use self::authority::{Authority, Wanted};
+use self::{authority::params, rotation::CaCommand};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// Validity of a CA: ten years.
 const CA_VALID: Duration = Duration::from_secs(3650 * 24 * 60 * 60);
-/// Certificates start this long before now, so that hosts whose clocks are a little late accept them at once.
-const CLOCK_SLACK: Duration = Duration::from_secs(60 * 60);
 const KEY_MODE: u32 = 0o600;
 const PUBLIC_MODE: u32 = 0o644;
 
@@ -81,6 +80,18 @@ pub enum PkiError {
     /// The validity asked for is longer than calendars go.
     #[error("--days or --hours is too large")]
     Validity,
+    /// The step isn't due.
+    #[error("{reason}")]
+    Rotation {
+        /// Why not.
+        reason: &'static str,
+    },
+    /// No certificate where one must be.
+    #[error("ca.pem can't be used: {reason}")]
+    Bundle {
+        /// What is wrong.
+        reason: String,
+    },
     /// The cryptography failed, or the CA's key is not one.
     #[error("can't make the certificate: {0}")]
     Crypto(#[from] rcgen::Error),
@@ -98,6 +109,9 @@ pub enum PkiCommand {
         #[arg(long)]
         group: String,
     },
+    /// Give the group a new authority, step by step
+    #[command(subcommand)]
+    Ca(CaCommand),
     /// Issue one certificate: cert.pem, key.pem and a copy of ca.pem.
     Issue(IssueArgs),
 }
@@ -128,6 +142,16 @@ pub struct IssueArgs {
     /// Validity in hours, instead of days.
     #[arg(long, conflicts_with = "days", value_parser = clap::value_parser!(u32).range(1..))]
     pub hours: Option<u32>,
+    /// Calls that act for it through a janus must be signed with its key; certificates of operators and of
+    /// restores ask for that by themselves.
+    #[arg(long, conflicts_with = "no_proof")]
+    pub proof: bool,
+    /// They needn't: for programs of others, which don't sign.
+    #[arg(long)]
+    pub no_proof: bool,
+    /// A janus speaks for machines of this user only; once for each.
+    #[arg(long, value_name = "USER")]
+    pub only_user: Vec<String>,
     /// Folder to write to; it is made if needed.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -166,6 +190,21 @@ impl IssueArgs {
         self.hours.map_or(DAY * days, |hours| DAY / 24 * hours)
     }
 
+    fn wanted(&self) -> Result<Wanted, PkiError> {
+        let mut wanted = Wanted::new(self.principal()?, self.host.clone(), self.valid());
+        wanted.limits.proof = (wanted.limits.proof || self.proof) && !self.no_proof;
+        let is_limited = !self.only_user.is_empty();
+        if is_limited && self.role != IssueRole::Janus {
+            let reason = "takes no --only-user: it speaks for itself";
+            return Err(PkiError::Flags { role: self.role.as_str(), reason });
+        }
+        for user in &self.only_user {
+            check_name("user", user)?;
+        }
+        wanted.limits.users.clone_from(&self.only_user);
+        Ok(wanted)
+    }
+
     fn principal(&self) -> Result<Role, PkiError> {
         let flags = |reason| PkiError::Flags { role: self.role.as_str(), reason };
         if matches!(self.role, IssueRole::Client | IssueRole::Restore) {
@@ -202,10 +241,11 @@ pub fn run(command: PkiCommand) -> Result<(), PkiError> {
             init(&out, &group)?;
             after_init(&out, &group)
         }
+        PkiCommand::Ca(command) => rotation::run(&command)?,
         PkiCommand::Issue(args) => {
-            let role = args.principal()?;
-            issue(&args.ca, &role, &args.host, args.valid(), &args.out)?;
-            after_issue(&role, &args.out)
+            let wanted = args.wanted()?;
+            issue(&args.ca, &wanted, &args.out)?;
+            after_issue(&wanted.role, &args.out)
         }
     };
     // A closed pipe is no reason to fail: the files are written.
@@ -219,109 +259,37 @@ pub fn run(command: PkiCommand) -> Result<(), PkiError> {
 /// When one of them exists or can't be written.
 pub fn init(out: &Path, group: &str) -> Result<(), PkiError> {
     check_name("group", group)?;
+    let (cert, key) = new_authority(group)?;
+    make_folder(out)?;
+    let (key_path, cert_path) = (out.join("ca.key"), out.join("ca.pem"));
+    refuse_existing(&[&key_path, &cert_path])?;
+    write_new(&key_path, &key, KEY_MODE)?;
+    write_new(&cert_path, &cert, PUBLIC_MODE)
+}
+
+/// A certificate that signs others, and its key, both PEM.
+fn new_authority(group: &str) -> Result<(String, String), PkiError> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let mut params = params(group, CA_VALID)?;
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    let cert = params.self_signed(&key)?;
-    make_folder(out)?;
-    let (key_path, cert_path) = (out.join("ca.key"), out.join("ca.pem"));
-    refuse_existing(&[&key_path, &cert_path])?;
-    write_new(&key_path, &key.serialize_pem(), KEY_MODE)?;
-    write_new(&cert_path, &cert.pem(), PUBLIC_MODE)
+    Ok((params.self_signed(&key)?.pem(), key.serialize_pem()))
 }
 
-/// Issues a certificate for `role` by the CA in folder `ca`, from now for `valid`: `cert.pem`, `key.pem` and `ca.pem` in `out`.
+/// Issues a certificate by the CA in folder `ca`: `cert.pem`, `key.pem` and `ca.pem` in `out`.
 ///
 /// # Errors
 /// When the CA can't be read, a host is not a name, a server or janus has no host, or a file exists.
-pub fn issue(
-    ca: &Path,
-    role: &Role,
-    hosts: &[String],
-    valid: Duration,
-    out: &Path,
-) -> Result<(), PkiError> {
-    let ca_path = ca.join("ca.pem");
-    let group = ca_group(&ca_path)?;
-    let ca_pem = read(&ca_path)?;
-    let issuer = Issuer::from_ca_cert_pem(&ca_pem, KeyPair::from_pem(&read(&ca.join("ca.key"))?)?)?;
+pub fn issue(ca: &Path, wanted: &Wanted, out: &Path) -> Result<(), PkiError> {
+    let authority = Authority::open(ca)?;
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-    let cert = leaf(&group, role, hosts, valid)?.signed_by(&key, &issuer)?;
+    let cert = authority.certify(wanted, &key)?;
     make_folder(out)?;
     let (key_path, cert_path) = (out.join("key.pem"), out.join("cert.pem"));
     refuse_existing(&[&key_path, &cert_path])?;
-    copy_ca(&ca_pem, &out.join("ca.pem"))?;
+    copy_ca(authority.bundle(), &out.join("ca.pem"))?;
     write_new(&key_path, &key.serialize_pem(), KEY_MODE)?;
-    write_new(&cert_path, &cert.pem(), PUBLIC_MODE)
-}
-
-fn leaf(
-    group: &str,
-    role: &Role,
-    hosts: &[String],
-    valid: Duration,
-) -> Result<CertificateParams, PkiError> {
-    let (uri, name, serves) = match role {
-        Role::Server(id) => (format!("server/{id}"), id.as_str(), true),
-        Role::Janus(id) => (format!("janus/{id}"), id.as_str(), true),
-        Role::Client(key) => (format!("client/{key}"), key.machine(), false),
-        Role::Restore(key) => (format!("restore/{key}"), key.machine(), false),
-        Role::Operator(name) => (format!("operator/{name}"), name.as_str(), false),
-    };
-    let mut params = params(name, valid)?;
-    params.subject_alt_names = host_names(serves, hosts)?;
-    params.subject_alt_names.push(SanType::URI(format!("janus://{group}/{uri}").try_into()?));
-    params.use_authority_key_identifier_extension = true;
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    // Servers and janus also call each other.
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-    if serves {
-        params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
-    }
-    Ok(params)
-}
-
-fn host_names(serves: bool, hosts: &[String]) -> Result<Vec<SanType>, PkiError> {
-    if serves == hosts.is_empty() {
-        let (role, reason) = match serves {
-            true => ("server|janus", "needs --host for each name or address it is called by"),
-            false => ("client|restore|operator", "takes no --host: nobody connects to it"),
-        };
-        return Err(PkiError::Flags { role, reason });
-    }
-    hosts.iter().map(|host| host_name(host)).collect()
-}
-
-fn host_name(host: &str) -> Result<SanType, PkiError> {
-    if let Ok(address) = host.parse::<IpAddr>() {
-        return Ok(SanType::IpAddress(address));
-    }
-    let invalid = || PkiError::Host { host: host.to_string() };
-    let fits = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
-    if host.is_empty() || !host.chars().all(fits) || host.starts_with(['.', '-']) {
-        return Err(invalid());
-    }
-    Ok(SanType::DnsName(host.to_string().try_into().map_err(|_| invalid())?))
-}
-
-fn params(name: &str, valid: Duration) -> Result<CertificateParams, PkiError> {
-    let mut params = CertificateParams::default();
-    let now = OffsetDateTime::now_utc();
-    params.not_before = now - CLOCK_SLACK;
-    params.not_after = time::Duration::try_from(valid)
-        .ok()
-        .and_then(|valid| now.checked_add(valid))
-        .ok_or(PkiError::Validity)?;
-    params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::OrganizationName, "Janus Backup");
-    params.distinguished_name.push(DnType::CommonName, name);
-    params.serial_number = Some(SerialNumber::from_slice(&uuid::Uuid::new_v4().as_bytes()[..]));
-    Ok(params)
-}
-
-fn read(path: &Path) -> Result<String, PkiError> {
-    fs::read_to_string(path).map_err(|source| PkiError::Read { path: path.into(), source })
+    write_new(&cert_path, &cert, PUBLIC_MODE)
 }
 
 fn make_folder(path: &Path) -> Result<(), PkiError> {
@@ -342,6 +310,14 @@ fn copy_ca(pem: &str, path: &Path) -> Result<(), PkiError> {
         Ok(there) if there == pem => Ok(()),
         _ => write_new(path, pem, PUBLIC_MODE),
     }
+}
+
+/// Replaces a file by one that is whole.
+fn replace(path: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
+    let new = path.with_extension("new");
+    let _ = fs::remove_file(&new);
+    write_new(&new, text, mode)?;
+    fs::rename(&new, path).map_err(|source| PkiError::Write { path: path.into(), source })
 }
 
 fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
@@ -416,7 +392,7 @@ mod tests {
             } else {
                 vec![]
             };
-            issue(&ca, &role, &hosts, DAY, &out).unwrap();
+            issue(&ca, &Wanted::new(role.clone(), hosts, DAY), &out).unwrap();
             let identity = load(&out).unwrap();
             assert_eq!(identity.principal().role, role);
             assert_eq!(&*identity.principal().group, "home");
@@ -427,16 +403,13 @@ mod tests {
     fn keys_are_private_and_nothing_is_overwritten() {
         let (folder, ca) = group("home");
         let out = folder.path().join("a");
-        let role = Role::Server("a".parse().unwrap());
-        issue(&ca, &role, &["a".into()], DAY, &out).unwrap();
+        let wanted = Wanted::new(Role::Server("a".parse().unwrap()), vec!["a".into()], DAY);
+        issue(&ca, &wanted, &out).unwrap();
         for key in [ca.join("ca.key"), out.join("key.pem")] {
             assert_eq!(key.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{key:?}");
         }
         let before = fs::read(out.join("key.pem")).unwrap();
-        assert!(matches!(
-            issue(&ca, &role, &["a".into()], DAY, &out),
-            Err(PkiError::Exists { .. })
-        ));
+        assert!(matches!(issue(&ca, &wanted, &out), Err(PkiError::Exists { .. })));
         assert!(matches!(init(&ca, "home"), Err(PkiError::Exists { .. })));
         assert_eq!(fs::read(out.join("key.pem")).unwrap(), before);
         load(&out).unwrap();
@@ -446,11 +419,11 @@ mod tests {
     fn an_expired_certificate_a_foreign_key_and_a_foreign_ca_are_each_named() {
         let (folder, ca) = group("home");
         let (_other_folder, other_ca) = group("home");
-        let role = Role::Operator("o".into());
+        let operator = |valid| Wanted::new(Role::Operator("o".into()), Vec::new(), valid);
         let dir = |name: &str| folder.path().join(name);
-        issue(&ca, &role, &[], Duration::ZERO, &dir("old")).unwrap();
-        issue(&ca, &role, &[], DAY, &dir("a")).unwrap();
-        issue(&ca, &role, &[], DAY, &dir("b")).unwrap();
+        issue(&ca, &operator(Duration::ZERO), &dir("old")).unwrap();
+        issue(&ca, &operator(DAY), &dir("a")).unwrap();
+        issue(&ca, &operator(DAY), &dir("b")).unwrap();
         std::thread::sleep(Duration::from_millis(1100));
         assert!(matches!(load(&dir("old")), Err(TlsError::Expired { .. })));
         let (cert, key, root) =
@@ -481,8 +454,9 @@ mod tests {
     #[test]
     fn a_role_asks_for_its_own_flags() {
         let (folder, ca) = group("home");
-        let issue =
-            |role: Role, hosts: &[String]| issue(&ca, &role, hosts, DAY, &folder.path().join("x"));
+        let issue = |role: Role, hosts: &[String]| {
+            issue(&ca, &Wanted::new(role, hosts.to_vec(), DAY), &folder.path().join("x"))
+        };
         let server = Role::Server("a".parse().unwrap());
         assert!(matches!(issue(server.clone(), &[]), Err(PkiError::Flags { .. })));
         assert!(matches!(

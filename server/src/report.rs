@@ -8,6 +8,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use janus_proto::{
     channel::{self, ConnectOptions, Dialer, Expect, explain},
     pb::{self, report_request::Event, report_service_client::ReportServiceClient},
+    revoked::Revocation,
     tls::Identity,
 };
 use tokio::{
@@ -21,12 +22,14 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     chain::Held,
     prove::record::Standing,
+    revoked::Revoked,
     runs::{Change, Machine, Runs},
 };
 
 const QUEUE: usize = 16;
 /// Snapshots in one message of a full state: far below the message limit.
 const SNAPSHOTS_A_MESSAGE: usize = 500;
+const REVOCATIONS_A_MESSAGE: usize = 1000;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// A janus that takes nothing for so long is given up and connected again.
@@ -43,6 +46,8 @@ pub struct Reporter {
     pub server: String,
     /// Its certificate.
     pub identity: Identity,
+    /// What it doesn't believe any more.
+    pub revoked: Arc<Revoked>,
     /// Its URLs.
     pub urls: Vec<String>,
     /// Settings that all servers should share.
@@ -123,7 +128,7 @@ impl Reporter {
             tracing::info!(janus = url, "reporting");
             loop {
                 match answers.message().await {
-                    Ok(Some(_)) => {}
+                    Ok(Some(answer)) => self.learn(url, answer.revocations).await,
                     Ok(None) => return "janus ended the stream".to_owned(),
                     Err(status) => return explain(&status),
                 }
@@ -134,6 +139,27 @@ impl Reporter {
             why = feed => why,
             why = read => why,
         }
+    }
+
+    /// Takes in what other servers have revoked.
+    async fn learn(&self, url: &str, revocations: Vec<pb::Revocation>) {
+        if revocations.is_empty() {
+            return;
+        }
+        let (revoked, from) = (self.revoked.clone(), url.to_owned());
+        let merged = crate::blocking(move || revoked.merge(&from, &revocations)).await;
+        if let Ok(Err(error)) = merged {
+            // It comes again with the next stream.
+            tracing::error!(janus = url, %error, "revocations of other servers can't be kept");
+        }
+    }
+
+    fn revocations(&self) -> Vec<Event> {
+        let all = self.revoked.known().all();
+        let some = all.chunks(REVOCATIONS_A_MESSAGE);
+        some.map(|some| some.iter().map(Revocation::to_wire).collect())
+            .map(|revocations| Event::Revocations(pb::Revocations { revocations }))
+            .collect()
     }
 
     /// Feeds the stream; says why it stopped.
@@ -149,6 +175,8 @@ impl Reporter {
         let mut opening = vec![Event::Hello(self.hello(number, told.clone()))];
         opening.extend(self.full_state().into_iter().map(Event::Full));
         opening.push(Event::FullEnd(pb::FullEnd {}));
+        let mut revoked = self.revoked.known().changes();
+        opening.extend(self.revocations());
         for event in opening {
             if let Err(why) = push(&send, &mut sequence, event).await {
                 return why;
@@ -157,6 +185,16 @@ impl Reporter {
         loop {
             let event = tokio::select! {
                 biased;
+                Ok(()) = revoked.changed() => {
+                    for event in self.revocations() {
+                        if let Err(why) = push(&send, &mut sequence, event).await {
+                            return why;
+                        }
+                    }
+                    // With the digest of what is known now.
+                    told = self.vitals().await;
+                    Event::Heartbeat(pb::Heartbeat { vitals: Some(told.clone()) })
+                }
                 vitals = self.worth_telling(&told, due) => {
                     told = vitals.clone();
                     due = Instant::now() + self.refresh;
@@ -198,7 +236,8 @@ impl Reporter {
             (0, 0)
         });
         let certificate_expires_ms = self.identity.expires().saturating_mul(1000);
-        pb::Vitals { free_bytes, total_bytes, certificate_expires_ms, warnings }
+        let revocations_digest = self.revoked.known().digest();
+        pb::Vitals { free_bytes, total_bytes, certificate_expires_ms, warnings, revocations_digest }
     }
 
     fn hello(&self, stream: u64, vitals: pb::Vitals) -> pb::ReportHello {

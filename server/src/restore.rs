@@ -17,6 +17,8 @@ use janus_proto::{
         segment_count,
     },
     pb::{self, read_hashes_request::Of, restore_service_server::RestoreService},
+    proof::Statement,
+    tls::Role,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -35,6 +37,7 @@ use crate::{
     },
     mirror::{Mirror, MirrorError, OpenedTable, record::Description},
     runs::{RunError, Runs},
+    seed::Which,
     session::Session,
 };
 
@@ -167,13 +170,20 @@ pub struct Restore {
     runs: Arc<Runs>,
     mirror: Arc<Mirror>,
     server: String,
+    /// Machines that don't read what they wrote.
+    write_only: Vec<Which>,
     handles: Mutex<HashMap<HandleId, Handle>>,
 }
 
 impl Restore {
     /// A service over the runs and the mirror of the server of this name.
     pub fn new(runs: Arc<Runs>, mirror: Arc<Mirror>, server: String) -> Self {
-        Self { runs, mirror, server, handles: Mutex::default() }
+        Self { runs, mirror, server, write_only: Vec::new(), handles: Mutex::default() }
+    }
+
+    /// The same, and these machines don't read what they wrote.
+    pub fn with_write_only(self, write_only: Vec<Which>) -> Self {
+        Self { write_only, ..self }
     }
 
     /// Closes handles that nobody has used for their lease: what they have open can't be purged.
@@ -231,6 +241,19 @@ impl Restore {
         Ok(Response::new(self.answer(Opened::Table(Arc::new(opened)), snapshot)?))
     }
 
+    /// That this isn't a machine which only writes. Hashes it reads all the same: its backups compare them.
+    fn may_read_blocks(&self, caller: &Caller) -> Result<(), Status> {
+        let Role::Client(machine) = &caller.principal.role else { return Ok(()) };
+        if !self.write_only.iter().any(|which| which.takes(machine)) {
+            return Ok(());
+        }
+        let text = format!(
+            "machine {machine} may only write (setting write_only of server {}): restore it as an operator, or with a certificate of `janus-server pki issue restore`",
+            self.server
+        );
+        Err(status(ErrorReason::NotAllowed, text))
+    }
+
     fn content(
         &self,
         of: Option<Of>,
@@ -259,7 +282,9 @@ impl RestoreService for Restore {
         request: Request<pb::OpenSnapshotRequest>,
     ) -> Result<Response<pb::OpenSnapshotResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let pb::OpenSnapshotRequest { snapshot_id, table } = request.into_inner();
+        let request = request.into_inner();
+        caller.has_proven(&Statement::open(&request))?;
+        let pb::OpenSnapshotRequest { snapshot_id, table } = request;
         let id: SnapshotId = snapshot_id.parse()?;
         let unknown = || RestoreError::UnknownSnapshot { id, server: self.server.clone() };
         let held = self.runs.snapshot(id);
@@ -325,6 +350,7 @@ impl RestoreService for Restore {
         request: Request<pb::ReadBlocksRequest>,
     ) -> Result<Response<Self::ReadBlocksStream>, Status> {
         let caller = Caller::of(&request)?;
+        self.may_read_blocks(&caller)?;
         let request = request.into_inner();
         let opened = match self.opened(&request.handle, &caller)? {
             Opened::Snapshot(opened) => opened,

@@ -35,7 +35,8 @@ use crate::{
     caller::Gate,
     catalog::Catalog,
     chain::store::{MachineState, Store, StoreError},
-    config::{Settings, Size},
+    config::{self, Settings, Size},
+    enroll::Enrollment,
     fill::Filler,
     info::Info,
     mirror::{self, Mirror},
@@ -45,6 +46,7 @@ use crate::{
     report::Reporter,
     restore::{HANDLE_LEASE, Restore},
     retention,
+    revoked::Revoked,
     runs::{self, Runs},
     space::{self, Space},
     storage,
@@ -99,10 +101,12 @@ pub struct Server {
     identity: Identity,
     id: ServerId,
     runs: Arc<Runs>,
+    revoked: Arc<Revoked>,
     mirror: Arc<Mirror>,
     door: Door,
     dialer: Dialer,
     plain_health: Option<TcpListener>,
+    enroll: Option<TcpListener>,
     admin: Option<AdminSocket>,
     janus_urls: watch::Sender<Vec<String>>,
 }
@@ -154,10 +158,8 @@ impl Server {
         let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
         name(&identity)?;
         let listener = bind("listen", &settings.listen).await?;
-        let plain_health = match settings.health_listen.as_str() {
-            "" => None,
-            address => Some(bind("health_listen", address).await?),
-        };
+        let plain_health = bind_unless_empty("health_listen", &settings.health_listen).await?;
+        let enroll = bind_unless_empty("enroll.listen", &settings.enroll.listen).await?;
         let stored = settings.clone();
         let opened = tokio::task::spawn_blocking(move || open_store(&stored)).await;
         let store = opened.map_err(|error| ServeError::Wiring(error.to_string()))??;
@@ -165,7 +167,7 @@ impl Server {
             (Door::Tls(listener, identity.clone()), Arc::new(identity.clone()) as Dialer);
         let server = Self::over(store, settings, identity, door, dialer)?;
         let admin = bind_admin(&server.settings.image_path);
-        Ok(Self { plain_health, admin, ..server })
+        Ok(Self { plain_health, enroll, admin, ..server })
     }
 
     /// A server whose connections come through `door` and are made by `dialer`. Opens the store, which blocks.
@@ -193,19 +195,22 @@ impl Server {
             .with_new_chains(settings.new_chains())
             .with_limits(runs::Limits::of(&settings));
         let runs = Arc::new(runs);
+        let revoked = Arc::new(Revoked::open(runs.store(), identity.clone())?);
         runs.look_for_missing();
         let mirror = Arc::new(Mirror::new(runs.clone(), space::reserve(&settings)));
         let janus_urls = watch::Sender::new(settings.janus_urls.clone());
-        let (plain_health, admin) = (None, None);
+        let (plain_health, enroll, admin) = (None, None, None);
         Ok(Self {
             settings,
             identity,
             id,
             runs,
+            revoked,
             mirror,
             door,
             dialer,
             plain_health,
+            enroll,
             admin,
             janus_urls,
         })
@@ -234,7 +239,7 @@ impl Server {
     ///
     /// # Errors
     /// When the wiring fails.
-    pub async fn run(self, shutdown: CancellationToken) -> Result<(), ServeError> {
+    pub async fn run(mut self, shutdown: CancellationToken) -> Result<(), ServeError> {
         let (health, health_service) = health().await;
         let is_low = watch::Sender::new(is_low(&self.runs, space::reserve(&self.settings)).await);
         set_all(&health, ServingStatus::Serving).await;
@@ -243,7 +248,9 @@ impl Server {
         let here = pb::ServerAddresses { server_id: name.clone(), urls };
         let (runs, mirror) = (self.runs.clone(), self.mirror.clone());
         let tables = Tables::new(runs.clone(), mirror.clone(), name.clone());
-        let restore = Arc::new(Restore::new(runs, mirror, name.clone()));
+        let write_only = config::replicate::which(&self.settings.write_only).map_err(wiring)?;
+        let restore = Restore::new(runs, mirror, name.clone()).with_write_only(write_only);
+        let restore = Arc::new(restore);
         let plain = Routes::new(health_service.clone());
         let routes = Routes::new(health_service)
             .add_service(
@@ -270,12 +277,24 @@ impl Server {
             .add_service(reflection().build_v1().map_err(wiring)?)
             .add_service(reflection().build_v1alpha().map_err(wiring)?)
             .prepare();
-        let gate = Gate::new(routes, self.identity.clone(), self.id.clone()).map_err(wiring)?;
-        let admin = Arc::new(Admin::new(self.runs.clone(), self.settings.clone()));
+        let require_proof = self.settings.require_proof;
+        let gate = Gate::new(routes, self.identity.clone(), self.id.clone(), require_proof)
+            .map_err(wiring)?;
+        let admin = Arc::new(
+            Admin::new(self.runs.clone(), self.settings.clone()).with_revoked(self.revoked.clone()),
+        );
         let mut tasks = self.tasks(&shutdown);
         for (name, rule) in &self.settings.replicate {
             let follow = self.replication().follow(name, rule, shutdown.clone());
             tasks.spawn(follow.map_err(wiring)?);
+        }
+        if let Some(listener) = self.enroll.take() {
+            let config::Enroll { ca, urls, .. } = self.settings.enroll.clone();
+            let found = [urls, self.settings.janus_urls.clone(), self.settings.urls.clone()];
+            let urls = found.into_iter().find(|urls| !urls.is_empty()).unwrap_or_default();
+            let valid = self.settings.enroll.valid();
+            let enrollment = Enrollment::new(admin.tokens().clone(), ca, valid, urls);
+            tasks.spawn(enrollment.serve(listener, self.identity.clone(), shutdown.clone()));
         }
         tasks.spawn(self.filler().run(shutdown.clone()));
         tasks.spawn(queue::follow(admin.clone(), shutdown.clone()));
@@ -346,6 +365,7 @@ impl Server {
             runs: self.runs.clone(),
             server: self.id.to_string(),
             identity: self.identity.clone(),
+            revoked: self.revoked.clone(),
             urls: self.settings.urls.clone(),
             settings: pb::SharedSettings {
                 image_path: self.settings.image_path.display().to_string(),
@@ -452,6 +472,16 @@ fn bind_admin(image_path: &Path) -> Option<AdminSocket> {
 async fn bind(key: &'static str, address: &str) -> Result<TcpListener, ServeError> {
     let failed = |source| ServeError::Listen { key, address: address.to_owned(), source };
     TcpListener::bind(address).await.map_err(failed)
+}
+
+async fn bind_unless_empty(
+    key: &'static str,
+    address: &str,
+) -> Result<Option<TcpListener>, ServeError> {
+    match address {
+        "" => Ok(None),
+        address => bind(key, address).await.map(Some),
+    }
 }
 
 fn wiring(error: impl std::fmt::Display) -> ServeError {

@@ -117,7 +117,7 @@ impl TableService for Tables {
             named => named.parse::<MachineKey>()?,
         };
         if !caller.may_read(&machine) {
-            let text = format!("{} may not read machine {machine}", caller.0);
+            let text = format!("{} may not read machine {machine}", caller.principal);
             return Err(status(ErrorReason::NotAllowed, text));
         }
         let request = request.into_inner();

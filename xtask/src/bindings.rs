@@ -7,8 +7,18 @@ use prost::Message;
 
 const SCHEMA: &str = "proto/schema";
 const GENERATED: &str = "proto/src/gen";
-const FILES: [&str; 9] =
-    ["types", "backup", "restore", "catalog", "report", "info", "maintenance", "probe", "table"];
+const FILES: [&str; 10] = [
+    "types",
+    "backup",
+    "restore",
+    "catalog",
+    "report",
+    "info",
+    "maintenance",
+    "probe",
+    "table",
+    "enrollment",
+];
 
 /// Arguments of `cargo xtask bindings`.
 #[derive(Debug, clap::Args)]

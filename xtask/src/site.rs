@@ -214,11 +214,24 @@ impl Site {
     pub fn client(&self, machine: &str, disks: &[String]) -> Result<Client> {
         let mut settings =
             self.issue("client", machine, &["--user", USER, "--machine", machine])?;
-        let folder = self.folder.join("clients").join(machine);
+        let folder = self.client_folder(machine);
         settings.set("urls", json!([self.url()]));
         settings.set("cache_path", folder.join("cache").to_string_lossy());
         settings.set("disks", disks);
-        Client::new(self.programs.clone(), folder, settings)
+        self.client_with(machine, settings)
+    }
+
+    /// The folder of a client machine.
+    pub fn client_folder(&self, machine: &str) -> PathBuf {
+        self.folder.join("clients").join(machine)
+    }
+
+    /// A client machine with these settings.
+    ///
+    /// # Errors
+    /// When its folder can't be made.
+    pub fn client_with(&self, machine: &str, settings: Settings) -> Result<Client> {
+        Client::new(self.programs.clone(), self.client_folder(machine), settings)
     }
 
     /// URL that clients use: of janus, or of the first server.

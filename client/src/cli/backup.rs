@@ -6,7 +6,7 @@ use clap::ArgMatches;
 use janus_proto::{
     ids::{MachineKey, ServerId},
     pb::Encoding,
-    show::amount,
+    show::{amount, date},
     tls::Role,
 };
 use serde_json::{Value, json};
@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     backup::{Backup, BackupReport, DiskReport},
+    enroll,
     hooks::Hook,
     nbd::bitmap::Announced,
     packing::{self, Packing, Wish},
@@ -26,6 +27,9 @@ use crate::{
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
 };
+
+/// Longest time that the renewal of a certificate may take.
+const RENEWAL: Duration = Duration::from_secs(20);
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let to = match matches.get_one::<PathBuf>("to-folder") {
@@ -43,6 +47,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         settings.checked_urls()?;
     }
     let specs = settings.disk_specs()?;
+    renew(context).await?;
     // Before any hook: what another backup has frozen is not ours to thaw.
     let state = lock(settings).await?;
     // Nor may anything be frozen while a server boots.
@@ -92,6 +97,29 @@ enum Destination {
     Server(Option<ServerId>),
     /// Into a folder.
     Folder(PathBuf),
+}
+
+/// Renews the certificate where that is due. One that can't be renewed yet is no reason not to back up.
+async fn renew(context: &Context) -> Result<(), Failure> {
+    let (identity, settings) = (context.identity()?, &context.settings);
+    let files = settings.identity_files();
+    let renewing = enroll::renew_if_due(identity, &files, settings.proxies()?);
+    match tokio::time::timeout(RENEWAL, renewing).await {
+        Ok(Ok(None)) => {}
+        Ok(Ok(Some(expires))) => {
+            // Files that were written just now; what can't be read is told at the next start.
+            let reading = identity.clone();
+            let read = tokio::task::spawn_blocking(move || reading.reload()).await;
+            read.map_err(Failure::failed)??;
+            tracing::info!(until = date(expires.saturating_mul(1000)), "certificate renewed");
+        }
+        Ok(Err(error)) => {
+            let until = date(identity.expires().saturating_mul(1000));
+            tracing::warn!(%error, until, "the certificate can't be renewed now");
+        }
+        Err(_) => tracing::warn!("the certificate can't be renewed now: no answer in time"),
+    }
+    Ok(())
 }
 
 /// Makes the snapshots that are needed, and removes them whatever comes of the backup.

@@ -278,11 +278,11 @@ impl Opened {
         };
         let (snapshot_id, table) = (self.snapshot.snapshot_id.clone(), self.is_table);
         let message = OpenSnapshotRequest { snapshot_id, table };
-        let opened = link.restore().open_snapshot(self.address.request(message, Some(QUICK))).await;
+        let opened = link.open_snapshot(&self.address, message).await;
         if opened.is_err() {
             state.at = state.at.wrapping_add(1);
         }
-        let opened = opened.map_err(LinkError::call("opening the snapshot"))?.into_inner();
+        let opened = opened?;
         let lease = Duration::from_secs(opened.lease_seconds.clamp(3, 3600).into());
         let keeping = keep_open(link.clone(), self.address.clone(), opened.handle.clone(), lease);
         let place = Arc::new(Place {

@@ -8,7 +8,7 @@ use janus_proto::pb::{
 use tonic::Status;
 
 use super::{Gate, Run, TransferError, disk::DiskTransfer};
-use crate::link::{COMMIT, LinkError, QUICK, Remedy};
+use crate::link::{LinkError, QUICK, Remedy};
 
 const COMMITTING: &str = "committing the backup";
 const POLL: Duration = Duration::from_millis(500);
@@ -53,8 +53,7 @@ pub async fn commit(
             disks: message_disks.clone(),
             client_seal: Default::default(),
         };
-        let request = run.address().request(message, Some(COMMIT));
-        let error = match run.link.backup().commit_backup(request).await {
+        let error = match run.link.commit_backup(&run.address(), message).await {
             Ok(answer) => return Ok(Committed::Done(answer.into_inner())),
             Err(status) => LinkError::call(COMMITTING)(status),
         };

@@ -18,7 +18,9 @@ use bytes::{Buf, Bytes};
 use futures::future::poll_fn;
 use janus_proto::{
     channel::{ConnectError, ConnectOptions, Dial, Dialing, Stream, Target},
+    ids::ServerId,
     listener::Known,
+    proof::Statement,
     tls::Principal,
 };
 use rand::{Rng, SeedableRng, rngs::SmallRng};
@@ -370,6 +372,10 @@ impl Dial for Dialer {
             let peer = super::site::principal(to);
             Ok((Box::new(end) as Stream, peer))
         })
+    }
+
+    fn prove(&self, statement: &Statement, server: Option<&ServerId>) -> Option<String> {
+        super::site::prove(self.node, statement, server)
     }
 }
 

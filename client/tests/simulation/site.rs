@@ -10,6 +10,7 @@ use janus::{config::Settings as JanusSettings, registry::Registry, serve::Janus}
 use janus_proto::{
     ids::{MachineKey, ServerId},
     listener::Door,
+    proof::Statement,
     tls::{Identity, Principal, Role},
 };
 use janus_server::{config::Settings as ServerSettings, pki, runs::Runs, serve::Server};
@@ -54,7 +55,7 @@ fn identity_of(folder: &Path, node: Node) -> Identity {
         Node::Operator => (Role::Operator("root".into()), Vec::new()),
     };
     let (out, valid) = (folder.join(node.to_string()), Duration::from_secs(30 * 86_400));
-    pki::issue(&folder.join("ca"), &role, &hosts, valid, &out).unwrap();
+    pki::issue(&folder.join("ca"), &pki::Wanted::new(role, hosts, valid), &out).unwrap();
     Identity::load(out.join("cert.pem"), out.join("key.pem"), out.join("ca.pem")).unwrap()
 }
 
@@ -71,6 +72,11 @@ fn identity(node: Node) -> &'static Identity {
 /// Who sits at a node.
 pub fn principal(node: Node) -> Principal {
     identity(node).principal().clone()
+}
+
+/// What it signs.
+pub fn prove(node: Node, statement: &Statement, server: Option<&ServerId>) -> Option<String> {
+    identity(node).prove(statement, server)
 }
 
 pub fn server_id(node: Node) -> ServerId {

@@ -3,12 +3,13 @@
 use std::{path::Path, time::Duration};
 
 use janus_proto::{
-    channel::{self, ConnectOptions},
+    channel::{self, ConnectOptions, add_proof},
     pb::{
         self, backup_service_client::BackupServiceClient,
         catalog_service_client::CatalogServiceClient, restore_service_client::RestoreServiceClient,
         table_service_client::TableServiceClient,
     },
+    proof::Statement,
     tls::Identity,
 };
 use tokio::runtime::Runtime;
@@ -16,6 +17,7 @@ use tonic::{Request, Status, transport::Channel};
 
 pub struct Caller {
     runtime: Runtime,
+    identity: Identity,
     channel: Channel,
 }
 
@@ -26,7 +28,7 @@ impl Caller {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         let connecting = channel::connect(url, &identity, ConnectOptions::default());
         let channel = runtime.block_on(connecting).unwrap().channel;
-        Self { runtime, channel }
+        Self { runtime, identity, channel }
     }
 
     pub fn wait<T>(&self, call: impl Future<Output = T>) -> T {
@@ -82,7 +84,10 @@ impl Caller {
     /// A handle on a snapshot, or on its table.
     pub fn open(&self, server: &str, snapshot: &str, table: bool) -> Result<String, Status> {
         let message = pb::OpenSnapshotRequest { snapshot_id: snapshot.to_owned(), table };
-        let answer = self.wait(self.restore().open_snapshot(pinned(server, message)))?;
+        let statement = Statement::open(&message);
+        let mut request = pinned(server, message);
+        add_proof(&mut request, &self.identity, &statement, Some(&server.parse().unwrap()));
+        let answer = self.wait(self.restore().open_snapshot(request))?;
         Ok(answer.into_inner().handle)
     }
 }

@@ -134,7 +134,12 @@ mod tests {
     use super::*;
 
     fn principal(role: Role) -> Arc<Principal> {
-        Arc::new(Principal { group: "home".into(), role, der: Bytes::from_static(b"certificate") })
+        Arc::new(Principal {
+            group: "home".into(),
+            role,
+            limits: Default::default(),
+            der: Bytes::from_static(b"certificate"),
+        })
     }
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {

@@ -1,8 +1,11 @@
 //! One connection: name, TCP, TLS, role of the peer, first bytes.
 
-use std::{fmt, io, net::SocketAddr, time::Duration};
+use std::{fmt, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use rustls::pki_types::ServerName;
+use rustls::{
+    ClientConfig,
+    pki_types::{CertificateDer, ServerName},
+};
 use tokio::{
     io::AsyncBufReadExt,
     net::TcpStream,
@@ -15,7 +18,7 @@ use super::{
     explain::tls_error,
     race::{HEAD_START, race},
 };
-use crate::tls::{Identity, Principal};
+use crate::tls::{Identity, Principal, TlsError};
 
 /// The connecting end of a TLS connection.
 pub type TlsStream = tokio_rustls::client::TlsStream<TcpStream>;
@@ -124,9 +127,21 @@ pub(super) async fn greet_within(
     options: &ConnectOptions,
     tcp: TcpStream,
 ) -> Result<(TlsStream, Principal), ConnectError> {
+    let named = |shown: Option<&[CertificateDer<'_>]>| identity.peer(shown);
+    secure(target, identity.client_config(), named, options, tcp).await
+}
+
+/// TLS, the role of the peer, by whatever `named` makes of its certificates, and its first bytes.
+pub(super) async fn secure(
+    target: &Target,
+    config: Arc<ClientConfig>,
+    named: impl Fn(Option<&[CertificateDer<'_>]>) -> Result<Principal, TlsError>,
+    options: &ConnectOptions,
+    tcp: TcpStream,
+) -> Result<(TlsStream, Principal), ConnectError> {
     let limit = options.connect_timeout;
     let late = |_| target.timed_out("it accepted the connection and then said nothing", limit);
-    timeout(limit, greet(target, identity, options, tcp)).await.map_err(late)?
+    timeout(limit, greet(target, config, named, options, tcp)).await.map_err(late)?
 }
 
 /// Tries every address of the host, IPv6 and IPv4 by turns, each with a head start over the next one.
@@ -198,7 +213,8 @@ fn tcp_error(target: &Target, error: &io::Error) -> ConnectError {
 
 async fn greet(
     target: &Target,
-    identity: &Identity,
+    config: Arc<ClientConfig>,
+    named: impl Fn(Option<&[CertificateDer<'_>]>) -> Result<Principal, TlsError>,
     options: &ConnectOptions,
     tcp: TcpStream,
 ) -> Result<(TlsStream, Principal), ConnectError> {
@@ -206,10 +222,11 @@ async fn greet(
         url: target.to_string(),
         reason: "the host is neither a DNS name nor an address".into(),
     })?;
-    let connector = TlsConnector::from(identity.client_config());
+    let connector = TlsConnector::from(config);
     let mut stream =
         connector.connect(name, tcp).await.map_err(|error| tls_error(target, &error))?;
-    let peer = check_peer(target, identity, options, &stream)?;
+    let peer = named(stream.get_ref().1.peer_certificates());
+    let peer = check_peer(target, options, peer)?;
     match stream.fill_buf().await {
         Ok([]) => Err(target.closed("it closed the connection after the TLS handshake".into())),
         Ok(_) => Ok((stream, peer)),
@@ -219,14 +236,11 @@ async fn greet(
 
 fn check_peer(
     target: &Target,
-    identity: &Identity,
     options: &ConnectOptions,
-    stream: &TlsStream,
+    peer: Result<Principal, TlsError>,
 ) -> Result<Principal, ConnectError> {
     let wrong = |reason: String| ConnectError::WrongPeer { target: target.to_string(), reason };
-    let peer = identity
-        .peer(stream.get_ref().1.peer_certificates())
-        .map_err(|error| wrong(error.to_string()))?;
+    let peer = peer.map_err(|error| wrong(error.to_string()))?;
     if options.expect.admits(&peer.role) {
         return Ok(peer);
     }

@@ -1,11 +1,23 @@
 //! The one place where connections are made, so that a whole-system simulation can put a network in memory there.
 
-use std::{pin::Pin, sync::Arc};
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_util::sync::WaitForCancellationFutureOwned;
+use tonic::metadata::MetadataValue;
 
 use super::{ConnectError, ConnectOptions, Target, connect_tls};
-use crate::tls::{Identity, Principal};
+use crate::{
+    ids::ServerId,
+    metadata,
+    proof::Statement,
+    tls::{Identity, Principal},
+};
 
 /// What HTTP/2 needs of a connection.
 pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -23,6 +35,9 @@ pub type Dialing<'a> =
 pub trait Dial: Send + Sync {
     /// Connects, and returns when the peer has proved its role and has sent its first bytes.
     fn dial<'a>(&'a self, target: &'a Target, options: &'a ConnectOptions) -> Dialing<'a>;
+
+    /// The [`janus-proof`](crate::proof) for one call to `server`, or to any; `None`: of who has no key.
+    fn prove(&self, statement: &Statement, server: Option<&ServerId>) -> Option<String>;
 }
 
 /// Shared by all who connect.
@@ -32,7 +47,85 @@ impl Dial for Identity {
     fn dial<'a>(&'a self, target: &'a Target, options: &'a ConnectOptions) -> Dialing<'a> {
         Box::pin(async move {
             let (stream, peer) = connect_tls(target, self, options).await?;
-            Ok((Box::new(stream) as Stream, peer))
+            Ok((until_revoked(stream, self, &peer), peer))
         })
+    }
+
+    fn prove(&self, statement: &Statement, server: Option<&ServerId>) -> Option<String> {
+        Self::prove(self, statement, server)
+    }
+}
+
+/// Adds the [`janus-proof`](crate::proof) that `dialer` can give to a request.
+pub fn add_proof<T>(
+    request: &mut tonic::Request<T>,
+    dialer: &dyn Dial,
+    statement: &Statement,
+    server: Option<&ServerId>,
+) {
+    let proof = dialer.prove(statement, server);
+    // It is ASCII.
+    if let Some(value) = proof.and_then(|proof| MetadataValue::try_from(proof).ok()) {
+        request.metadata_mut().insert(metadata::PROOF, value);
+    }
+}
+
+/// The same connection, which breaks when the certificate of its other end is revoked.
+pub(super) fn until_revoked(
+    stream: impl ByteStream + 'static,
+    identity: &Identity,
+    peer: &Principal,
+) -> Stream {
+    let end = identity.revocations().end_of(peer).cancelled_owned();
+    Box::new(Revocable { stream, end: Box::pin(end) })
+}
+
+struct Revocable<S> {
+    stream: S,
+    end: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+// Who reads always waits for more, so it is woken by the end too.
+impl<S: ByteStream> AsyncRead for Revocable<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.end.as_mut().poll(cx).is_ready() {
+            let error = io::Error::new(io::ErrorKind::ConnectionAborted, "the peer was revoked");
+            return Poll::Ready(Err(error));
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl<S: ByteStream> AsyncWrite for Revocable<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -18,7 +18,7 @@ use super::{
     ConnectError, ConnectOptions, Dial, Dialing, Stream, Target,
     connect::{connect_tcp, greet_within},
 };
-use crate::tls::Identity;
+use crate::{ids::ServerId, proof::Statement, tls::Identity};
 
 /// Why a proxy can't be used. The text doesn't repeat the setting: it may hold a password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -69,6 +69,18 @@ impl Proxies {
         Ok(Self(Some(Arc::new(matcher.build()))))
     }
 
+    /// TCP to `target`, by a proxy where there is one for it.
+    pub(super) async fn connect(
+        &self,
+        target: &Target,
+        limit: Duration,
+    ) -> Result<TcpStream, ConnectError> {
+        match self.of(target) {
+            None => connect_tcp(target, limit).await,
+            Some(proxy) => connect_by(&proxy, target, limit).await,
+        }
+    }
+
     fn of(&self, target: &Target) -> Option<Intercept> {
         let uri: http::Uri = target.to_string().parse().ok()?;
         self.0.as_ref()?.intercept(&uri)
@@ -92,14 +104,14 @@ pub struct Proxied {
 impl Dial for Proxied {
     fn dial<'a>(&'a self, target: &'a Target, options: &'a ConnectOptions) -> Dialing<'a> {
         Box::pin(async move {
-            let limit = options.connect_timeout;
-            let tcp = match self.proxies.of(target) {
-                None => connect_tcp(target, limit).await?,
-                Some(proxy) => connect_by(&proxy, target, limit).await?,
-            };
+            let tcp = self.proxies.connect(target, options.connect_timeout).await?;
             let (stream, peer) = greet_within(target, &self.identity, options, tcp).await?;
             Ok((Box::new(stream) as Stream, peer))
         })
+    }
+
+    fn prove(&self, statement: &Statement, server: Option<&ServerId>) -> Option<String> {
+        self.identity.prove(statement, server)
     }
 }
 

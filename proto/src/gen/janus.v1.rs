@@ -211,6 +211,12 @@ pub enum ErrorReason {
     /// RESOURCE_EXHAUSTED, no quick retry: the backups of the caller's user take what they may on this server; the message
     /// says how much that is. An open session stays open and can be resumed.
     QuotaExceeded = 25,
+    /// PERMISSION_DENIED, no retry: the call came through a janus, and the `janus-proof` that this certificate asks for is
+    /// absent or isn't valid for this call; the message says which.
+    ProofRefused = 26,
+    /// PERMISSION_DENIED, no retry: no such enrolment token, or it has expired or was used; the message says which where the
+    /// caller may know.
+    TokenRefused = 27,
 }
 impl ErrorReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -245,6 +251,8 @@ impl ErrorReason {
             Self::DiskTwice => "ERROR_REASON_DISK_TWICE",
             Self::ServerInUse => "ERROR_REASON_SERVER_IN_USE",
             Self::QuotaExceeded => "ERROR_REASON_QUOTA_EXCEEDED",
+            Self::ProofRefused => "ERROR_REASON_PROOF_REFUSED",
+            Self::TokenRefused => "ERROR_REASON_TOKEN_REFUSED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -276,6 +284,8 @@ impl ErrorReason {
             "ERROR_REASON_DISK_TWICE" => Some(Self::DiskTwice),
             "ERROR_REASON_SERVER_IN_USE" => Some(Self::ServerInUse),
             "ERROR_REASON_QUOTA_EXCEEDED" => Some(Self::QuotaExceeded),
+            "ERROR_REASON_PROOF_REFUSED" => Some(Self::ProofRefused),
+            "ERROR_REASON_TOKEN_REFUSED" => Some(Self::TokenRefused),
             _ => None,
         }
     }
@@ -2544,6 +2554,10 @@ pub struct Vitals {
     /// What of its store can't be used, a line each, for people; at most 21. Empty: nothing, or an older server.
     #[prost(string, repeated, tag = "4")]
     pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// BLAKE3 (hexadecimal) of all revocations it knows: the same lines as those that are signed, in the order of the principals. Empty: an
+    /// older server.
+    #[prost(string, tag = "5")]
+    pub revocations_digest: ::prost::alloc::string::String,
 }
 /// First message of a stream.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2587,7 +2601,7 @@ pub struct StateChange {
 pub struct ReportRequest {
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
-    #[prost(oneof = "report_request::Event", tags = "2, 3, 4, 5, 6")]
+    #[prost(oneof = "report_request::Event", tags = "2, 3, 4, 5, 6, 7")]
     pub event: ::core::option::Option<report_request::Event>,
 }
 /// Nested message and enum types in `ReportRequest`.
@@ -2606,7 +2620,35 @@ pub mod report_request {
         Change(super::StateChange),
         #[prost(message, tag = "6")]
         Heartbeat(super::Heartbeat),
+        /// All certificates that the server doesn't believe any more; again whenever it learns of more.
+        #[prost(message, tag = "7")]
+        Revocations(super::Revocations),
     }
+}
+/// A principal whose certificates are refused, all that were issued until a moment.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Revocation {
+    /// Its URI: `janus://<group>/<role>/…`.
+    #[prost(string, tag = "1")]
+    pub principal: ::prost::alloc::string::String,
+    /// Unix seconds. Of two for one principal the later counts.
+    #[prost(int64, tag = "2")]
+    pub until_seconds: i64,
+    /// Certificate (DER) of the server that made it.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub signer: ::prost::bytes::Bytes,
+    /// TLS SignatureScheme (RFC 8446, section 4.2.3) of the signature.
+    #[prost(uint32, tag = "4")]
+    pub scheme: u32,
+    /// Of the signer's key, over the lines `janus-revocation 1`, principal and until_seconds, each with its end.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub signature: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Revocations {
+    /// At most 1000 in one message.
+    #[prost(message, repeated, tag = "1")]
+    pub revocations: ::prost::alloc::vec::Vec<Revocation>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FullEnd {}
@@ -2616,11 +2658,15 @@ pub struct Heartbeat {
     #[prost(message, optional, tag = "1")]
     pub vitals: ::core::option::Option<Vitals>,
 }
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ReportResponse {
     /// Highest sequence taken in.
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
+    /// Those that this janus has learnt from other servers: all of them at the beginning, and again when there are more. At most 1000
+    /// in one message.
+    #[prost(message, repeated, tag = "2")]
+    pub revocations: ::prost::alloc::vec::Vec<Revocation>,
 }
 /// Generated client implementations.
 pub mod report_service_client {
@@ -3017,6 +3063,9 @@ pub struct ServerStatus {
     /// nothing, or an older janus or server.
     #[prost(string, repeated, tag = "17")]
     pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of all revocations it knows, as it has reported; empty: unknown, or an older janus or server.
+    #[prost(string, tag = "18")]
+    pub revocations_digest: ::prost::alloc::string::String,
 }
 /// A machine with damaged snapshots on a server.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -4716,6 +4765,409 @@ pub mod table_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "janus.v1.TableService";
     impl<T> tonic::server::NamedService for TableServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EnrollRequest {
+    /// Required: the token without its last part, which is the fingerprint of the authority.
+    #[prost(string, tag = "1")]
+    pub token: ::prost::alloc::string::String,
+    /// Required, at most 8192 bytes: PKCS #10 in DER. Only its key counts; who it is for is said by the token.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub signing_request: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EnrollResponse {
+    #[prost(message, optional, tag = "1")]
+    pub certified: ::core::option::Option<Certified>,
+    /// Where the machine finds janus and servers, in this order. May be empty.
+    #[prost(string, repeated, tag = "2")]
+    pub urls: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RenewRequest {
+    /// As in EnrollRequest.
+    #[prost(bytes = "bytes", tag = "1")]
+    pub signing_request: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RenewResponse {
+    #[prost(message, optional, tag = "1")]
+    pub certified: ::core::option::Option<Certified>,
+}
+/// A new certificate.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Certified {
+    /// PEM.
+    #[prost(string, tag = "1")]
+    pub certificate: ::prost::alloc::string::String,
+    /// The authorities that the group believes, PEM.
+    #[prost(string, tag = "2")]
+    pub authorities: ::prost::alloc::string::String,
+}
+/// Generated client implementations.
+pub mod enrollment_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    use tonic::codegen::http::Uri;
+    /// Certificates for machines. Served by the one server that holds the key of the group's authority, on a port of its own
+    /// (setting `enroll.listen`), not through janus.
+    #[derive(Debug, Clone)]
+    pub struct EnrollmentServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> EnrollmentServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> EnrollmentServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+                Response = http::Response<
+                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                >,
+            >,
+            <T as tonic::codegen::Service<
+                http::Request<tonic::body::Body>,
+            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            EnrollmentServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// Certifies the key of a machine that has a token and no certificate yet. TLS without a client's certificate: the caller knows
+        /// the authority by the fingerprint in its token. Retry: safe with the same key until the token expires. Fails with
+        /// TOKEN_REFUSED, INVALID_FIELD.
+        pub async fn enroll(
+            &mut self,
+            request: impl tonic::IntoRequest<super::EnrollRequest>,
+        ) -> std::result::Result<tonic::Response<super::EnrollResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/janus.v1.EnrollmentService/Enroll",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("janus.v1.EnrollmentService", "Enroll"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Certifies the caller's key, or a new one, for as long again. TLS with the certificate that is to be renewed. Retry: safe. Fails
+        /// with IDENTITY_MISSING, NOT_ALLOWED (caller isn't a machine), INVALID_FIELD.
+        pub async fn renew(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RenewRequest>,
+        ) -> std::result::Result<tonic::Response<super::RenewResponse>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/janus.v1.EnrollmentService/Renew",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("janus.v1.EnrollmentService", "Renew"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod enrollment_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value,
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with EnrollmentServiceServer.
+    #[async_trait]
+    pub trait EnrollmentService: std::marker::Send + std::marker::Sync + 'static {
+        /// Certifies the key of a machine that has a token and no certificate yet. TLS without a client's certificate: the caller knows
+        /// the authority by the fingerprint in its token. Retry: safe with the same key until the token expires. Fails with
+        /// TOKEN_REFUSED, INVALID_FIELD.
+        async fn enroll(
+            &self,
+            request: tonic::Request<super::EnrollRequest>,
+        ) -> std::result::Result<tonic::Response<super::EnrollResponse>, tonic::Status>;
+        /// Certifies the caller's key, or a new one, for as long again. TLS with the certificate that is to be renewed. Retry: safe. Fails
+        /// with IDENTITY_MISSING, NOT_ALLOWED (caller isn't a machine), INVALID_FIELD.
+        async fn renew(
+            &self,
+            request: tonic::Request<super::RenewRequest>,
+        ) -> std::result::Result<tonic::Response<super::RenewResponse>, tonic::Status>;
+    }
+    /// Certificates for machines. Served by the one server that holds the key of the group's authority, on a port of its own
+    /// (setting `enroll.listen`), not through janus.
+    #[derive(Debug)]
+    pub struct EnrollmentServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> EnrollmentServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for EnrollmentServiceServer<T>
+    where
+        T: EnrollmentService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/janus.v1.EnrollmentService/Enroll" => {
+                    #[allow(non_camel_case_types)]
+                    struct EnrollSvc<T: EnrollmentService>(pub Arc<T>);
+                    impl<
+                        T: EnrollmentService,
+                    > tonic::server::UnaryService<super::EnrollRequest>
+                    for EnrollSvc<T> {
+                        type Response = super::EnrollResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::EnrollRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as EnrollmentService>::enroll(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = EnrollSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/janus.v1.EnrollmentService/Renew" => {
+                    #[allow(non_camel_case_types)]
+                    struct RenewSvc<T: EnrollmentService>(pub Arc<T>);
+                    impl<
+                        T: EnrollmentService,
+                    > tonic::server::UnaryService<super::RenewRequest> for RenewSvc<T> {
+                        type Response = super::RenewResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RenewRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as EnrollmentService>::renew(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RenewSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => {
+                    Box::pin(async move {
+                        let mut response = http::Response::new(
+                            tonic::body::Body::default(),
+                        );
+                        let headers = response.headers_mut();
+                        headers
+                            .insert(
+                                tonic::Status::GRPC_STATUS,
+                                (tonic::Code::Unimplemented as i32).into(),
+                            );
+                        headers
+                            .insert(
+                                http::header::CONTENT_TYPE,
+                                tonic::metadata::GRPC_CONTENT_TYPE,
+                            );
+                        Ok(response)
+                    })
+                }
+            }
+        }
+    }
+    impl<T> Clone for EnrollmentServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "janus.v1.EnrollmentService";
+    impl<T> tonic::server::NamedService for EnrollmentServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

@@ -83,13 +83,23 @@ impl Archive {
         }
     }
 
-    pub(super) fn check(&self, name: &str) -> Result<(), ConfigError> {
+    pub(super) fn check(&self, name: &str, image_path: &Path) -> Result<(), ConfigError> {
         let invalid = |reason: String| ConfigError::Invalid {
             key: "archive",
             reason: format!("{name}: {reason}"),
         };
         self.which().map_err(invalid)?;
         self.bare_place().check().map_err(|error| invalid(error.to_string()))?;
+        // Whatever takes the store's disk would take its copy, too.
+        if self
+            .url
+            .strip_prefix("file://")
+            .is_some_and(|path| Path::new(path).starts_with(image_path))
+        {
+            return Err(invalid(
+                "url is a folder below image_path: name one on another disk".into(),
+            ));
+        }
         if self.full_every == 0 || self.full_every as usize > MAX_LINKS {
             return Err(invalid(format!("full_every must be 1 to {MAX_LINKS}")));
         }
@@ -137,7 +147,10 @@ mod tests {
     #[test]
     fn wrong_archives_are_named() {
         let good = Archive { url: "s3://bucket/prefix".into(), ..Archive::default() };
-        good.check("offsite").unwrap();
+        let images = Path::new("/var/lib/janus/images");
+        good.check("offsite", images).unwrap();
+        let beside = "file:///var/lib/janus/images-archive".to_owned();
+        Archive { url: beside, ..good.clone() }.check("offsite", images).unwrap();
         for wrong in [
             Archive { url: String::new(), ..good.clone() },
             Archive { url: "ftp://x/".into(), ..good.clone() },
@@ -147,8 +160,9 @@ mod tests {
             Archive { machines: vec!["alice".into()], ..good.clone() },
             Archive { full_every: 0, ..good.clone() },
             Archive { silence_seconds: 0, ..good.clone() },
+            Archive { url: "file:///var/lib/janus/images/archive".into(), ..good.clone() },
         ] {
-            let said = wrong.check("offsite").unwrap_err().to_string();
+            let said = wrong.check("offsite", images).unwrap_err().to_string();
             assert!(said.contains("offsite"), "{said}");
         }
     }

@@ -58,6 +58,16 @@ impl Hours {
     }
 }
 
+impl std::fmt::Display for Hours {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [from, to] = [self.from, self.to].map(|time| {
+            let minutes = time / MINUTE_MS;
+            format!("{:02}:{:02}", minutes / 60, minutes % 60)
+        });
+        write!(f, "{from}-{to} UTC")
+    }
+}
+
 impl std::str::FromStr for Hours {
     type Err = String;
 
@@ -109,7 +119,7 @@ impl Replicate {
 }
 
 /// Reads names of machines.
-pub(super) fn which(texts: &[String]) -> Result<Vec<Which>, String> {
+pub(crate) fn which(texts: &[String]) -> Result<Vec<Which>, String> {
     let parse = |text: &String| {
         let failed = |error| {
             format!("{text:?} is none of *, USER/*, USER/MACHINE, USER/MACHINE/DISK: {error}")

@@ -224,9 +224,7 @@ impl Source {
         }
         let message =
             pb::OpenSnapshotRequest { snapshot_id: self.snapshot_id.clone(), ..Default::default() };
-        let mut request = request(message, Some(&self.link.server));
-        request.set_timeout(QUICK);
-        let opened = self.link.peers.restore().open_snapshot(request).await?.into_inner().handle;
+        let opened = self.link.peers.open_snapshot(message, &self.link.server).await?.handle;
         Ok(self.lock().insert(opened).clone())
     }
 

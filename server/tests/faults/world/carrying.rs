@@ -5,7 +5,8 @@ use std::sync::Arc;
 use janus_proto::{
     carried::{Claim, DiskWriter, Manifest},
     channel::{ConnectOptions, Dial, Dialing, Target},
-    ids::{BackupId, SEGMENT_BYTES},
+    ids::{BackupId, SEGMENT_BYTES, ServerId},
+    proof::Statement,
 };
 use janus_server::{
     carry::{self, CarryError, NewRun},
@@ -28,6 +29,10 @@ struct Nobody;
 impl Dial for Nobody {
     fn dial<'a>(&'a self, _: &'a Target, _: &'a ConnectOptions) -> Dialing<'a> {
         Box::pin(std::future::pending())
+    }
+
+    fn prove(&self, _: &Statement, _: Option<&ServerId>) -> Option<String> {
+        None
     }
 }
 

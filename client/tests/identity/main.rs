@@ -1,0 +1,11 @@
+//! Who somebody is, and for how long: enrolment, renewal, revocation, and calls that their callers have signed. Real
+//! programs, and certificates of all roles.
+
+// Helpers of tests fail as tests do.
+#![allow(clippy::unwrap_used)]
+
+mod enrolment;
+mod proofs;
+mod revocation;
+mod rights;
+mod scene;

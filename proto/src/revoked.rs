@@ -1,0 +1,244 @@
+//! Revocations: certificates that are no longer believed, by principal and time of issue.
+//!
+//! A revocation names a principal and a moment: all its certificates issued until then are refused, at new connections and
+//! in what a janus forwards, and its open connections and calls end. A certificate made later is believed again, so that a machine
+//! whose key was stolen goes on under its name with a new one. Revocations only ever grow: of two for one principal the
+//! later counts, in whatever order they come. Each is signed by the server that made it, so that nobody between servers can
+//! make one.
+//!
+//! Our certificates say when they were issued in their serial number, which is a UUIDv7 (RFC 9562, section 5.7); of
+//! others the beginning of the validity counts.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    clock::unix_ms,
+    pb, proof,
+    tls::{Identity, Principal, Role, TlsError},
+};
+
+/// A revocation may lie this far ahead: that of a server whose clock is early.
+const AHEAD_SECONDS: i64 = 24 * 60 * 60;
+/// Most that are known.
+const MOST: usize = 100_000;
+/// Longest URI and certificate of a signer that are looked at, in bytes.
+const MAX_PRINCIPAL: usize = 512;
+const MAX_SIGNER: usize = 8192;
+
+/// One revocation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revocation {
+    /// URI of the principal.
+    pub principal: String,
+    /// Unix seconds: certificates issued until then are refused.
+    pub until: i64,
+    /// Certificate (DER, base64) of the server that made it.
+    signer: String,
+    scheme: u16,
+    /// Base64.
+    signature: String,
+}
+
+/// Why a revocation isn't believed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RevocationRefused {
+    /// It isn't one.
+    #[error("a revocation has an invalid {0}")]
+    Form(&'static str),
+    /// It lies too far ahead.
+    #[error("the revocation of {0} lies more than a day ahead: compare the clocks of the servers")]
+    Ahead(String),
+    /// Not signed by a server.
+    #[error("the revocation of {principal} isn't signed by a server of this group: {reason}")]
+    Signer {
+        /// Whom it is to revoke.
+        principal: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// There is no place for more.
+    #[error("{MOST} principals are revoked already")]
+    TooMany,
+}
+
+impl Revocation {
+    fn text(principal: &str, until: i64) -> String {
+        format!("janus-revocation 1\n{principal}\n{until}\n")
+    }
+
+    /// As it travels.
+    pub fn to_wire(&self) -> pb::Revocation {
+        pb::Revocation {
+            principal: self.principal.clone(),
+            until_seconds: self.until,
+            signer: STANDARD.decode(&self.signer).unwrap_or_default().into(),
+            scheme: self.scheme.into(),
+            signature: STANDARD.decode(&self.signature).unwrap_or_default().into(),
+        }
+    }
+}
+
+impl Identity {
+    /// Revokes what was issued for a principal (its URI) until now. The caller keeps and inserts it; `None`: our key can't sign.
+    pub fn revoke(&self, principal: String) -> Option<Revocation> {
+        let until = unix_ms() / 1000;
+        let text = Revocation::text(&principal, until);
+        let (scheme, signature) = self.sign(text.as_bytes())?;
+        let signer = STANDARD.encode(&self.principal().der);
+        Some(Revocation { principal, until, signer, scheme, signature: STANDARD.encode(signature) })
+    }
+
+    /// Checks what came from elsewhere.
+    ///
+    /// # Errors
+    /// When no server of our group made it.
+    pub fn believed(&self, wire: &pb::Revocation) -> Result<Revocation, RevocationRefused> {
+        let pb::Revocation { principal, until_seconds: until, signer, scheme, signature } = wire;
+        if principal.len() > MAX_PRINCIPAL || !principal.starts_with("janus://") {
+            return Err(RevocationRefused::Form("principal"));
+        }
+        if signer.len().max(signature.len()) > MAX_SIGNER {
+            return Err(RevocationRefused::Form("signer"));
+        }
+        let scheme = u16::try_from(*scheme).map_err(|_| RevocationRefused::Form("scheme"))?;
+        if *until > (unix_ms() / 1000).saturating_add(AHEAD_SECONDS) {
+            return Err(RevocationRefused::Ahead(principal.clone()));
+        }
+        let not_signed =
+            |reason: String| RevocationRefused::Signer { principal: principal.clone(), reason };
+        // When it was made the certificate was good; since then it may have expired.
+        let by = self
+            .verify_at(signer, *until)
+            .map_err(|error: TlsError| not_signed(error.to_string()))?;
+        if !matches!(by.role, Role::Server(_)) {
+            return Err(not_signed(format!("it is signed by {by}")));
+        }
+        let text = Revocation::text(principal, *until);
+        if !proof::verify(signer, text.as_bytes(), scheme, signature) {
+            return Err(not_signed("the signature is wrong".into()));
+        }
+        Ok(Revocation {
+            principal: principal.clone(),
+            until: *until,
+            signer: STANDARD.encode(signer),
+            scheme,
+            signature: STANDARD.encode(signature),
+        })
+    }
+}
+
+/// All that are known. Cheap to clone; clones share them.
+#[derive(Debug, Clone)]
+pub struct Revocations(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    known: RwLock<BTreeMap<String, Revocation>>,
+    /// Ends what a principal has open.
+    open: Mutex<HashMap<String, CancellationToken>>,
+    changes: watch::Sender<u64>,
+}
+
+impl Default for Revocations {
+    fn default() -> Self {
+        let changes = watch::Sender::new(0);
+        Self(Arc::new(Inner { known: RwLock::default(), open: Mutex::default(), changes }))
+    }
+}
+
+impl Revocations {
+    /// Those known, by principal.
+    pub fn all(&self) -> Vec<Revocation> {
+        let known = self.0.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.values().cloned().collect()
+    }
+
+    /// True when this one says more than what is known.
+    pub fn is_news(&self, principal: &str, until: i64) -> bool {
+        let known = self.0.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.get(principal).is_none_or(|known| known.until < until)
+    }
+
+    /// Unix seconds until which certificates of this principal are refused, if this one is.
+    pub fn refuses(&self, principal: &Principal) -> Option<i64> {
+        let known = self.0.known.read().unwrap_or_else(PoisonError::into_inner);
+        let until = known.get(&principal.uri())?.until;
+        (principal.issued() <= until).then_some(until)
+    }
+
+    /// Cancelled when the principal is revoked: at once when it is.
+    pub fn end_of(&self, principal: &Principal) -> CancellationToken {
+        let mut open = self.0.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let token = open.entry(principal.uri()).or_default().clone();
+        drop(open);
+        // Looked at after the token is there: a revocation in between has cancelled it.
+        if self.refuses(principal).is_some() {
+            let ended = CancellationToken::new();
+            ended.cancel();
+            return ended;
+        }
+        token
+    }
+
+    /// Counts up when there are more.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.0.changes.subscribe()
+    }
+
+    /// Names all that is known: equal where the same is.
+    pub fn digest(&self) -> String {
+        let known = self.0.known.read().unwrap_or_else(PoisonError::into_inner);
+        let mut hasher = blake3::Hasher::new();
+        for Revocation { principal, until, .. } in known.values() {
+            hasher.update(Revocation::text(principal, *until).as_bytes());
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
+    /// Takes these in, and ends what their principals have open. They were made here, or [`believed`](Identity::believed).
+    ///
+    /// # Errors
+    /// When there is no place for them all; some may be in then.
+    pub fn insert(
+        &self,
+        more: impl IntoIterator<Item = Revocation>,
+    ) -> Result<(), RevocationRefused> {
+        let mut ended = Vec::new();
+        let mut known = self.0.known.write().unwrap_or_else(PoisonError::into_inner);
+        let mut is_full = false;
+        for one in more {
+            let before = known.get(&one.principal).map(|known| known.until);
+            if before.is_some_and(|before| before >= one.until) {
+                continue;
+            }
+            if before.is_none() && known.len() >= MOST {
+                is_full = true;
+                continue;
+            }
+            ended.push(one.principal.clone());
+            known.insert(one.principal.clone(), one);
+        }
+        drop(known);
+        let mut open = self.0.open.lock().unwrap_or_else(PoisonError::into_inner);
+        for principal in &ended {
+            // Who comes back with a newer certificate gets a token of its own.
+            if let Some(token) = open.remove(principal) {
+                token.cancel();
+            }
+            tracing::warn!(principal, "revoked");
+        }
+        drop(open);
+        if !ended.is_empty() {
+            self.0.changes.send_modify(|count| *count = count.wrapping_add(1));
+        }
+        if is_full { Err(RevocationRefused::TooMany) } else { Ok(()) }
+    }
+}

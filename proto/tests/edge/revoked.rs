@@ -1,0 +1,120 @@
+//! Revocations: who may make them, how they merge, and what ends.
+
+use std::time::Duration;
+
+use janus_proto::{
+    channel::{ConnectOptions, Dial, Target},
+    listener::Limits,
+    revoked::{RevocationRefused, Revocations},
+};
+use tokio::{io::AsyncReadExt, time::timeout};
+
+use super::{foreign_call, pki::Ca, refused, start};
+
+const WEB1: &str = "janus://g/client/alice/web1";
+
+#[tokio::test]
+async fn only_servers_of_the_group_revoke_and_not_far_ahead() {
+    let (ca, other) = (Ca::new(), Ca::new());
+    let judge = ca.identity("g/janus/j", "127.0.0.1");
+    let server = ca.identity("g/server/a", "127.0.0.1");
+    let good = server.revoke(WEB1.into()).unwrap().to_wire();
+    assert_eq!(judge.believed(&good).unwrap().to_wire(), good);
+    let stranger = other.identity("g/server/a", "127.0.0.1");
+    for signer in [
+        ca.identity("g/janus/j", "127.0.0.1"),
+        ca.identity("g/operator/o", "unused"),
+        ca.identity("g/client/alice/web2", "unused"),
+        ca.identity("h/server/a", "127.0.0.1"),
+        stranger,
+    ] {
+        let forged = signer.revoke(WEB1.into()).unwrap().to_wire();
+        let why = judge.believed(&forged).unwrap_err();
+        println!("{why}");
+        assert!(matches!(why, RevocationRefused::Signer { .. }), "{why}");
+    }
+    let mut changed = vec![good.clone(); 5];
+    changed[0].principal = "janus://g/client/alice/web2".into();
+    changed[1].until_seconds += 1;
+    changed[2].signature = vec![0; 70].into();
+    changed[3].scheme = 0x0804;
+    changed[4].signer = vec![1; 700].into();
+    for one in changed {
+        assert!(matches!(judge.believed(&one), Err(RevocationRefused::Signer { .. })), "{one:?}");
+    }
+    let mut ahead = good.clone();
+    ahead.until_seconds += 100_000;
+    assert!(matches!(judge.believed(&ahead), Err(RevocationRefused::Ahead(_))));
+    let mut long = vec![good.clone(); 3];
+    long[0].principal = format!("janus://{}", "x".repeat(1000));
+    long[1].signer = vec![0; 10_000].into();
+    long[2].scheme = 1 << 20;
+    for one in long {
+        assert!(matches!(judge.believed(&one), Err(RevocationRefused::Form(_))), "{one:?}");
+    }
+    // One who is revoked revokes nobody any more.
+    judge.revocations().insert([server.revoke("janus://g/server/a".into()).unwrap()]).unwrap();
+    judge.believed(&good).unwrap_err();
+}
+
+#[tokio::test]
+async fn the_later_of_two_counts_in_whatever_order_they_come() {
+    let ca = Ca::new();
+    let server = ca.identity("g/server/a", "127.0.0.1");
+    let early = server.revoke(WEB1.into()).unwrap();
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    let late = server.revoke(WEB1.into()).unwrap();
+    let other = server.revoke("janus://g/operator/o".into()).unwrap();
+    assert!(early.until < late.until);
+    let of = |order: &[&janus_proto::revoked::Revocation]| {
+        let known = Revocations::default();
+        for one in order {
+            known.insert([(*one).clone()]).unwrap();
+        }
+        (known.digest(), known.all())
+    };
+    let whole = of(&[&early, &late, &other]);
+    assert_eq!(whole.1.len(), 2);
+    assert_eq!(of(&[&other, &late, &early, &late]), whole);
+    assert_ne!(of(&[&early, &other]).0, whole.0);
+    let known = Revocations::default();
+    let mut changes = known.changes();
+    known.insert([late.clone()]).unwrap();
+    assert!(changes.has_changed().unwrap());
+    changes.mark_unchanged();
+    known.insert([early, late]).unwrap();
+    assert!(!changes.has_changed().unwrap());
+}
+
+#[tokio::test]
+async fn open_connections_end_at_either_side_and_new_ones_are_refused() {
+    let ca = Ca::new();
+    let at = ca.identity("g/server/a", "127.0.0.1");
+    let server = start(at.clone(), Limits::default()).await;
+    let client = ca.identity("g/client/alice/web1", "unused");
+    let bystander = ca.identity("g/client/alice/web2", "unused");
+    let target: Target = server.url().parse().unwrap();
+    let options = ConnectOptions::default();
+    let (mut held, _) = client.dial(&target, &options).await.unwrap();
+    let (mut other, peer) = bystander.dial(&target, &options).await.unwrap();
+    // The accepting side ends the connection of whom it has revoked.
+    at.revocations().insert([at.revoke(WEB1.into()).unwrap()]).unwrap();
+    let mut rest = Vec::new();
+    let ended = timeout(Duration::from_secs(5), held.read_to_end(&mut rest)).await;
+    assert!(ended.is_ok(), "the connection goes on");
+    let answer = foreign_call(&server, &client).await;
+    assert_eq!(answer.headers()["grpc-status"], "16");
+    let message = answer.headers()["grpc-message"].to_str().unwrap();
+    assert!(message.contains("revoked"), "{message}");
+    let forwarded = at.verify_forwarded(&client.principal().der).unwrap_err().to_string();
+    assert!(forwarded.contains("was revoked on"), "{forwarded}");
+    // Others aren't touched; then the connecting side revokes its peer.
+    let mut some = [0; 64];
+    assert!(other.read(&mut some).await.unwrap() > 0);
+    let told = at.revoke(peer.uri()).unwrap();
+    bystander.revocations().insert([told]).unwrap();
+    let error = timeout(Duration::from_secs(5), other.read(&mut some)).await.unwrap().unwrap_err();
+    assert_eq!(error.to_string(), "the peer was revoked");
+    let why = refused(&server.url(), &bystander).await;
+    assert!(why.contains("was revoked on"), "{why}");
+}

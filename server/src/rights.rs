@@ -1,0 +1,160 @@
+//! Who may call what: one rule for each method that a server answers.
+//!
+//! The gate asks them before a service sees a call, so a method without a rule is nobody's. Whose machine it is about is
+//! decided by the services, which know: [`Caller`](crate::caller::Caller). `docs/identities.md` shows the same table, which a test compares.
+
+use janus_proto::tls::Role;
+
+/// What one role may do by a method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// Nothing.
+    Nothing,
+    /// What concerns the caller's own machine.
+    Own,
+    /// What concerns any machine.
+    Any,
+}
+
+use Reach::{Any, Nothing, Own};
+
+/// The rule of one method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rule {
+    /// `Service/Method` of package `janus.v1`.
+    pub method: &'static str,
+    /// A machine.
+    pub client: Reach,
+    /// Who brings one back.
+    pub restore: Reach,
+    /// Another server.
+    pub server: Reach,
+    /// A janus that speaks for itself.
+    pub janus: Reach,
+    /// A person who administers.
+    pub operator: Reach,
+}
+
+const fn rule(
+    method: &'static str,
+    [client, restore, server, janus, operator]: [Reach; 5],
+) -> Rule {
+    Rule { method, client, restore, server, janus, operator }
+}
+
+/// Only the machine itself adds to its backups.
+const WRITE: [Reach; 5] = [Own, Nothing, Nothing, Nothing, Nothing];
+/// Servers read each other's copies: they have the same data themselves.
+const READ: [Reach; 5] = [Own, Own, Any, Nothing, Any];
+const EVERYBODY: [Reach; 5] = [Any, Any, Any, Any, Any];
+
+/// All of them.
+pub const RULES: &[Rule] = &[
+    rule("BackupService/StartBackup", WRITE),
+    rule("BackupService/WriteBlocks", WRITE),
+    rule("BackupService/CommitBackup", WRITE),
+    rule("BackupService/AbortBackup", WRITE),
+    rule("BackupService/GetBackup", [Own, Own, Nothing, Nothing, Any]),
+    rule("RestoreService/OpenSnapshot", READ),
+    rule("RestoreService/CloseSnapshot", READ),
+    rule("RestoreService/ReadHashes", READ),
+    rule("RestoreService/ReadBlocks", READ),
+    rule("CatalogService/ListMachines", READ),
+    rule("CatalogService/ListDisks", READ),
+    rule("CatalogService/ListSnapshots", READ),
+    rule("CatalogService/GetSnapshot", READ),
+    rule("TableService/ReadTable", READ),
+    rule("TableService/ListTables", READ),
+    rule("ServerInfoService/GetServerInfo", EVERYBODY),
+    rule("ServerInfoService/GetRouterStatus", EVERYBODY),
+    rule("ServerInfoService/WakeServers", EVERYBODY),
+    rule("ProbeService/Upload", EVERYBODY),
+    rule("ProbeService/Download", EVERYBODY),
+];
+
+/// Services that tell nothing of any machine.
+const OPEN: &[&str] = &["grpc.health.v1.", "grpc.reflection.v1.", "grpc.reflection.v1alpha."];
+
+impl Rule {
+    /// What it gives to a role.
+    pub fn of(&self, role: &Role) -> Reach {
+        match role {
+            Role::Client(_) => self.client,
+            Role::Restore(_) => self.restore,
+            Role::Server(_) => self.server,
+            Role::Janus(_) => self.janus,
+            Role::Operator(_) => self.operator,
+        }
+    }
+}
+
+/// Whether a role has any part in the method of this path (`/package.Service/Method`). A method that this version doesn't have is
+/// left to the services, which say so.
+pub fn may_call(role: &Role, path: &str) -> bool {
+    let name = path.trim_start_matches('/');
+    if OPEN.iter().any(|open| name.starts_with(open)) {
+        return true;
+    }
+    let method = name.strip_prefix("janus.v1.").unwrap_or(name);
+    let rule = RULES.iter().find(|rule| rule.method == method);
+    rule.is_none_or(|rule| rule.of(role) != Nothing)
+}
+
+#[cfg(test)]
+mod tests {
+    use janus_proto::pb;
+    use prost::Message;
+    use prost_types::FileDescriptorSet;
+
+    use super::*;
+
+    /// Answered by janus, or on a port of its own.
+    const ELSEWHERE: &[&str] = &["ReportService", "MaintenanceService", "EnrollmentService"];
+
+    #[test]
+    fn every_method_has_one_rule_and_every_rule_a_method() {
+        let all = FileDescriptorSet::decode(pb::DESCRIPTORS).unwrap();
+        let ours = all.file.iter().filter(|file| file.package() == "janus.v1");
+        let services = ours.flat_map(|file| &file.service);
+        let services = services.filter(|service| !ELSEWHERE.contains(&service.name()));
+        let mut methods: Vec<_> = services
+            .flat_map(|service| {
+                service.method.iter().map(|method| format!("{}/{}", service.name(), method.name()))
+            })
+            .collect();
+        let mut rules: Vec<_> = RULES.iter().map(|rule| rule.method.to_owned()).collect();
+        methods.sort();
+        rules.sort();
+        assert_eq!(methods, rules);
+    }
+
+    #[test]
+    fn the_document_shows_these_rules() {
+        let document = include_str!("../../docs/identities.md");
+        let shown = |reach| match reach {
+            Nothing => "-",
+            Own => "own",
+            Any => "any",
+        };
+        for rule in RULES {
+            let Rule { method, client, restore, server, janus, operator } = *rule;
+            let cells = [client, restore, server, janus, operator].map(shown).join(" | ");
+            let row = format!("| `{method}` | {cells} |");
+            assert!(document.contains(&row), "docs/identities.md lacks\n{row}");
+        }
+    }
+
+    #[test]
+    fn only_machines_write_and_no_janus_reads() {
+        let machine = Role::Client("a/b".parse().unwrap());
+        let janus = Role::Janus("j".parse().unwrap());
+        assert!(may_call(&machine, "/janus.v1.BackupService/StartBackup"));
+        for other in [Role::Operator("o".into()), Role::Server("s".parse().unwrap()), janus.clone()]
+        {
+            assert!(!may_call(&other, "/janus.v1.BackupService/StartBackup"), "{other}");
+        }
+        assert!(!may_call(&janus, "/janus.v1.RestoreService/ReadBlocks"));
+        assert!(may_call(&janus, "/grpc.health.v1.Health/Watch"));
+        assert!(may_call(&janus, "/janus.v1.Unknown/Method"));
+    }
+}
