@@ -318,6 +318,11 @@ impl Seeder {
             }
             known.extend(holders.into_iter().map(str::to_owned));
         }
+        if machines.is_empty()
+            && let Some(reason) = self.runtime.block_on(self.link.away())
+        {
+            return Err(SeedError::Unreachable { reason }.into());
+        }
         match machines.is_empty() {
             true => Err(SeedError::Nothing {
                 server: server.clone(),
@@ -440,6 +445,20 @@ impl From<WireError> for CallError {
 }
 
 impl Link {
+    /// Why the janus in between can't reach the server, if it can't.
+    async fn away(&self) -> Option<String> {
+        if matches!(self.peers.role, Role::Server(_)) {
+            return None;
+        }
+        let status = self.peers.router_status().await.ok()?;
+        let server = &self.server;
+        match status.servers.iter().find(|line| line.server_id == server.as_str()) {
+            None => Some(format!("{} doesn't know a server {server}", self.peers.url)),
+            Some(line) if line.ready => None,
+            Some(line) => Some(format!("{} says of {server}: {}", self.peers.url, line.reason)),
+        }
+    }
+
     /// The same way to another server.
     fn to(&self, server: &ServerId) -> Self {
         Self { server: server.clone(), ..self.clone() }

@@ -157,7 +157,7 @@ impl Queue {
     pub(super) fn shown(&self) -> Result<(String, Vec<Value>), AdminError> {
         let mut state = self.state();
         let seedings = self.file(&mut state)?.seedings.clone();
-        let head = ["number", "from", "what", "added", "state"];
+        let head = ["number", "from", "what", "how", "added", "state"];
         let mut rows = vec![head.map(str::to_owned).to_vec()];
         let mut listed = Vec::new();
         for Seeding { number, added_ms, order } in &seedings {
@@ -177,6 +177,7 @@ impl Queue {
                 number.to_string(),
                 order.from.clone(),
                 what.clone(),
+                order.how(),
                 date(*added_ms),
                 told.clone(),
             ]);
@@ -185,6 +186,8 @@ impl Queue {
                 "from": order.from,
                 "what": what,
                 "hashes_only": order.hashes_only,
+                "hours": order.hours.map(|hours| hours.to_string()),
+                "mib_per_second": order.mib_per_second,
                 "added_ms": added_ms,
                 "at_work": at_work.is_some(),
                 "failed": failed.map(|failed| &failed.why),

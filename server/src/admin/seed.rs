@@ -88,11 +88,20 @@ pub(super) struct Order {
     pub which: Which,
     /// Stubs where no chain is.
     pub hashes_only: bool,
-    hours: Option<Hours>,
-    mib_per_second: Option<u32>,
+    pub hours: Option<Hours>,
+    pub mib_per_second: Option<u32>,
 }
 
 impl Order {
+    /// What was asked for beside whose and from where.
+    pub fn how(&self) -> String {
+        let hashes = self.hashes_only.then(|| "hashes only".to_owned());
+        let hours = self.hours.map(|hours| hours.to_string());
+        let rate = self.mib_per_second.map(|rate| format!("{rate} MiB/s"));
+        let all: Vec<_> = [hashes, hours, rate].into_iter().flatten().collect();
+        if all.is_empty() { "whole".to_owned() } else { all.join(", ") }
+    }
+
     /// Whether its hours, if it has any, are now.
     pub fn is_time(&self) -> bool {
         self.hours.is_none_or(|hours| hours.left(now_ms()).is_some())
