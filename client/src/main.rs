@@ -79,6 +79,12 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     if name == "cache" && !cli::needs_server(matches) {
         return cli::cache_here(&settings, matches);
     }
+    if name == "seal" {
+        return cli::seal(&settings, matches);
+    }
+    if name == "recover" && !cli::recover_needs_server(matches) {
+        return cli::recover(&settings, matches);
+    }
     let is_daemon = name == "daemon";
     let is_dry = name == "backup" && matches.get_flag("dry-run");
     let load = || Identity::load(&settings.cert, &settings.key, &settings.ca);
