@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     backup::{Backup, BackupReport, DiskReport},
+    config::Encryption,
     hooks::Hook,
     nbd::bitmap::Announced,
     packing::{self, Packing, Wish},
@@ -113,7 +114,7 @@ async fn between_hooks(
     still.bitmap = bitmaps.map(|announced| announced.new.clone());
     let still = Arc::new(still);
     let mut made = match to {
-        Destination::Server(server) => read(server, state, still.clone(), context).await,
+        Destination::Server(server) => read(machine, server, state, still.clone(), context).await,
         Destination::Folder(folder) => {
             // Its lock is kept until the end.
             let (_state, taken_ms) = state;
@@ -139,6 +140,7 @@ async fn between_hooks(
 
 /// Opens the disks and backs them up.
 async fn read(
+    machine: &MachineKey,
     server: Option<ServerId>,
     state: (MachineState, i64),
     still: Arc<Stillness>,
@@ -146,8 +148,13 @@ async fn read(
 ) -> Result<Outcome, Failure> {
     let settings = &context.settings;
     let ways = context.ways().await?;
-    let packing = Arc::new(Packing::new(settings.encoding()?));
-    let disks = open_all(settings, still, &context.stop).await?;
+    let packing = match settings.encryption {
+        Encryption::None => settings.encoding()?,
+        // Nothing makes it any shorter.
+        Encryption::Client => Wish::Only(Encoding::None),
+    };
+    let packing = Arc::new(Packing::new(packing));
+    let disks = open_all(settings, Some(machine), still, &context.stop).await?;
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show(Doing::Backup, &progress, context.events);
     let gate = Gate {

@@ -173,6 +173,7 @@ impl From<RestoreError> for Failure {
             RestoreError::Link(error) => error.into(),
             RestoreError::Interrupted => Self::new(INTERRUPTED, error),
             RestoreError::Select(error) => error.into(),
+            RestoreError::Seal(error) => error.into(),
             RestoreError::Lost { ref lost, .. } => Self {
                 reason: Some(ErrorReason::StoreDamaged),
                 lost: Some(lost.clone()),

@@ -24,7 +24,7 @@ pub(super) async fn write(
     context: &Context,
 ) -> Result<Outcome, Failure> {
     let settings = &context.settings;
-    let disks = open_all(settings, still, &context.stop).await?;
+    let disks = open_all(settings, Some(&machine), still, &context.stop).await?;
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show(Doing::Backup, &progress, context.events);
     let (threads, stop) = (settings.threads(), context.stop.clone());
