@@ -74,6 +74,7 @@ const PLACED: &[(&str, &str)] = &[
     ("spans", "client"),
     ("foreign_clients", "restore"),
     ("refusals", "security"),
+    ("sealed", "security"),
 ];
 /// Whole-system tests that `--quick` leaves out.
 const SLOW: &[&str] =
