@@ -51,9 +51,12 @@ impl FromStr for KeyId {
     }
 }
 
+/// Bytes of a key, at one place of memory whoever owns them: what is moved otherwise leaves copies behind.
+pub(super) type Secret = Box<Zeroizing<[u8; BYTES]>>;
+
 /// A machine's key, from which all others come. Wiped from memory when it goes.
 pub struct MasterKey {
-    bytes: Zeroizing<[u8; BYTES]>,
+    bytes: Secret,
     id: KeyId,
 }
 
@@ -69,12 +72,12 @@ impl MasterKey {
     /// # Errors
     /// When the system has no random bytes.
     pub fn generate() -> Result<Self, SealError> {
-        let mut bytes = Zeroizing::new([0; BYTES]);
+        let mut bytes = Secret::default();
         getrandom::fill(&mut bytes[..]).map_err(|error| SealError::Random(error.to_string()))?;
         Ok(Self::new(bytes))
     }
 
-    pub(super) fn new(bytes: Zeroizing<[u8; BYTES]>) -> Self {
+    pub(super) fn new(bytes: Secret) -> Self {
         let mut key = Self { bytes, id: KeyId([0; KeyId::LEN]) };
         let derived = key.derive("janus-backup 2026-11 sealed machines: key id", &[]);
         key.id = KeyId(*derived.first_chunk().unwrap_or(&[0; KeyId::LEN]));
@@ -84,7 +87,7 @@ impl MasterKey {
     /// One of these bytes.
     #[cfg(test)]
     pub(crate) fn of(bytes: [u8; BYTES]) -> Self {
-        Self::new(Zeroizing::new(bytes))
+        Self::new(Box::new(Zeroizing::new(bytes)))
     }
 
     /// Its name.

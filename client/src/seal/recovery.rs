@@ -8,9 +8,9 @@
 //! In Crockford's base 32, which has no letters that look like digits; what is read for one is taken for it. A mistyped group is
 //! named, with a chance of 255 in 256, and what passes is seen by the sum.
 
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
-use super::key::{BYTES, MasterKey};
+use super::key::{BYTES, MasterKey, Secret};
 
 const ALPHABET: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
 const VERSION: u8 = 1;
@@ -49,7 +49,7 @@ pub enum RecoveryError {
 }
 
 /// A key for people. Wiped from memory when it goes.
-pub struct RecoveryKey(Zeroizing<[u8; BYTES]>);
+pub struct RecoveryKey(Secret);
 
 impl std::fmt::Debug for RecoveryKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -58,7 +58,7 @@ impl std::fmt::Debug for RecoveryKey {
 }
 
 impl RecoveryKey {
-    pub(super) fn of(key: &Zeroizing<[u8; BYTES]>) -> Self {
+    pub(super) fn of(key: &Secret) -> Self {
         Self(key.clone())
     }
 
@@ -122,7 +122,7 @@ impl RecoveryKey {
             }
         }
         let (key, last) = bytes.split_at(BYTES);
-        let mut known = Zeroizing::new([0; BYTES]);
+        let mut known = Secret::default();
         known.copy_from_slice(key);
         match last.first() {
             Some(&VERSION) if last == last_group(&known) => Ok(Self(known)),
@@ -155,12 +155,15 @@ fn value(letter: char) -> Option<u8> {
 fn check(at: usize, group: &[u8]) -> u8 {
     let mut hasher = blake3::Hasher::new_derive_key("janus-backup 2026-11 recovery keys: group");
     hasher.update(&[at as u8]).update(group);
-    hasher.finalize().as_bytes()[0]
+    let sum = hasher.finalize().as_bytes()[0];
+    hasher.zeroize();
+    sum
 }
 
 fn last_group(key: &[u8; BYTES]) -> [u8; GROUP_BYTES] {
     let mut hasher = blake3::Hasher::new_derive_key("janus-backup 2026-11 recovery keys: whole");
     let [one, two, three, ..] = *hasher.update(key).finalize().as_bytes();
+    hasher.zeroize();
     [VERSION, one, two, three]
 }
 
@@ -171,11 +174,11 @@ mod tests {
     use super::*;
 
     fn key(bytes: [u8; 32]) -> RecoveryKey {
-        RecoveryKey(Zeroizing::new(bytes))
+        RecoveryKey(Box::new(Zeroizing::new(bytes)))
     }
 
     fn same(text: &str, bytes: [u8; 32]) -> bool {
-        RecoveryKey::parse(text).is_ok_and(|parsed| *parsed.0 == bytes)
+        RecoveryKey::parse(text).is_ok_and(|parsed| **parsed.0 == bytes)
     }
 
     #[test]
