@@ -17,13 +17,14 @@ use super::{
     to_folder,
 };
 use crate::{
-    backup::{Backup, BackupReport, DiskReport},
+    backup::{Backup, BackupReport, Disk, DiskReport},
     config::Encryption,
     hooks::Hook,
     nbd::bitmap::Announced,
     packing::{self, Packing, Wish},
     progress::{self, Doing, Progress},
     reading::{Heard, Reading},
+    seal::KeyId,
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
 };
@@ -155,6 +156,7 @@ async fn read(
     };
     let packing = Arc::new(Packing::new(packing));
     let disks = open_all(settings, Some(machine), still, &context.stop).await?;
+    let sealed_by = sealed_by(&disks);
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show(Doing::Backup, &progress, context.events);
     let gate = Gate {
@@ -173,7 +175,22 @@ async fn read(
     remembering.await.map_err(Failure::failed)?;
     let report = made?;
     drop(display);
-    Ok(Outcome { json: report_json(&report), text: report_text(&report) })
+    let made = Outcome { json: report_json(&report), text: report_text(&report) };
+    Ok(say_sealed(made, sealed_by))
+}
+
+/// The key that a run's disks are sealed with.
+pub(super) fn sealed_by(disks: &[Disk]) -> Option<KeyId> {
+    disks.iter().find_map(|disk| Some(disk.seal.as_ref()?.sealer().key()))
+}
+
+/// Adds to a report whether the run is sealed.
+pub(super) fn say_sealed(mut outcome: Outcome, sealed_by: Option<KeyId>) -> Outcome {
+    if let Some(key) = sealed_by {
+        let _ = writeln!(outcome.text, "  sealed with key {key}");
+    }
+    outcome.json["sealed_by"] = json!(sealed_by.map(|key| key.to_string()));
+    outcome
 }
 
 fn kind(disk: &DiskReport) -> &'static str {

@@ -53,7 +53,9 @@ fn a_key_is_made_once_tested_lost_and_recovered() {
     assert!(wrong.code == Some(1) && wrong.stderr.contains("group 4"), "{wrong:?}");
     assert!(test(&[], "").stderr.contains("9 groups"));
 
-    let snapshot = client.backup().unwrap().disks.remove(0).snapshot_id;
+    let backup: Value = client.answer(&["backup"]).unwrap();
+    assert_eq!(backup["sealed_by"], shown["key"], "{backup}");
+    let snapshot = backup["disks"][0]["snapshot_id"].as_str().unwrap().to_owned();
     let of_snapshot = test(&["--snapshot", &snapshot, "--json"], &recovery);
     assert_eq!(json(&of_snapshot)["opens_snapshot"], true, "{of_snapshot:?}");
 
