@@ -20,6 +20,7 @@ use crate::{
     progress::Progress,
     reading::{Planned, Reading},
     scan::{ScanError, Segments},
+    seal::DiskSeal,
     source::Source,
     state::{MachineState, RunRecord, StateError, Success},
     transfer::{
@@ -56,6 +57,8 @@ pub enum BackupError {
 pub struct Disk {
     /// What is read.
     pub source: Arc<Source>,
+    /// What seals it.
+    pub seal: Option<Arc<DiskSeal>>,
     /// What is known of it; nothing where there is no room to remember it.
     pub cache: Option<DiskCache>,
     /// What of it is read.
@@ -475,10 +478,11 @@ impl Backup {
         mut transfers: Vec<DiskTransfer>,
     ) -> Result<(Vec<DiskTransfer>, CommitBackupResponse), TransferError> {
         for compare_all in [false, true] {
-            let error = match self.cancellable(commit(&self.gate, run, &transfers)).await? {
-                Committed::Done(answer) => return Ok((transfers, answer)),
-                Committed::Differs(error) => error,
-            };
+            let error =
+                match self.cancellable(commit(&self.gate, run, &transfers, self.taken_ms)).await? {
+                    Committed::Done(answer) => return Ok((transfers, answer)),
+                    Committed::Differs(error) => error,
+                };
             tracing::warn!(server = %run.server, %error, compare_all, "the server's content differs; sending it again");
             let mut repaired = Vec::with_capacity(transfers.len());
             for (mut disk, session) in transfers.into_iter().zip(run.sessions.clone()) {
@@ -500,7 +504,7 @@ impl Backup {
             }
             transfers = repaired;
         }
-        match self.cancellable(commit(&self.gate, run, &transfers)).await? {
+        match self.cancellable(commit(&self.gate, run, &transfers, self.taken_ms)).await? {
             Committed::Done(answer) => Ok((transfers, answer)),
             Committed::Differs(error) => {
                 Err(TransferError::Differs { server: run.server.clone(), source: Box::new(error) })

@@ -17,7 +17,9 @@ mod mount;
 mod nbd;
 mod notice;
 mod opening;
+mod recover;
 mod restore;
+mod seal;
 mod service;
 mod sources;
 mod status;
@@ -46,6 +48,8 @@ pub use self::{
     enroll::enroll,
     failure::Failure,
     notice::tell,
+    recover::{needs_server as recover_needs_server, recover},
+    seal::seal,
     service::service,
     sources::sources,
 };
@@ -67,6 +71,8 @@ pub fn loader() -> Loader<Settings> {
         ("key", "Its private key, PEM"),
         ("ca", "The CA's certificate, PEM"),
         ("cache_path", "Folder of the hash cache and of the open run"),
+        ("encryption", "Who encrypts backups: none, or client (see `seal init`)"),
+        ("seal_key", "File of the key that they are sealed with; empty: seal.key beside key"),
         ("disks", "Disks to back up: /dev/sdX or NAME=/path/to/image"),
         ("allow_live", "Read disks that are mounted writable"),
         ("make_snapshots", "Read mounted volumes of LVM and ZFS from a snapshot, made for it"),
@@ -207,6 +213,8 @@ pub fn command() -> Command {
                         .help("For forget: only what this server has"),
                 ),
         ))
+        .subcommand(with_flags(seal::command()))
+        .subcommand(with_flags(recover::command()))
         .subcommand(with_flags(Command::new("adopt").about(
             "Go on with the chains of this machine, after it was restored or set up anew",
         )))
@@ -357,6 +365,7 @@ pub async fn run(name: &str, matches: &ArgMatches, context: &Context) -> Result<
         nbd::COMMAND => nbd::run(matches, context).await,
         "ls" => ls::run(matches, context).await,
         "mount" => mount::run(matches, context).await,
+        recover::COMMAND => recover::run(matches, context).await,
         "restore" => restore::run(matches, context).await,
         "test" => test::run(context).await,
         "trust-journal" => trust::run(matches, context).await,

@@ -30,6 +30,10 @@ pub struct Settings {
     pub ca: PathBuf,
     /// Folder of the hash cache, the lock and the record of an open run.
     pub cache_path: PathBuf,
+    /// Who encrypts backups: nobody, or this client.
+    pub encryption: Encryption,
+    /// File of the key they are sealed with; empty: `seal.key` beside `key`.
+    pub seal_key: PathBuf,
     /// Disks to back up: `/dev/sdb`, `name=/path/disk.img`, `name=nbd://host/export`, `name=qcow2:/path/disk.qcow2`.
     pub disks: Vec<String>,
     /// Read disks that are mounted writable.
@@ -92,6 +96,8 @@ impl Default for Settings {
             key: "key.pem".into(),
             ca: "ca.pem".into(),
             cache_path: "/var/cache/janus-client".into(),
+            encryption: Encryption::None,
+            seal_key: PathBuf::new(),
             disks: Vec::new(),
             allow_live: false,
             make_snapshots: true,
@@ -120,6 +126,17 @@ impl Default for Settings {
             notify: NotifySettings::default(),
         }
     }
+}
+
+/// Who encrypts backups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Encryption {
+    /// Nobody: images open in every hypervisor.
+    #[default]
+    None,
+    /// This client, by a key that servers never have: see [`crate::seal`].
+    Client,
 }
 
 /// A setting that can't be used.
@@ -228,6 +245,14 @@ impl Settings {
             return Err(ConfigError::NoDisks);
         }
         self.disks.iter().map(|text| DiskSpec::parse(text)).collect()
+    }
+
+    /// File of the key that backups are sealed with. Not in the cache's folder, which may be lost at any time.
+    pub fn seal_key_path(&self) -> PathBuf {
+        match self.seal_key.as_os_str().is_empty() {
+            true => self.key.with_file_name("seal.key"),
+            false => self.seal_key.clone(),
+        }
     }
 
     /// How snapshots are made; `None`: not at all.

@@ -135,6 +135,7 @@ fn read(
     let packing = Packing::off();
     let job = ScanJob {
         source: &disk.source,
+        seal: disk.seal.as_deref(),
         table: &*table,
         content: if servers.is_empty() { SessionContent::Zeros } else { SessionContent::Table },
         reading: &reading,

@@ -35,6 +35,9 @@ const MAX_PEM_BYTES: usize = 256 << 10;
 /// Why there is no new certificate.
 #[derive(Debug, thiserror::Error)]
 pub enum EnrollError {
+    /// Nobody answers there, or not the one that has made the token.
+    #[error("{0}. A token is good at the server that made it, whose authority it names")]
+    Token(ConnectError),
     /// Nobody answers there.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -143,7 +146,8 @@ pub async fn enroll(
     };
     let dialer = Arc::new(Pinned::new(token.authority, proxies));
     let options = ConnectOptions::expecting(Expect::Server);
-    let connection = channel::connect_through(url, dialer, options).await?;
+    let connection =
+        channel::connect_through(url, dialer, options).await.map_err(EnrollError::Token)?;
     let message = pb::EnrollRequest {
         token: token.secret.to_wire(),
         signing_request: signing_request(&key)?.into(),

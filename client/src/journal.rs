@@ -86,6 +86,9 @@ pub enum Distrust {
     /// The first run, or what an earlier one left can't be used.
     #[error("nothing is remembered of an earlier backup")]
     NoCursor,
+    /// Hashes are of other bytes than those of the last backup.
+    #[error("the last backup wasn't sealed as this one is")]
+    OtherKind,
     /// The regular comparison of everything.
     #[error("it is due: everything is compared every {runs} backups and every {days} days")]
     Due {

@@ -31,6 +31,7 @@ pub mod relearn;
 pub mod restore;
 pub mod scan;
 pub mod schedule;
+pub mod seal;
 pub mod segment_bits;
 pub mod service;
 pub mod snapshot;

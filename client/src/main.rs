@@ -83,6 +83,12 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         return runtime.map_err(Failure::failed)?.block_on(cli::enroll(matches, &settings));
     }
+    if name == "seal" {
+        return cli::seal(&settings, matches);
+    }
+    if name == "recover" && !cli::recover_needs_server(matches) {
+        return cli::recover(&settings, matches);
+    }
     let is_daemon = name == "daemon";
     let is_dry = name == "backup" && matches.get_flag("dry-run");
     let load = || Identity::load(&settings.cert, &settings.key, &settings.ca);

@@ -115,6 +115,8 @@ pub struct Known<'a> {
     pub disk: &'a str,
     /// What the last committed run left, see [`Reading::memory`].
     pub memory: Option<Memory>,
+    /// What hashes are of now, see [`Memory::kind`].
+    pub kind: &'a str,
     /// Counts as zeros.
     pub zeros: Ranges,
     /// The disk's volumes.
@@ -138,7 +140,11 @@ impl Reading {
             doubts_zeros: old.skipped,
             audit: Audit::of(&old, policy),
             distrust,
-            memory: Memory { skipped: !zeros.is_empty(), ..old.without_cursors() },
+            memory: Memory {
+                skipped: !zeros.is_empty(),
+                kind: known.kind.to_owned(),
+                ..old.without_cursors()
+            },
             zeros,
             volumes: known.volumes,
             ..Self::default()
@@ -338,6 +344,10 @@ fn distrust(known: &Known<'_>, journals: &[Journalled<'_>], policy: Policy) -> O
         let date = time::OffsetDateTime::from_unix_timestamp(at).map(|at| at.date().to_string());
         let (date, disk) = (date.unwrap_or_default(), known.disk.to_owned());
         return Some(Distrust::Off { offset, date, disk });
+    }
+    // A known hash that stands for what wasn't read would bring a block of another kind into the snapshot.
+    if memory.kind != known.kind {
+        return Some(Distrust::OtherKind);
     }
     let Policy { full_compare_runs: runs, full_compare_days: days, .. } = policy;
     let age = known.now - memory.compared;

@@ -14,7 +14,7 @@ use std::{
 use janus_proto::{
     hash::table_digest,
     ids::{BlockHash, SEGMENT_BYTES},
-    pb::Snapshot,
+    pb::{Encoding, Snapshot},
 };
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -23,6 +23,7 @@ use crate::{
     catalog::Found,
     packing::Wish,
     progress::Progress,
+    seal::{DiskSeal, Keys},
     snapshot::{Opened, SnapshotMedium, opened::Reach, select},
 };
 
@@ -74,6 +75,8 @@ use self::{
 pub struct Restore {
     /// How its snapshot and others are reached.
     pub reach: Reach,
+    /// What opens sealed snapshots.
+    pub keys: Arc<Keys>,
     /// Blocks come only from the snapshot's own server.
     pub alone: bool,
     /// Only this volume of the disk.
@@ -136,7 +139,8 @@ impl Restore {
     /// Those that [`Restore::run`] would begin with.
     pub async fn check(&self, found: &Found) -> Result<(), RestoreError> {
         select::check_size(&found.snapshot).map_err(|error| damaged(&found.snapshot, error))?;
-        let place = self.place(found).await?;
+        let seal = self.seal(&found.snapshot).await?;
+        let place = self.place(found, seal).await?;
         let wish = self.target_wish();
         let to = self.to.clone();
         let checking = tokio::task::spawn_blocking(move || Target::look(&to, &place, wish));
@@ -152,8 +156,10 @@ impl Restore {
         let began = Instant::now();
         self.check_map()?;
         select::check_size(&found.snapshot).map_err(|error| damaged(&found.snapshot, error))?;
-        let place = self.place(&found).await?;
-        let target = Arc::new(self.open_target(&place, &found.snapshot).await?);
+        let seal = self.seal(&found.snapshot).await?;
+        let place = self.place(&found, seal.clone()).await?;
+        let target = self.open_target(&place, &found.snapshot).await?;
+        let target = Arc::new(target.sealed(seal));
         let done = self.restore_to(&target, place, found, began).await;
         if done.as_ref().is_err_and(RestoreError::is_full) {
             target.discard();
@@ -183,7 +189,7 @@ impl Restore {
         let sources = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(RestoreError::Interrupted),
-            sources = self.all_sources(found) => sources?,
+            sources = self.all_sources(found, self.packing(target.seal().is_some())) => sources?,
         };
         let (sources, digests, share) = sources;
         let work =
@@ -224,6 +230,21 @@ impl Restore {
         })
     }
 
+    /// What opens the snapshot: asked before anything is written.
+    async fn seal(&self, snapshot: &Snapshot) -> Result<Option<Arc<DiskSeal>>, RestoreError> {
+        if snapshot.reachable || !snapshot.client_seal.is_empty() {
+            return Ok(self.keys.open(snapshot)?);
+        }
+        // Janus keeps no seals; who mirrors the table does.
+        let client_seal = away::client_seal(&self.reach, snapshot).await?;
+        Ok(self.keys.open(&Snapshot { client_seal, ..snapshot.clone() })?)
+    }
+
+    /// How data may be packed: nothing makes what is sealed any shorter.
+    fn packing(&self, is_sealed: bool) -> Wish {
+        if is_sealed { Wish::Only(Encoding::None) } else { self.packing }
+    }
+
     fn work(
         &self,
         target: &Arc<Target>,
@@ -254,9 +275,10 @@ impl Restore {
     }
 
     /// The snapshot's digests, and who delivers; of one that is away also what others say they have of it.
-    async fn all_sources(&self, found: Found) -> Result<Sources, RestoreError> {
+    async fn all_sources(&self, found: Found, packing: Wish) -> Result<Sources, RestoreError> {
         if found.snapshot.reachable {
-            let (sources, digests) = self.sources(Opened::new(self.reach.clone(), found)?).await?;
+            let holder = Opened::new(self.reach.clone(), found)?;
+            let (sources, digests) = self.sources(holder, packing).await?;
             return Ok((sources, digests, None));
         }
         let Snapshot { snapshot_id, server_id, .. } = found.snapshot.clone();
@@ -274,7 +296,7 @@ impl Restore {
             });
         }
         tracing::warn!(server = server_id, table = %table.snapshot().server_id, "the snapshot's server can't be reached; its table is known, and others deliver what they have of it");
-        let sources = self.with_neighbours(table, neighbours);
+        let sources = self.with_neighbours(table, neighbours, packing);
         Ok((sources, digests.into(), share))
     }
 
@@ -282,6 +304,7 @@ impl Restore {
     async fn sources(
         &self,
         holder: Opened,
+        packing: Wish,
     ) -> Result<(Vec<Source>, Arc<[BlockHash]>), RestoreError> {
         let snapshot = holder.snapshot().clone();
         let neighbours = async {
@@ -293,19 +316,19 @@ impl Restore {
         let (digests, neighbours) = tokio::join!(holder.segment_digests(), neighbours);
         let digests = digests?;
         check_digests(&snapshot, &digests).map_err(|error| damaged(&snapshot, error))?;
-        let sources = self.with_neighbours(holder, neighbours);
+        let sources = self.with_neighbours(holder, neighbours, packing);
         if let Some(holder) = sources.first() {
             holder.set_digests(digests.clone());
         }
         Ok((sources, digests.into()))
     }
 
-    fn with_neighbours(&self, first: Opened, neighbours: Vec<Found>) -> Vec<Source> {
-        let mut sources = vec![Source::new(0, first, self.packing)];
-        for found in neighbours {
+    fn with_neighbours(&self, first: Opened, others: Vec<Found>, packing: Wish) -> Vec<Source> {
+        let mut sources = vec![Source::new(0, first, packing)];
+        for found in others {
             // One whose entry makes no sense is of no use.
             let Ok(opened) = Opened::new(self.reach.clone(), found) else { continue };
-            sources.push(Source::new(sources.len(), opened, self.packing));
+            sources.push(Source::new(sources.len(), opened, packing));
         }
         sources
     }
@@ -315,7 +338,11 @@ impl Restore {
     }
 
     /// What goes onto the target. The disk's partition table is read only where that depends on it.
-    async fn place(&self, found: &Found) -> Result<Place, RestoreError> {
+    async fn place(
+        &self,
+        found: &Found,
+        seal: Option<Arc<DiskSeal>>,
+    ) -> Result<Place, RestoreError> {
         let Snapshot { size_bytes, logical_sector_bytes, .. } = found.snapshot;
         let (to, volume, format) = (self.to.clone(), self.volume, self.format);
         let measuring = tokio::task::spawn_blocking(move || place::device_bytes(&to));
@@ -328,7 +355,7 @@ impl Restore {
             return Err(RestoreError::OnlyWhole { snapshot, server });
         }
         let opened = Opened::new(self.reach.clone(), found.clone())?;
-        let disk = SnapshotMedium::new(opened, self.packing, 0, Handle::current());
+        let disk = SnapshotMedium::new(opened, seal, self.packing, 0, Handle::current());
         let reading = disk.clone();
         let planning = tokio::task::spawn_blocking(move || {
             place::plan(&reading, volume, device_bytes, format)

@@ -22,6 +22,7 @@ use crate::{
     link::LinkError,
     packing::{Outgoing, Packing},
     reading::Reading,
+    seal::DiskSeal,
     segment_bits::SegmentBits,
     source::{Source, SourceError},
 };
@@ -105,6 +106,8 @@ pub enum Segments {
 pub struct ScanJob<'a> {
     /// The disk.
     pub source: &'a Source,
+    /// What seals its blocks before they are hashed.
+    pub seal: Option<&'a DiskSeal>,
     /// Its latest known hashes.
     pub table: &'a dyn HashTable,
     /// What the session holds.

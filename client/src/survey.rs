@@ -9,6 +9,7 @@ use crate::{
     fs::{self, FileSystemKind},
     journal::{memory::Memory, ntfs_usn::NtfsUsn},
     reading::{Journalled, Known, Planned, Policy, Reading, Surveyed, WHOLE_DISK, Zeros},
+    seal::DiskSeal,
     source::{Source, view::View},
     volume::{self, Volume},
 };
@@ -47,7 +48,7 @@ pub enum SurveyError {
 }
 
 impl Choice {
-    /// Plans what to read of a disk.
+    /// Plans what to read of a disk, which is sealed by `seal`.
     ///
     /// # Errors
     /// When a volume to be left out doesn't exist.
@@ -56,6 +57,7 @@ impl Choice {
         source: &Source,
         cache: Option<&DiskCache>,
         policy: Policy,
+        seal: Option<&DiskSeal>,
     ) -> Result<Planned, SurveyError> {
         let disk = View::new(source, 0, source.size_bytes());
         let volumes = match volume::layout(&disk, source.sector_bytes()) {
@@ -111,6 +113,7 @@ impl Choice {
         let known = Known {
             disk: source.disk_id().as_str(),
             memory: cache.and_then(|cache| Memory::parse(&cache.cursor())),
+            kind: seal.map_or("", DiskSeal::kind),
             zeros,
             volumes: surveyed,
             now: time::OffsetDateTime::now_utc().unix_timestamp(),

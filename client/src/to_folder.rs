@@ -26,6 +26,7 @@ use crate::{
     progress::Progress,
     reading::Reading,
     scan::{Event, Nothing, ScanError, ScanJob, Scanned, Segments, SessionContent, scan},
+    seal::SealedDisk,
     segment_bits::SegmentBits,
 };
 
@@ -98,9 +99,10 @@ impl FolderJob {
             }
         };
         let (written, stages): (Vec<_>, Vec<_>) = written.into_iter().unzip();
-        let entries = written.iter().map(|disk| disk.entry.clone()).collect();
+        let entries: Vec<_> = written.iter().map(|disk| disk.entry.clone()).collect();
         let backup_id = BackupId::new();
-        let manifest = Manifest::new(backup_id, self.machine.clone(), self.taken_ms, &[], entries);
+        let (machine, seal) = (self.machine.clone(), self.seal_of(disks, &entries));
+        let manifest = Manifest::new(backup_id, machine, self.taken_ms, &seal, entries);
         claim.finish(&manifest)?;
         for (disk, stage) in disks.iter().zip(stages) {
             let learned = stage.zip(disk.cache.as_ref()).map(|(stage, cache)| cache.learn(stage));
@@ -110,6 +112,15 @@ impl FolderJob {
         }
         let seconds = began.elapsed().as_secs_f64();
         Ok(FolderReport { backup_id, seconds, disks: written })
+    }
+
+    /// The seal of the run; nothing where it isn't sealed.
+    fn seal_of(&self, disks: &[Disk], entries: &[DiskEntry]) -> Vec<u8> {
+        let Some(seal) = disks.iter().find_map(|disk| disk.seal.as_ref()) else {
+            return Vec::new();
+        };
+        let content: Vec<_> = entries.iter().map(sealed_content).collect();
+        seal.sealer().run(self.taken_ms, &content)
     }
 
     fn write_disk(
@@ -126,6 +137,7 @@ impl FolderJob {
         let packing = Packing::off();
         let job = ScanJob {
             source,
+            seal: disk.seal.as_deref(),
             table: &Nothing,
             content: SessionContent::Zeros,
             reading: &reading,
@@ -156,6 +168,17 @@ impl FolderJob {
         let entry = writing.writer.finish(source.consistency().into(), reading.zero_bytes())?;
         let done = FolderDisk { entry, read_bytes: writing.read_bytes, reading };
         Ok((done, writing.stage))
+    }
+}
+
+/// What was written of a disk, as a run's seal speaks of it.
+fn sealed_content(entry: &DiskEntry) -> SealedDisk<'_> {
+    let DiskEntry { disk, size_bytes, logical_sector_bytes, table_digest, .. } = entry;
+    SealedDisk {
+        disk,
+        size_bytes: *size_bytes,
+        logical_sector_bytes: *logical_sector_bytes,
+        table_digest: *table_digest,
     }
 }
 

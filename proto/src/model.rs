@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use crate::{
+    buffers::Buffer,
     error::WireError,
     hash,
     ids::{BLOCK_BYTES, BlockHash, block_count, block_len},
@@ -140,6 +141,21 @@ impl Batch {
             }
         }
         Ok(())
+    }
+
+    /// The same blocks with other bytes: `change` gets each run of them that has data, and its first block. The hashes stay what they
+    /// were, so that [`Batch::verify`] has its place before.
+    #[must_use]
+    pub fn changed(self, mut change: impl FnMut(u64, &mut [u8])) -> Self {
+        let (mut buffer, len) = (Buffer::take(), self.data.len());
+        buffer[..len].copy_from_slice(&self.data);
+        let mut at = 0;
+        for piece in self.pieces().filter(|piece| !piece.extent.zero) {
+            let end = at + piece.data.len();
+            change(piece.extent.first, &mut buffer[at..end]);
+            at = end;
+        }
+        Self { data: buffer.into_bytes(len), ..self }
     }
 
     /// The extents with their hashes and data, ascending.
@@ -286,6 +302,21 @@ mod tests {
             assert_eq!(wire.encoding(), encoding);
             assert_eq!(Batch::from_wire(40 * 4096 + 512, wire).unwrap(), batch);
         }
+    }
+
+    #[test]
+    fn changed_batches_keep_their_shape_and_hashes() {
+        let batch = sample(40 * 4096 + 512, &[(0, 3, false), (3, 20, true), (30, 11, false)]);
+        let mut seen = Vec::new();
+        let changed = batch.clone().changed(|first, data| {
+            seen.push((first, data.len()));
+            data.fill(9);
+        });
+        assert_eq!(seen, [(0, 3 * 4096), (30, 10 * 4096 + 512)]);
+        assert_eq!((changed.extents(), changed.hashes()), (batch.extents(), batch.hashes()));
+        let data: Vec<&[u8]> = changed.pieces().map(|piece| piece.data).collect();
+        assert!(data.concat().iter().all(|byte| *byte == 9));
+        assert_eq!(data.concat().len(), batch.data_len());
     }
 
     #[test]

@@ -54,6 +54,9 @@ pub struct Args {
     /// The clients' hash cache alone, beside a flat file
     #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies", "store", "sources"])]
     cache: bool,
+    /// Sealing alone, on one core, beside hashing
+    #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies", "store", "sources", "cache"])]
+    seal: bool,
     /// Networks: URLs that lead nowhere, packing on slow lines; needs root
     #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies", "store", "sources"])]
     networks: bool,
@@ -129,7 +132,10 @@ pub fn run(args: &Args) -> Result<()> {
         return store(args);
     }
     if args.cache {
-        return cache(args);
+        return of_client(args, "cache");
+    }
+    if args.seal {
+        return of_client(args, "seal");
     }
     let folder = target().join("bench");
     if args.networks {
@@ -208,12 +214,12 @@ fn store(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// `client/examples/bench_cache.rs`.
-fn cache(args: &Args) -> Result<()> {
+/// `client/examples/bench_NAME.rs`.
+fn of_client(args: &Args, name: &str) -> Result<()> {
     let place = target().join("bench");
     fs::create_dir_all(&place)?;
-    let json = args.json.clone().unwrap_or_else(|| place.join("cache.json"));
-    example("janus-client", "bench_cache", &place, &json)?;
+    let json = args.json.clone().unwrap_or_else(|| place.join(format!("{name}.json")));
+    example("janus-client", &format!("bench_{name}"), &place, &json)?;
     println!("\nfigures: {}", json.display());
     Ok(())
 }

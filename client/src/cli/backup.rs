@@ -17,13 +17,15 @@ use super::{
     to_folder,
 };
 use crate::{
-    backup::{Backup, BackupReport, DiskReport},
+    backup::{Backup, BackupReport, Disk, DiskReport},
+    config::Encryption,
     enroll,
     hooks::Hook,
     nbd::bitmap::Announced,
     packing::{self, Packing, Wish},
     progress::{self, Doing, Progress},
     reading::{Heard, Reading},
+    seal::KeyId,
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
 };
@@ -45,9 +47,9 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     };
     if let Destination::Server(_) = to {
         settings.checked_urls()?;
+        renew(context).await?;
     }
     let specs = settings.disk_specs()?;
-    renew(context).await?;
     // Before any hook: what another backup has frozen is not ours to thaw.
     let state = lock(settings).await?;
     // Nor may anything be frozen while a server boots.
@@ -141,7 +143,7 @@ async fn between_hooks(
     still.bitmap = bitmaps.map(|announced| announced.new.clone());
     let still = Arc::new(still);
     let mut made = match to {
-        Destination::Server(server) => read(server, state, still.clone(), context).await,
+        Destination::Server(server) => read(machine, server, state, still.clone(), context).await,
         Destination::Folder(folder) => {
             // Its lock is kept until the end.
             let (_state, taken_ms) = state;
@@ -167,6 +169,7 @@ async fn between_hooks(
 
 /// Opens the disks and backs them up.
 async fn read(
+    machine: &MachineKey,
     server: Option<ServerId>,
     state: (MachineState, i64),
     still: Arc<Stillness>,
@@ -174,8 +177,14 @@ async fn read(
 ) -> Result<Outcome, Failure> {
     let settings = &context.settings;
     let ways = context.ways().await?;
-    let packing = Arc::new(Packing::new(settings.encoding()?));
-    let disks = open_all(settings, still, &context.stop).await?;
+    let packing = match settings.encryption {
+        Encryption::None => settings.encoding()?,
+        // Nothing makes it any shorter.
+        Encryption::Client => Wish::Only(Encoding::None),
+    };
+    let packing = Arc::new(Packing::new(packing));
+    let disks = open_all(settings, Some(machine), still, &context.stop).await?;
+    let sealed_by = sealed_by(&disks);
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show(Doing::Backup, &progress, context.events);
     let gate = Gate {
@@ -194,7 +203,22 @@ async fn read(
     remembering.await.map_err(Failure::failed)?;
     let report = made?;
     drop(display);
-    Ok(Outcome { json: report_json(&report), text: report_text(&report) })
+    let made = Outcome { json: report_json(&report), text: report_text(&report) };
+    Ok(say_sealed(made, sealed_by))
+}
+
+/// The key that a run's disks are sealed with.
+pub(super) fn sealed_by(disks: &[Disk]) -> Option<KeyId> {
+    disks.iter().find_map(|disk| Some(disk.seal.as_ref()?.sealer().key()))
+}
+
+/// Adds to a report whether the run is sealed.
+pub(super) fn say_sealed(mut outcome: Outcome, sealed_by: Option<KeyId>) -> Outcome {
+    if let Some(key) = sealed_by {
+        let _ = writeln!(outcome.text, "  sealed with key {key}");
+    }
+    outcome.json["sealed_by"] = json!(sealed_by.map(|key| key.to_string()));
+    outcome
 }
 
 fn kind(disk: &DiskReport) -> &'static str {

@@ -1,10 +1,13 @@
 //! The snapshot that a command is about: its arguments, and the snapshot as a disk.
 
-use clap::{Arg, ArgMatches};
+use std::sync::Arc;
+
+use clap::{Arg, ArgAction, ArgMatches};
 use tokio::runtime::Handle;
 
 use super::{Context, Failure, address};
 use crate::{
+    seal::{Keys, Wishes},
     snapshot::{Opened, Selection, SnapshotMedium, opened::Reach},
     ways::Ways,
 };
@@ -13,7 +16,7 @@ use crate::{
 const MEMORY_BYTES: u64 = 128 << 20;
 
 /// The arguments.
-pub(super) fn arguments() -> [Arg; 6] {
+pub(super) fn arguments() -> [Arg; 8] {
     let [archive, timeout] = archive_arguments();
     [
         Arg::new("what")
@@ -31,6 +34,13 @@ pub(super) fn arguments() -> [Arg; 6] {
         Arg::new("server").long("server").value_name("NAME").help("Only from this server"),
         archive,
         timeout,
+        Arg::new("allow-unsealed")
+            .long("allow-unsealed")
+            .action(ArgAction::SetTrue)
+            .help("Also a snapshot that isn't sealed, though this machine seals its backups"),
+        Arg::new("sealed-as").long("sealed-as").value_name("USER/MACHINE").help(
+            "A sealed snapshot that is kept under another name now was sealed as this machine",
+        ),
     ]
 }
 
@@ -67,12 +77,30 @@ impl Context {
         }
     }
 
+    /// What opens sealed snapshots, and what is allowed.
+    pub(super) async fn keys(&self, matches: &ArgMatches) -> Result<Arc<Keys>, Failure> {
+        let sealed_as = matches.get_one::<String>("sealed-as").map(|name| name.parse());
+        let wishes = Wishes {
+            allow_unsealed: matches.get_flag("allow-unsealed"),
+            sealed_as: sealed_as.transpose()?,
+        };
+        let settings = self.settings.clone();
+        let loading = tokio::task::spawn_blocking(move || Keys::load(&settings, wishes));
+        Ok(Arc::new(loading.await.map_err(Failure::failed)?))
+    }
+
     /// The one snapshot that is meant, as a disk.
-    pub(super) async fn medium(&self, selection: &Selection) -> Result<SnapshotMedium, Failure> {
+    pub(super) async fn medium(
+        &self,
+        matches: &ArgMatches,
+        selection: &Selection,
+    ) -> Result<SnapshotMedium, Failure> {
+        let keys = self.keys(matches).await?;
         let ways = self.ways_awake().await?;
         let found = selection.find(&ways).await?;
+        let seal = keys.open(&found.snapshot)?;
         let opened = Opened::new(self.reach(&ways, selection), found)?;
         let packing = self.settings.encoding()?;
-        Ok(SnapshotMedium::new(opened, packing, MEMORY_BYTES, Handle::current()))
+        Ok(SnapshotMedium::new(opened, seal, packing, MEMORY_BYTES, Handle::current()))
     }
 }

@@ -2,7 +2,11 @@
 
 use std::{fmt::Write, sync::Arc};
 
-use janus_proto::{ids::DiskId, show::amount};
+use janus_proto::{
+    ids::{DiskId, MachineKey},
+    show::amount,
+    tls::{Identity, Role},
+};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -13,11 +17,11 @@ use super::{
 };
 use crate::{
     backup::Disk,
-    config::Settings,
+    config::{Encryption, Settings},
     dry_run::{DryRunError, Forecast, Part, forecast},
 };
 
-/// Reads all disks, and sends nothing. Needs neither a server nor a certificate.
+/// Reads all disks, and sends nothing. Needs no server, and a certificate only where backups are sealed.
 ///
 /// # Errors
 /// As a backup that fails before it sends anything.
@@ -30,7 +34,8 @@ pub async fn dry_run(settings: &Settings, stop: &CancellationToken) -> Result<Ou
     };
     let still = tokio::task::spawn_blocking(looking).await.map_err(Failure::failed)??;
     let still = Arc::new(still);
-    let disks = open_all(settings, still.clone(), stop).await?;
+    let machine = machine(settings).await?;
+    let disks = open_all(settings, machine.as_ref(), still.clone(), stop).await?;
     let (threads, stop) = (settings.threads(), stop.clone());
     let reading = tokio::task::spawn_blocking(move || {
         let forecast =
@@ -46,6 +51,20 @@ pub async fn dry_run(settings: &Settings, stop: &CancellationToken) -> Result<Ou
     forecasts.iter().for_each(|(disk, forecast)| disk_text(&mut text, disk, forecast));
     let disks: Vec<_> = forecasts.iter().map(|(disk, one)| disk_json(disk, one)).collect();
     Ok(Outcome { json: json!({ "ok": true, "dry_run": true, "disks": disks }), text })
+}
+
+/// Whose disks they are, where that has to be known: what is sealed depends on it.
+async fn machine(settings: &Settings) -> Result<Option<MachineKey>, Failure> {
+    if settings.encryption == Encryption::None {
+        return Ok(None);
+    }
+    let Settings { cert, key, ca, .. } = settings.clone();
+    let loading = tokio::task::spawn_blocking(move || Identity::load(&cert, &key, &ca));
+    let identity = loading.await.map_err(Failure::failed)??;
+    Ok(match &identity.principal().role {
+        Role::Client(machine) => Some(machine.clone()),
+        _ => None,
+    })
 }
 
 fn disk_json(disk: &DiskId, forecast: &Forecast) -> Value {

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{Failure, Outcome};
 use crate::{
-    config::Settings,
+    config::{Encryption, Settings},
     enroll::{self, Done, Files},
 };
 
@@ -46,6 +46,11 @@ pub(super) fn command() -> Command {
                 .help("Begin a settings file there, if there is none"),
         )
         .arg(
+            Arg::new("seal").long("seal").action(ArgAction::SetTrue).help(
+                "Make the key that its backups are sealed with, too, and print its recovery key",
+            ),
+        )
+        .arg(
             Arg::new("force")
                 .long("force")
                 .action(ArgAction::SetTrue)
@@ -77,9 +82,10 @@ pub async fn enroll(matches: &ArgMatches, settings: &Settings) -> Result<Outcome
         key.display(),
         ca.display(),
     );
+    let wants_seal = matches.get_flag("seal") || settings.encryption == Encryption::Client;
     match matches.get_one::<PathBuf>("write-settings").filter(|path| !path.exists()) {
         Some(path) => {
-            write_settings(path, &urls, &files).map_err(|error| {
+            write_settings(path, &urls, &files, settings, wants_seal).map_err(|error| {
                 Failure::failed(format!("the machine is enrolled, but {}: {error}", path.display()))
             })?;
             text.push_str(&format!("wrote {}: name the `disks` there\n", path.display()));
@@ -89,6 +95,13 @@ pub async fn enroll(matches: &ArgMatches, settings: &Settings) -> Result<Outcome
         }
         None => {}
     }
+    let sealed = match wants_seal && !settings.seal_key_path().exists() {
+        true => Some(super::seal::make(settings)?),
+        false => None,
+    };
+    if let Some(made) = &sealed {
+        text.push_str(&format!("\n{}\n", made.text.trim_end()));
+    }
     text.push_str("next: janus-client test, and janus-client service install\n");
     let told = json!({
         "machine": machine.to_string(),
@@ -97,6 +110,7 @@ pub async fn enroll(matches: &ArgMatches, settings: &Settings) -> Result<Outcome
         "cert": cert,
         "key": key,
         "ca": ca,
+        "seal": sealed.map(|made| made.json),
     });
     Ok(Outcome { json: told, text })
 }
@@ -112,15 +126,28 @@ fn read_token(given: &str) -> Result<String, Failure> {
 }
 
 /// Settings to begin with.
-fn write_settings(path: &Path, urls: &[String], files: &Files) -> io::Result<()> {
+fn write_settings(
+    path: &Path,
+    urls: &[String],
+    files: &Files,
+    settings: &Settings,
+    seals: bool,
+) -> io::Result<()> {
     let absolute = |path: &PathBuf| std::path::absolute(path);
+    let seal = match seals {
+        true => format!(
+            "encryption = \"client\"\nseal_key = {:?}\n",
+            absolute(&settings.seal_key_path())?
+        ),
+        false => String::new(),
+    };
     let text = format!(
         "# Settings of janus-client, begun by `janus-client enroll`. All that can be set: client.example.toml.\n\
          urls = {urls:?}\n\
          cert = {:?}\n\
          key = {:?}\n\
          ca = {:?}\n\
-         \n\
+         {seal}\n\
          # What is backed up: `janus-client sources` lists what there is.\n\
          disks = []\n",
         absolute(&files.cert)?,

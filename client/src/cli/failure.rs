@@ -17,6 +17,7 @@ use crate::{
     link::{LinkError, Remedy, reason_name},
     restore::{Lost, RestoreError, TargetError},
     scan::ScanError,
+    seal::SealError,
     snapshot::{ReadError, SelectError},
     source::SourceError,
     state::StateError,
@@ -172,6 +173,7 @@ impl From<RestoreError> for Failure {
             RestoreError::Link(error) => error.into(),
             RestoreError::Interrupted => Self::new(INTERRUPTED, error),
             RestoreError::Select(error) => error.into(),
+            RestoreError::Seal(error) => error.into(),
             RestoreError::Lost { ref lost, .. } => Self {
                 reason: Some(ErrorReason::StoreDamaged),
                 lost: Some(lost.clone()),
@@ -239,6 +241,13 @@ impl From<CopyError> for Failure {
             CopyError::Folder { .. } => Self::usage(error),
             error => Self::new(FAILED, error),
         }
+    }
+}
+
+impl From<SealError> for Failure {
+    fn from(error: SealError) -> Self {
+        let is_setting = matches!(error, SealError::NoKey(_) | SealError::Loose { .. });
+        Self::new(if is_setting { USAGE } else { FAILED }, error)
     }
 }
 

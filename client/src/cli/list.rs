@@ -15,6 +15,7 @@ use super::{Context, Failure, Outcome, address};
 use crate::{
     catalog::{self, Listing, Query, consistency_name},
     link::Address,
+    seal::RunSeal,
     tables::{self, Mirrored, percent},
 };
 
@@ -67,6 +68,7 @@ fn listing_json(listing: &Listing, mirrored: &[Mirrored]) -> Value {
             "missing_blocks": s.missing_blocks,
             "verified_ms": s.verified_ms,
             "proven_ms": s.proven_ms,
+            "sealed_by": RunSeal::look(&s.client_seal).map(|seal| seal.key.to_string()),
         })
     };
     let unreachable = |u: &UnreachableServer| json!({ "server": u.server_id, "reason": u.reason, "since_ms": u.since_ms });
@@ -87,7 +89,7 @@ fn listing_text(listing: &Listing, mirrored: &[Mirrored]) -> String {
         let kind = if s.parent_snapshot_id.is_empty() { "full " } else { "delta" };
         let _ = writeln!(
             text,
-            "{}  {}  {:disks$}  {:servers$}  {kind}  {:>10}  {:>10} on disk  {}{}{}{}{}{}",
+            "{}  {}  {:disks$}  {:servers$}  {kind}  {:>10}  {:>10} on disk  {}{}{}{}{}{}{}",
             s.snapshot_id,
             date(s.committed_ms),
             s.disk_id,
@@ -95,6 +97,7 @@ fn listing_text(listing: &Listing, mirrored: &[Mirrored]) -> String {
             amount(s.size_bytes),
             amount(s.image_allocated_bytes),
             consistency_name(s.consistency()),
+            sealed(s),
             skipped(s),
             damage(s),
             incomplete(s),
@@ -132,6 +135,11 @@ fn availability(s: &Snapshot, mirrored: &[Mirrored]) -> String {
             format!("  unreachable, {percent} % of it on {server}")
         }
     }
+}
+
+fn sealed(snapshot: &Snapshot) -> &'static str {
+    // Janus keeps no seals of servers that are away: of those it isn't told.
+    if snapshot.client_seal.is_empty() { "" } else { "  sealed" }
 }
 
 fn skipped(snapshot: &Snapshot) -> String {

@@ -59,7 +59,7 @@ pub(super) fn command() -> Command {
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let what = matches.get_one::<String>("what").map(String::as_str).unwrap_or_default();
-    let medium = context.medium(&selection(matches, what)?).await?;
+    let medium = context.medium(matches, &selection(matches, what)?).await?;
     // What can't be read at all is said now, not to the first program that reads.
     medium.opened().place().await?;
     let overlay = match matches.get_one::<PathBuf>("write") {

@@ -1,19 +1,22 @@
 //! The disks of a backup or a dry run: kept from other backups, held still, opened, and what to read of them.
 
 use std::{
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use janus_proto::ids::MachineKey;
 use tokio_util::sync::CancellationToken;
 
 use super::Failure;
 use crate::{
     backup::Disk,
     cache::{DiskCache, warn_no_cache},
-    config::{DiskSpec, Settings},
+    config::{DiskSpec, Encryption, Settings},
     frozen::{self, SnapshotError, Snapshots, Wish},
     reading::Policy,
+    seal::{MasterKey, SealError, Sealer},
     source::Source,
     state::MachineState,
     survey::Choice,
@@ -58,29 +61,52 @@ impl Stillness {
     }
 }
 
-/// Opens the disks of the settings, and plans what to read of them.
+/// Opens the disks of the settings, and plans what to read of them. Those of a machine that seals its backups are sealed as `machine`.
 pub(super) async fn open_all(
     settings: &Settings,
+    machine: Option<&MachineKey>,
     still: Arc<Stillness>,
     stop: &CancellationToken,
 ) -> Result<Vec<Disk>, Failure> {
     let specs = settings.disk_specs()?;
     let (allow_live, folder) = (settings.allow_live, settings.cache_path.clone());
     let (policy, choice) = (settings.policy()?, settings.choice()?);
+    let sealing = match (settings.encryption, machine) {
+        (Encryption::None, _) => None,
+        (Encryption::Client, Some(machine)) => Some((settings.seal_key_path(), machine.clone())),
+        (Encryption::Client, None) => {
+            return Err(Failure::usage(
+                "setting cert: a machine's disks are sealed by its name, which the certificate says: one of `janus-server pki issue client` is needed",
+            ));
+        }
+    };
     let opening = tokio::task::spawn_blocking(move || {
-        open(&specs, &still, allow_live, &choice, policy, &folder)
+        let sealer = sealing.map(|(path, machine)| sealer(&path, machine)).transpose()?;
+        open(&specs, sealer.as_ref(), &still, allow_live, (&choice, policy), &folder)
     });
     // A disk that hangs must not keep a user who wants to go.
     let opened = stop.run_until_cancelled(opening).await.ok_or_else(Failure::interrupted)?;
     opened.map_err(Failure::failed)?
 }
 
+/// What seals the disks of a machine.
+fn sealer(path: &Path, machine: MachineKey) -> Result<Sealer, SealError> {
+    let key = MasterKey::load(path).map_err(|error| match error {
+        SealError::Io { ref source, .. } if source.kind() == io::ErrorKind::NotFound => {
+            SealError::NoKey(path.into())
+        }
+        other => other,
+    })?;
+    tracing::debug!(key = %key.id(), "backups are sealed");
+    Ok(Sealer::new(Arc::new(key), machine))
+}
+
 fn open(
     specs: &[DiskSpec],
+    sealer: Option<&Sealer>,
     still: &Stillness,
     allow_live: bool,
-    choice: &Choice,
-    policy: Policy,
+    (choice, policy): (&Choice, Policy),
     folder: &Path,
 ) -> Result<Vec<Disk>, Failure> {
     let may_live = |spec: &DiskSpec| allow_live || still.possible.contains(&spec.path);
@@ -100,8 +126,10 @@ fn open(
         if let Some(reason) = cache.as_ref().and_then(DiskCache::fresh_reason) {
             tracing::debug!(disk = %source.disk_id(), ?reason, "the hash cache starts empty");
         }
-        let reading = choice.plan(&source, cache.as_ref(), policy)?;
-        disks.push(Disk { source: Arc::new(source), cache, reading: Arc::new(reading) });
+        let seal = sealer.map(|sealer| sealer.disk(source.disk_id(), source.size_bytes()));
+        let seal = seal.transpose()?.map(Arc::new);
+        let reading = choice.plan(&source, cache.as_ref(), policy, seal.as_deref())?;
+        disks.push(Disk { source: Arc::new(source), seal, cache, reading: Arc::new(reading) });
     }
     Ok(disks)
 }

@@ -3,6 +3,7 @@
 use std::{
     ops::Range,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use clap::{Arg, ArgAction, ArgMatches};
@@ -17,6 +18,7 @@ use crate::{
     catalog::{Found, consistency_name},
     progress::{self, Doing, Progress},
     restore::{FORMATS, Lost, Restore, RestoreReport, TargetFormat},
+    seal::Keys,
     snapshot::Selection,
     ways::Ways,
 };
@@ -59,9 +61,10 @@ pub(super) fn arguments() -> Vec<Arg> {
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let text = |name: &str| matches.get_one::<String>(name).cloned().unwrap_or_default();
     let wanted = selection(matches, &text("what"))?;
+    let keys = context.keys(matches).await?;
     let ways = context.ways_awake().await?;
     if matches.contains_id("map") {
-        return map::run(matches, context, &wanted, &ways).await;
+        return map::run(matches, context, &wanted, &ways, &keys).await;
     }
     let to = PathBuf::from(text("to"));
     // Others may stand for a server that is away, unless only one was asked for.
@@ -70,7 +73,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         None => wanted.find_away(&ways).await?,
     };
     let force = matches.get_flag("force");
-    let restore = restore_to(matches, context, &ways, &wanted, &to, force)?;
+    let restore = restore_to(matches, context, (&ways, &keys), &wanted, &to, force)?;
     one(restore, found, context).await
 }
 
@@ -78,7 +81,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
 fn restore_to(
     matches: &ArgMatches,
     context: &Context,
-    ways: &Ways,
+    (ways, keys): (&Ways, &Arc<Keys>),
     wanted: &Selection,
     to: &Path,
     force: bool,
@@ -87,6 +90,7 @@ fn restore_to(
     let format = matches.get_one::<String>("format").and_then(|name| TargetFormat::named(name));
     let restore = Restore {
         reach: context.reach(ways, wanted),
+        keys: keys.clone(),
         // Only this one was asked for.
         alone: wanted.server.is_some(),
         volume: matches.get_one("volume").copied(),

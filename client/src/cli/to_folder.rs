@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     Context, Failure, Outcome,
-    backup::{reading_json, reading_text},
+    backup::{reading_json, reading_text, say_sealed, sealed_by},
     opening::{Stillness, open_all},
 };
 use crate::{
@@ -24,7 +24,8 @@ pub(super) async fn write(
     context: &Context,
 ) -> Result<Outcome, Failure> {
     let settings = &context.settings;
-    let disks = open_all(settings, still, &context.stop).await?;
+    let disks = open_all(settings, Some(&machine), still, &context.stop).await?;
+    let sealed_by = sealed_by(&disks);
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show(Doing::Backup, &progress, context.events);
     let (threads, stop) = (settings.threads(), context.stop.clone());
@@ -34,7 +35,8 @@ pub(super) async fn write(
     let report = writing.await.map_err(Failure::failed)??;
     drop(display);
     let folder = folder.display().to_string();
-    Ok(Outcome { json: report_json(&report, &folder), text: report_text(&report, &folder) })
+    let (json, text) = (report_json(&report, &folder), report_text(&report, &folder));
+    Ok(say_sealed(Outcome { json, text }, sealed_by))
 }
 
 fn report_json(report: &FolderReport, folder: &str) -> serde_json::Value {

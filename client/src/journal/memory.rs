@@ -23,6 +23,8 @@ pub struct Memory {
     pub missed: Option<(u64, i64)>,
     /// Free space counted as zeros: a zero block may have been used since, without having been written.
     pub skipped: bool,
+    /// What the known hashes are of: [`crate::seal::DiskSeal::kind`] where the disk was sealed, else empty.
+    pub kind: String,
     /// Cursors.
     pub volumes: Vec<VolumeCursor>,
 }
@@ -49,6 +51,8 @@ struct Head {
     compared: i64,
     missed: Option<(u64, i64)>,
     skipped: bool,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    kind: String,
     volumes: Vec<HeadVolume>,
 }
 
@@ -73,8 +77,9 @@ impl Memory {
             volumes.push(VolumeCursor { start, len, kind, cursor: cursor.to_vec() });
             cursors = rest;
         }
-        let Head { seed, turn, runs, compared, missed, skipped, .. } = head;
-        cursors.is_empty().then_some(Self { seed, turn, runs, compared, missed, skipped, volumes })
+        let Head { seed, turn, runs, compared, missed, skipped, kind, .. } = head;
+        let memory = Self { seed, turn, runs, compared, missed, skipped, kind, volumes };
+        cursors.is_empty().then_some(memory)
     }
 
     /// Its bytes.
@@ -85,7 +90,7 @@ impl Memory {
             kind: volume.kind,
             cursor_bytes: volume.cursor.len() as u64,
         };
-        let Self { seed, turn, runs, compared, missed, skipped, ref volumes } = *self;
+        let Self { seed, turn, runs, compared, missed, skipped, ref kind, ref volumes } = *self;
         let head = Head {
             format: FORMAT,
             seed,
@@ -94,6 +99,7 @@ impl Memory {
             compared,
             missed,
             skipped,
+            kind: kind.clone(),
             volumes: volumes.iter().map(of).collect(),
         };
         let cursors = volumes.iter().map(|volume| volume.cursor.as_slice());
@@ -102,8 +108,9 @@ impl Memory {
 
     /// All but the volumes' cursors, which may be large.
     pub fn without_cursors(&self) -> Self {
-        let Self { seed, turn, runs, compared, missed, skipped, .. } = *self;
-        Self { seed, turn, runs, compared, missed, skipped, volumes: Vec::new() }
+        let Self { seed, turn, runs, compared, missed, skipped, ref kind, .. } = *self;
+        let (kind, volumes) = (kind.clone(), Vec::new());
+        Self { seed, turn, runs, compared, missed, skipped, kind, volumes }
     }
 
     /// True when the next run would do the same without it.
@@ -138,6 +145,7 @@ mod tests {
             compared: 1_700_000_000,
             missed: Some((4096, 1_700_000_001)),
             skipped: true,
+            kind: "sealed".into(),
             volumes: vec![volume(0, b"one"), volume(9, b"")],
         };
         let bytes = memory.to_bytes();

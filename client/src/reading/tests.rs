@@ -31,7 +31,7 @@ fn nothing() -> Result<Changes, Distrust> {
 }
 
 fn known(memory: Option<Memory>, now: i64) -> Known<'static> {
-    Known { disk: "d", memory, zeros: Ranges::new(), volumes: Vec::new(), now }
+    Known { disk: "d", memory, kind: "", zeros: Ranges::new(), volumes: Vec::new(), now }
 }
 
 /// What a first run leaves.
@@ -95,6 +95,32 @@ fn every_reason_to_compare_all_is_told_and_counts_as_one_comparison() {
     assert_eq!((why, after.runs, after.compared), (due, 0, 101 * DAY));
     let off = told(Some(Memory { missed: Some((4096, 0)), ..second }), 101 * DAY).0.unwrap();
     assert!(off.to_string().contains("byte 4096 on 1970-01-01"), "{off}");
+}
+
+/// A hash that stands for what isn't read must be of the same bytes as those of what is.
+#[test]
+fn what_was_sealed_otherwise_is_read_as_a_whole() {
+    let journals = [volume(0, MIB, nothing())];
+    let plan = |memory, kind| {
+        Reading::plan(Known { kind, ..known(memory, 100 * DAY) }, &journals, NO_AUDIT)
+    };
+    let mut memory = None;
+    let kinds = ["", "", "one", "one", "two", "", ""];
+    let reasons: Vec<_> = kinds
+        .iter()
+        .map(|kind| {
+            // As the cache keeps it.
+            let kept = memory.take().and_then(|memory: Memory| Memory::parse(&memory.to_bytes()));
+            let reading = plan(kept, kind);
+            memory = Some(reading.memory.clone());
+            (reading.has_promises(), reading.distrust)
+        })
+        .collect();
+    let (believed, other) = ((true, None), (false, Some(Distrust::OtherKind)));
+    let first = (false, Some(Distrust::NoCursor));
+    let expected =
+        [&first, &believed, &other, &believed, &other, &other, &believed].map(Clone::clone);
+    assert_eq!(reasons, expected);
 }
 
 #[test]

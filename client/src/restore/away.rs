@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
+use bytes::Bytes;
 use janus_proto::{
     ids::{BlockHash, DiskId},
     pb::Snapshot,
@@ -89,6 +90,25 @@ pub(super) async fn find(reach: &Reach, wanted: &Snapshot) -> Result<Away, Resto
         }
     }
     Err(failed.unwrap_or_else(|| nobody(wanted)))
+}
+
+/// The seal of a snapshot, as a server that mirrors its table tells it. Nobody need tell the truth: what it proves is looked at.
+pub(super) async fn client_seal(reach: &Reach, wanted: &Snapshot) -> Result<Bytes, RestoreError> {
+    let machine = reach.machine.clone().or_else(|| wanted.machine.parse().ok());
+    let disk = wanted.disk_id.parse::<DiskId>().ok();
+    let query = Query { machine, disk, server: None };
+    let listing = async {
+        let listing = catalog::list(&reach.ways, &query).await?;
+        Ok::<_, LinkError>(tables::list(&reach.ways, &query, &listing).await)
+    };
+    let listed = tokio::time::timeout(PATIENCE, listing).await;
+    let mirrored = listed.map_err(|_| nobody(wanted))??;
+    let known = mirrored.into_iter().map(|one| one.snapshot).filter(|one| {
+        one.snapshot_id == wanted.snapshot_id && one.table_digest == wanted.table_digest
+    });
+    let seals: Vec<Bytes> = known.map(|one| one.client_seal).collect();
+    let sealed = seals.iter().find(|seal| !seal.is_empty()).or(seals.first());
+    sealed.cloned().ok_or_else(|| nobody(wanted))
 }
 
 /// At most what all have together; `None` when not all of them say.

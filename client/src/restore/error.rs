@@ -7,6 +7,7 @@ use janus_proto::{error::WireError, ids::BlockHash, show::amount};
 use super::{Lost, TargetError, place::PlaceError};
 use crate::{
     link::LinkError,
+    seal::SealError,
     snapshot::{BadData, ReadError, SelectError},
     tables::percent,
 };
@@ -20,6 +21,9 @@ pub enum RestoreError {
     /// A call failed.
     #[error(transparent)]
     Link(#[from] LinkError),
+    /// It can't be opened here, or must not be.
+    #[error(transparent)]
+    Seal(#[from] SealError),
     /// The target can't be used or written.
     #[error(transparent)]
     Target(#[from] TargetError),

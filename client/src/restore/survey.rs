@@ -26,7 +26,10 @@ use super::{
     part::{Part, ranges, unread},
     target::{Content, Target, TargetError},
 };
-use crate::source::medium::{Medium, Stretch};
+use crate::{
+    seal::DiskSeal,
+    source::medium::{Medium, Stretch},
+};
 
 /// Parts that wait to be gathered into pieces.
 const WAITING: usize = 32;
@@ -87,14 +90,11 @@ impl Survey {
 
     fn work(&self, out: &mpsc::Sender<Part>) -> Result<(), TargetError> {
         let mut reader = match self.target.content() {
-            Content::Old => {
-                Some(Reader::new(self.target.medium()?, self.size_bytes, self.target.window()))
-            }
+            Content::Old => Some(Reader::new(self.target.medium()?, self.size_bytes, &self.target)),
             Content::Zeros | Content::Unread => None,
         };
         let base = self.target.base()?;
-        let window = || self.target.window();
-        let mut base = base.map(|base| Reader::new(base, self.size_bytes, window()));
+        let mut base = base.map(|base| Reader::new(base, self.size_bytes, &self.target));
         loop {
             let segment = self.next.fetch_add(1, Ordering::Relaxed);
             let Some(wanted) = self.wanted.get(segment as usize) else { return Ok(()) };
@@ -216,12 +216,16 @@ pub(super) struct Reader {
     window: Range<u64>,
     stretch: Stretch,
     buffer: Buffer,
+    /// Hashes are of what this makes of it, beside the buffer.
+    seal: Option<(Arc<DiskSeal>, Buffer)>,
 }
 
 impl Reader {
-    pub(super) fn new(medium: Box<dyn Medium>, size_bytes: u64, window: Range<u64>) -> Self {
+    /// Of `target`, or of the file that it replaces.
+    pub(super) fn new(medium: Box<dyn Medium>, size_bytes: u64, target: &Target) -> Self {
         let stretch = Stretch { end: 0, hole: false };
-        Self { medium, size_bytes, window, stretch, buffer: Buffer::take() }
+        let seal = target.seal().map(|seal| (seal.clone(), Buffer::take()));
+        Self { medium, size_bytes, window: target.window(), stretch, buffer: Buffer::take(), seal }
     }
 
     /// Hashes of a segment's blocks, `None` where all are zeros. What is read is handed on: first block, bytes, hashes.
@@ -279,7 +283,16 @@ impl Reader {
             hashes.extend((first..block_count(to)).map(|_| unread()));
         } else {
             let data = self.buffer.get(..len).unwrap_or_default();
-            hash_blocks(data, hashes);
+            match &mut self.seal {
+                None => hash_blocks(data, hashes),
+                Some((seal, sealed)) => {
+                    // What is handed on stays as it was read.
+                    let sealed = sealed.get_mut(..len).unwrap_or_default();
+                    sealed.copy_from_slice(data);
+                    seal.seal(offset, sealed);
+                    hash_blocks(sealed, hashes);
+                }
+            }
             take(first, data, hashes.get(old..).unwrap_or_default())?;
         }
         Ok(())

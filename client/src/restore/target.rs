@@ -11,15 +11,21 @@ use std::{
     ops::Range,
     os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use janus_proto::{direct::DirectFile, ids::BLOCK_BYTES, image::ImageError};
 use rustix::fs::{FallocateFlags, FlockOperation, RenameFlags};
 
-use crate::source::{
-    medium::{FileMedium, Medium},
-    mounts, size_of, sysfs,
+use crate::{
+    seal::DiskSeal,
+    source::{
+        medium::{FileMedium, Medium},
+        mounts, size_of, sysfs,
+    },
 };
 
 mod partial;
@@ -158,6 +164,8 @@ pub(super) struct Target {
     is_changed: AtomicBool,
     /// The file that is replaced: its owner and mode are kept.
     like: Option<fs::Metadata>,
+    /// What seals the disk: hashes are of what it makes of the target's content.
+    seal: Option<Arc<DiskSeal>>,
 }
 
 #[derive(Debug)]
@@ -260,6 +268,7 @@ impl Target {
             base: None,
             is_changed: AtomicBool::new(false),
             like: fs::metadata(path).ok(),
+            seal: None,
         })
     }
 
@@ -313,6 +322,7 @@ impl Target {
             content,
             base,
             like,
+            seal: None,
         })
     }
 
@@ -351,7 +361,19 @@ impl Target {
             base: None,
             is_changed: AtomicBool::new(false),
             like: None,
+            seal: None,
         }
+    }
+
+    /// The same for a disk that is sealed so.
+    pub(super) fn sealed(mut self, seal: Option<Arc<DiskSeal>>) -> Self {
+        self.seal = seal;
+        self
+    }
+
+    /// What seals the disk.
+    pub(super) fn seal(&self) -> Option<&Arc<DiskSeal>> {
+        self.seal.as_ref()
     }
 
     /// What it holds before anything is written.

@@ -78,7 +78,7 @@ pub(super) async fn read_back(
 
 impl Check {
     fn work(&self) -> Result<(), TargetError> {
-        let mut reader = Reader::new(self.target.medium()?, self.size_bytes, self.target.window());
+        let mut reader = Reader::new(self.target.medium()?, self.size_bytes, &self.target);
         loop {
             let segment = self.next.fetch_add(1, Ordering::Relaxed);
             let Some(wanted) = self.wanted.get(segment as usize) else { return Ok(()) };

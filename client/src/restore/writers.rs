@@ -8,6 +8,7 @@ use std::sync::{
 
 use bytes::Bytes;
 use janus_proto::{
+    ids::BLOCK_BYTES,
     model::{Batch, Extent},
     pb::BlockBatch,
 };
@@ -133,6 +134,11 @@ fn write(batch: BlockBatch, target: &Target, size_bytes: u64) -> Result<Written,
         Batch::from_wire(size_bytes, batch).map_err(|error| WriteError::Damage(error.into()))?;
     batch.verify().map_err(|error| WriteError::Damage(error.into()))?;
     let mut written = Written::default();
+    // Hashes are of what was sealed: those of the message stay.
+    let batch = match target.seal() {
+        Some(seal) => batch.changed(|first, data| seal.open(first * BLOCK_BYTES, data)),
+        None => batch,
+    };
     for piece in batch.pieces().filter(|piece| !piece.extent.zero) {
         target.write(piece.extent.first, piece.data).map_err(WriteError::Target)?;
         written.extents.push(piece.extent);

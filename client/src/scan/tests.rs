@@ -55,6 +55,7 @@ static UNPACKED: std::sync::LazyLock<Packing> = std::sync::LazyLock::new(Packing
 fn job<'a>(source: &'a Source, table: &'a Table, content: SessionContent) -> ScanJob<'a> {
     ScanJob {
         source,
+        seal: None,
         table,
         content,
         reading: &ALL,
@@ -340,7 +341,7 @@ mod readings {
             Journalled { start: 0, len: SIZE, name: "d".into(), journal: Box::new(Says(changes)) };
         let memory = Some(Memory { skipped, ..Memory::default() });
         let zeros = bytes_of(kinds, Kind::Zeros);
-        let known = Known { disk: "d", memory, zeros, volumes: Vec::new(), now: 0 };
+        let known = Known { disk: "d", memory, kind: "", zeros, volumes: Vec::new(), now: 0 };
         Reading::plan(known, &[journal], Policy { audit_percent: 10, ..Policy::default() })
     }
 
@@ -441,4 +442,49 @@ mod readings {
             }
         }
     }
+}
+
+#[test]
+fn a_sealed_disk_is_scanned_as_what_it_is_when_it_is_sealed() {
+    let size = SEGMENT_BYTES + 7 * 4096 + 512;
+    let writes = [
+        (8192, noise(1_500_000, 1)),
+        (SEGMENT_BYTES + 5000, noise(9000, 2)),
+        (size - 100, vec![9; 100]),
+    ];
+    let (_dir, source) = disk(size, &writes);
+    let key = std::sync::Arc::new(crate::seal::MasterKey::of([4; 32]));
+    let sealer = crate::seal::Sealer::new(key, "a/b".parse().unwrap());
+    let seal = sealer.disk(source.disk_id(), size).unwrap();
+    let nothing = Table::default();
+    let sealed = || ScanJob { seal: Some(&seal), ..job(&source, &nothing, SessionContent::Zeros) };
+    let scanned = run(&sealed());
+    let plain = run(&job(&source, &nothing, SessionContent::Zeros));
+    // As much as of a plain disk travels, zeros stay zeros, and each block is another.
+    let (mut content, mut clear) = (vec![0; size as usize], vec![0; size as usize]);
+    assert_eq!(apply(size, scanned, &mut content), apply(size, plain, &mut clear));
+    for (sealed, clear) in content.chunks(4096).zip(clear.chunks(4096)) {
+        assert_eq!(hash::is_zero(sealed), hash::is_zero(clear));
+        assert!(hash::is_zero(clear) || sealed != clear);
+    }
+    seal.open(0, &mut content);
+    assert!(content == clear);
+    // The second time nothing has changed by the hashes of what was sealed, and everything by those of the disk itself.
+    let table = |content: &[u8]| {
+        let mut table = Table::default();
+        for (segment, bytes) in (0..).zip(content.chunks(SEGMENT_BYTES as usize)) {
+            let mut hashes = vec![];
+            hash::hash_blocks(bytes, &mut hashes);
+            table.0.insert(segment, hashes);
+        }
+        table
+    };
+    let count = |table: &Table| {
+        let job = ScanJob { table, content: SessionContent::Table, ..sealed() };
+        run(&job).iter().map(|scanned| scanned.changes.len()).sum::<usize>()
+    };
+    let data = clear.chunks(4096).filter(|block| !hash::is_zero(block)).count();
+    assert_eq!(count(&table(&clear)), data);
+    seal.seal(0, &mut clear);
+    assert_eq!(count(&table(&clear)), 0);
 }

@@ -199,6 +199,9 @@ impl<'a> Worker<'a> {
             let buffer = self.read.get_or_insert_with(Buffer::take);
             let part = &mut buffer[(from - first.offset) as usize..(to - first.offset) as usize];
             self.job.source.read_at(from, part)?;
+            if let Some(seal) = self.job.seal {
+                seal.seal(from, part);
+            }
             scanned.read.push(from..to);
         }
         Ok(())

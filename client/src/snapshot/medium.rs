@@ -9,7 +9,7 @@ use std::{
 };
 
 use janus_proto::{
-    ids::{BLOCK_BYTES, block_count},
+    ids::{BLOCK_BYTES, SEGMENT_BLOCKS, block_count},
     pb::{Encoding, Snapshot},
 };
 use tokio::{
@@ -20,6 +20,7 @@ use tokio::{
 use super::{Opened, ReadError};
 use crate::{
     packing::Wish,
+    seal::DiskSeal,
     source::{
         medium::{Medium, Stretch},
         view::ReadAt,
@@ -29,12 +30,14 @@ use crate::{
 mod ahead;
 mod cache;
 mod filling;
+mod proof;
 mod zeros;
 
 use self::{
     ahead::Streams,
     cache::{Cache, Chunk, State},
     filling::Filling,
+    proof::Proof,
     zeros::Zeros,
 };
 
@@ -53,6 +56,8 @@ pub struct SnapshotMedium {
 
 struct Inner {
     opened: Opened,
+    /// Of a sealed snapshot: what opens its blocks, and what they must be.
+    seal: Option<(Arc<DiskSeal>, Proof)>,
     encoding: Encoding,
     cache: Mutex<Cache>,
     streams: Mutex<Streams>,
@@ -69,17 +74,27 @@ impl std::fmt::Debug for SnapshotMedium {
 }
 
 impl SnapshotMedium {
-    /// Reads `opened`, and keeps up to `memory_bytes` of it. `runtime` makes the calls; the methods of [`Medium`] block, so
+    /// Reads `opened`, whose blocks `seal` opens, and keeps up to `memory_bytes` of it. `runtime` makes the calls; the methods of [`Medium`] block, so
     /// they must not be called by its own workers.
-    pub fn new(opened: Opened, packing: Wish, memory_bytes: u64, runtime: Handle) -> Self {
+    pub fn new(
+        opened: Opened,
+        seal: Option<Arc<DiskSeal>>,
+        packing: Wish,
+        memory_bytes: u64,
+        runtime: Handle,
+    ) -> Self {
         let encoding = match packing {
+            // Nothing makes it any shorter.
+            _ if seal.is_some() => Encoding::None,
             // Who reads here and there waits for each answer: packing costs less than it saves only on slow lines.
             Wish::Auto => Encoding::None,
             Wish::Only(encoding) => encoding,
         };
         let zeros = Zeros::new(opened.snapshot().size_bytes);
+        let seal = seal.map(|seal| (seal, Proof::default()));
         let inner = Inner {
             opened,
+            seal,
             encoding,
             cache: Mutex::new(Cache::new(memory_bytes / CHUNK_BYTES)),
             streams: Mutex::default(),
@@ -205,11 +220,19 @@ impl Inner {
         let _permit = self.fetches.acquire().await;
         let blocks = block_count(self.opened.snapshot().size_bytes);
         let range = chunks.start * CHUNK_BLOCKS..(chunks.end * CHUNK_BLOCKS).min(blocks);
-        let mut filling = Filling::new(chunks, |chunk, content| {
+        let mut filling = Filling::new(chunks, blocks, |chunk, content| {
             lock(&self.cache).put(chunk, content);
             self.arrived.notify_waiters();
         });
-        let read = self.opened.read_blocks(&[range], self.encoding, &mut filling).await;
+        let read = async {
+            if let Some((seal, proof)) = &self.seal {
+                let segments = range.start / SEGMENT_BLOCKS..range.end.div_ceil(SEGMENT_BLOCKS);
+                let segments: Vec<u64> = segments.collect();
+                filling.sealed(seal.clone(), proof.of(&self.opened, &segments).await?);
+            }
+            self.opened.read_blocks(&[range], self.encoding, &mut filling).await
+        };
+        let read = read.await;
         let result = read.map_err(|error| (io_kind(&error), error.to_string()));
         match result.and_then(|()| filling.finish().map_err(|e| (io::ErrorKind::InvalidData, e))) {
             Ok(()) => {}
@@ -265,7 +288,8 @@ impl Medium for SnapshotMedium {
     /// What can't be told counts as data.
     fn stretch(&self, offset: u64) -> Stretch {
         let inner = &self.inner;
-        self.wait_for(inner.zeros.stretch(&inner.opened, offset))
+        let proof = inner.seal.as_ref().map(|(_, proof)| proof);
+        self.wait_for(inner.zeros.stretch(&inner.opened, proof, offset))
     }
 
     fn expect(&self, range: Range<u64>) {

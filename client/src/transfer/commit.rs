@@ -21,7 +21,7 @@ pub enum Committed {
     Differs(LinkError),
 }
 
-/// Commits all disks of the run, however often the connection breaks.
+/// Commits all disks of the run, however often the connection breaks. Its seal says that it was begun at `taken_ms`.
 ///
 /// # Errors
 /// When the server refuses, is lost, or has dropped the run.
@@ -29,6 +29,7 @@ pub async fn commit(
     gate: &Gate,
     run: &mut Run,
     disks: &[DiskTransfer],
+    taken_ms: i64,
 ) -> Result<Committed, TransferError> {
     let message_disks: Vec<_> = run
         .sessions
@@ -45,13 +46,14 @@ pub async fn commit(
             skipped_bytes: disk.reading.zero_bytes(),
         })
         .collect();
+    let client_seal = seal_of(disks, taken_ms);
     tracing::debug!(server = %run.server, backup_id = %run.plan.backup_id, "committing");
     for _ in 0..8 {
         let message = CommitBackupRequest {
             backup_id: run.plan.backup_id.to_string(),
             epoch: run.epoch,
             disks: message_disks.clone(),
-            client_seal: Default::default(),
+            client_seal: client_seal.clone().into(),
         };
         let error = match run.link.commit_backup(&run.address(), message).await {
             Ok(answer) => return Ok(Committed::Done(answer.into_inner())),
@@ -75,6 +77,13 @@ pub async fn commit(
         server: run.server.clone(),
         source: Box::new(LinkError::call(COMMITTING)(status)),
     })
+}
+
+/// The seal of the run; nothing where it isn't sealed.
+fn seal_of(disks: &[DiskTransfer], taken_ms: i64) -> Vec<u8> {
+    let Some(seal) = disks.iter().find_map(|disk| disk.seal.as_ref()) else { return Vec::new() };
+    let content: Vec<_> = disks.iter().map(DiskTransfer::sealed_content).collect();
+    seal.sealer().run(taken_ms, &content)
 }
 
 /// Asks how the run stands until it is known: committed, or open.

@@ -17,6 +17,7 @@ use crate::{
     reading::{Planned, Reading},
     reconcile::HashReader,
     scan::{HashTable, ScanError, Scanned, SessionContent},
+    seal::{DiskSeal, SealedDisk},
     segment_bits::{SEGMENT_WORDS, SegmentBits},
     source::Source,
 };
@@ -58,6 +59,8 @@ pub struct DiskFigures {
 pub struct DiskTransfer {
     /// The disk.
     pub source: Arc<Source>,
+    /// What seals it.
+    pub seal: Option<Arc<DiskSeal>>,
     /// Its hash cache; none where there is no room for it.
     pub cache: Option<DiskCache>,
     /// What is printed while it runs.
@@ -116,6 +119,7 @@ impl DiskTransfer {
             scanned: 0,
             planned: disk.reading.clone(),
             reading: Arc::new(Reading::everything()),
+            seal: disk.seal.clone(),
             source,
             cache,
             progress,
@@ -273,6 +277,16 @@ impl DiskTransfer {
     /// Digest that names the whole content read.
     pub fn table_digest(&self) -> BlockHash {
         hash::table_digest(self.source.size_bytes(), &self.digests)
+    }
+
+    /// The content read, as a run's seal speaks of it.
+    pub fn sealed_content(&self) -> SealedDisk<'_> {
+        SealedDisk {
+            disk: self.source.disk_id(),
+            size_bytes: self.source.size_bytes(),
+            logical_sector_bytes: self.source.sector_bytes(),
+            table_digest: self.table_digest(),
+        }
     }
 
     /// The staged hashes, once; none where there was no room for them.

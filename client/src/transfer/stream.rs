@@ -128,7 +128,7 @@ fn scan_into(
 ) -> Result<(), ScanError> {
     let whole = matches!(segments, Segments::From(_));
     let blocks = block_count(disk.source.size_bytes());
-    let source = disk.source.clone();
+    let (source, seal) = (disk.source.clone(), disk.seal.clone());
     let reading = disk.plan_scan();
     // The bits as they are now: what this scan sends itself must not feed back into it.
     let must = disk.must();
@@ -136,6 +136,7 @@ fn scan_into(
     let packing = writer.packing.clone();
     let job = ScanJob {
         source: &source,
+        seal: seal.as_deref(),
         table,
         content: disk.content,
         reading: &reading,

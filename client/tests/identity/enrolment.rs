@@ -104,6 +104,26 @@ fn a_machine_that_enrols_anew_goes_on_with_its_chains() {
 }
 
 #[test]
+fn a_machine_that_seals_is_shown_its_recovery_key_at_enrolment() {
+    let scene = Scene::new();
+    let mut machine = scene.machine("web1");
+    machine.settings.set("encryption", "client");
+    let key = scene.site.client_folder("web1").join("seal.key");
+    machine.settings.set("seal_key", key.to_string_lossy());
+    let token = scene.token("web1");
+    let done = machine.run(&["enroll", &scene.enroll_url, &token]).unwrap();
+    assert!(done.code == Some(0) && done.stdout.contains("RECOVERY KEY of"), "{done:?}");
+    let mode = fs::metadata(&key).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    scene.works(&machine, "web1");
+    // Shown once: who enrols anew keeps the key.
+    let token = scene.token("web1");
+    let done = machine.run(&["enroll", &scene.enroll_url, &token, "--force"]).unwrap();
+    assert!(done.code == Some(0) && !done.stdout.contains("RECOVERY KEY"), "{done:?}");
+    scene.works(&machine, "web1");
+}
+
+#[test]
 fn a_certificate_is_renewed_before_it_expires() {
     let mut scene = Scene::new();
     let machine = scene.enrolled("web1");

@@ -46,7 +46,8 @@ fn medium(site: &Site, client: &Client, runtime: &Runtime, wish: Wish) -> Snapsh
     };
     let selection = Selection::parse("disk", None, None, None).unwrap();
     let found = runtime.block_on(selection.find(&reach.ways)).unwrap();
-    SnapshotMedium::new(Opened::new(reach, found).unwrap(), wish, 0, runtime.handle().clone())
+    let opened = Opened::new(reach, found).unwrap();
+    SnapshotMedium::new(opened, None, wish, 0, runtime.handle().clone())
 }
 
 fn compare(medium: &SnapshotMedium, content: &[u8], rng: &mut StdRng, most: u64) {

@@ -133,6 +133,9 @@ pub struct Snapshot {
     pub verified_ms: i64,
     /// Unix milliseconds at which it was last proven; 0: not yet.
     pub proven_ms: i64,
+    /// Key that it is sealed with; none: it isn't sealed, or its server is away.
+    #[serde(default)]
+    pub sealed_by: Option<String>,
 }
 
 /// A server that did not answer a `list`.

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::IsTerminal,
+    io::{IsTerminal, Seek, Write},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -104,10 +104,14 @@ impl Client {
     /// # Errors
     /// When it can't be started.
     pub fn start(&self, arguments: &[&str]) -> Result<Running> {
+        self.start_with(arguments, Stdio::null())
+    }
+
+    fn start_with(&self, arguments: &[&str], input: Stdio) -> Result<Running> {
         self.settings.write(&self.config())?;
         let output = tempfile::Builder::new().prefix("run-").tempdir_in(&self.folder)?.keep();
         let mut command: Command = self.programs.client();
-        command.args(arguments).arg("--config").arg(self.config()).stdin(Stdio::null());
+        command.args(arguments).arg("--config").arg(self.config()).stdin(input);
         if let Some(path) = &self.path {
             let system = std::env::var("PATH").unwrap_or_default();
             command.env("PATH", format!("{}:{system}", path.display()));
@@ -131,6 +135,17 @@ impl Client {
     /// When it can't be started or waited for; a failed run is no error here.
     pub fn run(&self, arguments: &[&str]) -> Result<Finished> {
         self.start(arguments)?.wait()
+    }
+
+    /// Runs it to its end with this on its standard input.
+    ///
+    /// # Errors
+    /// As [`Client::run`].
+    pub fn run_with_input(&self, arguments: &[&str], input: &str) -> Result<Finished> {
+        let mut file = tempfile::tempfile_in(&self.folder)?;
+        file.write_all(input.as_bytes())?;
+        file.rewind()?;
+        self.start_with(arguments, file.into())?.wait()
     }
 
     /// Runs it with `--json`; it must succeed.

@@ -75,6 +75,7 @@ const PLACED: &[(&str, &str)] = &[
     ("foreign_clients", "restore"),
     ("refusals", "security"),
     ("identity", "security"),
+    ("sealed", "security"),
 ];
 /// Whole-system tests that `--quick` leaves out.
 const SLOW: &[&str] =

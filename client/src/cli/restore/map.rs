@@ -5,6 +5,7 @@ use std::{
     fmt::Write as _,
     io::{self, BufRead, IsTerminal},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use clap::ArgMatches;
@@ -17,6 +18,7 @@ use serde_json::json;
 use super::{super::Context, Failure, Outcome};
 use crate::{
     catalog::Found,
+    seal::Keys,
     snapshot::Selection,
     source::{mounts, size_of, sysfs},
     volume,
@@ -28,6 +30,7 @@ pub(super) async fn run(
     context: &Context,
     wanted: &Selection,
     ways: &Ways,
+    keys: &Arc<Keys>,
 ) -> Result<Outcome, Failure> {
     let texts = matches.get_many::<String>("map").into_iter().flatten();
     let mut places = parse(texts.map(String::as_str))?;
@@ -37,7 +40,7 @@ pub(super) async fn run(
     for found in found {
         if let Some(to) = places.remove(&found.snapshot.disk_id) {
             let force = matches.get_flag("force") || is_device(&to);
-            let restore = super::restore_to(matches, context, ways, wanted, &to, force)?;
+            let restore = super::restore_to(matches, context, (ways, keys), wanted, &to, force)?;
             moves.push((found, restore));
         }
     }

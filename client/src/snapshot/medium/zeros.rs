@@ -17,6 +17,8 @@ use crate::{
     source::medium::Stretch,
 };
 
+use super::proof::Proof;
+
 /// Segments whose hashes are read at once: 1 MiB.
 const TOGETHER: usize = 32;
 /// Segments of which is known which blocks are zeros: 16 MiB.
@@ -37,8 +39,13 @@ impl Zeros {
     }
 
     /// The stretch at `offset`. What can't be told is data.
-    pub(super) async fn stretch(&self, opened: &Opened, offset: u64) -> Stretch {
-        let told = self.blocks(opened, offset / BLOCK_BYTES).await;
+    pub(super) async fn stretch(
+        &self,
+        opened: &Opened,
+        proof: Option<&Proof>,
+        offset: u64,
+    ) -> Stretch {
+        let told = self.blocks(opened, proof, offset / BLOCK_BYTES).await;
         let (end, hole) = told.unwrap_or_else(|error| {
             tracing::debug!(%error, "where zeros are can't be told");
             (block_count(self.size_bytes), false)
@@ -47,9 +54,17 @@ impl Zeros {
     }
 
     /// The end of the blocks from `first` on that are of one kind as far as is known, and whether they are zeros.
-    async fn blocks(&self, opened: &Opened, first: u64) -> Result<(u64, bool), ReadError> {
+    async fn blocks(
+        &self,
+        opened: &Opened,
+        proof: Option<&Proof>,
+        first: u64,
+    ) -> Result<(u64, bool), ReadError> {
         let digests = || async {
-            let digests = opened.segment_digests().await?;
+            let digests = match proof {
+                Some(proof) => proof.digests(opened).await?.to_vec(),
+                None => opened.segment_digests().await?,
+            };
             let is_empty = |(segment, digest): (u64, BlockHash)| {
                 digest == hash::zero_segment_of(self.size_bytes, segment)
             };
@@ -57,7 +72,7 @@ impl Zeros {
         };
         let empty = self.empty.get_or_try_init(digests).await?;
         let total = block_count(self.size_bytes);
-        self.learn(opened, empty, first / SEGMENT_BLOCKS).await?;
+        self.learn(opened, proof, empty, first / SEGMENT_BLOCKS).await?;
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut end, mut hole) = (first, None);
         while end < total {
@@ -80,7 +95,13 @@ impl Zeros {
     }
 
     /// Reads the hashes of a segment, and of those after it, unless they are known.
-    async fn learn(&self, opened: &Opened, empty: &[bool], segment: u64) -> Result<(), ReadError> {
+    async fn learn(
+        &self,
+        opened: &Opened,
+        proof: Option<&Proof>,
+        empty: &[bool],
+        segment: u64,
+    ) -> Result<(), ReadError> {
         let wanted: Vec<u64> = {
             let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
             let is_known = |segment: &u64| {
@@ -96,6 +117,18 @@ impl Zeros {
             }
             wanted
         };
+        if let Some(proof) = proof {
+            let proven = proof.of(opened, &wanted).await?;
+            let total = block_count(self.size_bytes);
+            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            for segment in wanted {
+                let first = segment * SEGMENT_BLOCKS;
+                let blocks = total.saturating_sub(first).min(SEGMENT_BLOCKS) as usize;
+                let is_data = |at: usize| !proven.is_zeros(first + at as u64);
+                known.insert(segment, segment_bits::of(blocks, is_data));
+            }
+            return Ok(());
+        }
         let hashes = opened.segment_hashes(&wanted).await?;
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         for (segment, hashes) in wanted.into_iter().zip(hashes) {
