@@ -21,11 +21,25 @@ use tonic::{Status, body::Body, metadata::MetadataMap};
 use tower::Service;
 use tracing::Instrument;
 
+use crate::audit::Who;
+
 /// The caller of a request: the peer, or whom a janus speaks for.
 #[derive(Debug, Clone)]
 pub struct Caller(pub Arc<Principal>);
 
+/// The janus that speaks for the caller.
+#[derive(Debug, Clone)]
+struct Through(Arc<Principal>);
+
 impl Caller {
+    /// Who a request is recorded for.
+    pub fn who<T>(request: &tonic::Request<T>) -> Who {
+        let through = request.extensions().get::<Through>();
+        let through = through.map(|through| Who::named(&through.0).name).unwrap_or_default();
+        let caller = request.extensions().get::<Self>();
+        Who { through, ..caller.map(|caller| Who::named(&caller.0)).unwrap_or_default() }
+    }
+
     /// The caller that the gate put into a request.
     ///
     /// # Errors
@@ -112,7 +126,11 @@ impl<S> Gate<S> {
         })?;
         let forwarded = request.headers_mut().remove(metadata::PRINCIPAL);
         let caller = match (&peer.role, forwarded) {
-            (Role::Janus(_), Some(value)) => Arc::new(self.forwarded(&value)?),
+            (Role::Janus(_), Some(value)) => {
+                let caller = Arc::new(self.forwarded(&value)?);
+                request.extensions_mut().insert(Through(peer));
+                caller
+            }
             _ => peer,
         };
         request.extensions_mut().insert(Caller(caller));

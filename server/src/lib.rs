@@ -5,6 +5,7 @@
 
 pub mod admin;
 pub mod archive;
+pub mod audit;
 pub mod backup;
 pub mod caller;
 pub mod carry;
@@ -13,6 +14,7 @@ pub mod chain;
 pub mod config;
 pub mod fill;
 pub mod fuzz;
+pub mod guard;
 pub mod info;
 pub mod mirror;
 mod pace;

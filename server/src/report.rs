@@ -274,7 +274,7 @@ fn machine_report(machine: &Machine) -> pb::MachineReport {
         use_counter: machine.use_counter(),
         has_chain: machine.has_chain(),
         proof: proof(machine),
-        alarm: String::new(),
+        alarm: machine.alarm().unwrap_or_default(),
     }
 }
 

@@ -31,6 +31,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     admin::{Admin, queue, socket::AdminSocket},
+    audit::{Action, Audit, Event, Who},
     backup::Backup,
     caller::Gate,
     catalog::Catalog,
@@ -192,6 +193,8 @@ impl Server {
         let runs = Runs::new(store, machines, lease)
             .with_new_chains(settings.new_chains())
             .with_limits(runs::Limits::of(&settings));
+        let audit = Audit::new(runs.store().storage().clone(), &settings.audit_folder());
+        let runs = runs.with_audit(audit).locking(settings.retention.lock_days);
         let runs = Arc::new(runs);
         runs.look_for_missing();
         let mirror = Arc::new(Mirror::new(runs.clone(), space::reserve(&settings)));
@@ -304,10 +307,12 @@ impl Server {
         }
         let limits =
             Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
+        note(&self.runs, Action::ServerStart).await;
         tracing::info!(server = name, address = ?self.door.address().ok(), "serving");
         self.door.serve(gate, limits, shutdown).await;
         stop.cancel();
         while tasks.join_next().await.is_some() {}
+        note(&self.runs, Action::ServerStop).await;
         tracing::info!(server = name, "stopped");
         Ok(())
     }
@@ -370,10 +375,37 @@ impl Server {
         tasks.spawn(async move {
             while shutdown.run_until_cancelled(tokio::time::sleep(EXPIRY_ROUND)).await.is_some() {
                 let runs = runs.clone();
-                let _ = crate::blocking(move || runs.expire(keep)).await;
+                let round = move || {
+                    runs.expire(keep);
+                    runs.save_clock();
+                    runs.machines().iter().for_each(|machine| runs.protect_files(machine));
+                    tell_head(&runs);
+                };
+                let _ = crate::blocking(round).await;
             }
         });
         tasks
+    }
+}
+
+/// Records what becomes of the server itself, and tells the log how far that is.
+async fn note(runs: &Arc<Runs>, what: Action) {
+    let (runs, version) = (runs.clone(), env!("CARGO_PKG_VERSION"));
+    let record = move || {
+        runs.note(&Who::server(), Event::new(what).noting(format!("version {version}")));
+        tell_head(&runs);
+    };
+    let _ = crate::blocking(record).await;
+}
+
+/// Writes what waits for the audit log, and its newest hash into the other log: who keeps that elsewhere notices a cut end.
+fn tell_head(runs: &Runs) {
+    let Some(audit) = runs.audit() else { return };
+    // What can't be written was told.
+    if audit.flush().is_ok()
+        && let Ok(head) = audit.head()
+    {
+        tracing::info!(records = head.number, head = %head.hash, "audit log");
     }
 }
 
