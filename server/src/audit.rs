@@ -310,6 +310,7 @@ impl Audit {
         let what = if closed.is_torn(rest) { Action::Torn } else { Action::Broken };
         tracing::error!(path = %path.display(), bytes = rest.len(), ?what, "the audit log ends in what is no record: it stays, and the next record says so");
         let event = Event::new(what).by(&Who::server()).closing(closed);
+        let event = event.noting(format!("{} bytes before this record are none", rest.len()));
         let record = Record::of(log.head.number + 1, now_ms(), log.head.hash, &event);
         let (mut line, hash) = record::line(&record);
         if rest.last() != Some(&b'\n') {

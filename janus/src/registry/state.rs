@@ -197,7 +197,7 @@ impl ServerState {
 }
 
 /// Longest alarm that is kept, in characters.
-const LONGEST: usize = 600;
+const LONGEST: usize = 1000;
 
 fn shorten(text: &str) -> String {
     text.chars().take(LONGEST).collect()

@@ -92,9 +92,13 @@ pub(super) fn delete(admin: &Admin, target: &Target) -> Result<Answer, AdminErro
     let waits = backups.iter().find_map(lacks_room);
     let waits = waits.map(|wait| format!("; its space doesn't come free now: {wait}"));
     admin.retention().delete(&machine, &backups)?;
+    let purge = match admin.settings().retention.purge_needs_second_operator {
+        true => "asks another person to free the space now",
+        false => "frees the space now",
+    };
     let text = format!(
         "{machine}: {} runs with {} snapshots are in the trash; `janus-server trash restore SNAPSHOT` brings a run \
-         back for {} days, `janus-server trash purge` frees the space now{}\n",
+         back for {} days, `janus-server trash purge` {purge}{}\n",
         backups.len(),
         snapshots.len(),
         admin.settings().retention.trash_days,

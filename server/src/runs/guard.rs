@@ -12,6 +12,8 @@ use crate::{
 };
 
 const DAY_MS: u64 = 86_400_000;
+/// Disks that are named where an alarm is told; a report has those of 500 machines in one message.
+const MOST_NAMED: usize = 3;
 
 /// What a commit has found out about its run.
 #[derive(Default)]
@@ -26,8 +28,11 @@ impl Machine {
     pub fn alarm(&self) -> Option<String> {
         let (key, alarms) = (&self.key, self.guarded().alarms);
         let (run, alarm) = alarms.iter().next()?;
-        let disks: Vec<String> =
-            alarm.disks.iter().map(|(disk, what)| format!("disk {disk}: {what}")).collect();
+        let named = alarm.disks.iter().take(MOST_NAMED);
+        let mut disks: Vec<String> =
+            named.map(|(disk, what)| format!("disk {disk}: {what}")).collect();
+        let more = alarm.disks.len() - disks.len();
+        disks.extend((more > 0).then(|| format!("{more} more disks")));
         let others = match alarms.len() - 1 {
             0 => String::new(),
             more => format!(", and {more} after it"),
