@@ -568,7 +568,6 @@ async fn a_client_certificate_takes_nothing_away() {
             disk_id: "disk".into(),
             size_bytes: 32 * MIB,
             logical_sector_bytes: 512,
-            ..Default::default()
         }];
         let start = pb::StartBackupRequest { backup_id: run.clone(), disks, ..Default::default() };
         let refused = backups.start_backup(start).await.unwrap_err();

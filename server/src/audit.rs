@@ -306,6 +306,17 @@ impl Audit {
         if rest.is_empty() {
             return Ok(());
         }
+        // All of a record but its end of line: its hash says that it is whole.
+        if let Line::Record(record, hash) = record::parse(&[rest, b"\n"].concat())
+            && (record.n, record.before) == (log.head.number + 1, log.head.hash)
+        {
+            let Some((file, length)) = &mut log.file else { return Ok(()) };
+            file.write_all_at(b"\n", *length).map_err(AuditError::io("write", path))?;
+            file.sync_all().map_err(AuditError::io("sync", path))?;
+            *length += 1;
+            log.head = Head { number: record.n, hash };
+            return Ok(());
+        }
         let closed = Closed::of(rest);
         let what = if closed.is_torn(rest) { Action::Torn } else { Action::Broken };
         tracing::error!(path = %path.display(), bytes = rest.len(), ?what, "the audit log ends in what is no record: it stays, and the next record says so");

@@ -118,6 +118,10 @@ fn a_cut_end_and_lost_files_are_found() {
     assert!(bad.what.contains("noted hash"), "{bad:?}");
     for missing in &files {
         let bytes = fs::read(missing).unwrap();
+        // The one that was cut to nothing.
+        if bytes.is_empty() {
+            continue;
+        }
         fs::remove_file(missing).unwrap();
         assert!(checked(folder.path(), later, None).bad.is_some(), "{}", missing.display());
         fs::write(missing, bytes).unwrap();
@@ -140,7 +144,8 @@ fn a_record_that_a_crash_tore_is_closed_by_one_that_says_so() {
         log.record(&who(), event(2)).unwrap();
         let head = log.head().unwrap();
         let found = checked(folder.path(), head, None);
-        let is_torn = length != first && length != whole.len();
+        // Without its end of line alone a record is whole.
+        let is_torn = length != first && length < whole.len() - 1;
         assert_eq!((found.bad, found.torn), (None, u64::from(is_torn)), "{length}");
         // Also by a program that comes later.
         drop(log);
