@@ -1,4 +1,4 @@
-//! Alerts from the one janus that is `primary`: a machine is overdue, a server takes no backups for long; once when it
+//! Alerts from the one janus that is `primary`: a machine is overdue or under attack, as it seems, a server takes no backups for long; once when it
 //! begins, daily while it lasts, and once when it is over.
 //!
 //! Each way out (webhook, command) has its own list of alerts that weren't taken yet, and goes on trying: a receiver
@@ -69,7 +69,7 @@ impl Event {
 pub struct Alert {
     /// What happened.
     pub event: Event,
-    /// `machine_overdue` or `server_unreachable`.
+    /// `machine_overdue`, `machine_alarm` or `server_unreachable`.
     pub kind: &'static str,
     /// The machine or server.
     pub subject: String,
@@ -98,6 +98,7 @@ pub struct Watch {
 fn kind(about: &About) -> Option<(&'static str, &str)> {
     match about {
         About::Overdue(machine) => Some(("machine_overdue", machine)),
+        About::Alarm(machine, _) => Some(("machine_alarm", machine)),
         About::Server(server) => Some(("server_unreachable", server)),
         _ => None,
     }
@@ -119,7 +120,7 @@ impl Watch {
             .into_iter()
             .filter(|finding| match finding.about {
                 About::Overdue(_) => knows,
-                About::Server(_) => true,
+                About::Server(_) | About::Alarm(..) => true,
                 _ => false,
             })
             .collect();
@@ -247,6 +248,19 @@ mod tests {
         let fine = status(vec![server("a", 0, true)], 1);
         assert_eq!(told(&mut watch, &fine), [(Event::Over, "u/m".into())]);
         assert_eq!(told(&mut watch, &fine), []);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_alarm_of_a_server_is_told_at_once() {
+        let mut watch = watch();
+        let with = |alarm: &str| {
+            let mut status = status(vec![server("a", 0, true), server("b", -1, true)], 1);
+            status.machines[0].uses[0].alarm = alarm.into();
+            status
+        };
+        assert_eq!(told(&mut watch, &with("encrypted")), [(Event::Begun, "u/m".into())]);
+        assert_eq!(told(&mut watch, &with("encrypted")), []);
+        assert_eq!(told(&mut watch, &with("")), [(Event::Over, "u/m".into())]);
     }
 
     #[tokio::test(start_paused = true)]

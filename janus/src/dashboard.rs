@@ -324,8 +324,13 @@ mod tests {
             ready: false,
             ..Default::default()
         };
-        let at =
-            MachineUse { server_id: evil.into(), use_counter: 1, last_backup_ms: 1, proof: None };
+        let at = MachineUse {
+            server_id: evil.into(),
+            use_counter: 1,
+            last_backup_ms: 1,
+            alarm: evil.into(),
+            ..Default::default()
+        };
         let machine = MachineStatus {
             machine: evil.into(),
             last_backup_ms: 1,

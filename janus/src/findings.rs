@@ -62,6 +62,8 @@ pub enum About {
     Damage(String),
     /// A backup of a machine on a server that can't be restored: both names.
     Proof(String, String),
+    /// A backup of a machine on a server that looks like an attack: both names.
+    Alarm(String, String),
     /// What servers differ in.
     Agreement,
 }
@@ -127,6 +129,11 @@ pub fn findings(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64
     for (machine, at) in
         status.machines.iter().flat_map(|one| one.uses.iter().map(move |at| (one, at)))
     {
+        if !at.alarm.is_empty() {
+            let (name, server) = (machine.machine.clone(), at.server_id.clone());
+            let text = format!("{server}: {}", at.alarm);
+            say(Verdict::Critical, About::Alarm(name, server), text);
+        }
         let failure = at.proof.as_ref().map_or("", |proof| &proof.failure);
         if !failure.is_empty() {
             let (name, server) = (machine.machine.clone(), at.server_id.clone());
@@ -245,7 +252,7 @@ mod tests {
                     server_id: server.into(),
                     use_counter: 1,
                     last_backup_ms,
-                    proof: None,
+                    ..Default::default()
                 })
                 .collect(),
             ..Default::default()
@@ -344,6 +351,30 @@ mod tests {
         let about = About::Proof("u/m".into(), "a".into());
         assert_eq!((seen[0].verdict, &seen[0].about), (Verdict::Warning, &about));
         assert!(seen[0].text.contains("block 7") && seen[0].text.starts_with("a: "), "{seen:?}");
+    }
+
+    #[test]
+    fn an_alarm_is_critical_until_it_is_ended() {
+        let with = |alarm: &str| {
+            let at = MachineUse {
+                server_id: "a".into(),
+                last_backup_ms: NOW_MS,
+                alarm: alarm.into(),
+                ..Default::default()
+            };
+            let machine = MachineStatus {
+                machine: "u/m".into(),
+                last_backup_ms: NOW_MS,
+                uses: vec![at],
+                ..Default::default()
+            };
+            found(vec![server("a")], vec![machine])
+        };
+        assert!(with("").is_empty());
+        let seen = with("alarm: backup 7 of u/m");
+        let about = About::Alarm("u/m".into(), "a".into());
+        assert_eq!((seen[0].verdict, &seen[0].about), (Verdict::Critical, &about));
+        assert_eq!(seen[0].text, "a: alarm: backup 7 of u/m");
     }
 
     #[test]

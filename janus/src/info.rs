@@ -160,6 +160,13 @@ impl Info {
                     }),
                 }
             }
+            for (name, alarm) in self.fleet.registry().alarms(&server, own) {
+                let machine = machines.get_mut(name.as_str());
+                let mut uses = machine.into_iter().flat_map(|machine| &mut machine.uses);
+                if let Some(at) = uses.find(|at| at.server_id == server.as_str()) {
+                    at.alarm = alarm;
+                }
+            }
             for (name, proof) in self.fleet.registry().proofs(&server, own) {
                 let machine = machines.get_mut(name.as_str());
                 let mut uses = machine.into_iter().flat_map(|machine| &mut machine.uses);

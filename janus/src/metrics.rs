@@ -64,6 +64,7 @@ impl Collector for Figures {
         errors(encoder, &servers)?;
         self.machines(encoder)?;
         self.proofs(encoder)?;
+        self.alarms(encoder)?;
         self.latencies(encoder)?;
         let differing = differences(&fleet.registry().settings()).len() as f64;
         let help = "Settings that should be equal on all servers and are not";
@@ -181,6 +182,25 @@ impl Figures {
         let name = "janus_machine_proof_failed";
         let help = "1 when the newest proof found that a backup of the machine on the server can't be restored";
         family(name, help, &|proof| Some(f64::from(!proof.failure.is_empty())))
+    }
+
+    /// Machines whose backups look like an attack.
+    fn alarms(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let registry = self.info.fleet().registry();
+        let mut alarms = Vec::new();
+        for server in registry.servers() {
+            let of = registry.alarms(&server, None).into_iter();
+            alarms.extend(of.map(|(machine, _)| (machine, server.clone())));
+        }
+        alarms.sort();
+        let name = "janus_machine_alarm";
+        let help = "1 while an alarm of the machine is open on the server: a backup changed its disk as an attack does";
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (machine, server) in &alarms {
+            let labels = [("machine", machine.as_str()), ("server", server.as_str())];
+            ConstGauge::new(1.0).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
     }
 
     fn latencies(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {

@@ -338,6 +338,20 @@ impl Registry {
             .collect()
     }
 
+    /// Open alarms of machines on a server, as it has reported: of this one, or of all.
+    pub fn alarms(
+        &self,
+        server: &ServerId,
+        machine: Option<&MachineKey>,
+    ) -> Vec<(MachineKey, String)> {
+        let inner = self.lock();
+        let told = inner.servers.get(server).map(|state| &state.told.alarms);
+        let of = told.into_iter().flatten();
+        of.filter(|(key, _)| machine.is_none_or(|machine| machine == *key))
+            .map(|(key, alarm)| (key.clone(), alarm.clone()))
+            .collect()
+    }
+
     /// URLs under which clients reach a server, as it has reported them.
     pub fn urls_of(&self, server: &ServerId) -> Option<Vec<String>> {
         Some(self.lock().servers.get(server)?.urls.clone())

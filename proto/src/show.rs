@@ -53,6 +53,9 @@ pub fn router_status(status: &GetRouterStatusResponse) -> String {
         );
         for at in &machine.uses {
             proof_line(&mut text, machine, at);
+            if !at.alarm.is_empty() {
+                let _ = writeln!(text, "{}  {}", at.server_id, at.alarm);
+            }
         }
     }
     for server in &status.servers {
@@ -191,6 +194,7 @@ fn machine_json(machine: &MachineStatus) -> Value {
             "use_counter": at.use_counter,
             "last_backup_ms": Some(at.last_backup_ms).filter(|ms| *ms > 0),
             "proof": at.proof.as_ref().map(proof_json),
+            "alarm": Some(&at.alarm).filter(|alarm| !alarm.is_empty()),
         })).collect::<Vec<_>>(),
     })
 }

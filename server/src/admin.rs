@@ -9,13 +9,19 @@
 //! To add a command: a variant of [`Command`], an arm in [`Admin::run`], a file in `admin/` that makes its [`Answer`].
 //! Handlers block; what takes long looks at [`Task::is_cancelled`] and tells its progress.
 
+mod alarm;
 mod archive;
 pub mod ask;
+mod audit;
 mod carry;
 mod enroll;
+mod lock;
 mod missing;
+mod moment;
 pub mod offline;
+mod person;
 mod prove;
+mod purges;
 pub mod queue;
 mod rebuild;
 mod retention;
@@ -30,7 +36,7 @@ mod usage;
 mod verify;
 mod wire;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clap::Subcommand;
 use janus_proto::{
@@ -44,8 +50,10 @@ use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+pub use self::person::Person;
 use self::queue::Queue;
 use crate::{
+    audit::{Action, AuditError, Event, Who},
     carry::CarryError,
     chain::store::StoreError,
     config::Settings,
@@ -77,6 +85,11 @@ pub enum Command {
         /// One of its snapshots
         snapshot: SnapshotId,
     },
+    /// Lock a run until a date: nobody can drop it before, whatever rules and clocks say
+    Lock(lock::Arguments),
+    /// Show backups that changed a disk as an attack does, or say that this is looked after
+    #[command(subcommand)]
+    Alarm(alarm::Action),
     /// Move the run of a snapshot, with all its disks, or all runs of a machine to the trash
     Delete {
         /// What
@@ -104,6 +117,37 @@ pub enum Command {
     Revoke(revoke::Action),
     /// Take in a run that was carried here in a folder, an archived one, or a disk image of another program
     Import(carry::ImportArguments),
+    /// Show who did what, and whether the log of it is as it was written
+    #[command(subcommand)]
+    Audit(audit::Action),
+}
+
+impl Command {
+    /// How it is recorded; `None` for what only shows something.
+    fn event(&self) -> Option<Event> {
+        let only_shows = match self {
+            Self::Usage(_) | Self::Verify(_) | Self::Prove(_) | Self::Audit(_) => true,
+            Self::Retention(action) => action.only_shows(),
+            Self::Trash(action) => matches!(action, trash::TrashAction::List),
+            Self::Alarm(action) => matches!(action, alarm::Action::List),
+            Self::Lock(arguments) => arguments.only_shows(),
+            _ => false,
+        };
+        let text = || serde_json::to_string(self).unwrap_or_default();
+        (!only_shows).then(|| Event::new(Action::Command).noting(text()))
+    }
+
+    /// True for what takes backups away, or what protects them: it is not done unrecorded.
+    fn must_be_recorded(&self) -> bool {
+        matches!(
+            self,
+            Self::Retention(_)
+                | Self::Alarm(_)
+                | Self::Delete { .. }
+                | Self::Unpin { .. }
+                | Self::Trash(_)
+        )
+    }
 }
 
 /// What a command prints when it went well.
@@ -223,6 +267,39 @@ pub enum AdminError {
     /// Enrolment.
     #[error(transparent)]
     Enroll(#[from] EnrollError),
+    /// What isn't recorded isn't done.
+    #[error("not done, since it can't be recorded: {0}")]
+    Unrecorded(AuditError),
+    /// A lock that would be none, or for ever.
+    #[error(
+        "{until} is not a date to lock until: it must be in the future, and at most 3660 days away, since no command takes a lock off"
+    )]
+    LockDate {
+        /// As given.
+        until: String,
+    },
+    /// No such run.
+    #[error(
+        "machine {machine} has no run {run} here: `janus-server retention plan {machine}` lists them"
+    )]
+    UnknownRun {
+        /// The machine.
+        machine: MachineKey,
+        /// As given.
+        run: String,
+    },
+    /// A purge that needs another person.
+    #[error("{0}")]
+    Purge(String),
+    /// A date that is none.
+    #[error("{text:?} is no date such as 2026-12-31 or 2026-12-31T18:00:00Z (UTC)")]
+    Date {
+        /// As given.
+        text: String,
+    },
+    /// The log can't be used.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     /// The caller has gone, or the server stops.
     #[error("stopped before it was done: what is missing can be done by the same command")]
     Cancelled,
@@ -276,12 +353,34 @@ impl From<ProveError> for AdminError {
 pub struct Task<'a> {
     cancel: &'a CancellationToken,
     progress: &'a dyn Fn(String),
+    person: Option<Person>,
 }
 
 impl<'a> Task<'a> {
     /// A task that ends early when `cancel` says so; lines for people go to `progress`.
     pub fn new(cancel: &'a CancellationToken, progress: &'a dyn Fn(String)) -> Self {
-        Self { cancel, progress }
+        Self { cancel, progress, person: None }
+    }
+
+    /// The same, asked for by somebody.
+    #[must_use]
+    pub fn by(self, person: Person) -> Self {
+        Self { person: Some(person), ..self }
+    }
+
+    /// Who asks for it.
+    ///
+    /// # Errors
+    /// When it is the server itself, which is no person.
+    fn person(&self) -> Result<&Person, AdminError> {
+        let nobody =
+            || AdminError::Purge("a purge that needs two persons is asked for by one".into());
+        self.person.as_ref().ok_or_else(nobody)
+    }
+
+    /// Who is recorded for it.
+    fn who(&self) -> Who {
+        self.person.as_ref().map_or_else(Who::server, Person::who)
     }
 
     /// Tells the caller how far it is. Lines may be left out when they come faster than they are read.
@@ -317,6 +416,8 @@ pub struct Admin {
     tokens: Arc<Tokens>,
     /// Of the server that runs; a command without one reads them itself.
     revoked: Option<Arc<Revoked>>,
+    /// Requests for purges change one after another.
+    purges: Mutex<()>,
 }
 
 impl Admin {
@@ -325,7 +426,8 @@ impl Admin {
         let retention = Arc::new(Retention::new(runs.clone(), settings.clone()));
         let queue = Queue::new(runs.store());
         let tokens = Arc::new(Tokens::new(runs.store()));
-        Self { runs, settings, retention, queue, tokens, revoked: None }
+        let purges = Mutex::default();
+        Self { runs, settings, retention, queue, purges, tokens, revoked: None }
     }
 
     /// The same for the server that runs, with what it has revoked.
@@ -372,6 +474,10 @@ impl Admin {
         &self.tokens
     }
 
+    fn take_purges(&self) -> MutexGuard<'_, ()> {
+        self.purges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The seedings that wait.
     fn queue(&self) -> &Queue {
         &self.queue
@@ -398,10 +504,23 @@ impl Admin {
                 | Command::Revoke(_)
                 | Command::Prove(_)
                 | Command::Export(_)
+                | Command::Audit(_)
         );
         if !gives_nothing_back {
             self.runs.store().give_spare();
         }
+        let Some(event) = command.event() else { return self.carry_out(command, task) };
+        let who = task.who();
+        let recorded = self.runs.audit().map(|audit| audit.record(&who, event.clone().asked()));
+        let done = match recorded.transpose() {
+            Err(error) if command.must_be_recorded() => Err(AdminError::Unrecorded(error)),
+            _ => self.carry_out(command, task),
+        };
+        self.runs.note(&who, event.with_result(&done));
+        done
+    }
+
+    fn carry_out(&self, command: Command, task: &Task<'_>) -> Result<Answer, AdminError> {
         match command {
             Command::Usage(arguments) => usage::run(self, &arguments, task),
             Command::Retention(action) => retention::run(self, &action, task),
@@ -417,6 +536,9 @@ impl Admin {
             Command::Archive(arguments) => archive::run(self, &arguments, task),
             Command::Enroll(action) => enroll::run(self, &action),
             Command::Revoke(action) => revoke::run(self, &action, task),
+            Command::Audit(action) => audit::run(self, &action),
+            Command::Lock(arguments) => lock::run(self, &arguments, &task.who()),
+            Command::Alarm(action) => alarm::run(self, &action),
         }
     }
 }

@@ -17,10 +17,11 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
 use crate::{
+    audit::{Action, Event},
     blocking,
     caller::Caller,
     chain::{Held, Run},
-    runs::{ActiveRun, CommitDisk, RunState, Runs, WantedDisk, Writer},
+    runs::{ActiveRun, CommitDisk, RunError, RunState, Runs, WantedDisk, Writer},
     session::{Marks, Session},
     spawn_work,
 };
@@ -158,7 +159,7 @@ impl BackupService for Backup {
         &self,
         request: Request<pb::StartBackupRequest>,
     ) -> Result<Response<pb::StartBackupResponse>, Status> {
-        let caller = Caller::of(&request)?;
+        let (caller, who) = (Caller::of(&request)?, Caller::who(&request));
         let machine = caller.own_machine(request.metadata())?;
         let used = use_counter(&request)?;
         let request = request.into_inner();
@@ -169,7 +170,13 @@ impl BackupService for Backup {
         let wanted = wanted(&request.disks)?;
         let runs = self.runs.clone();
         let key = machine.clone();
-        let run = blocking(move || runs.start(&key, backup, &wanted, used)).await??;
+        let start = move || {
+            let run = runs.start(&key, backup, &wanted, used)?;
+            let epoch = format!("epoch {}", run.record().epoch);
+            runs.note(&who, Event::new(Action::Start).of_run(&key, backup).noting(epoch));
+            Ok::<_, RunError>(run)
+        };
+        let run = blocking(start).await??;
         let answer = self.started(&run);
         tracing::info!(%machine, backup_id = %backup, epoch = answer.epoch, use_counter = answer.use_counter, "run started");
         let used = answer.use_counter;
@@ -203,7 +210,7 @@ impl BackupService for Backup {
         &self,
         request: Request<pb::CommitBackupRequest>,
     ) -> Result<Response<pb::CommitBackupResponse>, Status> {
-        let caller = Caller::of(&request)?;
+        let (caller, who) = (Caller::of(&request)?, Caller::who(&request));
         let machine = caller.own_machine(request.metadata())?;
         let request = request.into_inner();
         caller.has_proven(&Statement::commit(&request))?;
@@ -218,8 +225,16 @@ impl BackupService for Backup {
         let disks = request.disks.iter().map(commit_disk).collect::<Result<Vec<_>, _>>()?;
         let (runs, key, seal) = (self.runs.clone(), machine.clone(), request.client_seal);
         // Goes on when the caller has gone: the commit is idempotent and GetBackup tells of it.
-        let run =
-            blocking(move || runs.commit(&key, backup, request.epoch, &disks, &seal)).await??;
+        // Recorded before it is acknowledged. A log that can't be written doesn't keep the backup from being one.
+        let commit = move || {
+            let is_known = runs.is_known(&key, backup);
+            let run = runs.commit(&key, backup, request.epoch, &disks, &seal);
+            if is_known {
+                runs.note(&who, Event::new(Action::Commit).of_run(&key, backup).with_result(&run));
+            }
+            run
+        };
+        let run = blocking(commit).await??;
         tracing::info!(%machine, backup_id = %backup, disks = run.snapshots.len(), "run committed");
         Ok(Response::new(self.committed(&run)))
     }
@@ -229,9 +244,19 @@ impl BackupService for Backup {
         request: Request<pb::AbortBackupRequest>,
     ) -> Result<Response<pb::AbortBackupResponse>, Status> {
         let machine = Caller::of(&request)?.own_machine(request.metadata())?;
+        let who = Caller::who(&request);
         let backup: BackupId = request.into_inner().backup_id.parse()?;
         let (runs, key) = (self.runs.clone(), machine.clone());
-        blocking(move || runs.abort(&key, backup)).await??;
+        let abort = move || {
+            let is_known = runs.is_known(&key, backup);
+            let aborted = runs.abort(&key, backup);
+            if is_known {
+                let event = Event::new(Action::Abort).of_run(&key, backup);
+                runs.note(&who, event.with_result(&aborted));
+            }
+            aborted
+        };
+        blocking(abort).await??;
         tracing::info!(%machine, backup_id = %backup, "run aborted");
         Ok(Response::new(pb::AbortBackupResponse {}))
     }

@@ -27,7 +27,7 @@ use tower::Service;
 use tracing::Instrument;
 
 use self::ending::{ending, revoked};
-use crate::rights;
+use crate::{audit::Who, rights};
 
 /// The caller of a request: the peer, or whom a janus speaks for.
 #[derive(Debug, Clone)]
@@ -41,6 +41,7 @@ pub struct Caller {
 /// What shows that a forwarded caller wants what the janus asks in its name.
 #[derive(Debug, Clone)]
 struct Forwarded {
+    janus: Arc<Principal>,
     /// Proofs for other servers are none.
     here: ServerId,
     is_proof_needed: bool,
@@ -71,6 +72,13 @@ impl RequireProof {
 }
 
 impl Caller {
+    /// Who a request is recorded for.
+    pub fn who<T>(request: &tonic::Request<T>) -> Who {
+        let Some(caller) = request.extensions().get::<Self>() else { return Who::default() };
+        let through = caller.forwarded.as_ref().map(|forwarded| Who::named(&forwarded.janus).name);
+        Who { through: through.unwrap_or_default(), ..Who::named(&caller.principal) }
+    }
+
     /// The caller that the gate put into a request.
     ///
     /// # Errors
@@ -129,7 +137,7 @@ impl Caller {
     /// # Errors
     /// `PROOF_REFUSED`.
     pub fn has_proven(&self, statement: &Statement) -> Result<(), Status> {
-        let Some(Forwarded { here, is_proof_needed: true, proof }) = &self.forwarded else {
+        let Some(Forwarded { here, is_proof_needed: true, proof, .. }) = &self.forwarded else {
             return Ok(());
         };
         let checked = match proof {
@@ -226,7 +234,7 @@ impl<S> Gate<S> {
     /// The caller that `janus` speaks for.
     fn forwarded(
         &self,
-        janus: &Principal,
+        janus: &Arc<Principal>,
         value: &HeaderValue,
         proof: Option<HeaderValue>,
     ) -> Result<Caller, Status> {
@@ -241,7 +249,8 @@ impl<S> Gate<S> {
             return Err(status(ErrorReason::NotAllowed, text));
         }
         let is_proof_needed = self.require_proof.needs(&principal);
-        let forwarded = Some(Forwarded { here: self.server.clone(), is_proof_needed, proof });
+        let (janus, here) = (janus.clone(), self.server.clone());
+        let forwarded = Some(Forwarded { janus, here, is_proof_needed, proof });
         Ok(Caller { principal: Arc::new(principal), forwarded })
     }
 

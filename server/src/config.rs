@@ -21,7 +21,7 @@ pub use self::{
     archive::Archive, enroll::Enroll, fill::Fill, prove::Prove, replicate::Replicate,
     retention::Retention, size::Size,
 };
-use crate::{caller::RequireProof, image::Format};
+use crate::{audit, caller::RequireProof, image::Format};
 
 /// Settings of one server. Every key is also an environment variable and a flag.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +31,8 @@ pub struct Settings {
     pub listen: String,
     /// Root of all images.
     pub image_path: PathBuf,
+    /// Folder of the audit log; empty: `.audit` in the image path.
+    pub audit_path: PathBuf,
     /// Certificate, PEM.
     pub cert: PathBuf,
     /// Its key, PEM.
@@ -94,6 +96,7 @@ impl Default for Settings {
         Self {
             listen: "127.0.0.1:7421".into(),
             image_path: "/var/lib/janus/images".into(),
+            audit_path: PathBuf::new(),
             cert: "/etc/janus/server/cert.pem".into(),
             key: "/etc/janus/server/key.pem".into(),
             ca: "/etc/janus/server/ca.pem".into(),
@@ -130,6 +133,7 @@ impl Default for Settings {
 pub const KEYS: &[(&str, &str)] = &[
     ("listen", "Address and port to listen on"),
     ("image_path", "Root folder of all images"),
+    ("audit_path", "Folder of the audit log; empty: .audit in the image path"),
     ("cert", "This server's certificate, PEM"),
     ("key", "Its private key, PEM"),
     ("ca", "The CA's certificate, PEM"),
@@ -173,6 +177,14 @@ pub enum ConfigError {
 }
 
 impl Settings {
+    /// Where the audit log lies.
+    pub fn audit_folder(&self) -> PathBuf {
+        match self.audit_path.as_os_str().is_empty() {
+            true => self.image_path.join(audit::FOLDER),
+            false => self.audit_path.clone(),
+        }
+    }
+
     /// Format of the chains that begin here.
     pub fn new_chains(&self) -> Format {
         if self.prefer_vhdx { Format::Vhdx } else { Format::Vhd }

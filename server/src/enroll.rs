@@ -25,9 +25,11 @@ use tower::ServiceBuilder;
 
 use self::tokens::{TokenRefused, Tokens};
 use crate::{
+    audit::{Action, Event, Who},
     blocking,
     chain::store::StoreError,
     pki::{Authority, PkiError, Wanted},
+    runs::Runs,
 };
 
 /// Largest signing request that is looked at, in bytes; those of P-256 have 250.
@@ -81,6 +83,7 @@ impl From<EnrollError> for Status {
 pub struct Enrollment(Arc<Inner>);
 
 struct Inner {
+    runs: Arc<Runs>,
     tokens: Arc<Tokens>,
     /// Folder of the authority. Read for each certificate, so that a new authority counts at once.
     authority: PathBuf,
@@ -93,12 +96,13 @@ struct Inner {
 impl Enrollment {
     /// Makes certificates by the authority in this folder.
     pub fn new(
+        runs: Arc<Runs>,
         tokens: Arc<Tokens>,
         authority: PathBuf,
         valid: Duration,
         urls: Vec<String>,
     ) -> Self {
-        Self(Arc::new(Inner { tokens, authority, valid, urls }))
+        Self(Arc::new(Inner { runs, tokens, authority, valid, urls }))
     }
 
     /// Serves until `shutdown`.
@@ -128,16 +132,22 @@ impl Inner {
         let request = signing_request(request)?;
         let key = blake3::hash(request.public_key.der_bytes());
         let authority = Authority::open(&self.authority)?;
+        let mut named = None;
         let certificate = self.tokens.take(&secret, key, |role| {
+            named = role.machine().cloned();
             let mut wanted = Wanted::new(role, Vec::new(), self.valid);
             wanted.limits.proof = true;
             authority.certify(&wanted, &request.public_key)
         })?;
+        if let Some(machine) = named {
+            let who = Who::named(format!("token {}", secret.id));
+            self.runs.note(&who, Event::new(Action::Enroll).of_machine(&machine));
+        }
         Ok(pb::Certified { certificate, authorities: authority.bundle().to_owned() })
     }
 
     fn renew(&self, principal: &Principal, request: &[u8]) -> Result<pb::Certified, EnrollError> {
-        let Role::Client(_) = &principal.role else {
+        let Role::Client(machine) = &principal.role else {
             return Err(EnrollError::NoMachine(principal.to_string()));
         };
         let request = signing_request(request)?;
@@ -146,6 +156,7 @@ impl Inner {
         let wanted =
             Wanted { role: principal.role.clone(), limits, hosts: Vec::new(), valid: self.valid };
         let certificate = authority.certify(&wanted, &request.public_key)?;
+        self.runs.note(&Who::named(principal), Event::new(Action::Renew).of_machine(machine));
         Ok(pb::Certified { certificate, authorities: authority.bundle().to_owned() })
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod admin;
 pub mod archive;
+pub mod audit;
 pub mod backup;
 pub mod caller;
 pub mod carry;
@@ -14,6 +15,7 @@ pub mod config;
 pub mod enroll;
 pub mod fill;
 pub mod fuzz;
+pub mod guard;
 pub mod info;
 pub mod mirror;
 mod pace;

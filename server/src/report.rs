@@ -20,9 +20,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    audit::{self, Action, Who},
     chain::Held,
     prove::record::Standing,
-    revoked::Revoked,
+    revoked::{RevokeError, Revoked},
     runs::{Change, Machine, Runs},
 };
 
@@ -146,8 +147,16 @@ impl Reporter {
         if revocations.is_empty() {
             return;
         }
-        let (revoked, from) = (self.revoked.clone(), url.to_owned());
-        let merged = crate::blocking(move || revoked.merge(&from, &revocations)).await;
+        let (revoked, runs, from) = (self.revoked.clone(), self.runs.clone(), url.to_owned());
+        let merge = move || {
+            let news = revoked.merge(&from, &revocations)?;
+            if !news.is_empty() {
+                let event = audit::Event::new(Action::Revoke).noting(news.join(", "));
+                runs.note(&Who::named(format!("through janus {from}")), event);
+            }
+            Ok::<_, RevokeError>(())
+        };
+        let merged = crate::blocking(merge).await;
         if let Ok(Err(error)) = merged {
             // It comes again with the next stream.
             tracing::error!(janus = url, %error, "revocations of other servers can't be kept");
@@ -313,6 +322,7 @@ fn machine_report(machine: &Machine) -> pb::MachineReport {
         use_counter: machine.use_counter(),
         has_chain: machine.has_chain(),
         proof: proof(machine),
+        alarm: machine.alarm().unwrap_or_default(),
     }
 }
 

@@ -29,6 +29,7 @@ use self::{
     hashes::{Asked, send_hashes},
 };
 use crate::{
+    audit::{Action, Event},
     blocking,
     caller::Caller,
     chain::{
@@ -282,6 +283,7 @@ impl RestoreService for Restore {
         request: Request<pb::OpenSnapshotRequest>,
     ) -> Result<Response<pb::OpenSnapshotResponse>, Status> {
         let caller = Caller::of(&request)?;
+        let who = Caller::who(&request);
         let request = request.into_inner();
         caller.has_proven(&Statement::open(&request))?;
         let pb::OpenSnapshotRequest { snapshot_id, table } = request;
@@ -293,7 +295,14 @@ impl RestoreService for Restore {
         }
         let held = held.filter(|held| caller.may_read(&held.run.machine)).ok_or_else(unknown)?;
         let runs = self.runs.clone();
-        let opened = blocking(move || runs.open_for_reading(&held)).await?;
+        let open = move || {
+            let opened = runs.open_for_reading(&held)?;
+            let (run, snapshot) = (&held.run, held.snapshot());
+            let event = Event::new(Action::Open).of_run(&run.machine, run.backup);
+            runs.note(&who, event.of_snapshot(&snapshot.disk, snapshot.id));
+            Ok(opened)
+        };
+        let opened = blocking(open).await?;
         let opened = Arc::new(opened.map_err(|error| match self.runs.snapshot(id) {
             // Deleted or thinned since we looked.
             None => unknown(),

@@ -23,6 +23,7 @@ use crate::{
         store::StoreError,
     },
     config::Settings,
+    guard::Now,
     runs::{Machine, PurgeOptions, PurgeReport, RunError, Runs, Wait, now_ms},
     space,
 };
@@ -83,7 +84,8 @@ impl Retention {
             rules: &|disk| section.rules(&machine.key, disk),
             max_drop_percent: section.max_drop_percent,
         };
-        Ok(retain::plan(points(machine, &pins), &policy, now_ms()))
+        let points = points(machine, &pins, self.runs.now());
+        Ok(retain::plan(points, &policy, now_ms()))
     }
 
     /// Drops what the plan says, unless it has a stop and isn't forced. Nothing is purged by this.
@@ -108,7 +110,11 @@ impl Retention {
             }
             match self.runs.trash(&machine.key, &[backup], "retention", 0) {
                 Ok(()) => carried.dropped.push(backup),
-                Err(error @ RunError::BuiltOn { .. }) => {
+                Err(
+                    error @ (RunError::BuiltOn { .. }
+                    | RunError::Locked { .. }
+                    | RunError::KeptByAlarm { .. }),
+                ) => {
                     carried.waiting.push((backup, error.to_string()));
                 }
                 Err(error) => return Err(error.into()),
@@ -260,7 +266,8 @@ impl Retention {
 }
 
 /// The runs of a machine as plans look at them.
-fn points(machine: &Machine, pins: &BTreeSet<SnapshotId>) -> Vec<Point> {
+fn points(machine: &Machine, pins: &BTreeSet<SnapshotId>, now: Now) -> Vec<Point> {
+    let guarded = machine.guarded();
     let snapshots = machine.snapshots();
     let runs = snapshots.chunk_by(|a, b| a.run.backup == b.run.backup);
     let point = |run: &[Held]| {
@@ -269,6 +276,8 @@ fn points(machine: &Machine, pins: &BTreeSet<SnapshotId>) -> Vec<Point> {
             backup: first.backup,
             committed_ms: machine.time_of(first),
             is_pinned: run.iter().any(|held| pins.contains(&held.snapshot().id)),
+            is_locked: guarded.lock_of(first.backup, now).is_some(),
+            is_before_alarm: guarded.kept_by(first.backup).is_some(),
             disks: run.iter().map(|held| disk_point(machine, held)).collect(),
         })
     };

@@ -86,11 +86,15 @@ impl Revoked {
         self.keep(made.ok_or(RevokeError::Unsigned)?)
     }
 
-    /// Takes in what others have revoked. One that isn't believed is logged, the others count. Blocks.
+    /// Takes in what others have revoked, and says whom that is news of. One that isn't believed is logged, the others count. Blocks.
     ///
     /// # Errors
     /// When they can't be kept.
-    pub fn merge(&self, from: &str, revocations: &[pb::Revocation]) -> Result<(), RevokeError> {
+    pub fn merge(
+        &self,
+        from: &str,
+        revocations: &[pb::Revocation],
+    ) -> Result<Vec<String>, RevokeError> {
         let known = self.known();
         let news =
             revocations.iter().filter(|one| known.is_news(&one.principal, one.until_seconds));
@@ -100,7 +104,11 @@ impl Revoked {
                 self.identity.believed(one).inspect_err(told).ok()
             })
             .collect();
-        if believed.is_empty() { Ok(()) } else { self.keep(believed) }
+        let news = believed.iter().map(|one| one.principal.clone()).collect();
+        if !believed.is_empty() {
+            self.keep(believed)?;
+        }
+        Ok(news)
     }
 
     fn keep(&self, more: Vec<Revocation>) -> Result<(), RevokeError> {

@@ -7,6 +7,7 @@
 mod active;
 mod error;
 mod faults;
+mod guard;
 mod health;
 mod import;
 mod limits;
@@ -43,11 +44,13 @@ pub use self::{
 };
 use self::{active::PlannedDisk, limits::Metered};
 use crate::{
+    audit::{Action, Audit, Event, Who},
     chain::{
         Held, Origin, Run,
         store::{MachineState, Store, StoreError},
     },
     fill::Wanted,
+    guard::clock::Clock,
     image::Format,
     session::{Marks, Session, SessionError},
     space::WHAT_HELPS,
@@ -122,6 +125,10 @@ pub struct Runs {
     changes: broadcast::Sender<Change>,
     limits: Limits,
     wanted: Wanted,
+    audit: Option<Audit>,
+    clock: Clock,
+    /// New runs are locked for so long.
+    lock_days: u32,
 }
 
 impl Runs {
@@ -137,6 +144,7 @@ impl Runs {
             known.insert(key, Arc::new(machine));
         }
         let changes = broadcast::channel(CHANGE_BACKLOG).0;
+        let clock = Clock::new(store.storage().clone(), store.root());
         Self {
             store,
             lease,
@@ -146,6 +154,28 @@ impl Runs {
             changes,
             limits: Limits::NONE,
             wanted: Wanted::default(),
+            audit: None,
+            clock,
+            lock_days: 0,
+        }
+    }
+
+    /// Records what is done.
+    #[must_use]
+    pub fn with_audit(mut self, audit: Audit) -> Self {
+        self.audit = Some(audit);
+        self
+    }
+
+    /// The log of what is done, if there is one.
+    pub fn audit(&self) -> Option<&Audit> {
+        self.audit.as_ref()
+    }
+
+    /// Records what was done. Blocks; what can't be recorded now waits.
+    pub fn note(&self, who: &Who, event: Event) {
+        if let Some(audit) = &self.audit {
+            audit.note(who, event);
         }
     }
 
@@ -314,6 +344,12 @@ impl Runs {
         run.ok_or_else(|| RunError::Unknown { id: session.to_string() })
     }
 
+    /// True when a run of this machine is open here, or was committed.
+    pub fn is_known(&self, key: &MachineKey, backup: BackupId) -> bool {
+        let machine = self.machine(key);
+        machine.is_some_and(|it| it.find(backup).is_some() || it.committed(backup).is_some())
+    }
+
     /// How a run of this machine stands.
     ///
     /// # Errors
@@ -364,6 +400,7 @@ impl Runs {
             None => Arc::new(self.finish(&machine, &active, disks, seal)?),
         };
         let open = active.record();
+        let looked = self.guard_commit(&machine, &active, &run)?;
         let published = self.store.publish(&run, &open);
         let is_in_doubt = matches!(published, Err(StoreError::InDoubt { .. }));
         active.set_in_doubt(is_in_doubt.then(|| run.clone()));
@@ -376,6 +413,14 @@ impl Runs {
         if let Err(error) = self.store.remove_open(&open) {
             // Harmless: the next start of the server finds the manifest and removes the rest.
             tracing::warn!(%error, backup_id = %backup, "cannot remove the files of a committed run");
+        }
+        self.guarded_now(&machine, &run, looked);
+        if run.origin.is_some() {
+            // Of a client's run its service knows who it is.
+            self.note(
+                &Who::server(),
+                Event::new(Action::Commit).of_run(key, backup).noting("import"),
+            );
         }
         let _ = self.changes.send(Change::Committed(run.clone()));
         // Which of the earlier ones a clock had dated wrongly may show now.
@@ -458,6 +503,7 @@ impl Runs {
         run.close();
         self.forget_sessions(run);
         self.store.remove_open(&run.record())?;
+        self.unguard(machine, run.backup);
         machine.aborted_now(run.backup);
         Ok(())
     }

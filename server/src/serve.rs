@@ -31,6 +31,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     admin::{Admin, queue, socket::AdminSocket},
+    audit::{Action, Audit, Event, Who},
     backup::Backup,
     caller::Gate,
     catalog::Catalog,
@@ -194,6 +195,8 @@ impl Server {
         let runs = Runs::new(store, machines, lease)
             .with_new_chains(settings.new_chains())
             .with_limits(runs::Limits::of(&settings));
+        let audit = Audit::new(runs.store().storage().clone(), &settings.audit_folder());
+        let runs = runs.with_audit(audit).locking(settings.retention.lock_days);
         let runs = Arc::new(runs);
         let revoked = Arc::new(Revoked::open(runs.store(), identity.clone())?);
         runs.look_for_missing();
@@ -293,7 +296,8 @@ impl Server {
             let found = [urls, self.settings.janus_urls.clone(), self.settings.urls.clone()];
             let urls = found.into_iter().find(|urls| !urls.is_empty()).unwrap_or_default();
             let valid = self.settings.enroll.valid();
-            let enrollment = Enrollment::new(admin.tokens().clone(), ca, valid, urls);
+            let (runs, tokens) = (self.runs.clone(), admin.tokens().clone());
+            let enrollment = Enrollment::new(runs, tokens, ca, valid, urls);
             tasks.spawn(enrollment.serve(listener, self.identity.clone(), shutdown.clone()));
         }
         tasks.spawn(self.filler().run(shutdown.clone()));
@@ -323,10 +327,12 @@ impl Server {
         }
         let limits =
             Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
+        note(&self.runs, Action::ServerStart).await;
         tracing::info!(server = name, address = ?self.door.address().ok(), "serving");
         self.door.serve(gate, limits, shutdown).await;
         stop.cancel();
         while tasks.join_next().await.is_some() {}
+        note(&self.runs, Action::ServerStop).await;
         tracing::info!(server = name, "stopped");
         Ok(())
     }
@@ -390,10 +396,37 @@ impl Server {
         tasks.spawn(async move {
             while shutdown.run_until_cancelled(tokio::time::sleep(EXPIRY_ROUND)).await.is_some() {
                 let runs = runs.clone();
-                let _ = crate::blocking(move || runs.expire(keep)).await;
+                let round = move || {
+                    runs.expire(keep);
+                    runs.save_clock();
+                    runs.machines().iter().for_each(|machine| runs.protect_files(machine));
+                    tell_head(&runs);
+                };
+                let _ = crate::blocking(round).await;
             }
         });
         tasks
+    }
+}
+
+/// Records what becomes of the server itself, and tells the log how far that is.
+async fn note(runs: &Arc<Runs>, what: Action) {
+    let (runs, version) = (runs.clone(), env!("CARGO_PKG_VERSION"));
+    let record = move || {
+        runs.note(&Who::server(), Event::new(what).noting(format!("version {version}")));
+        tell_head(&runs);
+    };
+    let _ = crate::blocking(record).await;
+}
+
+/// Writes what waits for the audit log, and its newest hash into the other log: who keeps that elsewhere notices a cut end.
+fn tell_head(runs: &Runs) {
+    let Some(audit) = runs.audit() else { return };
+    // What can't be written was told.
+    if audit.flush().is_ok()
+        && let Ok(head) = audit.head()
+    {
+        tracing::info!(records = head.number, head = %head.hash, "audit log");
     }
 }
 

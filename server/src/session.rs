@@ -9,6 +9,7 @@
 //! these hashes, so no guess is ever committed. Blocks that were not synced are written again then: the system tells only once,
 //! maybe an earlier process, that it could not write something, and shows it from its cache as if it had.
 
+mod change;
 mod content;
 mod files;
 mod finish;

@@ -25,6 +25,8 @@ impl From<RunError> for Status {
             | RunError::OtherDisks { .. }
             | RunError::BuiltOn { .. }
             | RunError::Older { .. }
+            | RunError::Locked { .. }
+            | RunError::KeptByAlarm { .. }
             | RunError::Purging { .. } => status(ErrorReason::RunState, text),
             RunError::CounterJump { .. }
             | RunError::FormatTooSmall { .. }

@@ -80,6 +80,7 @@ impl ServerState {
             use_counter: used.counter,
             has_chain: used.chain == Chain::Present,
             proof: self.told.proofs.get(machine).cloned(),
+            alarm: self.told.alarms.get(machine).cloned().unwrap_or_default(),
         });
         pb::StateChange {
             machines: machines.collect(),

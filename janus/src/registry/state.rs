@@ -60,6 +60,8 @@ pub(super) struct Told {
     pub chains: HashMap<MachineKey, bool>,
     /// What was proven of machines there, of those that have chains.
     pub proofs: HashMap<MachineKey, pb::Proof>,
+    /// Open alarms.
+    pub alarms: HashMap<MachineKey, String>,
     pub snapshots: HashMap<SnapshotId, pb::Snapshot>,
 }
 
@@ -72,6 +74,10 @@ impl Told {
                 match machine.proof {
                     Some(proof) => self.proofs.insert(key.clone(), proof),
                     None => self.proofs.remove(&key),
+                };
+                match machine.alarm {
+                    alarm if alarm.is_empty() => self.alarms.remove(&key),
+                    alarm => self.alarms.insert(key.clone(), shorten(&alarm)),
                 };
                 self.chains.insert(key, machine.has_chain);
             }
@@ -188,4 +194,11 @@ impl ServerState {
                 && disk.is_none_or(|disk| disk.as_str() == snapshot.disk_id)
         })
     }
+}
+
+/// Longest alarm that is kept, in characters.
+const LONGEST: usize = 1000;
+
+fn shorten(text: &str) -> String {
+    text.chars().take(LONGEST).collect()
 }

@@ -15,8 +15,12 @@ fn hello(generation: &str, start_epoch: u64) -> pb::ReportHello {
 }
 
 fn machine(name: &str, use_counter: u64, has_chain: bool) -> pb::StateChange {
-    let machines =
-        vec![pb::MachineReport { machine: name.into(), use_counter, has_chain, proof: None }];
+    let machines = vec![pb::MachineReport {
+        machine: name.into(),
+        use_counter,
+        has_chain,
+        ..Default::default()
+    }];
     pb::StateChange { machines, ..Default::default() }
 }
 

@@ -49,7 +49,7 @@ pub async fn report(
         machine: "alice/web".into(),
         use_counter,
         has_chain: true,
-        proof: None,
+        ..Default::default()
     }];
     let full = pb::StateChange { machines, snapshots, ..Default::default() };
     report_all(keys, janus, server, pb::ReportHello::default(), full).await
@@ -269,7 +269,7 @@ async fn the_status_shows_how_a_machine_stands_with_each_server() {
         server_id: server.into(),
         use_counter,
         last_backup_ms,
-        proof: None,
+        ..Default::default()
     };
     assert_eq!(status.machines[0].uses, [of("a", 5, 2), of("b", 6, 0)]);
 }

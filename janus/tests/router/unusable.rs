@@ -130,7 +130,7 @@ async fn reported(
         machine: (*machine).to_owned(),
         use_counter: *use_counter,
         has_chain: true,
-        proof: None,
+        ..Default::default()
     };
     let machines = machines.iter().map(machine).collect();
     let full = pb::StateChange { machines, ..Default::default() };

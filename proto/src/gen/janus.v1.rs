@@ -2513,6 +2513,10 @@ pub struct MachineReport {
     /// Absent: none of its backups here was ever proven, or an older server.
     #[prost(message, optional, tag = "4")]
     pub proof: ::core::option::Option<Proof>,
+    /// What of its backups here looks as if somebody had encrypted or overwritten a disk, for people; until an operator has ended that
+    /// alarm there. Empty: none, or an older server.
+    #[prost(string, tag = "5")]
+    pub alarm: ::prost::alloc::string::String,
 }
 /// Whether backups of a machine on one server could be restored, as far as that was tried there.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3113,6 +3117,9 @@ pub struct MachineUse {
     /// Whether that server has proven its backups, as it has reported last. Absent: never, or not told.
     #[prost(message, optional, tag = "4")]
     pub proof: ::core::option::Option<Proof>,
+    /// The alarm that is open on that server, as it has reported: what looks like an attack, for people. Empty: none, or not told.
+    #[prost(string, tag = "5")]
+    pub alarm: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetRouterStatusResponse {

@@ -13,7 +13,9 @@ use std::{
 };
 
 use crate::direct::DirectFile;
-use rustix::fs::{FallocateFlags, OFlags, StatVfsMountFlags, fallocate};
+use rustix::fs::{
+    FallocateFlags, IFlags, OFlags, StatVfsMountFlags, fallocate, ioctl_getflags, ioctl_setflags,
+};
 
 use super::{Access, File, Handle, Metadata, Op, Verdict, Watcher};
 
@@ -25,6 +27,7 @@ const SYNC_BYTES: u64 = 64 << 20;
 pub struct Disk {
     watcher: Option<Arc<dyn Watcher>>,
     boot: Option<Arc<str>>,
+    up_ms: Option<Arc<AtomicU64>>,
     sync_bytes: u64,
     /// Folders whose names are durable, as far as this process has seen to it.
     known: Arc<Mutex<HashSet<PathBuf>>>,
@@ -32,7 +35,13 @@ pub struct Disk {
 
 impl Default for Disk {
     fn default() -> Self {
-        Self { watcher: None, boot: None, sync_bytes: SYNC_BYTES, known: Arc::default() }
+        Self {
+            watcher: None,
+            boot: None,
+            up_ms: None,
+            sync_bytes: SYNC_BYTES,
+            known: Arc::default(),
+        }
     }
 }
 
@@ -46,6 +55,12 @@ impl Disk {
     #[must_use]
     pub fn in_boot(self, boot: &str) -> Self {
         Self { boot: Some(boot.into()), ..self }
+    }
+
+    /// The same disk, on a machine that is up for as long as a test says, in milliseconds.
+    #[must_use]
+    pub fn up_since(self, up_ms: Arc<AtomicU64>) -> Self {
+        Self { up_ms: Some(up_ms), ..self }
     }
 
     /// The same disk, with another number of bytes after which images are synced in the background.
@@ -67,6 +82,35 @@ impl Disk {
                 .map(|id| id.trim().to_owned())
                 .unwrap_or_default(),
         }
+    }
+
+    /// Milliseconds since this boot of the machine began, sleep included; no wall clock changes them. 0 where the system doesn't say.
+    pub fn up_ms(&self) -> u64 {
+        if let Some(up_ms) = &self.up_ms {
+            return up_ms.load(Ordering::Relaxed);
+        }
+        let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
+        let (seconds, rest) = text.split_once('.').unwrap_or((&text, "0"));
+        let hundredths = rest.get(..2).and_then(|digits| digits.parse::<u64>().ok()).unwrap_or(0);
+        seconds.parse::<u64>().map_or(0, |seconds| seconds * 1000 + hundredths * 10)
+    }
+
+    /// Says whether anybody, root included, may change, rename or remove a file, where the file system can be told (ext4, XFS,
+    /// btrfs) and this process may. True when it is so now. Only ever a help, and no watcher is asked.
+    pub fn set_immutable(&self, path: &Path, immutable: bool) -> bool {
+        let set = || -> io::Result<bool> {
+            let flags = OFlags::NOFOLLOW.bits().cast_signed();
+            let file = options(Access::Read).custom_flags(flags).open(path)?;
+            let flags = ioctl_getflags(&file)?;
+            if flags.contains(IFlags::IMMUTABLE) == immutable {
+                return Ok(true);
+            }
+            let mut wanted = flags;
+            wanted.set(IFlags::IMMUTABLE, immutable);
+            ioctl_setflags(&file, wanted)?;
+            Ok(true)
+        };
+        self.watcher.is_none() && set().unwrap_or(false)
     }
 
     /// Opens a file for structures and small writes.

@@ -13,10 +13,11 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Admin, AdminError, Answer, Command, Task, socket,
+    Admin, AdminError, Answer, Command, Person, Task, socket,
     wire::{self, MAX_TOLD_BYTES, Told},
 };
 use crate::{
+    audit::Audit,
     chain::store::{Store, StoreError, relocate::MoveError},
     config::Settings,
     runs::{Limits, Runs},
@@ -86,7 +87,8 @@ pub fn ask(
             Ok(admin) => {
                 let cancel = CancellationToken::new();
                 cancel_on_interrupt(&cancel);
-                return Ok(admin.run(command, &Task::new(&cancel, progress))?);
+                let task = Task::new(&cancel, progress).by(Person::own());
+                return Ok(admin.run(command, &task)?);
             }
         }
     }
@@ -181,5 +183,7 @@ fn open(settings: &Settings) -> Result<Admin, AskError> {
     let runs = Runs::new(store, machines, lease)
         .with_new_chains(settings.new_chains())
         .with_limits(Limits::of(settings));
+    let audit = Audit::new(runs.store().storage().clone(), &settings.audit_folder());
+    let runs = runs.with_audit(audit).locking(settings.retention.lock_days);
     Ok(Admin::new(Arc::new(runs), settings.clone()))
 }

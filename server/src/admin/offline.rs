@@ -10,11 +10,12 @@ use clap::Subcommand;
 use janus_proto::show::amount;
 
 use super::{
-    Answer,
+    Answer, Person,
     ask::{AskError, check_owner},
     rebuild,
 };
 use crate::{
+    audit::{Action, Audit, Event},
     chain::store::{Store, relocate::relocate},
     config::Settings,
     storage::Disk,
@@ -56,6 +57,35 @@ pub fn run(
     progress: &dyn Fn(String),
 ) -> Result<Answer, AskError> {
     let (root, separate) = (&settings.image_path, settings.separate_folders_by_user);
+    let text = match command {
+        Command::Rebuild { dry_run: true } => String::new(),
+        Command::Rebuild { .. } => "rebuild".into(),
+        Command::Move { to } => format!("move to {}", to.display()),
+        Command::Adopt { .. } => "adopt as a store of its own".into(),
+    };
+    let record = |event: Event| {
+        // Files that another user makes there would be in the server's way.
+        if !text.is_empty() && check_owner(root, ".store.json").is_ok() {
+            // Dropped at once: where it lies may be moved now.
+            Audit::new(Disk::default(), &settings.audit_folder()).note(&Person::own().who(), event);
+        }
+    };
+    let event = Event::new(Action::Command).noting(&text);
+    record(event.clone().asked());
+    let done = carry_out(root, separate, command, progress);
+    // A moved store's log goes on at its new place.
+    if !matches!((command, &done), (Command::Move { .. }, Ok(_))) {
+        record(event.with_result(&done));
+    }
+    done
+}
+
+fn carry_out(
+    root: &Path,
+    separate: bool,
+    command: &Command,
+    progress: &dyn Fn(String),
+) -> Result<Answer, AskError> {
     match command {
         Command::Rebuild { dry_run } => {
             // A copy may come without the store's own files.

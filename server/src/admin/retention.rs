@@ -29,6 +29,16 @@ pub enum Action {
     Run(RunArguments),
 }
 
+impl Action {
+    /// True when nothing is dropped by it.
+    pub(super) fn only_shows(&self) -> bool {
+        match self {
+            Self::Plan { .. } => true,
+            Self::Run(arguments) => arguments.dry_run,
+        }
+    }
+}
+
 /// Arguments of `retention run`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args, Serialize, Deserialize)]
 pub struct RunArguments {

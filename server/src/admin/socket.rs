@@ -22,7 +22,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Admin, Task,
+    Admin, Person, Task,
     wire::{self, MAX_ASK_BYTES, Told},
 };
 use crate::storage::Disk;
@@ -111,6 +111,8 @@ fn is_allowed(stream: &UnixStream) -> bool {
 }
 
 async fn serve_one(stream: UnixStream, admin: Arc<Admin>, cancel: CancellationToken) {
+    let Ok(peer) = stream.peer_cred() else { return };
+    let peer = (peer.uid(), peer.pid());
     let (read, mut write) = stream.into_split();
     let mut reader = BufReader::new(read);
     let mut line = Vec::new();
@@ -121,7 +123,7 @@ async fn serve_one(stream: UnixStream, admin: Arc<Admin>, cancel: CancellationTo
     }
     let (told, mut lines) = mpsc::channel(QUEUE);
     let gone = cancel.clone();
-    let work = work(line, admin, told, cancel);
+    let work = work(line, peer, admin, told, cancel);
     let tell = async {
         while let Some(told) = lines.recv().await {
             let Ok(line) = wire::line(&told) else { break };
@@ -148,6 +150,7 @@ async fn serve_one(stream: UnixStream, admin: Arc<Admin>, cancel: CancellationTo
 /// Does what the line asks for; its last word is `Done` or `Failed`.
 async fn work(
     line: Vec<u8>,
+    (uid, pid): (u32, Option<i32>),
     admin: Arc<Admin>,
     told: mpsc::Sender<Told>,
     cancel: CancellationToken,
@@ -161,7 +164,8 @@ async fn work(
     let done = crate::blocking(move || {
         // A full queue is no reason to keep the command waiting.
         let progress = |line| drop(progress.try_send(Told::Progress(line)));
-        admin.run(command, &Task::new(&cancel, &progress))
+        let task = Task::new(&cancel, &progress).by(Person::of_peer(uid, pid));
+        admin.run(command, &task)
     });
     let last = match done.await {
         Ok(Ok(answer)) => Told::Done(answer),

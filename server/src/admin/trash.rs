@@ -13,7 +13,7 @@ use janus_proto::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Admin, AdminError, Answer, Task, table::table};
+use super::{Admin, AdminError, Answer, Task, purges, table::table};
 use crate::{
     chain::{Held, TrashedRun},
     runs::now_ms,
@@ -57,6 +57,12 @@ pub enum TrashAction {
         /// Only this machine
         #[arg(value_name = "USER/MACHINE")]
         machine: Option<MachineKey>,
+        /// Do what another person has asked for, where the settings want two
+        #[arg(long, value_name = "NUMBER", conflicts_with_all = ["machine", "cancel"])]
+        confirm: Option<u32>,
+        /// Take such a request back
+        #[arg(long, value_name = "NUMBER", conflicts_with = "machine")]
+        cancel: Option<u32>,
     },
 }
 
@@ -86,9 +92,13 @@ pub(super) fn delete(admin: &Admin, target: &Target) -> Result<Answer, AdminErro
     let waits = backups.iter().find_map(lacks_room);
     let waits = waits.map(|wait| format!("; its space doesn't come free now: {wait}"));
     admin.retention().delete(&machine, &backups)?;
+    let purge = match admin.settings().retention.purge_needs_second_operator {
+        true => "asks another person to free the space now",
+        false => "frees the space now",
+    };
     let text = format!(
         "{machine}: {} runs with {} snapshots are in the trash; `janus-server trash restore SNAPSHOT` brings a run \
-         back for {} days, `janus-server trash purge` frees the space now{}\n",
+         back for {} days, `janus-server trash purge` {purge}{}\n",
         backups.len(),
         snapshots.len(),
         admin.settings().retention.trash_days,
@@ -139,7 +149,18 @@ pub(super) fn trash(
     match action {
         TrashAction::List => list(admin),
         TrashAction::Restore { snapshot } => restore(admin, *snapshot),
-        TrashAction::Purge { machine } => purge(admin, machine.as_ref(), task),
+        TrashAction::Purge { confirm: Some(number), .. } => confirm(admin, *number, task),
+        TrashAction::Purge { cancel: Some(number), .. } => {
+            purges::cancel(admin, *number)?;
+            let text = format!("request {number} is taken back\n");
+            Ok(Answer::new(text, json!({ "cancelled": number })))
+        }
+        TrashAction::Purge { machine, .. }
+            if admin.settings().retention.purge_needs_second_operator =>
+        {
+            request(admin, machine.as_ref(), task)
+        }
+        TrashAction::Purge { machine, .. } => purge(admin, machine.as_ref(), true, task),
     }
 }
 
@@ -153,11 +174,19 @@ fn list(admin: &Admin) -> Result<Answer, AdminError> {
             all.push(trashed_json(&trashed));
         }
     }
-    let text = match all.is_empty() {
+    let mut text = match all.is_empty() {
         true => "the trash is empty\n".to_owned(),
         false => table(&rows),
     };
-    Ok(Answer::new(text, json!({ "trash": all })))
+    let requests = purges::all(admin)?;
+    for request in &requests {
+        text.push_str(&format!("{}\n", request.describe()));
+    }
+    let requests: Vec<Value> = requests
+        .iter()
+        .map(|request| json!({ "request": request.number, "runs": request.runs.len() }))
+        .collect();
+    Ok(Answer::new(text, json!({ "trash": all, "requests": requests })))
 }
 
 fn row(trashed: &TrashedRun) -> Vec<String> {
@@ -216,11 +245,45 @@ fn restore(admin: &Admin, snapshot: SnapshotId) -> Result<Answer, AdminError> {
     Ok(Answer::new(text, json!({ "machine": machine, "backup_id": backup, "pinned": true })))
 }
 
-fn purge(admin: &Admin, only: Option<&MachineKey>, task: &Task<'_>) -> Result<Answer, AdminError> {
+/// Asks another person for the purge of what is in the trash now.
+fn request(
+    admin: &Admin,
+    only: Option<&MachineKey>,
+    task: &Task<'_>,
+) -> Result<Answer, AdminError> {
+    let machines = admin.machines(only)?;
+    let trashed = machines.iter().flat_map(|machine| machine.trashed());
+    let runs: Vec<_> = trashed.map(|it| (it.run.machine.clone(), it.run.backup)).collect();
+    if runs.is_empty() {
+        return Ok(Answer::new("the trash is empty\n", json!({ "machines": [] })));
+    }
+    let request = purges::ask(admin, task.person()?, runs)?;
+    let text = format!("nothing is purged yet; {}\n", request.describe());
+    let json = json!({ "request": request.number, "runs": request.runs.len() });
+    Ok(Answer::new(text, json))
+}
+
+/// Purges what another person has asked for.
+fn confirm(admin: &Admin, number: u32, task: &Task<'_>) -> Result<Answer, AdminError> {
+    let request = purges::confirm(admin, task.person()?, number)?;
+    for (machine, backup) in &request.runs {
+        let due = admin.runs().make_due(machine, *backup);
+        due.map_err(|error| AdminError::Retention(error.into()))?;
+    }
+    purge(admin, None, false, task)
+}
+
+/// Purges what is due, or `all`.
+fn purge(
+    admin: &Admin,
+    only: Option<&MachineKey>,
+    all_of_it: bool,
+    task: &Task<'_>,
+) -> Result<Answer, AdminError> {
     let (mut text, mut all) = (String::new(), Vec::new());
     for machine in admin.machines(only)? {
         task.check()?;
-        let report = admin.retention().purge(&machine.key, true, task.token());
+        let report = admin.retention().purge(&machine.key, all_of_it, task.token());
         if report.purged.is_empty() && report.waiting.is_empty() {
             continue;
         }
@@ -239,7 +302,7 @@ fn purge(admin: &Admin, only: Option<&MachineKey>, task: &Task<'_>) -> Result<An
         }));
     }
     if text.is_empty() {
-        text.push_str("the trash is empty\n");
+        text.push_str("nothing was there to be purged\n");
     }
     Ok(Answer::new(text, json!({ "machines": all })))
 }

@@ -71,6 +71,9 @@ struct MachineUsage {
     /// Unix milliseconds at which a backup of it was last proven; absent: never.
     #[serde(skip_serializing_if = "Option::is_none")]
     proven_ms: Option<i64>,
+    /// What looks like an attack; absent: nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alarm: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -157,6 +160,7 @@ fn of_machine(
         disks: Vec::new(),
         trash_bytes,
         proven_ms,
+        alarm: machine.alarm(),
     };
     for (disk, newest_first) in disks {
         task.check()?;
@@ -280,5 +284,7 @@ fn text(usage: &Usage) -> String {
         bytes => format!("{} of hash tables of other servers' backups\n", amount(bytes)),
     };
     let free = format!("{} of {} free", amount(usage.free_bytes), amount(usage.total_bytes));
-    format!("{}{mirrored}{free}\n", table(&rows))
+    let alarms = usage.machines.iter().filter_map(|machine| machine.alarm.as_ref());
+    let alarms: String = alarms.map(|alarm| format!("{alarm}\n")).collect();
+    format!("{}{alarms}{mirrored}{free}\n", table(&rows))
 }

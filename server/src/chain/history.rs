@@ -98,6 +98,13 @@ impl History {
         }
     }
 
+    /// Notes that a run of the trash may be purged now.
+    pub fn due(&mut self, backup: BackupId) {
+        for trashed in self.trash.values_mut().filter(|trashed| trashed.run.backup == backup) {
+            trashed.record.purge_not_before_ms = 0;
+        }
+    }
+
     /// A disk's newest snapshot that is not in the trash.
     pub fn head(&self, disk: &DiskId) -> Option<&Held> {
         self.links.get(self.heads.get(disk)?)

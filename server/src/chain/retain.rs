@@ -2,7 +2,7 @@
 //!
 //! Every disk has its rules and looks at the runs that hold it, newest first:
 //!
-//! - the newest run and the newest good one stay, pinned ones too;
+//! - the newest run and the newest good one stay, pinned and locked ones too, and the last good one before an alarm;
 //! - all of the last `keep_all_days` stay, counted back from the disk's newest run that isn't of the future: while no backups come,
 //!   nothing gets old;
 //! - of each of the newest `daily` days that hold a good run, its newest good run stays; so with weeks, months and years.
@@ -65,8 +65,24 @@ pub struct Point {
     pub committed_ms: i64,
     /// It has a pin.
     pub is_pinned: bool,
+    /// It is locked until a date.
+    pub is_locked: bool,
+    /// It is the last good one before an alarm.
+    pub is_before_alarm: bool,
     /// Its disks.
     pub disks: Vec<DiskPoint>,
+}
+
+impl Point {
+    /// What keeps it whatever the rules say.
+    fn kept_for(&self) -> impl Iterator<Item = Reason> {
+        let all = [
+            (self.is_pinned, Reason::Pinned),
+            (self.is_before_alarm, Reason::BeforeAlarm),
+            (self.is_locked, Reason::Locked),
+        ];
+        all.into_iter().filter_map(|(applies, reason)| applies.then_some(reason))
+    }
 }
 
 /// One disk of a run.
@@ -98,6 +114,10 @@ pub enum Reason {
     AtLeast,
     /// An administrator pinned it.
     Pinned,
+    /// The last good one before an alarm.
+    BeforeAlarm,
+    /// It is locked until a date.
+    Locked,
     /// The newest of a disk, or the newest good one.
     Newest,
 }
@@ -112,6 +132,8 @@ impl fmt::Display for Reason {
             Self::Yearly => "yearly",
             Self::AtLeast => "at least",
             Self::Pinned => "pinned",
+            Self::BeforeAlarm => "last before an alarm",
+            Self::Locked => "locked",
             Self::Newest => "newest",
         })
     }
@@ -240,7 +262,8 @@ pub fn plan(mut points: Vec<Point>, policy: &Policy<'_>, now_ms: i64) -> Plan {
 struct Link {
     index: usize,
     committed_ms: i64,
-    is_pinned: bool,
+    /// What keeps it whatever the rules say.
+    kept_for: Vec<Reason>,
     is_faulty: bool,
 }
 
@@ -252,7 +275,7 @@ fn series(points: &[Point]) -> BTreeMap<DiskId, Vec<Link>> {
             all.entry(disk.disk.clone()).or_default().push(Link {
                 index,
                 committed_ms: point.committed_ms,
-                is_pinned: point.is_pinned,
+                kept_for: point.kept_for().collect(),
                 is_faulty: disk.is_faulty,
             });
         }
@@ -271,7 +294,9 @@ fn keep(series: &[Link], rules: &Rules, now_ms: i64) -> Vec<(usize, Reason)> {
     let good = || series.iter().filter(|link| !link.is_faulty);
     kept.push((newest.index, Reason::Newest));
     kept.extend(good().take(1).map(|link| (link.index, Reason::Newest)));
-    kept.extend(series.iter().filter(|l| l.is_pinned).map(|l| (l.index, Reason::Pinned)));
+    for link in series {
+        kept.extend(link.kept_for.iter().map(|reason| (link.index, *reason)));
+    }
     kept.extend(good().take(rules.at_least as usize).map(|l| (l.index, Reason::AtLeast)));
     // A single run of a wrong clock makes no other old; where all are of the future it is our clock that is wrong.
     let believed = series.iter().find(|link| !is_future(link.committed_ms, now_ms));

@@ -3,9 +3,12 @@
 //! ```text
 //! <image_path>/.moved.json, .moving.json               see [`relocate`]
 //! <image_path>/.store.json                             id of the store, count of starts; .store.lock is held while in use
+//! <image_path>/.clock.json                             how much time the server has seen pass: see [`crate::guard::clock`]
+//! <image_path>/.audit/                                 who did what: see [`crate::audit`]
 //! <image_path>/.spare                                  space for a full disk: see [`spare`]
 //! <image_path>/<user>/<machine>/.machine.json          use counter
 //! <image_path>/<user>/<machine>/.pins.json             pinned snapshots
+//! <image_path>/<user>/<machine>/.guard.json           locks and alarms, .changes.json: what the last runs changed
 //! <image_path>/<user>/<machine>/.health.json           what is known of the images: see [`super::health`]
 //! <image_path>/<user>/<machine>/.proofs.json           what was proven: see [`crate::prove::record`]
 //! <image_path>/<user>/<machine>/.runs/<sequence>.json  run manifests: a run is committed when its file is here
@@ -22,6 +25,7 @@
 
 pub mod faults;
 mod folders;
+mod guard;
 mod merges;
 mod pins;
 mod publish;
@@ -54,6 +58,7 @@ use super::{
     FORMAT, Held, History, Origin, Run, health::Health, merge::Intent, opened::OpenedSnapshot, stub,
 };
 use crate::{
+    guard::{Changes, Guarded},
     image::Format,
     prove::record::Proofs,
     storage::{Access, Disk, File},
@@ -300,6 +305,10 @@ pub struct MachineState {
     pub health: Health,
     /// What was proven of its backups.
     pub proofs: Proofs,
+    /// What protects its runs.
+    pub guarded: Guarded,
+    /// What its last runs have changed.
+    pub changes: Changes,
     /// What of it can't be used.
     pub faults: Faults,
 }
@@ -562,6 +571,7 @@ impl Store {
         state.last_sequence = last.max(file.counters.purged_sequence);
         state.health = Health::load(&self.storage, folder, &file.machine)?;
         state.proofs = Proofs::load(&self.storage, folder, &file.machine, self.generation)?;
+        self.load_guard(folder, &file.machine, &mut state)?;
         let mut unread = false;
         for path in files_in(&self.storage, &folder.join(RUNS), "json")? {
             match read::<Run>(&self.storage, &path) {

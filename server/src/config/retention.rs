@@ -9,6 +9,9 @@ use time::{Time, macros::format_description};
 use super::ConfigError;
 use crate::chain::retain::Rules;
 
+/// Longest lock, since no command takes one off: ten years.
+pub const MOST_LOCK_DAYS: u32 = 3660;
+
 /// What is kept. Counts are of days, weeks … that hold a backup; see `chain::retain` for what each rule means.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -35,6 +38,10 @@ pub struct Retention {
     pub max_drop_percent: u32,
     /// What `delete` deletes can be brought back for so long.
     pub trash_days: u32,
+    /// Each new backup is locked for so long; 0: not at all.
+    pub lock_days: u32,
+    /// What is in the trash is purged before its time only when a second person agrees.
+    pub purge_needs_second_operator: bool,
     /// By user, `user/machine` or `user/machine/disk`.
     pub overrides: BTreeMap<String, Override>,
 }
@@ -53,6 +60,8 @@ impl Default for Retention {
             max_chain_length: 128,
             max_drop_percent: 50,
             trash_days: 7,
+            lock_days: 0,
+            purge_needs_second_operator: false,
             overrides: BTreeMap::new(),
         }
     }
@@ -126,6 +135,14 @@ impl Retention {
         if !(1..=100).contains(&self.max_drop_percent) {
             return invalid("retention.max_drop_percent", "must be 1 to 100".into());
         }
+        if self.purge_needs_second_operator && self.trash_days == 0 {
+            let reason = "needs trash_days of at least 1: what is due at once needs nobody";
+            return invalid("retention.purge_needs_second_operator", reason.into());
+        }
+        if self.lock_days > MOST_LOCK_DAYS {
+            let reason = format!("{} days: at most {MOST_LOCK_DAYS}", self.lock_days);
+            return invalid("retention.lock_days", reason);
+        }
         for name in self.overrides.keys() {
             let parts: Vec<&str> = name.split('/').collect();
             if parts.len() > 3 || parts.iter().any(|part| check_name("name", part).is_err()) {
@@ -158,6 +175,8 @@ pub const KEYS: &[(&str, &str)] = &[
     ("max_chain_length", "A chain of deltas with more links is shortened"),
     ("max_drop_percent", "A plan that drops more of a machine's backups waits for --force"),
     ("trash_days", "What `delete` deletes can be brought back for so long"),
+    ("lock_days", "Nobody can drop a backup before it is so old; 0: no lock"),
+    ("purge_needs_second_operator", "`trash purge` waits until a second person confirms it"),
 ];
 
 #[cfg(test)]
@@ -186,6 +205,8 @@ mod tests {
             "at = \"25:00\"",
             "max_drop_percent = 0",
             "max_chain_length = 3",
+            "lock_days = 36500",
+            "purge_needs_second_operator = true\ntrash_days = 0",
             "[overrides.\"a/b/c/d\"]",
             "[overrides.\"../x\"]",
             "[overrides.a]\nat_least = 128",

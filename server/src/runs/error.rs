@@ -113,6 +113,26 @@ pub enum RunError {
         /// A disk of both.
         disk: DiskId,
     },
+    /// A run is locked.
+    #[error(
+        "run {backup} is locked {until}: nobody can drop it before, and no command takes the lock off"
+    )]
+    Locked {
+        /// The run.
+        backup: BackupId,
+        /// How long, for people.
+        until: String,
+    },
+    /// A later run has raised an alarm.
+    #[error(
+        "run {backup} is the last good one before an alarm: look at `janus-server alarm list`; `janus-server alarm clear {machine}` leaves it to the rules"
+    )]
+    KeptByAlarm {
+        /// The run.
+        backup: BackupId,
+        /// Its machine.
+        machine: MachineKey,
+    },
     /// A dropped run can't be brought back.
     #[error("run {backup} can't be brought back from the trash: its purge has begun")]
     Purging {

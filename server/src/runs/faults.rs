@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use janus_proto::ids::{MachineKey, SnapshotId};
 
 use super::{Machine, Runs};
-use crate::chain::store::StoreError;
+use crate::{audit::Audit, chain::store::StoreError};
 
 /// Faults that are told to every janus.
 const MOST_TOLD: usize = 20;
@@ -49,6 +49,7 @@ impl Runs {
         if self.store.is_read_only() {
             all.push(StoreError::ReadOnly { path: self.store.root().to_owned() }.to_string());
         }
+        all.extend(self.audit().and_then(Audit::warning));
         all.extend(self.faults(None));
         let more = all.len().saturating_sub(MOST_TOLD);
         all.truncate(MOST_TOLD);

@@ -19,7 +19,10 @@ use crate::chain::{
         faults::{Fault, Faults},
     },
 };
-use crate::prove::record::Proofs;
+use crate::{
+    guard::{Changes, Guarded},
+    prove::record::Proofs,
+};
 
 /// Aborted runs remembered per machine, to tell a late caller what became of them.
 const ABORTED_KEPT: usize = 64;
@@ -58,6 +61,10 @@ struct State {
     health_unsaved: bool,
     /// What was proven of its backups.
     proofs: Proofs,
+    /// What protects its runs.
+    guarded: Guarded,
+    /// What its last runs have changed.
+    changes: Changes,
     /// What of it can't be used.
     faults: Faults,
 }
@@ -82,6 +89,8 @@ impl Machine {
             health: state.health,
             health_unsaved: false,
             proofs: state.proofs,
+            guarded: state.guarded,
+            changes: state.changes,
             faults: state.faults,
         };
         Self {
@@ -108,6 +117,31 @@ impl Machine {
             Some(fault) => Err(self.faulty(fault)),
             None => Ok(()),
         }
+    }
+
+    /// Fails where nobody knows what of it is locked.
+    pub(super) fn check_guard(&self) -> Result<(), StoreError> {
+        match self.faults().guard {
+            Some(fault) => Err(self.faulty(&fault)),
+            None => Ok(()),
+        }
+    }
+
+    /// What protects its runs.
+    pub fn guarded(&self) -> Guarded {
+        lock(&self.state).guarded.clone()
+    }
+
+    pub(super) fn set_guarded(&self, guarded: Guarded) {
+        lock(&self.state).guarded = guarded;
+    }
+
+    pub(super) fn changes(&self) -> Changes {
+        lock(&self.state).changes.clone()
+    }
+
+    pub(super) fn set_changes(&self, changes: Changes) {
+        lock(&self.state).changes = changes;
     }
 
     pub(super) fn check_disks<'a>(
@@ -221,6 +255,10 @@ impl Machine {
 
     pub(super) fn purging_now(&self, backup: BackupId) {
         lock(&self.state).history.purging(backup);
+    }
+
+    pub(super) fn due_now(&self, backup: BackupId) {
+        lock(&self.state).history.due(backup);
     }
 
     /// A merge will happen: it is tried until it has.

@@ -17,9 +17,12 @@ use janus_proto::{
 use tokio_util::sync::CancellationToken;
 
 use super::{Change, Machine, RunError, Runs};
-use crate::chain::{
-    Held, TrashedRun,
-    merge::{Intent, MergeError, Moved, Pair, Way},
+use crate::{
+    audit::{Action, Event, Who},
+    chain::{
+        Held, TrashedRun,
+        merge::{Intent, MergeError, Moved, Pair, Way},
+    },
 };
 
 /// For manifests, intents and the file system's own needs.
@@ -129,6 +132,7 @@ impl Runs {
         let mut purge = Purge { runs: self, machine: &machine, options, stop, report };
         purge.go();
         let report = purge.report;
+        self.protect_files(&machine);
         if report.merged > 0 || !report.purged.is_empty() {
             self.look_again(&machine);
         }
@@ -239,11 +243,19 @@ impl Purge<'_> {
         let is_due = |trashed: &TrashedRun| {
             trashed.record.purging || trashed.record.purge_not_before_ms <= self.options.now_ms
         };
+        // A locked run doesn't get into the trash; should one be there, it stays.
+        let (guarded, now) = (self.machine.guarded(), self.runs.now());
+        let is_locked = |trashed: &&TrashedRun| guarded.lock_of(trashed.run.backup, now).is_some();
         let trashed = self.machine.trashed();
-        trashed.iter().filter(|trashed| is_due(trashed)).flat_map(|t| Held::all(&t.run)).collect()
+        let due = trashed.iter().filter(|trashed| is_due(trashed) && !is_locked(trashed));
+        due.flat_map(|trashed| Held::all(&trashed.run)).collect()
     }
 
     fn take_out(&mut self, link: &Held, children: &[Held]) -> Result<(), Wait> {
+        // What stays is protected again at the end.
+        for held in children.iter().chain([link]).filter(|_| self.has_locks()) {
+            self.runs.set_immutable(self.machine, held, false);
+        }
         let Some(child_held) = children.iter().min_by_key(|held| held.run.sequence) else {
             self.begin(link)?;
             return self.conclude(link, Intent::remove(link.snapshot().clone()));
@@ -269,6 +281,10 @@ impl Purge<'_> {
         self.report.merged += 1;
         self.report.moved += moved;
         Ok(())
+    }
+
+    fn has_locks(&self) -> bool {
+        !self.machine.guarded().locks.is_empty()
     }
 
     /// True when one of the children lacks what the link does.
@@ -326,6 +342,8 @@ impl Purge<'_> {
         let backup = link.run.backup;
         if self.machine.trashed_run(backup).is_none() {
             self.report.purged.push(backup);
+            let event = Event::new(Action::Purge).of_run(&self.machine.key, backup);
+            self.runs.note(&Who::server(), event);
         }
         Ok(())
     }

@@ -8,14 +8,17 @@ use std::sync::Arc;
 use janus_proto::ids::{BackupId, MachineKey};
 
 use super::{Change, Machine, RunError, Runs, now_ms};
-use crate::chain::{FORMAT, Run, TrashRecord, TrashedRun};
+use crate::{
+    audit::{Action, Event, Who},
+    chain::{FORMAT, Run, TrashRecord, TrashedRun},
+};
 
 impl Runs {
     /// Drops runs. All are checked before the first one goes.
     ///
     /// # Errors
     /// `Unknown` when a run isn't here or is in the trash already, `BuiltOn` when an open run has a snapshot of it as its
-    /// head. When the store fails, the runs before the one that failed are dropped.
+    /// head, `Locked` and `KeptByAlarm` when it is protected. When the store fails, the runs before the one that failed are dropped.
     pub fn trash(
         &self,
         key: &MachineKey,
@@ -25,7 +28,10 @@ impl Runs {
     ) -> Result<(), RunError> {
         let Some(machine) = self.machine(key) else { return Err(unknown(key)) };
         let _turn = machine.take_turn();
-        let droppable = |backup: &BackupId| droppable(&machine, *backup);
+        let droppable = |backup: &BackupId| {
+            let run = droppable(&machine, *backup)?;
+            self.check_droppable(&machine, &run).map(|()| run)
+        };
         let runs = backups.iter().map(droppable).collect::<Result<Vec<_>, _>>()?;
         for run in runs {
             let record = TrashRecord {
@@ -42,8 +48,28 @@ impl Runs {
                 machine.dropped_now(run.backup, record);
             }
             tracing::info!(machine = %key, backup_id = %run.backup, reason, "run dropped");
+            self.note(
+                &Who::server(),
+                Event::new(Action::Drop).of_run(key, run.backup).noting(reason),
+            );
             let gone = run.snapshots.iter().map(|snapshot| snapshot.id).collect();
             let _ = self.changes.send(Change::Removed(key.clone(), gone));
+        }
+        Ok(())
+    }
+
+    /// Makes the next purge take a run of the trash, whatever its time. One that isn't there any more is none to purge.
+    ///
+    /// # Errors
+    /// As the file system says.
+    pub fn make_due(&self, key: &MachineKey, backup: BackupId) -> Result<(), RunError> {
+        let Some(machine) = self.machine(key) else { return Ok(()) };
+        let _turn = machine.take_turn();
+        let _files = machine.change_files();
+        if let Some(TrashedRun { run, mut record }) = machine.trashed_run(backup) {
+            record.purge_not_before_ms = 0;
+            self.store.save_trash_record(&run, &record)?;
+            machine.due_now(backup);
         }
         Ok(())
     }
@@ -76,6 +102,7 @@ impl Runs {
         };
         self.look_again(&machine);
         tracing::info!(machine = %key, backup_id = %backup, "run brought back from the trash");
+        self.note(&Who::server(), Event::new(Action::Restore).of_run(key, backup));
         let _ = self.changes.send(Change::Committed(run.clone()));
         Ok(run)
     }

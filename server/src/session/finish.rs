@@ -230,7 +230,7 @@ impl Session {
 }
 
 /// Blocks of a segment that were written.
-fn bitmap(touches: Option<&Vec<Touch>>) -> SegmentBitmap {
+pub(super) fn bitmap(touches: Option<&Vec<Touch>>) -> SegmentBitmap {
     let mut present = SegmentBitmap::default();
     for touch in touches.into_iter().flatten() {
         for index in touch.first..touch.first + touch.count {

@@ -229,7 +229,8 @@ impl Model {
         }
         let mut files = self.files();
         // What is known of the images belongs to none of them, and its next write ends one that was cut off.
-        files.retain(|name| !name.starts_with(".health.json"));
+        files
+            .retain(|name| !name.starts_with(".health.json") && !name.starts_with(".changes.json"));
         assert_eq!(files, expected);
     }
 

@@ -236,6 +236,8 @@ pub struct MachineUse {
     pub server: String,
     /// What was proven of it there.
     pub proof: Option<Proof>,
+    /// What looks like an attack there.
+    pub alarm: Option<String>,
 }
 
 /// What was proven of a machine on a server.

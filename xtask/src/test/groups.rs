@@ -54,6 +54,7 @@ const PLACED: &[(&str, &str)] = &[
     ("files", "restore"),
     ("frozen", "sources"),
     ("vhd", "restore"),
+    ("guard", "security"),
     ("hostile", "sources"),
     ("links", "client"),
     ("nbd", "sources"),

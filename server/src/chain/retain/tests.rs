@@ -28,7 +28,14 @@ fn point(committed_ms: i64, disks: &[(&str, bool)], chain: SnapshotId) -> Point 
         is_faulty: *is_faulty,
         chain,
     });
-    Point { backup: BackupId::new(), committed_ms, is_pinned: false, disks: disks.collect() }
+    Point {
+        backup: BackupId::new(),
+        committed_ms,
+        is_pinned: false,
+        is_locked: false,
+        is_before_alarm: false,
+        disks: disks.collect(),
+    }
 }
 
 fn ms(time: OffsetDateTime) -> i64 {

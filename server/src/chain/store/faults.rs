@@ -59,6 +59,8 @@ pub struct Faults {
     pub disks: BTreeMap<DiskId, Fault>,
     /// What is pinned isn't known.
     pub pins: Option<Fault>,
+    /// What is locked isn't known.
+    pub guard: Option<Fault>,
 }
 
 impl Faults {
@@ -69,12 +71,12 @@ impl Faults {
 
     /// Why nothing of the machine may be dropped or merged.
     pub fn of_history(&self) -> Option<&Fault> {
-        self.machine.as_ref().or_else(|| self.disks.values().next())
+        self.machine.as_ref().or_else(|| self.disks.values().next()).or(self.guard.as_ref())
     }
 
     /// All of them.
     pub fn all(&self) -> impl Iterator<Item = &Fault> {
-        self.machine.iter().chain(self.disks.values()).chain(&self.pins)
+        self.machine.iter().chain(self.disks.values()).chain(&self.pins).chain(&self.guard)
     }
 }
 
