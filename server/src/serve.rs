@@ -32,6 +32,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use crate::{
     admin::{Admin, queue, socket::AdminSocket},
     backup::Backup,
+    bounds::{Bounds, Plan},
     caller::Gate,
     catalog::Catalog,
     chain::store::{MachineState, Store, StoreError},
@@ -270,7 +271,13 @@ impl Server {
             .add_service(reflection().build_v1().map_err(wiring)?)
             .add_service(reflection().build_v1alpha().map_err(wiring)?)
             .prepare();
-        let gate = Gate::new(routes, self.identity.clone(), self.id.clone()).map_err(wiring)?;
+        let plan = Plan {
+            streams: self.settings.max_bulk_streams as usize,
+            streams_of_one_caller: self.settings.max_bulk_streams_per_caller as usize,
+            stall: Duration::from_secs(self.settings.stall_seconds),
+        };
+        let gate = Gate::new(Bounds::new(routes, plan), self.identity.clone(), self.id.clone())
+            .map_err(wiring)?;
         let admin = Arc::new(Admin::new(self.runs.clone(), self.settings.clone()));
         let mut tasks = self.tasks(&shutdown);
         for (name, rule) in &self.settings.replicate {
@@ -302,8 +309,11 @@ impl Server {
         if let Some(socket) = self.admin {
             tasks.spawn(socket.serve(admin, shutdown.clone()));
         }
-        let limits =
-            Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
+        let limits = Limits {
+            drain: Duration::from_secs(self.settings.drain_seconds),
+            stall: plan.stall,
+            ..Limits::default()
+        };
         tracing::info!(server = name, address = ?self.door.address().ok(), "serving");
         self.door.serve(gate, limits, shutdown).await;
         stop.cancel();
