@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    program::keep_memory_private();
     let mut arguments = std::env::args_os().skip(1);
     match arguments.next() {
         Some(name) if name == reader::COMMAND => return reader::run(),
@@ -48,9 +49,14 @@ fn main() -> ExitCode {
         return written.map_or_else(|error| fail(error, 1), |()| ExitCode::SUCCESS);
     }
     match matches.subcommand() {
-        Some(("serve", matches)) => serve_command(matches),
         Some(("pki", matches)) => pki_command(matches),
-        Some((_, of_command)) => admin_command(&matches, of_command),
+        Some((name, of_command)) => {
+            program::keep_files_in_group();
+            match name {
+                "serve" => serve_command(of_command),
+                _ => admin_command(&matches, of_command),
+            }
+        }
         None => ExitCode::from(USAGE),
     }
 }
