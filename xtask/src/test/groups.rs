@@ -54,6 +54,7 @@ const PLACED: &[(&str, &str)] = &[
     ("files", "restore"),
     ("frozen", "sources"),
     ("vhd", "restore"),
+    ("hardening", "security"),
     ("hostile", "sources"),
     ("links", "client"),
     ("nbd", "sources"),
@@ -62,6 +63,7 @@ const PLACED: &[(&str, &str)] = &[
     ("packages", "sources"),
     ("prove", "seeding"),
     ("reasons", "security"),
+    ("redteam", "security"),
     ("ntfs", "sources"),
     ("reading", "sources"),
     ("resilience", "client"),
@@ -91,6 +93,8 @@ fn build(runner: &mut Runner) {
     runner.check("committed bindings", bindings::check);
     runner.check("buf lint", tools::buf_lint);
     runner.check("tidy", tidy::check);
+    let advisories = runner.soak;
+    runner.check("crates (cargo-deny)", || tools::deny(advisories));
     runner.check("failure matrix", matrix::check);
     runner.compile_tests();
     runner.cargo("examples in docs", &["test", "--workspace", "--doc"]);
