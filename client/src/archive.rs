@@ -67,6 +67,7 @@ pub async fn open(
         max_calls_per_caller: CALLS,
         // It never goes away before its caller.
         keepalive_timeout: Duration::from_secs(600),
+        stall: Duration::MAX,
         ..Limits::default()
     };
     let serving = Door::Known(door).serve(routes.prepare(), limits, stop.clone());

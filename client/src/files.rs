@@ -1,8 +1,9 @@
 //! Small files that are replaced as a whole.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -18,11 +19,16 @@ pub(crate) fn takes_nothing(error: &io::Error) -> bool {
 
 /// Opens a file whose only use is to be locked, and makes it when it is missing.
 pub(crate) fn lock_file(path: &Path) -> io::Result<File> {
-    match OpenOptions::new().write(true).create(true).truncate(false).open(path) {
+    match OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path) {
         // One that is there can be locked all the same.
         Err(error) if takes_nothing(&error) => File::open(path).map_err(|_| error),
         opened => opened,
     }
+}
+
+/// Makes a folder, with those above it, that other users can't look into. One that is there stays as it is.
+pub(crate) fn private_folder(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 /// Replaces a file: a crash leaves the old one or the new one. Durable when it returns.
@@ -30,7 +36,8 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
     let new = PathBuf::from(new);
-    let mut file = File::create(&new)?;
+    let mut file =
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     fs::rename(&new, path)?;

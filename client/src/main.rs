@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 fn main() -> ExitCode {
+    program::forbid_core_dumps();
     let command = manual::with_commands(cli::command());
     let matches = match command.clone().try_get_matches() {
         Ok(matches) => matches,
@@ -90,6 +91,11 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
         return cli::recover(&settings, matches);
     }
     let is_daemon = name == "daemon";
+    // A folder that is carried elsewhere is read there by another user.
+    let is_carried = name == "backup" && matches.get_one::<PathBuf>("to-folder").is_some();
+    if is_daemon || name == "backup" && !is_carried {
+        program::keep_files_private();
+    }
     let is_dry = name == "backup" && matches.get_flag("dry-run");
     let load = || Identity::load(&settings.cert, &settings.key, &settings.ca);
     let identity = if is_dry || is_daemon { None } else { Some(load()) };

@@ -52,6 +52,9 @@ TimeoutStopSec=90
 Nice=5
 IOSchedulingPriority=7
 UMask=0077
+# Keys stay in memory.
+LimitCORE=0
+KeyringMode=private
 # Raw disks, snapshots, freezing and hooks need root and the machine's own mounts: no ProtectSystem, PrivateTmp, PrivateDevices.
 CapabilityBoundingSet=~CAP_SYS_BOOT CAP_SYS_TIME CAP_SYS_PACCT CAP_SYSLOG CAP_WAKE_ALARM CAP_MAC_ADMIN CAP_MAC_OVERRIDE
 LockPersonality=yes
@@ -60,6 +63,8 @@ RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
 SystemCallArchitectures=native
+SystemCallFilter=~@clock @cpu-emulation @module @obsolete @raw-io @reboot @swap
+SystemCallErrorNumber=EPERM
 "
     )
 }

@@ -11,7 +11,7 @@ use janus_proto::ids::{BackupId, DiskId, ServerId};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::files::{lock_file, replace, takes_nothing};
+use crate::files::{lock_file, private_folder, replace, takes_nothing};
 
 /// Runs that are remembered as ours, whatever came of them: a lost one keeps others away for a lease, a minute or so.
 const OURS_KEPT: usize = 64;
@@ -118,7 +118,7 @@ impl MachineState {
             move |source| StateError::Io { path, source }
         };
         let lock_path = folder.join("machine.lock");
-        let opened = fs::create_dir_all(folder).and_then(|()| lock_file(&lock_path));
+        let opened = private_folder(folder).and_then(|()| lock_file(&lock_path));
         let mut is_forgetful = false;
         let lock = match opened {
             Err(error) if takes_nothing(&error) => {

@@ -4,6 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use janus_proto::{
     channel::Target,
+    listener::STALL,
     log::{LogFormat, LogPlan},
     settings::{Loader, check_listen},
 };
@@ -52,6 +53,8 @@ pub struct Settings {
     pub max_bulk_streams: u32,
     /// How many of them one caller may have.
     pub max_bulk_streams_per_caller: u32,
+    /// A caller that takes nothing of an answer, or sends no whole message, for so long loses its call.
+    pub stall_seconds: u64,
     /// Address and port for health checks without TLS; empty: none.
     pub health_listen: String,
     /// Address and port for Prometheus, plain HTTP; empty: none.
@@ -97,6 +100,7 @@ impl Default for Settings {
             probe_ms: 1000,
             max_bulk_streams: 64,
             max_bulk_streams_per_caller: 16,
+            stall_seconds: STALL.as_secs(),
             health_listen: String::new(),
             metrics_listen: String::new(),
             overdue_after_hours: 26,
@@ -143,6 +147,7 @@ pub const KEYS: &[(&str, &str)] = &[
     ("probe_ms", "How long a server may take to answer a probe"),
     ("max_bulk_streams", "Uploads and downloads that pass through at once"),
     ("max_bulk_streams_per_caller", "How many of them one caller may have"),
+    ("stall_seconds", "A call whose caller takes or sends nothing whole for so long is ended"),
     ("health_listen", "Address and port for health checks, plain gRPC and HTTP; empty: none"),
     ("metrics_listen", "Address and port for Prometheus, plain HTTP; empty: none"),
     (
@@ -204,6 +209,9 @@ impl Settings {
             if !(1..=MAX_BULK_STREAMS).contains(&value) {
                 return invalid(key, &format!("must be 1 to {MAX_BULK_STREAMS}"));
             }
+        }
+        if !(5..=86_400).contains(&self.stall_seconds) {
+            return invalid("stall_seconds", "must be 5 to 86400");
         }
         self.alert_ways()?;
         self.alarms()?;
@@ -303,7 +311,7 @@ impl Settings {
         // At most 1000, which every usize holds.
         let [streams, of_one_caller] =
             [self.max_bulk_streams, self.max_bulk_streams_per_caller].map(|n| n as usize);
-        BulkLimit { streams, of_one_caller }
+        BulkLimit { streams, of_one_caller, stall: Duration::from_secs(self.stall_seconds) }
     }
 
     /// How starts are spread.

@@ -12,6 +12,8 @@ use tokio_util::sync::CancellationToken;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    program::keep_memory_private();
+    program::keep_files_private();
     let check = Arg::new("check")
         .long("check")
         .action(ArgAction::SetTrue)

@@ -9,13 +9,13 @@ mod body;
 mod classify;
 mod forward;
 mod headers;
-mod places;
 
 use std::{
     convert::Infallible,
     error::Error,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -25,7 +25,9 @@ use janus_proto::{
     error::{ErrorReason, status},
     ids::ServerId,
     metadata,
-    tls::Principal,
+    places::Places,
+    punctual::Punctual,
+    tls::{Principal, Role},
     trace::{self, TRACEPARENT, TraceContext},
 };
 use tokio_util::sync::CancellationToken;
@@ -38,7 +40,6 @@ use self::{
     body::{Budget, UntilDrain},
     classify::{Route, Routes},
     headers::Caller,
-    places::Places,
 };
 use crate::{
     fleet::Fleet,
@@ -62,6 +63,8 @@ pub struct BulkLimit {
     pub streams: usize,
     /// Of one caller.
     pub of_one_caller: usize,
+    /// A message of a request must come within this time.
+    pub stall: Duration,
 }
 
 /// The service behind the listener; cheap to clone.
@@ -76,6 +79,7 @@ struct Inner {
     local: tonic::service::Routes,
     budget: Budget,
     places: Places,
+    stall: Duration,
     drain: CancellationToken,
     latencies: Latencies,
 }
@@ -100,10 +104,26 @@ impl Router {
             routes,
             local: local.prepare(),
             budget: Budget::new(),
-            places: Places::new(bulk.streams, bulk.of_one_caller),
+            places: Places::new("janus", bulk.streams, bulk.of_one_caller),
+            stall: bulk.stall,
             drain,
             latencies,
         }))
+    }
+
+    /// The request; callers other than servers must send their messages in time. Servers' reports are silent for as long as their
+    /// settings say.
+    fn punctual<B>(&self, request: Request<B>) -> Request<Body>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn Error + Send + Sync>>,
+    {
+        let caller = request.extensions().get::<Arc<Principal>>();
+        let is_server = caller.is_some_and(|caller| matches!(caller.role, Role::Server(_)));
+        request.map(Body::new).map(|body| match is_server {
+            true => body,
+            false => Body::new(Punctual::new(body, self.0.stall)),
+        })
     }
 
     /// Answers one call, in a span that carries the caller's trace; what is sent on belongs to the same trace.
@@ -182,7 +202,7 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let router = self.clone();
-        Box::pin(async move { Ok(router.answer(request.map(Body::new)).await) })
+        Box::pin(async move { Ok(router.answer(router.punctual(request)).await) })
     }
 }
 

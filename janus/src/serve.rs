@@ -238,7 +238,14 @@ impl Janus {
         }
         let (rule, bulk) = (self.settings.start_rule(), self.settings.bulk_limit());
         let router = Router::new(self.id.clone(), fleet, rule, bulk, local, drain, latencies);
-        let limits = Limits { drain: drain_limit, ..Limits::default() };
+        let unset = Limits::default();
+        let limits = Limits {
+            drain: drain_limit,
+            stall: bulk.stall,
+            // Beside the streams that a caller may have.
+            max_calls_per_caller: unset.max_calls_per_caller.max(bulk.of_one_caller + 64),
+            ..unset
+        };
         info!(janus = %self.id, address = ?self.door.address().ok(), "serving");
         self.door.serve(router, limits, shutdown).await;
         stop.cancel();

@@ -3,9 +3,15 @@
 //!
 //! Every task started here is owned and ended before [`serve`] returns; a drain never takes longer than its limit.
 //! No caller can take all connections or calls: each has a share. A janus speaks for many, so its calls aren't counted.
+//! Whoever hasn't proved yet who it is has places of its own kind, few for each address. Peers that are slow on purpose lose what they hold:
+//! a handshake or a first frame that doesn't come, an answer that isn't taken, a request that doesn't end (`punctual.rs`).
 //! A [`Door`] says where connections come from: TCP and TLS in the programs, memory in the whole-system simulation.
 
+mod addresses;
+mod budget;
 mod counted;
+mod observed;
+mod stalls;
 
 use std::{convert::Infallible, error::Error, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -24,7 +30,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::{Service, ServiceExt};
 use tracing::{debug, info, warn};
 
-use self::counted::Counted;
+use self::{
+    addresses::{Addresses, Handshaking, Refused},
+    budget::Budgets,
+    counted::Counted,
+    observed::Observed,
+    stalls::{Outgoing, in_time},
+};
 use crate::{
     channel::{
         CONNECTION_WINDOW_BYTES, MAX_CONCURRENT_STREAMS, MAX_FRAME_BYTES, MAX_HEADER_BYTES,
@@ -39,22 +51,40 @@ use crate::{
 const TLS_HANDSHAKE: u8 = 0x16;
 /// How long a refused peer gets to read why.
 const REFUSAL_TIME: Duration = Duration::from_secs(2);
+/// Streams that a caller has taken back before they were looked at: on one more its connection ends (CVE-2023-44487).
+const MAX_RESETS_UNSEEN: usize = 20;
+/// Streams that a connection has had to be ended for faults of the caller: on one more it ends.
+const MAX_FAULTY_STREAMS: usize = 256;
 /// How long dropped tasks get to end; they end at their next await.
 const DROP_TIME: Duration = Duration::from_secs(1);
 
 type BoxError = Box<dyn Error + Send + Sync>;
 
+/// Default of [`Limits::stall`]: a line of 64 kbit/s gets two pieces through.
+pub const STALL: Duration = Duration::from_secs(300);
+
 /// Limits of a listener.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Open connections; more are closed at once, so that a caller goes to another server instead of waiting.
+    /// Open connections of peers that have proved who they are; more are closed at once, so that a caller goes to another server
+    /// instead of waiting.
     pub max_connections: usize,
+    /// Handshakes that have begun; more connections are closed at once.
+    pub max_handshakes: usize,
+    /// The same of one address (of IPv6: of one /64).
+    pub max_handshakes_per_address: usize,
+    /// Handshakes that an address may begin in a second …
+    pub handshakes_per_second: u32,
+    /// … with so many saved up, for all those behind one address who come back after an interruption.
+    pub handshakes_saved: u32,
     /// Connections of one caller; on more, each call is refused with TOO_MANY.
     pub max_connections_per_caller: usize,
     /// Open calls of one caller on all its connections; more are refused with TOO_MANY.
     pub max_calls_per_caller: usize,
-    /// From the TCP accept to the end of the TLS handshake.
+    /// From the TCP accept to the end of the TLS handshake, and again from there to the first HTTP/2 frame.
     pub handshake_timeout: Duration,
+    /// A caller must take each piece of an answer (1 MiB at most), and end each message that it sends, within this time.
+    pub stall: Duration,
     /// A connection is pinged this often …
     pub keepalive_interval: Duration,
     /// … and dropped when an answer takes longer than this.
@@ -67,9 +97,14 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_connections: 1024,
+            max_handshakes: 512,
+            max_handshakes_per_address: 64,
+            handshakes_per_second: 64,
+            handshakes_saved: 1024,
             max_connections_per_caller: 64,
-            max_calls_per_caller: 512,
+            max_calls_per_caller: 128,
             handshake_timeout: Duration::from_secs(5),
+            stall: STALL,
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(20),
             drain: Duration::from_secs(10),
@@ -157,7 +192,7 @@ impl Door {
                 while let Some(Some(known)) =
                     hall.shutdown.run_until_cancelled(connections.recv()).await
                 {
-                    let Some(connection) = hall.open(known.address) else { continue };
+                    let connection = hall.connection(known.address);
                     let service = service.clone();
                     hall.spawn(async move {
                         connection.admit(known.stream, Some(known.principal), service).await;
@@ -174,42 +209,76 @@ struct Hall {
     tasks: TaskTracker,
     kill: CancellationToken,
     places: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
+    addresses: Addresses,
     connections: Shares,
     calls: Shares,
+    budgets: Budgets,
     limits: Limits,
     shutdown: CancellationToken,
 }
 
 impl Hall {
     fn new(limits: Limits, shutdown: CancellationToken) -> Self {
-        let places = Arc::new(Semaphore::new(limits.max_connections));
+        let addresses = Addresses::new(
+            limits.max_handshakes_per_address,
+            limits.handshakes_per_second,
+            limits.handshakes_saved,
+        );
         Self {
             tasks: TaskTracker::new(),
             kill: CancellationToken::new(),
-            places,
+            places: Arc::new(Semaphore::new(limits.max_connections)),
+            handshakes: Arc::new(Semaphore::new(limits.max_handshakes)),
+            addresses,
             connections: Shares::new(limits.max_connections_per_caller),
             calls: Shares::new(limits.max_calls_per_caller),
+            budgets: Budgets::default(),
             limits,
             shutdown,
         }
     }
 
-    /// A place for one more connection, if there is one.
-    fn open(&self, address: SocketAddr) -> Option<Connection> {
-        let Ok(place) = self.places.clone().try_acquire_owned() else {
-            warn!(%address, limit = self.limits.max_connections, "connection closed: too many are open");
+    /// A place for one more handshake, if there is one.
+    fn begin(&self, address: SocketAddr) -> Option<(OwnedSemaphorePermit, Handshaking)> {
+        let refused = |limit: usize, why: &str| {
+            warn!(%address, limit, "connection closed: {why}");
+        };
+        let Ok(place) = self.handshakes.clone().try_acquire_owned() else {
+            refused(self.limits.max_handshakes, "too many handshakes are under way");
             return None;
         };
-        let executor = OwnedTasks { tasks: self.tasks.clone(), kill: self.kill.child_token() };
-        Some(Connection {
+        match self.addresses.begin(address.ip()) {
+            Ok(handshaking) => Some((place, handshaking)),
+            Err(Refused::TooMany) => {
+                let limit = self.limits.max_handshakes_per_address;
+                refused(limit, "too many handshakes of its address are under way");
+                None
+            }
+            // Not a line for each, or the log would be what the flood costs.
+            Err(Refused::TooOften) => {
+                debug!(%address, "connection closed: its address connects too often");
+                None
+            }
+        }
+    }
+
+    fn connection(&self, address: SocketAddr) -> Connection {
+        let executor = OwnedTasks {
+            tasks: self.tasks.clone(),
+            kill: self.kill.child_token(),
+            stall: self.limits.stall,
+        };
+        Connection {
             address,
             limits: self.limits.clone(),
+            places: self.places.clone(),
             connections: self.connections.clone(),
             calls: self.calls.clone(),
+            budgets: self.budgets.clone(),
             shutdown: self.shutdown.clone(),
             executor,
-            _place: place,
-        })
+        }
     }
 
     /// Accepts connections of TCP until shutdown.
@@ -227,12 +296,12 @@ impl Hall {
         B::Error: Into<BoxError>,
     {
         while let Some((tcp, address)) = accept(listener, &self.shutdown).await {
-            let Some(connection) = self.open(address) else { continue };
+            let Some(held) = self.begin(address) else { continue };
             // Asked for each time: the certificate may have been renewed.
             let config = if is_open { identity.open_config() } else { identity.server_config() };
             let (identity, acceptor) = (identity.clone(), config.into());
-            let tls = Handshake { identity, acceptor, is_open, tcp };
-            self.spawn(connection.run(tls, service.clone()));
+            let tls = Handshake { identity, acceptor, is_open, tcp, held };
+            self.spawn(self.connection(address).run(tls, service.clone()));
         }
     }
 
@@ -283,6 +352,8 @@ pub(crate) async fn drain(tasks: &TaskTracker, kill: &CancellationToken, limit: 
 pub(crate) struct OwnedTasks {
     pub tasks: TaskTracker,
     pub kill: CancellationToken,
+    /// How long a piece of an answer may wait to be taken.
+    pub stall: Duration,
 }
 
 impl<F> hyper::rt::Executor<F> for OwnedTasks
@@ -291,7 +362,7 @@ where
     F::Output: Send,
 {
     fn execute(&self, future: F) {
-        let kill = self.kill.clone();
+        let (kill, future) = (self.kill.clone(), in_time(future, self.stall));
         self.tasks.spawn(async move { kill.run_until_cancelled(future).await.is_some() });
     }
 }
@@ -303,16 +374,19 @@ struct Handshake {
     /// Somebody without a certificate may come in.
     is_open: bool,
     tcp: TcpStream,
+    /// Its place among the handshakes.
+    held: (OwnedSemaphorePermit, Handshaking),
 }
 
 struct Connection {
     address: SocketAddr,
     limits: Limits,
+    places: Arc<Semaphore>,
     connections: Shares,
     calls: Shares,
+    budgets: Budgets,
     shutdown: CancellationToken,
     executor: OwnedTasks,
-    _place: OwnedSemaphorePermit,
 }
 
 impl Connection {
@@ -325,7 +399,7 @@ impl Connection {
         B::Error: Into<BoxError>,
     {
         let _end_streams = self.executor.kill.clone().drop_guard();
-        let Handshake { identity, acceptor, is_open, tcp } = peer;
+        let Handshake { identity, acceptor, is_open, tcp, held } = peer;
         let handshake = timeout(self.limits.handshake_timeout, self.handshake(tcp, acceptor));
         let tls = match self.shutdown.run_until_cancelled(handshake).await {
             None => return,
@@ -336,6 +410,7 @@ impl Connection {
             Some(Ok(None)) => return,
             Some(Ok(Some(tls))) => tls,
         };
+        drop(held);
         let certificates = tls.get_ref().1.peer_certificates();
         if is_open && certificates.is_none() {
             return self.admit(tls, None, service).await;
@@ -367,6 +442,11 @@ impl Connection {
         // Who has no certificate shares with others at its address.
         let nobody = || self.address.ip().to_string();
         let caller: Arc<str> = principal.as_ref().map_or_else(nobody, ToString::to_string).into();
+        let Ok(_place) = self.places.clone().try_acquire_owned() else {
+            let limit = self.limits.max_connections;
+            warn!(address = %self.address, principal = %caller, limit, "connection closed: too many are open");
+            return;
+        };
         match self.connections.take(&caller) {
             Some(_share) => self.serve(stream, principal.map(Arc::new), caller, service).await,
             None => {
@@ -428,6 +508,17 @@ impl Connection {
         B::Error: Into<BoxError>,
     {
         let address = PeerAddress(self.address);
+        let is_trusted = principal
+            .as_ref()
+            .is_some_and(|principal| matches!(principal.role, Role::Janus(_) | Role::Server(_)));
+        let budget = (!is_trusted).then(|| self.budgets.of(&name));
+        let stream = Observed::new(stream, budget);
+        let began = stream.began();
+        let mut http2 = self.http2();
+        if !is_trusted {
+            let calls = u32::try_from(self.limits.max_calls_per_caller).unwrap_or(u32::MAX);
+            http2.max_concurrent_streams(calls.min(MAX_CONCURRENT_STREAMS));
+        }
         let (who, calls) = (name.clone(), self.calls.clone());
         let with_caller = hyper::service::service_fn(move |mut request: Request<Incoming>| {
             let counted = count(&calls, principal.as_deref(), &name);
@@ -437,22 +528,34 @@ impl Connection {
             request.extensions_mut().insert(address);
             let service = service.clone();
             async move {
+                let outgoing = Outgoing::of_task();
                 match counted {
                     Ok(share) => {
-                        service.oneshot(request).await.map(|answer| Counted::answer(answer, share))
+                        let answered = service.oneshot(request).await;
+                        answered.map(|answer| Counted::answer(answer, share, outgoing))
                     }
                     Err(refused) => Ok(Counted::refusal(refused)),
                 }
             }
         });
-        let connection = self.http2().serve_connection(TokioIo::new(stream), with_caller);
+        let connection = http2.serve_connection(TokioIo::new(stream), with_caller);
         tokio::pin!(connection);
+        let first_frame = async {
+            tokio::time::sleep(self.limits.handshake_timeout).await;
+            if began.is_set() {
+                std::future::pending::<()>().await;
+            }
+        };
         let ended = tokio::select! {
             biased;
             ended = connection.as_mut() => ended,
             () = self.shutdown.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
+            }
+            () = first_frame => {
+                warn!(address = %self.address, principal = %who, "connection closed: no HTTP/2 frame in time");
+                return;
             }
         };
         match ended {
@@ -486,6 +589,8 @@ impl Connection {
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
             .max_header_list_size(MAX_HEADER_BYTES)
+            .max_pending_accept_reset_streams(MAX_RESETS_UNSEEN)
+            .max_local_error_reset_streams(MAX_FAULTY_STREAMS)
             .keep_alive_interval(self.limits.keepalive_interval)
             .keep_alive_timeout(self.limits.keepalive_timeout);
         builder

@@ -45,7 +45,11 @@ pub async fn serve(
             warn!(what, %address, limit = MAX_CONNECTIONS, "connection closed: too many are open");
             continue;
         };
-        let executor = OwnedTasks { tasks: tasks.clone(), kill: kill.child_token() };
+        let executor = OwnedTasks {
+            tasks: tasks.clone(),
+            kill: kill.child_token(),
+            stall: LONGEST_CONNECTION,
+        };
         let (routes, kill) = (routes.clone(), kill.clone());
         tasks.spawn(async move {
             let answering =

@@ -12,7 +12,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::{
+    fs::Mode,
+    process::{
+        DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit, umask,
+    },
+};
 
 use crate::tls::Identity;
 
@@ -54,6 +59,38 @@ pub fn allow_open_files() {
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
         tracing::warn!(%error, "the limit of open files stays as it is");
     }
+}
+
+/// Keeps what is in this process's memory there: keys come into no core dump.
+///
+/// What can't be had is no reason not to work: the units of the packages ask systemd for the same.
+pub fn forbid_core_dumps() {
+    let limit = getrlimit(Resource::Core);
+    // Of one byte, not of none: a program that takes core dumps through a pipe would get one in spite of a limit of 0.
+    let most = Some(limit.maximum.map_or(1, |most| most.min(1)));
+    let _ = setrlimit(Resource::Core, Rlimit { current: most, maximum: most });
+}
+
+/// The same, and other processes of the same user can't look into this one either (`ptrace`, `/proc/PID/mem`).
+pub fn keep_memory_private() {
+    forbid_core_dumps();
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+}
+
+/// Files that this process makes from now on are for its user alone.
+pub fn keep_files_private() {
+    forbid_files(Mode::RWXG | Mode::RWXO);
+}
+
+/// The same, but its group may read them: hypervisors open images, and are put into the server's group for that.
+pub fn keep_files_in_group() {
+    forbid_files(Mode::WGRP | Mode::RWXO);
+}
+
+fn forbid_files(more: Mode) {
+    // Setting it is the only way to ask for it.
+    let before = umask(more);
+    umask(before | more);
 }
 
 /// Reads certificate, key and CA again, and says in the log what came of it. Blocks on the file system.

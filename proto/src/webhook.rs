@@ -32,7 +32,7 @@ pub enum DeliverError {
 }
 
 /// A receiver of messages.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Webhook {
     url: Uri,
     /// Keeps connections.
@@ -45,7 +45,7 @@ impl Webhook {
     /// # Errors
     /// When the URL is none, or there is nobody to trust.
     pub fn new(url: &str, ca: Option<&Path>) -> Result<Self, DeliverError> {
-        let wrong = |why: &str| DeliverError::Setup(format!("{url:?} {why}"));
+        let wrong = |why: &str| DeliverError::Setup(format!("{:?} {why}", without_secrets(url)));
         let uri: Uri = url.parse().map_err(|_| wrong("is not a URL"))?;
         let is_http = matches!(uri.scheme_str(), Some("http" | "https"));
         if !is_http || uri.host().is_none_or(str::is_empty) {
@@ -98,6 +98,26 @@ impl Webhook {
     }
 }
 
+// Who has its URL can write to it.
+impl std::fmt::Debug for Webhook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Webhook({})", without_secrets(&self.url.to_string()))
+    }
+}
+
+/// The beginning of a URL up to its host: names, passwords, paths and queries may be secrets.
+fn without_secrets(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+    let authority = &rest[..end];
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    let more = if end < rest.len() { "/…" } else { "" };
+    match scheme {
+        "" => format!("{host}{more}"),
+        scheme => format!("{scheme}://{host}{more}"),
+    }
+}
+
 /// The certificates of a PEM file, at least one.
 fn roots(ca: &Path) -> Result<RootCertStore, String> {
     let failed = |why: &dyn Display| format!("{}: {why}", ca.display());
@@ -111,6 +131,20 @@ fn roots(ca: &Path) -> Result<RootCertStore, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn errors_name_the_host_alone() {
+        for (url, said) in [
+            ("https://user:secret@h.example/secret?secret", "https://h.example/…"),
+            ("https://h.example:8443", "https://h.example:8443"),
+            ("user:secret@h.example/secret", "h.example/…"),
+            ("", ""),
+        ] {
+            assert_eq!(without_secrets(url), said);
+        }
+        let wrong = Webhook::new("ftp://user:secret@h.example/secret", None).unwrap_err();
+        assert!(!wrong.to_string().contains("secret"), "{wrong}");
+    }
 
     #[test]
     fn only_urls_are_webhooks() {

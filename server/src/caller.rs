@@ -72,6 +72,11 @@ impl RequireProof {
 }
 
 impl Caller {
+    /// A caller without a janus in between.
+    pub fn at_peer(principal: Principal) -> Self {
+        Self { principal: Arc::new(principal), forwarded: None }
+    }
+
     /// Who a request is recorded for.
     pub fn who<T>(request: &tonic::Request<T>) -> Who {
         let Some(caller) = request.extensions().get::<Self>() else { return Who::default() };

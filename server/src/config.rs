@@ -12,6 +12,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use janus_proto::{
     ids::check_name,
+    listener::STALL,
     log::{LogFormat, LogPlan},
     settings::check_listen,
 };
@@ -65,6 +66,14 @@ pub struct Settings {
     pub require_proof: RequireProof,
     /// Machines whose own certificates may not read what was backed up: `USER/MACHINE` or `USER/*`.
     pub write_only: Vec<String>,
+    /// Uploads and downloads at once, in all.
+    pub max_bulk_streams: u32,
+    /// How many of them one caller may have.
+    pub max_bulk_streams_per_caller: u32,
+    /// A caller that takes nothing of an answer, or sends no whole message, for so long loses its call.
+    pub stall_seconds: u64,
+    /// All disks of one run together, by their sizes.
+    pub max_machine_size: String,
     /// On SIGTERM, calls may go on for this long.
     pub drain_seconds: u64,
     /// Log filter.
@@ -113,6 +122,10 @@ impl Default for Settings {
             mirror_tables: true,
             require_proof: RequireProof::AsIssued,
             write_only: Vec::new(),
+            max_bulk_streams: 256,
+            max_bulk_streams_per_caller: 16,
+            stall_seconds: STALL.as_secs(),
+            max_machine_size: "64 TiB".into(),
             drain_seconds: 10,
             log: "info".into(),
             log_format: LogFormat::Text,
@@ -156,6 +169,10 @@ pub const KEYS: &[(&str, &str)] = &[
         "Calls through a janus that their callers must have signed: as_issued, always or never",
     ),
     ("write_only", "Machines that may back up but not restore: USER/MACHINE or USER/*"),
+    ("max_bulk_streams", "Uploads and downloads at once"),
+    ("max_bulk_streams_per_caller", "How many of them one caller may have"),
+    ("stall_seconds", "A call whose caller takes or sends nothing whole for so long is ended"),
+    ("max_machine_size", "All disks of one backup together, such as 64 TiB"),
     ("drain_seconds", "Hard limit for calls in progress after SIGTERM"),
     ("reserve", "Free space that new backups leave alone: 5 GiB, or 1% of the file system"),
     ("log", "Log filter, such as info or janus_server=debug"),
@@ -188,6 +205,17 @@ impl Settings {
     /// Format of the chains that begin here.
     pub fn new_chains(&self) -> Format {
         if self.prefer_vhdx { Format::Vhdx } else { Format::Vhd }
+    }
+
+    /// What all disks of a run may have together.
+    ///
+    /// # Errors
+    /// When it is no amount of bytes.
+    pub fn max_machine_bytes(&self) -> Result<u64, String> {
+        match Size::parse(&self.max_machine_size)? {
+            Size::Bytes(bytes) if bytes > 0 => Ok(bytes),
+            _ => Err(format!("{:?} is no amount of bytes", self.max_machine_size)),
+        }
     }
 
     /// The quotas in bytes, by user.
@@ -223,6 +251,20 @@ impl Settings {
         if self.refresh_seconds == 0 {
             return invalid("refresh_seconds", "must be at least 1");
         }
+        for (key, value) in [
+            ("max_bulk_streams", self.max_bulk_streams),
+            ("max_bulk_streams_per_caller", self.max_bulk_streams_per_caller),
+        ] {
+            // Of the runtime's 512 threads for work that blocks some are left for everything else.
+            if !(1..=400).contains(&value) {
+                return invalid(key, "must be 1 to 400");
+            }
+        }
+        if !(self.lease_seconds.max(5)..=86_400).contains(&self.stall_seconds) {
+            return invalid("stall_seconds", "must be 5 to 86400, and no less than lease_seconds");
+        }
+        self.max_machine_bytes()
+            .map_err(|reason| ConfigError::Invalid { key: "max_machine_size", reason })?;
         Size::parse(&self.reserve)
             .map_err(|reason| ConfigError::Invalid { key: "reserve", reason })?;
         self.quotas().map_err(|reason| ConfigError::Invalid { key: "quotas", reason })?;

@@ -7,6 +7,7 @@ pub mod admin;
 pub mod archive;
 pub mod audit;
 pub mod backup;
+pub mod bounds;
 pub mod caller;
 pub mod carry;
 pub mod catalog;

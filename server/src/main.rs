@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    program::keep_memory_private();
     let mut arguments = std::env::args_os().skip(1);
     match arguments.next() {
         Some(name) if name == reader::COMMAND => return reader::run(),
@@ -51,7 +52,6 @@ fn main() -> ExitCode {
         return written.map_or_else(|error| fail(error, 1), |()| ExitCode::SUCCESS);
     }
     match matches.subcommand() {
-        Some(("serve", matches)) => serve_command(matches),
         Some(("pki", of_pki)) => match of_pki.subcommand() {
             Some((name, of_command)) if revoke::Action::has_subcommand(name) => {
                 let action = revoke::Action::from_arg_matches(of_pki);
@@ -59,7 +59,13 @@ fn main() -> ExitCode {
             }
             _ => pki_command(of_pki),
         },
-        Some((_, of_command)) => admin_command(&matches, of_command, None),
+        Some((name, of_command)) => {
+            program::keep_files_in_group();
+            match name {
+                "serve" => serve_command(of_command),
+                _ => admin_command(&matches, of_command, None),
+            }
+        }
         None => ExitCode::from(USAGE),
     }
 }

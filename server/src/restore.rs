@@ -5,6 +5,7 @@ mod hashes;
 
 use std::{
     collections::HashMap,
+    ops::Range,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -46,7 +47,9 @@ use crate::{
 pub const HANDLE_LEASE: Duration = Duration::from_secs(600);
 /// How long a reader waits for a segment of a stub.
 const FETCH: Duration = Duration::from_secs(20);
-const MAX_HANDLES: usize = 256;
+const MAX_HANDLES: usize = 1024;
+/// Of one machine.
+const MAX_HANDLES_OF_MACHINE: usize = 64;
 /// Answers made but not yet taken by the transport, about 1 MiB each.
 const QUEUE: usize = 4;
 
@@ -70,7 +73,9 @@ pub enum RestoreError {
         id: HandleId,
     },
     /// Too many at once.
-    #[error("{MAX_HANDLES} snapshots are open on this server: close some or try again later")]
+    #[error(
+        "{MAX_HANDLES_OF_MACHINE} snapshots of this machine or {MAX_HANDLES} in all are open on this server: close some or try again later"
+    )]
     TooMany,
     /// The chain can't be opened.
     #[error(transparent)]
@@ -155,12 +160,13 @@ impl Content {
         })
     }
 
-    fn segment_digests(&self) -> Result<Vec<BlockHash>, RestoreError> {
+    /// Digests of a range of segments: all of a large disk would take as much memory for each reader.
+    fn digests_in(&self, range: Range<u64>) -> Result<Vec<BlockHash>, RestoreError> {
         Ok(match self {
-            Self::Snapshot(opened) => opened.tables.segment_digests()?,
-            Self::Table(opened, _) => opened.tables.segment_digests()?,
+            Self::Snapshot(opened) => opened.tables.digests_in(range),
+            Self::Table(opened, _) => opened.tables.digests_in(range),
             Self::Session(session, runs) => {
-                session.segment_digests().map_err(|error| runs.cannot_compare(session, error))?
+                session.digests_in(range).map_err(|error| runs.cannot_compare(session, error))?
             }
         })
     }
@@ -196,7 +202,9 @@ impl Restore {
     fn keep(&self, opened: Opened) -> Result<HandleId, RestoreError> {
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         handles.retain(|_, handle| handle.used.elapsed() < HANDLE_LEASE);
-        if handles.len() >= MAX_HANDLES {
+        let of_machine =
+            handles.values().filter(|handle| handle.opened.machine() == opened.machine());
+        if handles.len() >= MAX_HANDLES || of_machine.count() >= MAX_HANDLES_OF_MACHINE {
             return Err(RestoreError::TooMany);
         }
         let id = HandleId::new();

@@ -58,6 +58,8 @@ use crate::{
 
 /// Most open runs at once, over all machines.
 const MAX_OPEN_RUNS: usize = 256;
+/// Most sessions of them: a machine may have 64.
+const MAX_OPEN_SESSIONS: usize = 4096;
 /// A use counter from outside may be this far ahead of ours.
 const MAX_COUNTER_JUMP: u64 = 1 << 32;
 /// Changes kept for slow report streams before they must send the full state again.
@@ -239,6 +241,7 @@ impl Runs {
         wanted: &[WantedDisk],
         use_counter: u64,
     ) -> Result<Arc<ActiveRun>, RunError> {
+        self.check_size(wanted)?;
         self.begin(key, backup, wanted, Maker::Client { use_counter })
     }
 
@@ -287,7 +290,8 @@ impl Runs {
         }
         // After the lost runs, which took room.
         self.check_room(key)?;
-        if lock(&self.sessions).len() >= MAX_OPEN_RUNS {
+        let runs: usize = self.machines().iter().map(|machine| machine.active().len()).sum();
+        if runs >= MAX_OPEN_RUNS || lock(&self.sessions).len() >= MAX_OPEN_SESSIONS {
             return Err(RunError::TooMany);
         }
         let stubs = matches!(maker, Maker::Import { stubs: true, .. });

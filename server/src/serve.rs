@@ -33,6 +33,7 @@ use crate::{
     admin::{Admin, queue, socket::AdminSocket},
     audit::{Action, Audit, Event, Who},
     backup::Backup,
+    bounds::{Bounds, Plan},
     caller::Gate,
     catalog::Catalog,
     chain::store::{MachineState, Store, StoreError},
@@ -280,8 +281,13 @@ impl Server {
             .add_service(reflection().build_v1().map_err(wiring)?)
             .add_service(reflection().build_v1alpha().map_err(wiring)?)
             .prepare();
-        let require_proof = self.settings.require_proof;
-        let gate = Gate::new(routes, self.identity.clone(), self.id.clone(), require_proof)
+        let plan = Plan {
+            streams: self.settings.max_bulk_streams as usize,
+            streams_of_one_caller: self.settings.max_bulk_streams_per_caller as usize,
+            stall: Duration::from_secs(self.settings.stall_seconds),
+        };
+        let (services, require_proof) = (Bounds::new(routes, plan), self.settings.require_proof);
+        let gate = Gate::new(services, self.identity.clone(), self.id.clone(), require_proof)
             .map_err(wiring)?;
         let admin = Arc::new(
             Admin::new(self.runs.clone(), self.settings.clone()).with_revoked(self.revoked.clone()),
@@ -325,8 +331,11 @@ impl Server {
         if let Some(socket) = self.admin {
             tasks.spawn(socket.serve(admin, shutdown.clone()));
         }
-        let limits =
-            Limits { drain: Duration::from_secs(self.settings.drain_seconds), ..Limits::default() };
+        let limits = Limits {
+            drain: Duration::from_secs(self.settings.drain_seconds),
+            stall: plan.stall,
+            ..Limits::default()
+        };
         note(&self.runs, Action::ServerStart).await;
         tracing::info!(server = name, address = ?self.door.address().ok(), "serving");
         self.door.serve(gate, limits, shutdown).await;

@@ -18,6 +18,7 @@ pub(crate) mod journal;
 use std::{
     collections::{BTreeMap, HashMap},
     io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -40,6 +41,8 @@ use crate::{
     storage::{self, Disk, File},
 };
 
+/// Touches of a segment before it is looked whether all of them still count; and again whenever there are twice as many.
+const COMPACT_AT: usize = 64;
 const PAYLOAD_BLOCKS: u64 = PAYLOAD_BYTES / BLOCK_BYTES;
 
 /// What can go wrong with a session.
@@ -339,6 +342,21 @@ impl Session {
         self.digests_of(&self.lock())
     }
 
+    /// Digests of a range of segments as a commit would store them now.
+    ///
+    /// # Errors
+    /// When the journal or a table can't be read.
+    pub fn digests_in(&self, range: Range<u64>) -> Result<Vec<BlockHash>, SessionError> {
+        let mut digests = self.start.digests_in(range.clone())?;
+        let inner = self.lock();
+        for (segment, _) in inner.index.touched.range(range.clone()) {
+            if let Some(digest) = digests.get_mut((segment - range.start) as usize) {
+                *digest = segment_digest(&self.segment_of(&inner, *segment)?);
+            }
+        }
+        Ok(digests)
+    }
+
     fn segment_of(&self, inner: &Inner, segment: u64) -> Result<Vec<BlockHash>, SessionError> {
         let mut hashes = self.start.segment(segment)?;
         for touch in inner.index.touched.get(&segment).into_iter().flatten() {
@@ -378,7 +396,7 @@ impl Session {
     fn write(&self, index: &Index, batch: &Batch) -> Result<u64, SessionError> {
         let failed = |source| SessionError::io("write", &self.image_path())(source);
         for piece in batch.pieces() {
-            for part in split(piece.extent) {
+            for part in index.parts(piece.extent) {
                 let Some(slot) = index.slots.get(&(part.first / PAYLOAD_BLOCKS)) else { continue };
                 let at = self.place(*slot, part.first);
                 if piece.extent.zero {
@@ -541,19 +559,22 @@ impl Index {
     fn note(&mut self, extents: &[Extent], hashes_at: u64, settled: u64, has_head: bool) {
         let mut at = hashes_at;
         for extent in extents {
-            for part in split(*extent) {
+            // Zeros on zeros: nothing to note, and a sparse disk stays cheap.
+            let parts: Box<dyn Iterator<Item = Extent>> = match extent.zero && !has_head {
+                true => Box::new(self.touched_parts(*extent).into_iter()),
+                false => Box::new(split(*extent)),
+            };
+            for part in parts {
                 let segment = part.first / SEGMENT_BLOCKS;
-                // Zeros on zeros: nothing to note, and a sparse disk stays cheap.
-                if part.zero && !has_head && !self.touched.contains_key(&segment) {
-                    continue;
-                }
                 let hashes_at = (!part.zero).then_some(at);
                 let touch = Touch {
                     first: (part.first % SEGMENT_BLOCKS) as u16,
                     count: part.count as u16,
                     hashes_at,
                 };
-                self.touched.entry(segment).or_default().push(touch);
+                let touches = self.touched.entry(segment).or_default();
+                touches.push(touch);
+                compact(touches);
                 if !part.zero {
                     self.sent_blocks += part.count;
                     at += part.count * BlockHash::LEN as u64;
@@ -565,10 +586,65 @@ impl Index {
         self.marks.received = self.marks.received.max(settled);
     }
 
+    /// The parts of an extent whose segments were written before.
+    fn touched_parts(&self, extent: Extent) -> Vec<Extent> {
+        let segments = extent.first / SEGMENT_BLOCKS..=(extent.end() - 1) / SEGMENT_BLOCKS;
+        let within = |segment: &u64| {
+            let first = extent.first.max(segment * SEGMENT_BLOCKS);
+            let end = extent.end().min((segment + 1) * SEGMENT_BLOCKS);
+            split(Extent { first, count: end - first, zero: extent.zero })
+        };
+        self.touched.range(segments).flat_map(|(segment, _)| within(segment)).collect()
+    }
+
+    /// The parts of an extent, of zeros at least those that have a slot: an extent of zeros may be as large as the disk.
+    fn parts(&self, extent: Extent) -> Box<dyn Iterator<Item = Extent> + '_> {
+        if !extent.zero || extent.count / PAYLOAD_BLOCKS < self.slots.len() as u64 {
+            return Box::new(split(extent));
+        }
+        let payloads = extent.first / PAYLOAD_BLOCKS..=(extent.end() - 1) / PAYLOAD_BLOCKS;
+        let held = self.slots.keys().filter(move |payload| payloads.contains(payload));
+        Box::new(held.map(move |payload| {
+            let first = extent.first.max(payload * PAYLOAD_BLOCKS);
+            let end = extent.end().min((payload + 1) * PAYLOAD_BLOCKS);
+            Extent { first, count: end - first, zero: true }
+        }))
+    }
+
     fn is_touched(&self, segment: u64, index: u16) -> bool {
         let touches = self.touched.get(&segment).into_iter().flatten();
         touches.into_iter().any(|touch| (touch.first..touch.first + touch.count).contains(&index))
     }
+}
+
+/// Forgets what later messages have replaced, when there is much of it: a client may send the same block for ever.
+fn compact(touches: &mut Vec<Touch>) {
+    if touches.len() < COMPACT_AT || !touches.len().is_power_of_two() {
+        return;
+    }
+    // Of each block the touch that wrote it last.
+    let mut last = vec![None; SEGMENT_BLOCKS as usize];
+    for (number, touch) in touches.iter().enumerate() {
+        let (first, count) = (usize::from(touch.first), usize::from(touch.count));
+        last.iter_mut().skip(first).take(count).for_each(|block| *block = Some(number));
+    }
+    let mut kept: Vec<(usize, Touch)> = Vec::new();
+    for (block, number) in (0u16..).zip(last) {
+        let Some((number, touch)) = number.and_then(|n| Some((n, touches.get(n)?))) else {
+            continue;
+        };
+        match kept.last_mut() {
+            Some((same, run)) if *same == number && run.first + run.count == block => {
+                run.count += 1
+            }
+            _ => {
+                let skipped = u64::from(block - touch.first) * BlockHash::LEN as u64;
+                let hashes_at = touch.hashes_at.map(|at| at + skipped);
+                kept.push((number, Touch { first: block, count: 1, hashes_at }));
+            }
+        }
+    }
+    *touches = kept.into_iter().map(|(_, touch)| touch).collect();
 }
 
 /// An extent in parts that each lie within one payload block, hence within one segment.

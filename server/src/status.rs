@@ -30,6 +30,7 @@ impl From<RunError> for Status {
             | RunError::Purging { .. } => status(ErrorReason::RunState, text),
             RunError::CounterJump { .. }
             | RunError::FormatTooSmall { .. }
+            | RunError::TooLarge { .. }
             | RunError::NameTaken { .. } => status(ErrorReason::InvalidField, text),
             RunError::TooMany | RunError::Importing { .. } => status(ErrorReason::TooMany, text),
             RunError::Full(_) => status(ErrorReason::StoreFull, text),

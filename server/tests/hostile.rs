@@ -18,7 +18,8 @@ xtask::hostile!(
     mirror_record,
     table_message,
     archive_manifest,
-    archive_index
+    archive_index,
+    services
 );
 
 /// Run by hand when a format changes: `cargo test -p janus-server --test hostile -- --ignored`.

@@ -17,6 +17,7 @@ use crate::{
 };
 
 mod chains;
+mod hostile;
 mod janus;
 mod limits;
 mod nbd;
@@ -69,6 +70,9 @@ pub struct Args {
     /// Restores only: whole and 1 % back, from one and two servers, beside a copy and, with --against, other programs
     #[arg(long, conflicts_with_all = ["proxies", "store", "sources", "cache", "networks"])]
     restore: bool,
+    /// A good backup beside floods of frames by a machine with a valid certificate
+    #[arg(long, conflicts_with_all = ["against", "encoding", "size_mib", "proxies", "store", "sources", "cache", "networks", "nbd", "seeding", "restore"])]
+    hostile: bool,
     /// How clients pack blocks: auto, none, lz4 or zstd
     #[arg(long, default_value = "none")]
     encoding: String,
@@ -138,6 +142,10 @@ pub fn run(args: &Args) -> Result<()> {
         return of_client(args, "seal");
     }
     let folder = target().join("bench");
+    if args.hostile {
+        fs::create_dir_all(&folder)?;
+        return hostile::run(&args.json.clone().unwrap_or_else(|| folder.join("hostile.json")));
+    }
     if args.networks {
         fs::create_dir_all(&folder)?;
         let json = args.json.clone().unwrap_or_else(|| folder.join("networks.json"));

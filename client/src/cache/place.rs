@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::CacheError;
-use crate::files::{lock_file, replace};
+use crate::files::{lock_file, private_folder, replace};
 
 const CURRENT: &str = "CURRENT";
 const CURRENT_NEW: &str = "CURRENT.new";
@@ -29,7 +29,7 @@ pub(super) struct Place {
 
 impl Place {
     pub(super) fn lock(path: PathBuf) -> Result<Self, CacheError> {
-        fs::create_dir_all(&path).map_err(at(&path))?;
+        private_folder(&path).map_err(at(&path))?;
         let file = path.join(LOCK);
         let lock = lock_file(&file).map_err(at(&file))?;
         match lock.try_lock() {

@@ -152,7 +152,7 @@ fn parse(file: &Path) -> Result<Option<Stored>, String> {
 
 fn replace(file: &Path, stored: &Stored) -> io::Result<()> {
     if let Some(folder) = file.parent() {
-        fs::create_dir_all(folder)?;
+        crate::files::private_folder(folder)?;
     }
     crate::files::replace(file, &serde_json::to_vec_pretty(stored)?)
 }

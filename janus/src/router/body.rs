@@ -12,7 +12,10 @@ use http::HeaderMap;
 use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use janus_proto::error::{ErrorReason, status};
+use janus_proto::{
+    error::{ErrorReason, status},
+    places::Place,
+};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
@@ -20,7 +23,7 @@ use tokio::{
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, body::Body};
 
-use super::{broken, places::Place};
+use super::broken;
 use crate::{
     registry::{Meter, RunCall},
     traffic::Stopwatch,

@@ -10,6 +10,7 @@ use janus_proto::{
     error::{ErrorReason, reason, status},
     ids::ServerId,
     metadata,
+    places::Place,
 };
 use tokio::{
     sync::OwnedSemaphorePermit,
@@ -25,7 +26,6 @@ use super::{
     broken,
     classify::Route,
     headers::{self, Caller},
-    places::Place,
 };
 use crate::{
     balance::{Attempt, BalanceLayer, Balanced, Outcome, Skipped},

@@ -2,6 +2,7 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -11,6 +12,7 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tonic::Status;
 
+use super::stalls::Outgoing;
 use crate::shares::Share;
 
 pin_project! {
@@ -19,18 +21,23 @@ pin_project! {
         #[pin]
         body: Option<B>,
         share: Option<Share>,
+        outgoing: Option<Arc<Outgoing>>,
     }
 }
 
 impl<B> Counted<B> {
-    /// The service's answer.
-    pub fn answer(response: Response<B>, share: Option<Share>) -> Response<Self> {
-        response.map(|body| Self { body: Some(body), share })
+    /// The service's answer; `outgoing` is told of each of its pieces.
+    pub fn answer(
+        response: Response<B>,
+        share: Option<Share>,
+        outgoing: Option<Arc<Outgoing>>,
+    ) -> Response<Self> {
+        response.map(|body| Self { body: Some(body), share, outgoing })
     }
 
     /// An answer that consists of a status.
     pub fn refusal(status: Status) -> Response<Self> {
-        status.into_http::<()>().map(|()| Self { body: None, share: None })
+        status.into_http::<()>().map(|()| Self { body: None, share: None, outgoing: None })
     }
 }
 
@@ -42,10 +49,15 @@ impl<B: Body<Data = Bytes>> Body for Counted<B> {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        match self.project().body.as_pin_mut() {
-            Some(body) => body.poll_frame(cx),
-            None => Poll::Ready(None),
+        let this = self.project();
+        let Some(body) = this.body.as_pin_mut() else { return Poll::Ready(None) };
+        let outgoing = this.outgoing.as_deref();
+        outgoing.inspect(|outgoing| outgoing.asked());
+        let polled = body.poll_frame(cx);
+        if matches!(&polled, Poll::Ready(Some(Ok(frame))) if frame.is_data()) {
+            outgoing.inspect(|outgoing| outgoing.given());
         }
+        polled
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -50,14 +50,15 @@ fn send_segment_digests(
     wanted: &Asked,
     answers: &Answers<pb::ReadHashesResponse>,
 ) -> Result<(), Option<Status>> {
-    let digests = content.segment_digests().map_err(|e| Some(e.into()))?;
     for range in &wanted.ranges {
-        let digests = digests
-            .get(range.start as usize..range.end as usize)
-            .ok_or_else(|| Some(too_short()))?;
-        for (index, piece) in digests.chunks(MAX_HASHES).enumerate() {
-            let first = range.start + (index * MAX_HASHES) as u64;
-            send(answers, asked::hashes(first, piece, wanted.hash_bytes)).map_err(|Gone| None)?;
+        for first in range.clone().step_by(MAX_HASHES) {
+            let part = first..range.end.min(first + MAX_HASHES as u64);
+            let digests = content.digests_in(part.clone()).map_err(|e| Some(e.into()))?;
+            if digests.len() as u64 != part.end - part.start {
+                return Err(Some(too_short()));
+            }
+            let answer = asked::hashes(first, &digests, wanted.hash_bytes);
+            send(answers, answer).map_err(|Gone| None)?;
         }
     }
     Ok(())

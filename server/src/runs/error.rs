@@ -93,6 +93,17 @@ pub enum RunError {
         /// What doesn't fit.
         reason: String,
     },
+    /// A machine with so much is none that this server takes.
+    #[error(
+        "the disks of this backup have {} together, this server takes {} of one machine: raise max_machine_size in its settings, or leave a disk out",
+        amount(*bytes), amount(*limit)
+    )]
+    TooLarge {
+        /// Bytes of all disks.
+        bytes: u64,
+        /// Bytes allowed.
+        limit: u64,
+    },
     /// The counter can't be right.
     #[error("use counter {given} is more than 2^32 above {known}")]
     CounterJump {

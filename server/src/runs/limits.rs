@@ -11,7 +11,7 @@ use std::{
 
 use janus_proto::ids::MachineKey;
 
-use super::{RunError, Runs, lock};
+use super::{RunError, Runs, WantedDisk, lock};
 use crate::{
     config::{Settings, Size},
     space::{self, Space},
@@ -25,11 +25,14 @@ const LOOK_BYTES: u64 = 16 << 20;
 pub struct Limits {
     reserve: Size,
     quotas: BTreeMap<String, u64>,
+    /// All disks of a run together.
+    machine_bytes: u64,
 }
 
 impl Limits {
     /// No limits.
-    pub const NONE: Self = Self { reserve: Size::Bytes(0), quotas: BTreeMap::new() };
+    pub const NONE: Self =
+        Self { reserve: Size::Bytes(0), quotas: BTreeMap::new(), machine_bytes: u64::MAX };
 
     pub(super) fn reserve(&self) -> Size {
         self.reserve
@@ -38,7 +41,8 @@ impl Limits {
     /// Those of checked settings.
     pub fn of(settings: &Settings) -> Self {
         let quotas = settings.quotas().unwrap_or_default();
-        Self { reserve: space::reserve(settings), quotas }
+        let machine_bytes = settings.max_machine_bytes().unwrap_or(u64::MAX);
+        Self { reserve: space::reserve(settings), quotas, machine_bytes }
     }
 }
 
@@ -56,6 +60,14 @@ impl Runs {
             Some(space) if space.is_low(false) => Err(RunError::Full(space.advice())),
             _ => self.check_quota(machine.user()),
         }
+    }
+
+    /// Refuses disks that are larger together than a machine's may be: what an open run takes of memory grows with them, whatever they
+    /// hold.
+    pub(super) fn check_size(&self, wanted: &[WantedDisk]) -> Result<(), RunError> {
+        let bytes = wanted.iter().fold(0, |sum: u64, disk| sum.saturating_add(disk.size_bytes));
+        let limit = self.limits.machine_bytes;
+        if bytes <= limit { Ok(()) } else { Err(RunError::TooLarge { bytes, limit }) }
     }
 
     /// Bytes that the backups of a user take here.

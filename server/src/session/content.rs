@@ -1,5 +1,7 @@
 //! What a session starts from: the head's content, cut or extended to the disk's present size.
 
+use std::ops::Range;
+
 use janus_proto::{
     hash::{hash_block, segment_digest, zero_hash, zero_segment_of},
     ids::{
@@ -81,6 +83,31 @@ impl StartContent {
         for segment in same..total {
             let touched = segment * SEGMENT_BYTES < self.old_bytes();
             digests.push(match touched {
+                true => segment_digest(&self.segment(segment)?),
+                false => zero_segment_of(self.disk_bytes, segment),
+            });
+        }
+        Ok(digests)
+    }
+
+    /// Digests of a range of segments.
+    ///
+    /// # Errors
+    /// When a table of the head can't be read.
+    pub fn digests_in(&self, range: Range<u64>) -> Result<Vec<BlockHash>, SessionError> {
+        let end = range.end.min(segment_count(self.disk_bytes));
+        let same = match &self.head {
+            None => 0,
+            Some(_) if self.keeps_size() => end,
+            Some(_) => self.old_bytes().min(self.disk_bytes) / SEGMENT_BYTES,
+        };
+        let same = same.clamp(range.start, end.max(range.start));
+        let mut digests = match &self.head {
+            Some(head) => head.tables.digests_in(range.start..same),
+            None => Vec::new(),
+        };
+        for segment in same..end {
+            digests.push(match segment * SEGMENT_BYTES < self.old_bytes() {
                 true => segment_digest(&self.segment(segment)?),
                 false => zero_segment_of(self.disk_bytes, segment),
             });

@@ -36,7 +36,7 @@ impl Runner {
 
     /// True for tests that print a seed or figures worth a log line.
     pub fn shows_figures(&self, name: &str) -> bool {
-        self.soak || matches!(name, "kills" | "simulation")
+        self.soak || matches!(name, "kills" | "simulation" | "redteam" | "hardening")
     }
 
     pub fn take_counts(&mut self) -> Counts {

@@ -1,23 +1,25 @@
-//! Places of bulk streams: how many uploads and downloads pass through at once, in all and of one caller.
+//! Places of bulk streams: how many uploads and downloads go on at once, in all and of one caller.
 //!
 //! A stream over the limit is refused at once, with a time to come back. It can't wait its turn here: its caller would
 //! already send into the stream's window, and the sum of these windows is what the limit bounds. So janus holds at most
-//! `max_bulk_streams` × [`STREAM_WINDOW_BYTES`](janus_proto::channel::STREAM_WINDOW_BYTES) of bulk data, whatever
-//! servers and callers do.
+//! `max_bulk_streams` × [`STREAM_WINDOW_BYTES`](crate::channel::STREAM_WINDOW_BYTES) of bulk data, whatever
+//! servers and callers do. Of a server each such stream has a thread, which are to be left for all others, too.
 
 use std::sync::Arc;
 
-use janus_proto::{
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tonic::Status;
+
+use crate::{
     error::{ErrorReason, status},
     shares::{Share, Shares},
     tls::Principal,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::Status;
 
 /// All places.
 #[derive(Debug)]
-pub(crate) struct Places {
+pub struct Places {
+    here: &'static str,
     limit: usize,
     free: Arc<Semaphore>,
     shares: Shares,
@@ -25,20 +27,23 @@ pub(crate) struct Places {
 
 /// One bulk stream's place, held until both of its bodies are gone.
 #[derive(Debug, Clone)]
-pub(crate) struct Place {
+pub struct Place {
     _held: Arc<(OwnedSemaphorePermit, Share)>,
 }
 
 impl Places {
-    /// Room for `limit` streams, `each` of one caller.
-    pub fn new(limit: usize, each: usize) -> Self {
-        Self { limit, free: Arc::new(Semaphore::new(limit)), shares: Shares::new(each) }
+    /// Room for `limit` streams, `each` of one caller; `here` is who has them.
+    pub fn new(here: &'static str, limit: usize, each: usize) -> Self {
+        Self { here, limit, free: Arc::new(Semaphore::new(limit)), shares: Shares::new(each) }
     }
 
     /// A place for a stream of `caller`.
+    ///
+    /// # Errors
+    /// `TOO_MANY` when there is none.
     pub fn take(&self, caller: &Principal) -> Result<Place, Status> {
         let full = || {
-            let message = format!("this janus carries {} bulk streams already", self.limit);
+            let message = format!("this {} carries {} bulk streams already", self.here, self.limit);
             status(ErrorReason::TooMany, message)
         };
         let own_full = || {
