@@ -8,4 +8,5 @@ mod enrolment;
 mod proofs;
 mod revocation;
 mod rights;
+mod rotation;
 mod scene;
