@@ -165,8 +165,13 @@ pub async fn enroll(
     let enrolled = serde_json::to_vec_pretty(&enrolled).unwrap_or_default();
     put(&files.ca, certified.authorities.as_bytes())?;
     put(&files.enrolled(), &enrolled)?;
-    fs::rename(&pending, &files.key).map_err(of(&files.key))?;
+    // The token is good for this key alone: it stays where the next try finds it until its certificate stands.
+    let copy = files.key.with_extension("copy");
+    let _ = fs::remove_file(&copy);
+    write_key(&copy, &key)?;
+    fs::rename(&copy, &files.key).map_err(of(&files.key))?;
     put(&files.cert, certified.certificate.as_bytes())?;
+    fs::remove_file(&pending).map_err(of(&pending))?;
     Identity::load(&files.cert, &files.key, &files.ca)?;
     Ok(Done { machine, urls: answer.urls, expires: principal.expires() })
 }
@@ -229,7 +234,7 @@ fn check(certified: &pb::Certified, key: &KeyPair) -> Result<Principal, EnrollEr
     };
     parse(authorities)?;
     let principal = Principal::from_der(parse(certificate)?.to_vec())?;
-    match principal.has_key(&key.public_key_raw()) {
+    match principal.has_key(key.public_key_raw()) {
         true => Ok(principal),
         false => Err(wrong("the certificate is for another key".into())),
     }
