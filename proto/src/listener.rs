@@ -10,7 +10,7 @@
 mod addresses;
 mod budget;
 mod counted;
-mod observed;
+mod frames;
 mod stalls;
 
 use std::{convert::Infallible, error::Error, io, net::SocketAddr, sync::Arc, time::Duration};
@@ -34,13 +34,13 @@ use self::{
     addresses::{Addresses, Handshaking, Refused},
     budget::Budgets,
     counted::Counted,
-    observed::Observed,
+    frames::Counting,
     stalls::{Outgoing, in_time},
 };
 use crate::{
     channel::{
         CONNECTION_WINDOW_BYTES, MAX_CONCURRENT_STREAMS, MAX_FRAME_BYTES, MAX_HEADER_BYTES,
-        STREAM_WINDOW_BYTES, Stream,
+        Observed, STREAM_WINDOW_BYTES, Stream,
     },
     error::{ErrorReason, status},
     shares::{Share, Shares},
@@ -512,8 +512,9 @@ impl Connection {
             .as_ref()
             .is_some_and(|principal| matches!(principal.role, Role::Janus(_) | Role::Server(_)));
         let budget = (!is_trusted).then(|| self.budgets.of(&name));
-        let stream = Observed::new(stream, budget);
-        let began = stream.began();
+        let counting = Counting::new(budget);
+        let began = counting.began();
+        let stream = Observed::new(stream, counting);
         let mut http2 = self.http2();
         if !is_trusted {
             let calls = u32::try_from(self.limits.max_calls_per_caller).unwrap_or(u32::MAX);

@@ -4,8 +4,6 @@
 //! which cuts uploads on thin lines. The owner of the connection watches [`Pulse`] instead.
 
 use std::{
-    io,
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -18,11 +16,8 @@ use futures::future::BoxFuture;
 use http::{Request, Response, Uri, uri::Authority};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::TokioIo;
-use janus_proto::channel::{self, Stream};
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::Instant,
-};
+use janus_proto::channel::{self, Observed, Observer, Stream};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 
@@ -56,55 +51,14 @@ impl Pulse {
     }
 }
 
-/// The connection's socket: notes each read that brings bytes.
-struct Listened {
-    stream: Stream,
-    pulse: Arc<Pulse>,
-}
+/// Notes each read that brings bytes.
+struct Heartbeat(Arc<Pulse>);
 
-impl AsyncRead for Listened {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        let done = Pin::new(&mut self.stream).poll_read(cx, buf);
-        if buf.filled().len() > before {
-            self.pulse.beat();
+impl Observer for Heartbeat {
+    fn heard(&mut self, bytes: &[u8]) {
+        if !bytes.is_empty() {
+            self.0.beat();
         }
-        done
-    }
-}
-
-// Vectored writes are passed on: without them HTTP/2 copies every frame.
-impl AsyncWrite for Listened {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
@@ -167,7 +121,7 @@ impl Wire {
         kill: CancellationToken,
     ) -> Result<(Self, Driver), hyper::Error> {
         let pulse = Arc::new(Pulse::new());
-        let io = TokioIo::new(Listened { stream, pulse: pulse.clone() });
+        let io = TokioIo::new(Observed::new(stream, Heartbeat(pulse.clone())));
         let mut builder = channel::client_builder(Tasks(kill));
         builder.keep_alive_interval(None).initial_connection_window_size(CONNECTION_WINDOW_BYTES);
         let (sender, connection) = builder.handshake(io).await?;
@@ -220,7 +174,9 @@ impl tower::Service<Request<Body>> for Wire {
 
 #[cfg(test)]
 mod tests {
-    use std::{future::poll_fn, sync::Mutex};
+    use std::{future::poll_fn, io, pin::Pin, sync::Mutex};
+
+    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
     use super::*;
 
@@ -272,7 +228,7 @@ mod tests {
     async fn vectored_writes_go_through() {
         let (written, pulse) = (Arc::default(), Arc::new(Pulse::new()));
         let stream: Stream = Box::new(Vectored(Arc::clone(&written)));
-        let mut io = TokioIo::new(Listened { stream, pulse });
+        let mut io = TokioIo::new(Observed::new(stream, Heartbeat(pulse)));
         assert!(hyper::rt::Write::is_write_vectored(&io));
         let slices = [io::IoSlice::new(b"head"), io::IoSlice::new(b"data")];
         let writing =

@@ -7,11 +7,11 @@ use std::{
     task::{Context, Poll},
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::metadata::MetadataValue;
 
-use super::{ConnectError, ConnectOptions, Target, connect_tls};
+use super::{ConnectError, ConnectOptions, Observed, Observer, Target, connect_tls};
 use crate::{
     ids::ServerId,
     metadata,
@@ -77,55 +77,19 @@ pub(super) fn until_revoked(
     peer: &Principal,
 ) -> Stream {
     let end = identity.revocations().end_of(peer).cancelled_owned();
-    Box::new(Revocable { stream, end: Box::pin(end) })
+    Box::new(Observed::new(stream, UntilRevoked(Box::pin(end))))
 }
 
-struct Revocable<S> {
-    stream: S,
-    end: Pin<Box<WaitForCancellationFutureOwned>>,
-}
+struct UntilRevoked(Pin<Box<WaitForCancellationFutureOwned>>);
 
-// Who reads always waits for more, so it is woken by the end too.
-impl<S: ByteStream> AsyncRead for Revocable<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.end.as_mut().poll(cx).is_ready() {
-            let error = io::Error::new(io::ErrorKind::ConnectionAborted, "the peer was revoked");
-            return Poll::Ready(Err(error));
+impl Observer for UntilRevoked {
+    fn before(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.0.as_mut().poll(cx) {
+            Poll::Pending => Poll::Ready(Ok(())),
+            Poll::Ready(()) => Poll::Ready(Err(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                "the peer was revoked",
+            ))),
         }
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl<S: ByteStream> AsyncWrite for Revocable<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

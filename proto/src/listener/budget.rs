@@ -9,7 +9,7 @@ use std::{
 use tokio::time::Instant;
 use tracing::warn;
 
-/// Frames without data in a second, of one caller; see `observed.rs` for what each costs.
+/// Frames without data in a second, of one caller; see `frames.rs` for what each costs.
 pub(super) const FRAMES_PER_SECOND: u64 = 20_000;
 /// What a caller may have saved up.
 pub(super) const FRAMES_SAVED: u64 = 100_000;

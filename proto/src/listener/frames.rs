@@ -1,5 +1,5 @@
-//! A connection whose HTTP/2 frames are looked at as they come in: when the peer has begun to speak, and whether it sends so
-//! many frames that carry nothing that it is slowed down.
+//! A connection's HTTP/2 frames, looked at as they come in: when the peer has begun to speak, and whether it sends so many frames
+//! that carry nothing that it is slowed down.
 //!
 //! What h2 itself ends is left to it (resets before a call was looked at, endless header blocks, empty DATA). It answers pings and
 //! settings, and takes streams that are reset a little later, for ever: that costs a core for each connection. So frames without data
@@ -15,12 +15,10 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Instant, Sleep, sleep_until},
-};
+use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::budget::Budget;
+use crate::channel::Observer;
 
 /// `PRI * HTTP/2.0` and what follows it.
 const PREFACE_BYTES: usize = 24;
@@ -88,80 +86,41 @@ impl Began {
     }
 }
 
-/// A connection, observed.
-pub(super) struct Observed<T> {
-    stream: T,
+/// Counts the frames of a connection, and slows down who sends too many.
+pub(super) struct Counting {
     frames: Frames,
     began: Began,
     budget: Option<Arc<Budget>>,
     pause: Option<Pin<Box<Sleep>>>,
 }
 
-impl<T> Observed<T> {
+impl Counting {
     /// Without a budget nobody is slowed down.
-    pub fn new(stream: T, budget: Option<Arc<Budget>>) -> Self {
-        Self { stream, frames: Frames::new(), began: Began::default(), budget, pause: None }
+    pub fn new(budget: Option<Arc<Budget>>) -> Self {
+        Self { frames: Frames::new(), began: Began::default(), budget, pause: None }
     }
 
     pub fn began(&self) -> Began {
         self.began.clone()
     }
+}
 
-    fn note(&mut self, read: &[u8]) {
-        let (began, cost) = self.frames.take(read);
+impl Observer for Counting {
+    fn before(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if let Some(pause) = &mut self.pause {
+            ready!(pause.as_mut().poll(cx));
+            self.pause = None;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn heard(&mut self, bytes: &[u8]) {
+        let (began, cost) = self.frames.take(bytes);
         if began {
             self.began.0.store(true, Ordering::Relaxed);
         }
         let wait = self.budget.as_ref().filter(|_| cost > 0).and_then(|budget| budget.pay(cost));
         self.pause = wait.map(|wait| Box::pin(sleep_until(Instant::now() + wait)));
-    }
-}
-
-impl<T: AsyncRead + Unpin> AsyncRead for Observed<T> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if let Some(pause) = &mut self.pause {
-            ready!(pause.as_mut().poll(cx));
-            self.pause = None;
-        }
-        let before = buf.filled().len();
-        let done = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
-        self.note(buf.filled().get(before..).unwrap_or_default());
-        Poll::Ready(done)
-    }
-}
-
-// Vectored writes are passed on: without them HTTP/2 copies every frame.
-impl<T: AsyncWrite + Unpin> AsyncWrite for Observed<T> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
