@@ -16,12 +16,11 @@ use janus_proto::{
         report_request::Event,
         report_service_server::{ReportService, ReportServiceServer},
     },
-    revoked::Revocation,
     tls::{Identity, Principal, Role},
 };
 use tokio::sync::watch;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     fleet::Fleet,
@@ -56,18 +55,12 @@ impl Reports {
         ReportServiceServer::new(Self { fleet, identity, warned: Arc::default() })
     }
 
-    /// Takes in what a server has revoked, or has learnt of. One that isn't believed is logged, the others count.
+    /// Takes in what a server has revoked, or has learnt of. Blocks: signatures are checked.
     fn revoke(&self, server: &ServerId, revocations: &[pb::Revocation]) {
-        let known = self.identity.revocations();
-        let news =
-            revocations.iter().filter(|one| known.is_news(&one.principal, one.until_seconds));
-        let believed: Vec<_> = news
-            .filter_map(|one| {
-                let told = |error: &_| warn!(%server, %error, "revocation ignored");
-                self.identity.believed(one).inspect_err(told).ok()
-            })
-            .collect();
-        if let Err(error) = known.insert(believed) {
+        let believed = self.identity.news(revocations, |error| {
+            warn!(%server, %error, "revocation ignored");
+        });
+        if let Err(error) = self.identity.revocations().insert(believed) {
             warn!(%server, %error, "not all revocations are kept");
         }
     }
@@ -112,9 +105,6 @@ fn reporting_server<T>(request: &Request<T>) -> Result<ServerId, Status> {
     }
 }
 
-/// Far below the message limit.
-const REVOCATIONS_A_MESSAGE: usize = 1000;
-
 struct Stage {
     reports: Reports,
     server: ServerId,
@@ -123,17 +113,15 @@ struct Stage {
     /// Highest sequence taken in.
     sequence: u64,
     changes: watch::Receiver<u64>,
-    /// Revocations that are still to be told.
-    untold: VecDeque<Revocation>,
+    /// Revocations that are still to be told, in messages.
+    untold: VecDeque<Vec<pb::Revocation>>,
 }
 
 impl Stage {
     /// The answer to one message, or what others have revoked; `None` at the end of the stream.
     async fn next(&mut self) -> Option<Result<ReportResponse, Status>> {
         loop {
-            if !self.untold.is_empty() {
-                let some = self.untold.len().min(REVOCATIONS_A_MESSAGE);
-                let revocations = self.untold.drain(..some).map(|one| one.to_wire()).collect();
+            if let Some(revocations) = self.untold.pop_front() {
                 return Some(Ok(ReportResponse { sequence: self.sequence, revocations }));
             }
             let message = tokio::select! {
@@ -148,24 +136,29 @@ impl Stage {
             let Ok(message) = message else { return None };
             self.sequence = message.sequence;
             let answer = ReportResponse { sequence: self.sequence, ..Default::default() };
-            return Some(self.take(message).map(|()| answer));
+            return Some(self.take(message).await.map(|()| answer));
         }
     }
 
     /// Who knows them already ignores them.
     fn tell_all(&mut self) {
-        self.untold = self.reports.identity.revocations().all().into();
+        self.untold = self.reports.identity.revocations().messages().into();
     }
 
-    fn take(&mut self, message: ReportRequest) -> Result<(), Status> {
+    async fn take(&mut self, message: ReportRequest) -> Result<(), Status> {
         match (&self.slot, message.event) {
             (_, Some(Event::Hello(hello))) => {
                 self.slot = Some(self.reports.open(&self.server, &hello)?);
                 Ok(())
             }
-            (Some(slot), event) => {
-                if let Some(Event::Revocations(pb::Revocations { revocations })) = &event {
-                    self.reports.revoke(&self.server, revocations);
+            (Some(slot), mut event) => {
+                if let Some(Event::Revocations(told)) = &mut event {
+                    let (reports, server) = (self.reports.clone(), self.server.clone());
+                    let revocations = std::mem::take(&mut told.revocations);
+                    let taking = move || reports.revoke(&server, &revocations);
+                    if let Err(error) = tokio::task::spawn_blocking(taking).await {
+                        error!(server = %self.server, %error, "revocations were not taken in");
+                    }
                 }
                 Ok(slot.take(message.sequence, event)?)
             }

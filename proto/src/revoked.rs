@@ -29,6 +29,8 @@ use crate::{
 const AHEAD_SECONDS: i64 = 24 * 60 * 60;
 /// Most that are known.
 const MOST: usize = 100_000;
+/// In one message: far below the message limit.
+const A_MESSAGE: usize = 1000;
 /// Longest URI and certificate of a signer that are looked at, in bytes.
 const MAX_PRINCIPAL: usize = 512;
 const MAX_SIGNER: usize = 8192;
@@ -96,6 +98,18 @@ impl Identity {
         Some(Revocation { principal, until, signer, scheme, signature: STANDARD.encode(signature) })
     }
 
+    /// What is news of what came from elsewhere. One that isn't believed is handed to `refused`, the others count. Blocks: signatures
+    /// are checked.
+    pub fn news(
+        &self,
+        told: &[pb::Revocation],
+        refused: impl Fn(&RevocationRefused),
+    ) -> Vec<Revocation> {
+        let known = self.revocations();
+        let news = told.iter().filter(|one| known.is_news(&one.principal, one.until_seconds));
+        news.filter_map(|one| self.believed(one).inspect_err(&refused).ok()).collect()
+    }
+
     /// Checks what came from elsewhere.
     ///
     /// # Errors
@@ -161,8 +175,14 @@ impl Revocations {
         known.values().cloned().collect()
     }
 
+    /// The same as they travel, in messages.
+    pub fn messages(&self) -> Vec<Vec<pb::Revocation>> {
+        let all = self.all();
+        all.chunks(A_MESSAGE).map(|some| some.iter().map(Revocation::to_wire).collect()).collect()
+    }
+
     /// True when this one says more than what is known.
-    pub fn is_news(&self, principal: &str, until: i64) -> bool {
+    fn is_news(&self, principal: &str, until: i64) -> bool {
         let known = self.0.known.read().unwrap_or_else(PoisonError::into_inner);
         known.get(principal).is_none_or(|known| known.until < until)
     }

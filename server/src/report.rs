@@ -8,7 +8,6 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use janus_proto::{
     channel::{self, ConnectOptions, Dialer, Expect, explain},
     pb::{self, report_request::Event, report_service_client::ReportServiceClient},
-    revoked::Revocation,
     tls::Identity,
 };
 use tokio::{
@@ -30,7 +29,6 @@ use crate::{
 const QUEUE: usize = 16;
 /// Snapshots in one message of a full state: far below the message limit.
 const SNAPSHOTS_A_MESSAGE: usize = 500;
-const REVOCATIONS_A_MESSAGE: usize = 1000;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// A janus that takes nothing for so long is given up and connected again.
@@ -164,11 +162,8 @@ impl Reporter {
     }
 
     fn revocations(&self) -> Vec<Event> {
-        let all = self.revoked.known().all();
-        let some = all.chunks(REVOCATIONS_A_MESSAGE);
-        some.map(|some| some.iter().map(Revocation::to_wire).collect())
-            .map(|revocations| Event::Revocations(pb::Revocations { revocations }))
-            .collect()
+        let messages = self.revoked.known().messages().into_iter();
+        messages.map(|revocations| Event::Revocations(pb::Revocations { revocations })).collect()
     }
 
     /// Feeds the stream; says why it stopped.

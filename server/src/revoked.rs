@@ -95,15 +95,9 @@ impl Revoked {
         from: &str,
         revocations: &[pb::Revocation],
     ) -> Result<Vec<String>, RevokeError> {
-        let known = self.known();
-        let news =
-            revocations.iter().filter(|one| known.is_news(&one.principal, one.until_seconds));
-        let believed: Vec<_> = news
-            .filter_map(|one| {
-                let told = |error: &_| tracing::warn!(janus = from, %error, "revocation ignored");
-                self.identity.believed(one).inspect_err(told).ok()
-            })
-            .collect();
+        let believed = self.identity.news(revocations, |error| {
+            tracing::warn!(janus = from, %error, "revocation ignored");
+        });
         let news = believed.iter().map(|one| one.principal.clone()).collect();
         if !believed.is_empty() {
             self.keep(believed)?;
