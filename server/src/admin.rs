@@ -36,7 +36,7 @@ mod usage;
 mod verify;
 mod wire;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use clap::Subcommand;
 use janus_proto::{
@@ -55,7 +55,7 @@ use self::queue::Queue;
 use crate::{
     audit::{Action, AuditError, Event, Who},
     carry::CarryError,
-    chain::store::StoreError,
+    chain::store::{SmallFile, StoreError},
     config::Settings,
     enroll::{EnrollError, tokens::Tokens},
     pki::PkiError,
@@ -416,8 +416,7 @@ pub struct Admin {
     tokens: Arc<Tokens>,
     /// Of the server that runs; a command without one reads them itself.
     revoked: Option<Arc<Revoked>>,
-    /// Requests for purges change one after another.
-    purges: Mutex<()>,
+    purges: SmallFile<purges::Requests>,
 }
 
 impl Admin {
@@ -426,7 +425,7 @@ impl Admin {
         let retention = Arc::new(Retention::new(runs.clone(), settings.clone()));
         let queue = Queue::new(runs.store());
         let tokens = Arc::new(Tokens::new(runs.store()));
-        let purges = Mutex::default();
+        let purges = SmallFile::new(runs.store(), purges::FILE);
         Self { runs, settings, retention, queue, purges, tokens, revoked: None }
     }
 
@@ -472,10 +471,6 @@ impl Admin {
     /// The enrolment tokens of its store.
     pub fn tokens(&self) -> &Arc<Tokens> {
         &self.tokens
-    }
-
-    fn take_purges(&self) -> MutexGuard<'_, ()> {
-        self.purges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The seedings that wait.

@@ -10,15 +10,9 @@ use janus_proto::{
 use serde::{Deserialize, Serialize};
 
 use super::{Admin, AdminError, Person};
-use crate::{
-    chain::{
-        FORMAT,
-        store::{StoreError, read_or_put_aside, write},
-    },
-    runs::now_ms,
-};
+use crate::{chain::store::StoreError, runs::now_ms};
 
-const FILE: &str = ".purges.json";
+pub(super) const FILE: &str = ".purges.json";
 /// Requests that wait.
 const MOST: usize = 100;
 
@@ -46,27 +40,16 @@ impl Request {
     }
 }
 
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct RequestFile {
-    format: u32,
+/// Those that wait.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct Requests {
     last: u32,
     requests: Vec<Request>,
 }
 
-fn read(admin: &Admin) -> Result<RequestFile, StoreError> {
-    let store = admin.runs().store();
-    let file = read_or_put_aside(store.storage(), &store.root().join(FILE))?;
-    Ok(file.unwrap_or_default())
-}
-
-fn save(admin: &Admin, file: &RequestFile) -> Result<(), StoreError> {
-    let store = admin.runs().store();
-    write(store.storage(), &store.root().join(FILE), file)
-}
-
 /// Requests of which something is still in the trash.
 pub(super) fn all(admin: &Admin) -> Result<Vec<Request>, StoreError> {
-    Ok(read(admin)?.requests)
+    Ok(admin.purges.lock().value()?.requests.clone())
 }
 
 /// Notes what is asked for.
@@ -75,55 +58,54 @@ pub(super) fn ask(
     person: &Person,
     runs: Vec<(MachineKey, BackupId)>,
 ) -> Result<Request, AdminError> {
-    let _turn = admin.take_purges();
-    let mut file = read(admin)?;
+    let mut file = admin.purges.lock();
+    let mut waiting = file.value()?.clone();
     let is_there = |(machine, run): &(MachineKey, BackupId)| {
         admin.runs().trashed(machine).iter().any(|trashed| trashed.run.backup == *run)
     };
-    file.requests.retain(|request| request.runs.iter().any(is_there));
-    if file.requests.len() >= MOST {
+    waiting.requests.retain(|request| request.runs.iter().any(is_there));
+    if waiting.requests.len() >= MOST {
         return Err(AdminError::Purge(format!(
             "{MOST} requests wait already: `janus-server trash purge --cancel NUMBER` takes one back"
         )));
     }
-    file.format = FORMAT;
-    file.last += 1;
+    waiting.last += 1;
     let (person, name) = (person.id(), person.name());
-    let request = Request { number: file.last, asked_ms: now_ms(), person, name, runs };
-    file.requests.push(request.clone());
-    save(admin, &file)?;
+    let request = Request { number: waiting.last, asked_ms: now_ms(), person, name, runs };
+    waiting.requests.push(request.clone());
+    file.replace(waiting)?;
     Ok(request)
 }
 
 /// Takes a request out, for its purge.
 pub(super) fn confirm(admin: &Admin, person: &Person, number: u32) -> Result<Request, AdminError> {
-    let _turn = admin.take_purges();
-    let mut file = read(admin)?;
-    let request = taken(&mut file, number)?;
+    let mut file = admin.purges.lock();
+    let mut waiting = file.value()?.clone();
+    let request = taken(&mut waiting, number)?;
     if request.person == person.id() {
         return Err(AdminError::Purge(format!(
             "request {number} is your own ({}): another person confirms it, under an account of his own",
             request.name
         )));
     }
-    save(admin, &file)?;
+    file.replace(waiting)?;
     Ok(request)
 }
 
 /// Takes a request back.
 pub(super) fn cancel(admin: &Admin, number: u32) -> Result<(), AdminError> {
-    let _turn = admin.take_purges();
-    let mut file = read(admin)?;
-    taken(&mut file, number)?;
-    Ok(save(admin, &file)?)
+    let mut file = admin.purges.lock();
+    let mut waiting = file.value()?.clone();
+    taken(&mut waiting, number)?;
+    Ok(file.replace(waiting)?)
 }
 
-fn taken(file: &mut RequestFile, number: u32) -> Result<Request, AdminError> {
-    let place = file.requests.iter().position(|request| request.number == number);
+fn taken(waiting: &mut Requests, number: u32) -> Result<Request, AdminError> {
+    let place = waiting.requests.iter().position(|request| request.number == number);
     let place = place.ok_or_else(|| {
         AdminError::Purge(format!(
             "no request {number} waits: `janus-server trash list` shows them"
         ))
     })?;
-    Ok(file.requests.remove(place))
+    Ok(waiting.requests.remove(place))
 }

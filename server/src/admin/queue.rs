@@ -5,7 +5,6 @@
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -23,12 +22,8 @@ use super::{
 };
 use crate::{
     background,
-    chain::{
-        FORMAT,
-        store::{Store, StoreError, read_or_put_aside, write},
-    },
+    chain::store::{SmallFile, Store, StoreError},
     runs::now_ms,
-    storage::Disk,
 };
 
 const SEEDS: &str = ".seeds.json";
@@ -49,9 +44,8 @@ struct Seeding {
     order: Order,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct SeedsFile {
-    format: u32,
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Seeds {
     /// The number that was given last.
     last: u32,
     seedings: Vec<Seeding>,
@@ -59,15 +53,12 @@ struct SeedsFile {
 
 /// The queue of a store.
 pub struct Queue {
-    storage: Disk,
-    path: PathBuf,
+    seeds: SmallFile<Seeds>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// As it is on the disk; `None`: not read yet.
-    file: Option<SeedsFile>,
     at_work: Option<AtWork>,
     failed: BTreeMap<u32, Failed>,
 }
@@ -87,49 +78,27 @@ struct Failed {
 impl Queue {
     /// The queue of a store. Nothing is read yet.
     pub(super) fn new(store: &Store) -> Self {
-        let (storage, path) = (store.storage().clone(), store.root().join(SEEDS));
-        Self { storage, path, state: Mutex::default() }
+        Self { seeds: SmallFile::new(store, SEEDS), state: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn file<'s>(&self, state: &'s mut State) -> Result<&'s mut SeedsFile, StoreError> {
-        match &mut state.file {
-            Some(file) => Ok(file),
-            unread => {
-                let known = read_or_put_aside(&self.storage, &self.path)?;
-                let empty = SeedsFile { format: FORMAT, last: 0, seedings: Vec::new() };
-                Ok(unread.insert(known.unwrap_or(empty)))
-            }
-        }
-    }
-
-    /// Replaces the file by what `change` makes of it. The old state stays when that can't be written.
-    fn change<T>(
-        &self,
-        state: &mut State,
-        change: impl FnOnce(&mut SeedsFile) -> T,
-    ) -> Result<T, StoreError> {
-        let file = self.file(state)?;
-        let mut new = file.clone();
-        let done = change(&mut new);
-        write(&self.storage, &self.path, &new)?;
-        *file = new;
-        Ok(done)
+    fn seedings(&self) -> Result<Vec<Seeding>, StoreError> {
+        Ok(self.seeds.lock().value()?.seedings.clone())
     }
 
     /// Adds a seeding; answers its number.
     pub(super) fn add(&self, order: Order) -> Result<u32, AdminError> {
-        let mut state = self.state();
-        if self.file(&mut state)?.seedings.len() >= MOST {
+        let mut seeds = self.seeds.lock();
+        if seeds.value()?.seedings.len() >= MOST {
             return Err(AdminError::QueueFull { most: MOST });
         }
-        let added = self.change(&mut state, |file| {
-            file.last = file.last.wrapping_add(1);
-            file.seedings.push(Seeding { number: file.last, added_ms: now_ms(), order });
-            file.last
+        let added = seeds.change(|seeds| {
+            seeds.last = seeds.last.wrapping_add(1);
+            seeds.seedings.push(Seeding { number: seeds.last, added_ms: now_ms(), order });
+            seeds.last
         })?;
         Ok(added)
     }
@@ -137,7 +106,7 @@ impl Queue {
     /// Takes a seeding out, also one at work. What it has brought stays.
     pub(super) fn cancel(&self, number: u32) -> Result<(), AdminError> {
         let mut state = self.state();
-        if !self.file(&mut state)?.seedings.iter().any(|seeding| seeding.number == number) {
+        if !self.seedings()?.iter().any(|seeding| seeding.number == number) {
             return Err(AdminError::NotQueued { number });
         }
         self.remove(&mut state, number)?;
@@ -148,15 +117,16 @@ impl Queue {
     }
 
     fn remove(&self, state: &mut State, number: u32) -> Result<(), StoreError> {
-        self.change(state, |file| file.seedings.retain(|seeding| seeding.number != number))?;
+        let is_other = |seeding: &Seeding| seeding.number != number;
+        self.seeds.lock().change(|seeds| seeds.seedings.retain(is_other))?;
         state.failed.remove(&number);
         Ok(())
     }
 
     /// The queue as a table for people, and for programs.
     pub(super) fn shown(&self) -> Result<(String, Vec<Value>), AdminError> {
-        let mut state = self.state();
-        let seedings = self.file(&mut state)?.seedings.clone();
+        let state = self.state();
+        let seedings = self.seedings()?;
         let head = ["number", "from", "what", "how", "added", "state"];
         let mut rows = vec![head.map(str::to_owned).to_vec()];
         let mut listed = Vec::new();
@@ -202,8 +172,8 @@ impl Queue {
     /// others up.
     fn begin(&self, shutdown: &CancellationToken) -> Option<(Seeding, CancellationToken)> {
         let mut state = self.state();
-        let seedings = match self.file(&mut state) {
-            Ok(file) => file.seedings.clone(),
+        let seedings = match self.seedings() {
+            Ok(seedings) => seedings,
             Err(error) => {
                 tracing::error!(%error, "the queue of seedings can't be read");
                 return None;

@@ -32,6 +32,7 @@ mod publish;
 pub mod rebuild;
 mod records;
 pub mod relocate;
+mod small;
 mod spare;
 mod trash;
 
@@ -46,13 +47,15 @@ use janus_proto::ids::{BackupId, DiskId, MachineKey, SessionId, SnapshotId, Stor
 use serde::{Deserialize, Serialize};
 
 pub(super) use self::records::read;
-pub(crate) use self::records::{parse, with_sum};
-pub(crate) use self::records::{read_or_put_aside, write};
 use self::{
     faults::{Fault, Faults},
     folders::{check_layout, exists, files_in, folders_in, free_name, is_folder, list},
     publish::take_back,
     records::{DAMAGED, put_aside},
+};
+pub(crate) use self::{
+    records::{parse, read_or_put_aside, with_sum, write},
+    small::SmallFile,
 };
 use super::{
     FORMAT, Held, History, Origin, Run, health::Health, merge::Intent, opened::OpenedSnapshot, stub,

@@ -1,10 +1,6 @@
 //! Tokens that were made here, in `.tokens.json` below the image path: of their secrets only digests.
 
-use std::{
-    path::PathBuf,
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::time::Duration;
 
 use janus_proto::{enroll::Secret, ids::MachineKey, show::date, tls::Role};
 use serde::{Deserialize, Serialize};
@@ -12,13 +8,9 @@ use uuid::Uuid;
 
 use super::EnrollError;
 use crate::{
-    chain::{
-        FORMAT,
-        store::{Store, StoreError, read_or_put_aside, write},
-    },
+    chain::store::{SmallFile, Store, StoreError},
     pki::PkiError,
     runs::now_ms,
-    storage::Disk,
 };
 
 const TOKENS: &str = ".tokens.json";
@@ -88,25 +80,18 @@ pub struct Used {
     certificate: String,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct TokensFile {
-    format: u32,
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Known {
     tokens: Vec<Kept>,
 }
 
 /// The tokens of a store.
-pub struct Tokens {
-    storage: Disk,
-    path: PathBuf,
-    /// As it is on the disk; `None`: not read yet.
-    file: Mutex<Option<TokensFile>>,
-}
+pub struct Tokens(SmallFile<Known>);
 
 impl Tokens {
     /// Those of a store. Nothing is read yet.
     pub fn new(store: &Store) -> Self {
-        let (storage, path) = (store.storage().clone(), store.root().join(TOKENS));
-        Self { storage, path, file: Mutex::default() }
+        Self(SmallFile::new(store, TOKENS))
     }
 
     /// All that are known, the newest last.
@@ -114,7 +99,7 @@ impl Tokens {
     /// # Errors
     /// When they can't be read.
     pub fn list(&self) -> Result<Vec<Kept>, StoreError> {
-        Ok(self.read(&mut self.lock())?.tokens.clone())
+        Ok(self.0.lock().value()?.tokens.clone())
     }
 
     /// Makes a token for a machine. Others that are still open for it are of no use any more.
@@ -132,8 +117,8 @@ impl Tokens {
             expires_ms: made_ms.saturating_add(valid_ms),
             used: None,
         };
-        let mut file = self.lock();
-        let mut tokens = self.read(&mut file)?.tokens.clone();
+        let mut file = self.0.lock();
+        let mut tokens = file.value()?.tokens.clone();
         tokens.retain(|other| {
             let is_open = other.used.is_none();
             let ended_ms = other.used.as_ref().map_or(other.expires_ms, |used| used.at_ms);
@@ -144,7 +129,7 @@ impl Tokens {
             return Err(TokenRefused::TooMany { most: MOST }.into());
         }
         tokens.push(kept);
-        self.replace(&mut file, tokens)?;
+        file.replace(Known { tokens })?;
         Ok(secret)
     }
 
@@ -153,12 +138,12 @@ impl Tokens {
     /// # Errors
     /// When that can't be written.
     pub fn cancel(&self, id: Uuid) -> Result<bool, StoreError> {
-        let mut file = self.lock();
-        let mut tokens = self.read(&mut file)?.tokens.clone();
+        let mut file = self.0.lock();
+        let mut tokens = file.value()?.tokens.clone();
         let before = tokens.len();
         tokens.retain(|token| token.id != id || token.used.is_some());
         let is_gone = tokens.len() < before;
-        self.replace(&mut file, tokens)?;
+        file.replace(Known { tokens })?;
         Ok(is_gone)
     }
 
@@ -172,8 +157,8 @@ impl Tokens {
         key: blake3::Hash,
         certify: impl FnOnce(Role) -> Result<String, PkiError>,
     ) -> Result<String, EnrollError> {
-        let mut file = self.lock();
-        let mut tokens = self.read(&mut file)?.tokens.clone();
+        let mut file = self.0.lock();
+        let mut tokens = file.value()?.tokens.clone();
         let digest = secret.digest();
         // Hashes compare in constant time.
         let is_it = |kept: &&mut Kept| {
@@ -193,42 +178,19 @@ impl Tokens {
         let certificate = certify(Role::Client(machine.clone()))?;
         let key = key.to_hex().to_string();
         kept.used = Some(Used { at_ms: now, key, certificate: certificate.clone() });
-        self.replace(&mut file, tokens)?;
+        file.replace(Known { tokens })?;
         tracing::info!(%machine, "machine enrolled");
         Ok(certificate)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<TokensFile>> {
-        self.file.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn read<'f>(&self, file: &'f mut Option<TokensFile>) -> Result<&'f TokensFile, StoreError> {
-        match file {
-            Some(file) => Ok(file),
-            unread => {
-                let known = read_or_put_aside(&self.storage, &self.path)?;
-                Ok(unread
-                    .insert(known.unwrap_or(TokensFile { format: FORMAT, tokens: Vec::new() })))
-            }
-        }
-    }
-
-    /// What stood there stays when the new list can't be written.
-    fn replace(&self, file: &mut Option<TokensFile>, tokens: Vec<Kept>) -> Result<(), StoreError> {
-        let new = TokensFile { format: FORMAT, tokens };
-        write(&self.storage, &self.path, &new)?;
-        *file = Some(new);
-        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::Disk;
 
     fn tokens(folder: &tempfile::TempDir) -> Tokens {
-        let (storage, path) = (Disk::default(), folder.path().join(TOKENS));
-        Tokens { storage, path, file: Mutex::default() }
+        Tokens(SmallFile::at(Disk::default(), folder.path().join(TOKENS)))
     }
 
     fn machine() -> MachineKey {
