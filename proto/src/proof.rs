@@ -9,13 +9,14 @@
 //! The header is `1;<server>;<expiry>;<scheme>;<signature>`: server id or `*`, Unix seconds, TLS `SignatureScheme` in
 //! hexadecimal (RFC 8446, section 4.2.3), base64. What is signed is the text of [`signed_text`].
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use rustls::{SignatureScheme, sign::SigningKey};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::{
+    clock::unix_ms,
     hash::hash_block,
     ids::{BlockHash, ServerId},
     pb,
@@ -83,10 +84,10 @@ impl Statement {
         let mut lines = vec![request.backup_id.clone(), request.epoch.to_string()];
         lines.extend(request.disks.iter().map(|disk| {
             let pb::DiskCommit { disk_id, expected_head_id, consistency, skipped_bytes, .. } = disk;
-            let digest = hex(&disk.table_digest);
+            let digest = hex::encode(&disk.table_digest);
             format!("{disk_id} {expected_head_id} {digest} {consistency} {skipped_bytes}")
         }));
-        lines.push(hex(&request.client_seal));
+        lines.push(hex::encode(&request.client_seal));
         Self::of("CommitBackup", &lines)
     }
 
@@ -94,10 +95,6 @@ impl Statement {
     pub fn open(request: &pb::OpenSnapshotRequest) -> Self {
         Self::of("OpenSnapshot", &[request.snapshot_id.clone(), request.table.to_string()])
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What is signed: lines, each with its end, of ASCII text. Public for clients in other languages; `janus-proof` as the first
@@ -118,7 +115,6 @@ pub fn signed_text(
     expiry: u64,
 ) -> String {
     let Statement { method, digest } = statement;
-    let digest = hex(&digest.0);
     format!("janus-proof {VERSION}\n{method}\n{server}\n{}\n{digest}\n{expiry}\n", principal.uri())
 }
 
@@ -130,7 +126,7 @@ pub(crate) fn make(
     server: Option<&ServerId>,
 ) -> Option<String> {
     let server = server.map_or(ANY_SERVER, ServerId::as_str);
-    let expiry = unix_seconds(SystemTime::now() + VALID);
+    let expiry = now().saturating_add(VALID.as_secs());
     let text = signed_text(statement, server, principal, expiry);
     let (scheme, signature) = sign(key, text.as_bytes())?;
     Some(format!("{VERSION};{server};{expiry};{scheme:04x};{}", STANDARD.encode(signature)))
@@ -146,7 +142,7 @@ pub fn check(
     principal: &Principal,
     here: &ServerId,
 ) -> Result<(), ProofError> {
-    check_at(header, statement, principal, here, unix_seconds(SystemTime::now()))
+    check_at(header, statement, principal, here, now())
 }
 
 fn check_at(
@@ -198,8 +194,9 @@ pub(crate) fn verify(certificate: &[u8], message: &[u8], scheme: u16, signature:
         .any(|algorithm| algorithm.verify_signature(key, message, signature).is_ok())
 }
 
-fn unix_seconds(time: SystemTime) -> u64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+/// Unix seconds.
+fn now() -> u64 {
+    u64::try_from(unix_ms() / 1000).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -228,7 +225,7 @@ mod tests {
         let ((key, web1), (_, web2)) = (owner("web1"), owner("web2"));
         let (a, b): (ServerId, ServerId) = ("a".parse().unwrap(), "b".parse().unwrap());
         let header = make(&*key, &web1, &open("1"), Some(&a)).unwrap();
-        let now = unix_seconds(SystemTime::now());
+        let now = now();
         let check = |header: &str, statement: &Statement, who: &Principal, here: &ServerId, now| {
             check_at(header.as_bytes(), statement, who, here, now)
         };
@@ -254,7 +251,7 @@ mod tests {
         let (key, web1) = owner("web1");
         let a: ServerId = "a".parse().unwrap();
         let good = make(&*key, &web1, &open("1"), Some(&a)).unwrap();
-        let now = unix_seconds(SystemTime::now());
+        let now = now();
         let refuses =
             |header: &[u8]| check_at(header, &open("1"), &web1, &a, now).expect_err("refused");
         for end in 0..good.len() {
@@ -279,7 +276,7 @@ mod tests {
     fn the_signed_text_is_what_clients_in_other_languages_build() {
         let (_, web1) = owner("web1");
         let text = signed_text(&open("0190"), "a", &web1, 7);
-        let digest = hex(blake3::hash(b"0190\nfalse\n").as_bytes());
+        let digest = hex::encode(blake3::hash(b"0190\nfalse\n").as_bytes());
         let uri = "janus://home/client/alice/web1";
         assert_eq!(text, format!("janus-proof 1\nOpenSnapshot\na\n{uri}\n{digest}\n7\n"));
         assert_eq!(web1.role, Role::Client("alice/web1".parse().unwrap()));

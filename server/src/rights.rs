@@ -1,7 +1,8 @@
 //! Who may call what: one rule for each method that a server answers.
 //!
-//! The gate asks them before a service sees a call, so a method without a rule is nobody's. Whose machine it is about is
-//! decided by the services, which know: [`Caller`](crate::caller::Caller). `docs/identities.md` shows the same table, which a test compares.
+//! The gate asks them before a service sees a call. Whose machine it is about is decided by the services, which know:
+//! [`Caller`](crate::caller::Caller). A test holds that each method of the schema has a rule, and that `docs/identities.md` shows the
+//! same table.
 
 use janus_proto::tls::Role;
 

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Admin, AdminError, Answer, Task, table::table};
-use crate::peer;
+use crate::{peer, serve};
 
 /// How long the command waits for other servers before it names those that don't know yet.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -74,7 +74,7 @@ pub(super) fn run(admin: &Admin, action: &Action, task: &Task<'_>) -> Result<Ans
 
 fn revoke(admin: &Admin, whom: &Whom, task: &Task<'_>) -> Result<Answer, AdminError> {
     let identity = admin.identity()?;
-    let own = admin.server()?;
+    let own = serve::name(&identity)?;
     let roles = whom.roles()?;
     if roles.contains(&identity.principal().role) {
         return Err(AdminError::OwnCertificate);

@@ -2,11 +2,11 @@
 
 use std::{fs, net::IpAddr, path::Path, time::Duration};
 
-use base64::{Engine, engine::general_purpose::STANDARD};
 use janus_proto::tls::{
     Limits, Role, ca_group, common_name, has_key,
     pki_types::{CertificateDer, pem::PemObject},
 };
+use pem::{EncodeConfig, LineEnding, Pem};
 use rcgen::{
     CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair,
     KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
@@ -80,14 +80,8 @@ impl Authority {
 
     /// Its own certificate, PEM.
     pub fn certificate_pem(&self) -> String {
-        let base64 = STANDARD.encode(&self.certificate);
-        let lines: Vec<_> = base64
-            .as_bytes()
-            .chunks(64)
-            .map(|line| String::from_utf8_lossy(line).into_owned())
-            .collect();
-        let lines = lines.join("\n");
-        format!("-----BEGIN CERTIFICATE-----\n{lines}\n-----END CERTIFICATE-----\n")
+        let lines = EncodeConfig::new().set_line_ending(LineEnding::LF);
+        pem::encode_config(&Pem::new("CERTIFICATE", self.certificate.to_vec()), lines)
     }
 
     /// Certifies a key; answers the certificate, PEM.

@@ -4,11 +4,13 @@
 //! `ca.pem` holds all that are believed; whichever fits `ca.key` signs. Each step is one rename, so a crash leaves the one before
 //! or it.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, Subcommand};
 use janus_proto::tls::ca_group;
-use std::path::PathBuf;
 
 use super::{
     Authority, KEY_MODE, PUBLIC_MODE, PkiError,
