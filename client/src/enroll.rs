@@ -6,14 +6,14 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use janus_proto::{
     channel::{self, ConnectError, ConnectOptions, Expect, Pinned, Proxied, Proxies, explain},
+    clock::unix_ms,
     enroll::Token,
     error,
     ids::MachineKey,
@@ -25,9 +25,11 @@ use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Status};
 
+use crate::files::{new_private, private_folder};
+
 const QUICK: Duration = Duration::from_secs(20);
 /// A certificate is renewed when less than this share of its validity is left.
-const LAST_SHARE: u32 = 3;
+const LAST_SHARE: i64 = 3;
 const ENROLLED: &str = "enrolled.json";
 /// Largest answer that is believed, in bytes of PEM.
 const MAX_PEM_BYTES: usize = 256 << 10;
@@ -131,8 +133,8 @@ pub async fn enroll(
     proxies: Proxies,
     replace: bool,
 ) -> Result<Done, EnrollError> {
-    if !replace && let Some(path) = [&files.cert].into_iter().find(|path| path.exists()) {
-        return Err(EnrollError::Exists { path: path.clone() });
+    if !replace && files.cert.exists() {
+        return Err(EnrollError::Exists { path: files.cert.clone() });
     }
     // A key without a certificate is that of an enrolment whose answer was lost.
     let pending = files.key.with_extension("new");
@@ -187,10 +189,9 @@ pub async fn renew_if_due(
     proxies: Proxies,
 ) -> Result<Option<i64>, EnrollError> {
     let (from, until) = identity.principal().validity();
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+    let left = until.saturating_sub(unix_ms() / 1000);
     let path = files.enrolled();
-    let is_due = until.saturating_sub(now) < until.saturating_sub(from) / i64::from(LAST_SHARE);
+    let is_due = left < until.saturating_sub(from) / LAST_SHARE;
     if !is_due || !path.exists() {
         return Ok(None);
     }
@@ -245,18 +246,10 @@ fn of(path: &Path) -> impl Fn(io::Error) -> EnrollError {
 }
 
 fn write_key(path: &Path, key: &KeyPair) -> Result<(), EnrollError> {
-    use io::Write;
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
-        made.map_err(of(folder))?;
+        private_folder(folder).map_err(of(folder))?;
     }
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(of(path))?;
-    file.write_all(key.serialize_pem().as_bytes()).and_then(|()| file.sync_all()).map_err(of(path))
+    new_private(path, &[key.serialize_pem().as_bytes()]).map_err(of(path))
 }
 
 /// Replaces a file by one that is whole and synced.

@@ -38,6 +38,14 @@ pub enum Wish {
     Only(Encoding),
 }
 
+impl Wish {
+    /// The same, unless the data is sealed: nothing makes that any shorter.
+    #[must_use]
+    pub fn unless_sealed(self, is_sealed: bool) -> Self {
+        if is_sealed { Self::Only(Encoding::None) } else { self }
+    }
+}
+
 /// A message of blocks, ready to be sent.
 #[derive(Debug)]
 pub struct Outgoing {

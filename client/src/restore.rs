@@ -14,7 +14,7 @@ use std::{
 use janus_proto::{
     hash::table_digest,
     ids::{BlockHash, SEGMENT_BYTES},
-    pb::{Encoding, Snapshot},
+    pb::Snapshot,
 };
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -186,10 +186,11 @@ impl Restore {
         self.progress.set_total(end - segments.start * SEGMENT_BYTES);
         let counts = Arc::new(Counts::new(self.progress.clone()));
         let is_away = !snapshot.reachable;
+        let packing = self.packing.unless_sealed(target.seal().is_some());
         let sources = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(RestoreError::Interrupted),
-            sources = self.all_sources(found, self.packing(target.seal().is_some())) => sources?,
+            sources = self.all_sources(found, packing) => sources?,
         };
         let (sources, digests, share) = sources;
         let work =
@@ -238,11 +239,6 @@ impl Restore {
         // Janus keeps no seals; who mirrors the table does.
         let client_seal = away::client_seal(&self.reach, snapshot).await?;
         Ok(self.keys.open(&Snapshot { client_seal, ..snapshot.clone() })?)
-    }
-
-    /// How data may be packed: nothing makes what is sealed any shorter.
-    fn packing(&self, is_sealed: bool) -> Wish {
-        if is_sealed { Wish::Only(Encoding::None) } else { self.packing }
     }
 
     fn work(

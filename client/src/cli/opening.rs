@@ -1,7 +1,6 @@
 //! The disks of a backup or a dry run: kept from other backups, held still, opened, and what to read of them.
 
 use std::{
-    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -91,12 +90,7 @@ pub(super) async fn open_all(
 
 /// What seals the disks of a machine.
 fn sealer(path: &Path, machine: MachineKey) -> Result<Sealer, SealError> {
-    let key = MasterKey::load(path).map_err(|error| match error {
-        SealError::Io { ref source, .. } if source.kind() == io::ErrorKind::NotFound => {
-            SealError::NoKey(path.into())
-        }
-        other => other,
-    })?;
+    let key = MasterKey::find(path)?.ok_or_else(|| SealError::NoKey(path.into()))?;
     tracing::debug!(key = %key.id(), "backups are sealed");
     Ok(Sealer::new(Arc::new(key), machine))
 }

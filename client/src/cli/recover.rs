@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 use super::{Context, Failure, Outcome, address, chosen};
 use crate::{
     config::Settings,
-    seal::{Keys, MasterKey, RecoveryKey, RunSeal, SealError, Wishes},
+    seal::{KeyId, Keys, MasterKey, RecoveryKey, RunSeal, SealError, Wishes},
     snapshot::Selection,
 };
 
@@ -59,7 +59,7 @@ pub fn recover(settings: &Settings, matches: &ArgMatches) -> Result<Outcome, Fai
     let path = settings.seal_key_path();
     let key = ask()?.master();
     if matches.get_flag("test") {
-        return Ok(compared(settings, &key)?.outcome(&key));
+        return Ok(compared(settings, key.id())?.outcome(key.id()));
     }
     let is_here = match MasterKey::load(&path) {
         Ok(here) if here.id() == key.id() => true,
@@ -87,9 +87,8 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     let snapshot = selection.find(&ways).await?.snapshot;
     let id = key.id();
     let settings = context.settings.clone();
-    let comparing =
-        tokio::task::spawn_blocking(move || Ok::<_, Failure>((compared(&settings, &key)?, key)));
-    let (mut compared, key) = comparing.await.map_err(Failure::failed)??;
+    let comparing = tokio::task::spawn_blocking(move || compared(&settings, id));
+    let mut compared = comparing.await.map_err(Failure::failed)??;
     let seal = RunSeal::look(&snapshot.client_seal);
     let sealed_as = seal.as_ref().map(|seal| seal.machine.clone());
     let keys = Keys::of(key, Wishes { sealed_as, ..Wishes::default() });
@@ -105,7 +104,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         (Err(error), _) => (false, error.to_string()),
     };
     compared.add(opens, said);
-    let mut outcome = compared.outcome_of(id.to_string());
+    let mut outcome = compared.outcome(id);
     outcome.json["snapshot_id"] = json!(name);
     outcome.json["opens_snapshot"] = json!(opens);
     Ok(outcome)
@@ -126,16 +125,12 @@ impl Compared {
         self.lines.push(line);
     }
 
-    fn outcome(self, key: &MasterKey) -> Outcome {
-        self.outcome_of(key.id().to_string())
-    }
-
-    fn outcome_of(self, key: String) -> Outcome {
+    fn outcome(self, key: KeyId) -> Outcome {
         let text = format!("recovery key of key {key}\n{}\n", self.lines.join("\n"));
         let json = json!({
             "ok": self.is_right,
             "exit_code": u8::from(!self.is_right),
-            "key": key,
+            "key": key.to_string(),
             "is_key_file": self.is_file,
         });
         Outcome { json, text }
@@ -143,16 +138,13 @@ impl Compared {
 }
 
 /// Compares with the key file.
-fn compared(settings: &Settings, key: &MasterKey) -> Result<Compared, SealError> {
+fn compared(settings: &Settings, key: KeyId) -> Result<Compared, SealError> {
     let path = settings.seal_key_path();
     let shown = path.display();
-    let (is_file, line) = match MasterKey::load(&path) {
-        Ok(here) if here.id() == key.id() => (Some(true), format!("{shown}: is this key")),
-        Ok(here) => (Some(false), format!("{shown}: is ANOTHER key, {}", here.id())),
-        Err(SealError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            (None, format!("{shown}: there is no key file to compare with"))
-        }
-        Err(error) => return Err(error),
+    let (is_file, line) = match MasterKey::find(&path)? {
+        Some(here) if here.id() == key => (Some(true), format!("{shown}: is this key")),
+        Some(here) => (Some(false), format!("{shown}: is ANOTHER key, {}", here.id())),
+        None => (None, format!("{shown}: there is no key file to compare with")),
     };
     Ok(Compared { is_file, is_right: is_file == Some(true), lines: vec![line] })
 }

@@ -42,14 +42,12 @@ impl Sealer {
             return Err(SealError::Size { disk: disk.clone(), size_bytes });
         }
         let names = [self.machine.as_str().as_bytes(), disk.as_str().as_bytes()];
-        let [data, tweak, kind] = ["data", "tweak", "kind"].map(|part| {
-            let context = match part {
-                "data" => "janus-backup 2026-11 sealed disks: XTS data key",
-                "tweak" => "janus-backup 2026-11 sealed disks: XTS tweak key",
-                _ => "janus-backup 2026-11 sealed disks: kind of content",
-            };
-            self.master.derive(context, &names)
-        });
+        let [data, tweak, kind] = [
+            "janus-backup 2026-11 sealed disks: XTS data key",
+            "janus-backup 2026-11 sealed disks: XTS tweak key",
+            "janus-backup 2026-11 sealed disks: kind of content",
+        ]
+        .map(|context| self.master.derive(context, &names));
         let kind = hex::encode(kind.first_chunk::<8>().unwrap_or(&[0; 8]));
         Ok(DiskSeal { xts: Xts::new(&data, &tweak), kind, sealer: self.clone() })
     }

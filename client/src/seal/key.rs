@@ -4,9 +4,9 @@
 
 use std::{
     fmt,
-    fs::{self, File, OpenOptions},
-    io::{self, Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    fs::{self, File},
+    io::{self, Read},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -14,6 +14,7 @@ use std::{
 use zeroize::{Zeroize, Zeroizing};
 
 use super::{SealError, disk::Derived, recovery::RecoveryKey};
+use crate::files::{new_private, sync_folder};
 
 /// Bytes of a master key.
 pub(super) const BYTES: usize = 32;
@@ -136,6 +137,19 @@ impl MasterKey {
         key.map_err(|source| SealError::Damaged { path: path.into(), source })
     }
 
+    /// As [`MasterKey::load`]; `None`: there is no file. Blocks.
+    ///
+    /// # Errors
+    /// When there is one that can't be used.
+    pub fn find(path: &Path) -> Result<Option<Self>, SealError> {
+        match Self::load(path) {
+            Err(SealError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Ok(None)
+            }
+            found => found.map(Some),
+        }
+    }
+
     /// Writes it to a new file, which only its owner may read. Durable when it returns. Blocks.
     ///
     /// # Errors
@@ -151,7 +165,9 @@ impl MasterKey {
         let mut new = path.as_os_str().to_owned();
         new.push(format!(".{}.new", std::process::id()));
         let new = PathBuf::from(new);
-        let written = self.write(&new).and_then(|()| {
+        let recovery = self.recovery().shown();
+        let pieces = [TEXT.as_bytes(), recovery.as_bytes(), b"\n"];
+        let written = new_private(&new, &pieces).and_then(|()| {
             // A link never replaces what somebody else has put there meanwhile.
             let linked = fs::hard_link(&new, path);
             linked.and_then(|()| sync_folder(path))
@@ -159,19 +175,6 @@ impl MasterKey {
         let _ = fs::remove_file(&new);
         written.map_err(failed)
     }
-
-    fn write(&self, path: &Path) -> io::Result<()> {
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-        file.write_all(TEXT.as_bytes())?;
-        file.write_all(self.recovery().shown().as_bytes())?;
-        file.write_all(b"\n")?;
-        file.sync_all()
-    }
-}
-
-fn sync_folder(path: &Path) -> io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 /// Makes a machine's key and writes it to a new file; its recovery key is to be shown once, and kept elsewhere. Blocks.

@@ -83,9 +83,7 @@ impl SnapshotMedium {
         memory_bytes: u64,
         runtime: Handle,
     ) -> Self {
-        let encoding = match packing {
-            // Nothing makes it any shorter.
-            _ if seal.is_some() => Encoding::None,
+        let encoding = match packing.unless_sealed(seal.is_some()) {
             // Who reads here and there waits for each answer: packing costs less than it saves only on slow lines.
             Wish::Auto => Encoding::None,
             Wish::Only(encoding) => encoding,
