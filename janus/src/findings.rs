@@ -241,6 +241,18 @@ mod tests {
         findings(&status, Duration::from_secs(26 * 3600), NOW_MS)
     }
 
+    /// What is found of a machine with one backup, on server `a`, of which this is told.
+    fn found_at(told: MachineUse) -> Vec<Finding> {
+        let at = MachineUse { server_id: "a".into(), last_backup_ms: NOW_MS, ..told };
+        let machine = MachineStatus {
+            machine: "u/m".into(),
+            last_backup_ms: NOW_MS,
+            uses: vec![at],
+            ..Default::default()
+        };
+        found(vec![server("a")], vec![machine])
+    }
+
     #[test]
     fn a_machine_that_has_backups_on_one_server_only_is_unseeded_on_the_other() {
         let machine = |name: &str, servers: &[(&str, i64)]| MachineStatus {
@@ -332,19 +344,7 @@ mod tests {
                 failure: failure.into(),
                 warnings: 1,
             };
-            let at = MachineUse {
-                server_id: "a".into(),
-                last_backup_ms: NOW_MS,
-                proof: Some(proof),
-                ..Default::default()
-            };
-            let machine = MachineStatus {
-                machine: "u/m".into(),
-                last_backup_ms: NOW_MS,
-                uses: vec![at],
-                ..Default::default()
-            };
-            found(vec![server("a")], vec![machine])
+            found_at(MachineUse { proof: Some(proof), ..Default::default() })
         };
         assert!(with("").is_empty());
         let seen = with("u/m/sda: block 7 is lost");
@@ -355,21 +355,7 @@ mod tests {
 
     #[test]
     fn an_alarm_is_critical_until_it_is_ended() {
-        let with = |alarm: &str| {
-            let at = MachineUse {
-                server_id: "a".into(),
-                last_backup_ms: NOW_MS,
-                alarm: alarm.into(),
-                ..Default::default()
-            };
-            let machine = MachineStatus {
-                machine: "u/m".into(),
-                last_backup_ms: NOW_MS,
-                uses: vec![at],
-                ..Default::default()
-            };
-            found(vec![server("a")], vec![machine])
-        };
+        let with = |alarm: &str| found_at(MachineUse { alarm: alarm.into(), ..Default::default() });
         assert!(with("").is_empty());
         let seen = with("alarm: backup 7 of u/m");
         let about = About::Alarm("u/m".into(), "a".into());

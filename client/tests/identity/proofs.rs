@@ -3,13 +3,7 @@
 use janus_proto::{error::ErrorReason, ids::BackupId, pb, proof::Statement, tls::Role};
 use xtask::site::USER;
 
-use crate::scene::{A, B, Carried, Scene, proof, refused};
-
-fn start_of(id: &str) -> pb::StartBackupRequest {
-    let disk =
-        pb::DiskStart { disk_id: "disk".into(), size_bytes: 4096, logical_sector_bytes: 512 };
-    pb::StartBackupRequest { backup_id: id.into(), disks: vec![disk], ..Default::default() }
-}
+use crate::scene::{A, B, Carried, Scene, proof, refused, start_of};
 
 #[test]
 fn who_holds_a_janus_key_acts_for_nobody_who_signs() {

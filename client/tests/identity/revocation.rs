@@ -2,18 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use janus_proto::{error::ErrorReason, ids::BackupId, pb, proof::Statement};
+use janus_proto::{error::ErrorReason, ids::BackupId, proof::Statement};
 use xtask::disk;
 
-use crate::scene::{A, B, Carried, MIB, Scene, proof, refused, until};
+use crate::scene::{A, B, Carried, MIB, Scene, proof, refused, start_of, until};
 
 const MINUTE: Duration = Duration::from_secs(60);
-
-fn start_of(id: &str) -> pb::StartBackupRequest {
-    let disk =
-        pb::DiskStart { disk_id: "disk".into(), size_bytes: 4096, logical_sector_bytes: 512 };
-    pb::StartBackupRequest { backup_id: id.into(), disks: vec![disk], ..Default::default() }
-}
 
 #[test]
 fn a_revoked_machine_is_cut_off_everywhere_and_comes_back_with_a_new_certificate() {

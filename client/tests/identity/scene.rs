@@ -32,6 +32,13 @@ pub const A: &str = "server-a";
 pub const B: &str = "server-b";
 pub const MIB: u64 = 1 << 20;
 
+/// A start of a run of one small disk.
+pub fn start_of(id: &str) -> pb::StartBackupRequest {
+    let disk =
+        pb::DiskStart { disk_id: "disk".into(), size_bytes: 4096, logical_sector_bytes: 512 };
+    pb::StartBackupRequest { backup_id: id.into(), disks: vec![disk], ..Default::default() }
+}
+
 pub struct Scene {
     pub site: Site,
     pub enroll_url: String,
