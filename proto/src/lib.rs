@@ -54,5 +54,6 @@ pub mod summed;
 pub mod table;
 pub mod tls;
 pub mod trace;
+pub mod trust;
 pub mod wake;
 pub mod webhook;

@@ -1,21 +1,18 @@
 //! Messages to a webhook: a POST of JSON by HTTP/1.1, one attempt each. Deadlines are the caller's.
 
-use std::{fmt::Display, path::Path};
+use std::path::Path;
 
 use bytes::Bytes;
 use http::{Method, Request, Uri, header};
 use http_body_util::Full;
-use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
-use rustls::{
-    ClientConfig, RootCertStore,
-    crypto::ring,
-    pki_types::{CertificateDer, pem::PemObject},
-};
 use serde_json::Value;
+
+use crate::trust;
 
 /// Why a message wasn't taken.
 #[derive(Debug, thiserror::Error)]
@@ -51,20 +48,11 @@ impl Webhook {
         if !is_http || uri.host().is_none_or(str::is_empty) {
             return Err(wrong("is not a URL: write https://HOST/PATH"));
         }
-        let setup = |why: String| DeliverError::Setup(why);
-        let tls = ClientConfig::builder_with_provider(ring::default_provider().into())
-            .with_safe_default_protocol_versions()
-            .map_err(|error| setup(error.to_string()))?;
-        let tls = match (uri.scheme_str(), ca) {
-            (Some("https"), Some(ca)) => tls.with_root_certificates(roots(ca).map_err(setup)?),
-            (Some("https"), None) => tls.with_native_roots().map_err(|error| {
-                setup(format!(
-                    "this system's CA certificates can't be read (package ca-certificates): {error}"
-                ))
-            })?,
-            _ => tls.with_root_certificates(RootCertStore::empty()),
+        let tls = match uri.scheme_str() {
+            Some("https") => trust::trusting(ca),
+            _ => trust::nobody(),
         };
-        let tls = tls.with_no_client_auth();
+        let tls = tls.map_err(DeliverError::Setup)?;
         let connector = HttpsConnectorBuilder::new()
             .with_tls_config(tls)
             .https_or_http()
@@ -116,16 +104,6 @@ fn without_secrets(url: &str) -> String {
         "" => format!("{host}{more}"),
         scheme => format!("{scheme}://{host}{more}"),
     }
-}
-
-/// The certificates of a PEM file, at least one.
-fn roots(ca: &Path) -> Result<RootCertStore, String> {
-    let failed = |why: &dyn Display| format!("{}: {why}", ca.display());
-    let mut roots = RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(ca).map_err(|error| failed(&error))? {
-        roots.add(certificate.map_err(|error| failed(&error))?).map_err(|error| failed(&error))?;
-    }
-    if roots.is_empty() { Err(failed(&"holds no certificate")) } else { Ok(roots) }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper_rustls::{ConfigBuilderExt, HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
@@ -23,8 +23,9 @@ use object_store::{
         HttpResponseBody, HttpService,
     },
 };
-use rustls::{ClientConfig, crypto::ring};
 use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::trust::trusting;
 
 /// How long a connection may take to be made.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -42,20 +43,13 @@ impl Connector {
     /// # Errors
     /// Says why these can't be read.
     pub fn new(silence: Duration) -> Result<Self, String> {
-        let tls = ClientConfig::builder_with_provider(ring::default_provider().into())
-            .with_safe_default_protocol_versions()
-            .map_err(|error| error.to_string())?;
-        let tls = tls.with_native_roots().map_err(|error| {
-            format!(
-                "this system's CA certificates can't be read (package ca-certificates): {error}"
-            )
-        })?;
+        let tls = trusting(None)?;
         let mut tcp = HttpConnector::new();
         tcp.set_connect_timeout(Some(CONNECT));
         tcp.set_nodelay(true);
         tcp.enforce_http(false);
         let connector = HttpsConnectorBuilder::new()
-            .with_tls_config(tls.with_no_client_auth())
+            .with_tls_config(tls)
             .https_or_http()
             .enable_http1()
             .wrap_connector(tcp);

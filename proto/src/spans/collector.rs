@@ -7,7 +7,7 @@ use std::{error::Error, io, sync::Arc, time::Duration};
 
 use http::Uri;
 use hyper_util::rt::TokioIo;
-use rustls::{ClientConfig, RootCertStore, crypto::ring, pki_types::ServerName};
+use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
@@ -15,6 +15,8 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
+
+use crate::trust::trusting;
 
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
@@ -24,7 +26,7 @@ pub(super) fn channel(endpoint: &str, deadline: Duration) -> Result<Channel, Str
     let failed = |error: &dyn Error| error.to_string();
     let to = Endpoint::from_shared(endpoint.to_owned()).map_err(|error| failed(&error))?;
     let tls = match endpoint.starts_with("https:") {
-        true => Some(TlsConnector::from(Arc::new(trusting_the_system()?))),
+        true => Some(TlsConnector::from(Arc::new(tls()?))),
         false => None,
     };
     let connector = service_fn(move |uri: Uri| {
@@ -44,20 +46,8 @@ async fn connect(uri: &Uri, tls: Option<TlsConnector>) -> io::Result<Box<dyn Str
     Ok(Box::new(tls.connect(name, tcp).await?))
 }
 
-fn trusting_the_system() -> Result<ClientConfig, String> {
-    let mut roots = RootCertStore::empty();
-    let found = rustls_native_certs::load_native_certs();
-    roots.add_parsable_certificates(found.certs);
-    if roots.is_empty() {
-        let why = found.errors.first().map(|error| format!(": {error}")).unwrap_or_default();
-        return Err(format!(
-            "this system trusts no authority (package ca-certificates), so https can't be checked{why}"
-        ));
-    }
-    let config = ClientConfig::builder_with_provider(ring::default_provider().into())
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?;
-    let mut config = config.with_root_certificates(roots).with_no_client_auth();
+fn tls() -> Result<ClientConfig, String> {
+    let mut config = trusting(None)?;
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(config)
 }
