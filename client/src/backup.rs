@@ -321,6 +321,7 @@ impl Backup {
             backup_id,
             disks: self.disks.iter().map(start).collect(),
             use_counter: self.state.use_counter().saturating_add(1),
+            machine: self.gate.machine.clone(),
         }
     }
 

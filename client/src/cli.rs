@@ -33,7 +33,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus_proto::{
     archive::{Place, place::SILENCE},
     channel::Proxied,
-    ids::MachineKey,
+    ids::{MachineKey, ServerId},
     settings::Loader,
     tls::{Identity, Role},
     trace,
@@ -54,12 +54,7 @@ pub use self::{
     sources::sources,
 };
 use crate::{
-    archive, bandwidth,
-    browse::reader,
-    config::Settings,
-    frozen::watchdog,
-    link::{Address, Link},
-    wake,
+    archive, bandwidth, browse::reader, config::Settings, frozen::watchdog, link::Link, wake,
     ways::Ways,
 };
 
@@ -73,6 +68,10 @@ pub fn loader() -> Loader<Settings> {
         ("cache_path", "Folder of the hash cache and of the open run"),
         ("encryption", "Who encrypts backups: none, or client (see `seal init`)"),
         ("seal_key", "File of the key that they are sealed with; empty: seal.key beside key"),
+        (
+            "for_machine",
+            "Whose disks these are, where a group's rights allow it; empty: the certificate's own",
+        ),
         ("disks", "Disks to back up: /dev/sdX or NAME=/path/to/image"),
         ("allow_live", "Read disks that are mounted writable"),
         ("make_snapshots", "Read mounted volumes of LVM and ZFS from a snapshot, made for it"),
@@ -130,7 +129,7 @@ pub fn command() -> Command {
         Arg::new("machine")
             .long("machine")
             .value_name("USER/MACHINE")
-            .help("Machine to ask about; operators must name one")
+            .help("Machine to ask about; users and operators must name one")
     };
     let json = || {
         Arg::new("json")
@@ -311,7 +310,7 @@ impl Context {
         let Some(url) = from_archive(matches) else { return Ok(None) };
         let silence = matches.get_one::<u64>("archive-timeout").copied().map(Duration::from_secs);
         let place = Place { silence: silence.unwrap_or(SILENCE), ..Place::new(url) };
-        let named = address(matches)?.machine;
+        let named = named_machine(matches)?;
         let own = identity.and_then(|identity| match identity.principal().role.clone() {
             Role::Client(machine) | Role::Restore(machine) => Some(machine),
             _ => None,
@@ -379,11 +378,24 @@ pub fn from_archive(matches: &ArgMatches) -> Option<&String> {
 }
 
 /// Where a call goes, by the flags `--server` and `--machine`.
-fn address(matches: &ArgMatches) -> Result<Address, Failure> {
-    let server = matches.get_one::<String>("server").map(|name| name.parse()).transpose()?;
-    let machine = matches.try_get_one::<String>("machine").ok().flatten();
-    let machine: Option<MachineKey> = machine.map(|key| key.parse()).transpose()?;
-    Ok(Address { server, run: None, machine })
+/// Whose backups are made with a certificate of this role; `None`: nobody's.
+fn whose(settings: &Settings, role: &Role) -> Result<Option<MachineKey>, Failure> {
+    let own = match role {
+        Role::Client(machine) => Some(machine.clone()),
+        _ => None,
+    };
+    Ok(settings.machine()?.or(own))
+}
+
+/// The one of flag `--server`.
+fn server(matches: &ArgMatches) -> Result<Option<ServerId>, Failure> {
+    Ok(matches.get_one::<String>("server").map(|name| name.parse()).transpose()?)
+}
+
+/// The one of flag `--machine`.
+fn named_machine(matches: &ArgMatches) -> Result<Option<MachineKey>, Failure> {
+    let named = matches.try_get_one::<String>("machine").ok().flatten();
+    Ok(named.map(|key| key.parse()).transpose()?)
 }
 
 #[cfg(test)]

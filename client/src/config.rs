@@ -4,7 +4,8 @@ use std::{num::NonZero, path::PathBuf, time::Duration};
 
 use janus_proto::{
     channel::{NoProxy, Proxies, Target},
-    ids::DiskId,
+    error::WireError,
+    ids::{DiskId, MachineKey},
     log::{LogFormat, LogPlan},
     pb,
     wake::WakeError,
@@ -34,6 +35,9 @@ pub struct Settings {
     pub encryption: Encryption,
     /// File of the key they are sealed with; empty: `seal.key` beside `key`.
     pub seal_key: PathBuf,
+    /// Whose disks these are, `USER/MACHINE`, where a group's rights let the certificate back others up; empty: the
+    /// certificate's own.
+    pub for_machine: String,
     /// Disks to back up: `/dev/sdb`, `name=/path/disk.img`, `name=nbd://host/export`, `name=qcow2:/path/disk.qcow2`.
     pub disks: Vec<String>,
     /// Read disks that are mounted writable.
@@ -96,6 +100,7 @@ impl Default for Settings {
             key: "key.pem".into(),
             ca: "ca.pem".into(),
             cache_path: "/var/cache/janus-client".into(),
+            for_machine: String::new(),
             encryption: Encryption::None,
             seal_key: PathBuf::new(),
             disks: Vec::new(),
@@ -175,6 +180,9 @@ pub enum ConfigError {
     /// Not a limit.
     #[error("bandwidth: {0}")]
     Bandwidth(bandwidth::LimitError),
+    /// Not a machine.
+    #[error("setting for_machine: {0}")]
+    Machine(WireError),
     /// Not a host to wake.
     #[error("wake: {0}, or \"remembered\"")]
     Wake(WakeError),
@@ -277,6 +285,17 @@ impl Settings {
             "lz4" => Ok(Only(pb::Encoding::Lz4)),
             "zstd" => Ok(Only(pb::Encoding::Zstd)),
             _ => Err(ConfigError::Encoding(self.encoding.clone())),
+        }
+    }
+
+    /// Whose disks these are, where the settings say so.
+    ///
+    /// # Errors
+    /// When that is no machine.
+    pub fn machine(&self) -> Result<Option<MachineKey>, ConfigError> {
+        match self.for_machine.as_str() {
+            "" => Ok(None),
+            name => name.parse().map(Some).map_err(ConfigError::Machine),
         }
     }
 

@@ -401,7 +401,7 @@ impl Link {
         message: pb::StartBackupRequest,
         use_counter: u64,
     ) -> Result<Response<pb::StartBackupResponse>, Status> {
-        let statement = Statement::start(&message);
+        let statement = Statement::start(&message, address.machine.as_ref());
         let mut request = self.proven(address, message, &statement, START);
         request.metadata_mut().insert(metadata::USE, use_counter.into());
         self.backup().start_backup(request).await
@@ -416,7 +416,7 @@ impl Link {
         address: &Address,
         message: pb::CommitBackupRequest,
     ) -> Result<Response<pb::CommitBackupResponse>, Status> {
-        let statement = Statement::commit(&message);
+        let statement = Statement::commit(&message, address.machine.as_ref());
         let request = self.proven(address, message, &statement, COMMIT);
         self.backup().commit_backup(request).await
     }

@@ -5,7 +5,7 @@
 
 use janus_proto::{
     error::WireError,
-    ids::{BlockHash, DiskId, ServerId},
+    ids::{BlockHash, DiskId, MachineKey, ServerId},
     pb::{
         CloseSnapshotRequest, GetServerInfoRequest, OpenSnapshotRequest, Snapshot,
         read_hashes_request::Of,
@@ -35,7 +35,7 @@ pub struct Learnt {
 pub async fn learn(
     ways: &Ways,
     cache: &DiskCache,
-    disk: &DiskId,
+    (machine, disk): (Option<&MachineKey>, &DiskId),
     listing: &Listing,
 ) -> Vec<Learnt> {
     let mut learnt: Vec<Learnt> = Vec::new();
@@ -51,7 +51,9 @@ pub async fn learn(
                 snapshot.size_bytes,
                 cache.size_bytes()
             )),
-            (true, true) => learn_one(ways, cache, snapshot).await.map_err(|e| e.to_string()),
+            (true, true) => {
+                learn_one(ways, cache, machine, snapshot).await.map_err(|e| e.to_string())
+            }
         };
         let (server, snapshot) = (snapshot.server_id.clone(), snapshot.snapshot_id.clone());
         learnt.push(Learnt { server, snapshot, outcome });
@@ -63,11 +65,12 @@ pub async fn learn(
 async fn learn_one(
     ways: &Ways,
     cache: &DiskCache,
+    machine: Option<&MachineKey>,
     snapshot: &Snapshot,
 ) -> Result<usize, ReconcileError> {
     let (mut tries, mut failed) = (ways.tries(), None);
     while let Some((_, link)) = tries.next().await {
-        match learn_through(&link, cache, snapshot).await {
+        match learn_through(&link, cache, machine, snapshot).await {
             Err(ReconcileError::Link(error)) if error.remedy() == Remedy::Reconnect => {
                 failed.get_or_insert(error);
             }
@@ -80,11 +83,12 @@ async fn learn_one(
 async fn learn_through(
     link: &Link,
     cache: &DiskCache,
+    machine: Option<&MachineKey>,
     snapshot: &Snapshot,
 ) -> Result<usize, ReconcileError> {
     let invalid = LinkError::answer("listing snapshots");
     let server: ServerId = snapshot.server_id.parse().map_err(invalid)?;
-    let address = Address { server: Some(server.clone()), ..Address::default() };
+    let address = Address { server: Some(server.clone()), run: None, machine: machine.cloned() };
     let asked = address.request(GetServerInfoRequest {}, Some(QUICK));
     let info = link
         .info()

@@ -7,7 +7,7 @@ use std::{
 
 use janus_proto::{
     error::WireError,
-    ids::{BackupId, BlockHash, DiskId, ServerId, SessionId},
+    ids::{BackupId, BlockHash, DiskId, MachineKey, ServerId, SessionId},
     metadata,
     pb::{self, Encoding, StartBackupRequest, StartBackupResponse},
 };
@@ -106,6 +106,8 @@ pub struct Gate {
     pub failover_wait: Duration,
     /// Whether streams may go past janus.
     pub direct: Direct,
+    /// Whose backups these are, where they aren't of the caller's own machine.
+    pub machine: Option<MachineKey>,
 }
 
 /// What to start.
@@ -117,6 +119,8 @@ pub struct StartPlan {
     pub disks: Vec<pb::DiskStart>,
     /// Highest use counter known + 1.
     pub use_counter: u64,
+    /// As in [`Gate`].
+    pub machine: Option<MachineKey>,
 }
 
 /// One disk's session, as the server described it.
@@ -166,7 +170,9 @@ pub struct Run {
 impl Run {
     /// Where the run's calls go.
     pub fn address(&self) -> Address {
-        Address { server: Some(self.server.clone()), run: Some(self.plan.backup_id), machine: None }
+        let StartPlan { backup_id, machine, .. } = &self.plan;
+        let (server, run) = (Some(self.server.clone()), Some(*backup_id));
+        Address { server, run, machine: machine.clone() }
     }
 }
 
@@ -242,7 +248,8 @@ impl Gate {
     /// # Errors
     /// When it can't be told through any URL.
     pub async fn abort(&self, backup_id: BackupId, server: &ServerId) -> Result<(), LinkError> {
-        let address = Address { server: Some(server.clone()), run: Some(backup_id), machine: None };
+        let (server, machine) = (Some(server.clone()), self.machine.clone());
+        let address = Address { server, run: Some(backup_id), machine };
         let mut tries = self.ways.tries();
         let mut last = None;
         while let Some((_, link)) = tries.next().await {
@@ -278,8 +285,8 @@ async fn start_through(
         encodings: vec![Encoding::None.into(), Encoding::Lz4.into(), Encoding::Zstd.into()],
         features: vec![],
     };
-    let address =
-        Address { server: server.cloned(), run: server.map(|_| plan.backup_id), machine: None };
+    let (run, machine) = (server.map(|_| plan.backup_id), plan.machine.clone());
+    let address = Address { server: server.cloned(), run, machine };
     let started = link.start_backup(&address, message, plan.use_counter).await;
     let (headers, answer, _) = started.map_err(LinkError::call(STARTING))?.into_parts();
     let run = parse_start(link, plan, &headers, &answer).map_err(LinkError::answer(STARTING))?;

@@ -35,16 +35,23 @@ pub fn differences(told: &[(ServerId, SharedSettings)]) -> Vec<String> {
         ("separate_folders_by_user", |told| told.separate_folders_by_user.to_string()),
     ];
     let line = |(key, value): Setting| {
-        let mut servers: BTreeMap<String, Vec<&str>> = BTreeMap::new();
-        for (server, told) in told {
-            servers.entry(value(told)).or_default().push(server.as_str());
-        }
-        let each =
-            servers.iter().map(|(value, servers)| format!("{value} on {}", servers.join(", ")));
-        let each: Vec<String> = each.collect();
-        (each.len() > 1).then(|| format!("{key} differs: {}", each.join("; ")))
+        difference(key, told.iter().map(|(server, told)| (server, value(told))))
     };
     settings.into_iter().filter_map(line).collect()
+}
+
+/// The line for one setting, if the servers don't have the same value.
+pub fn difference<'a>(
+    key: &str,
+    values: impl Iterator<Item = (&'a ServerId, String)>,
+) -> Option<String> {
+    let mut servers: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for (server, value) in values {
+        servers.entry(value).or_default().push(server.as_str());
+    }
+    let each = servers.iter().map(|(value, servers)| format!("{value} on {}", servers.join(", ")));
+    let each: Vec<String> = each.collect();
+    (each.len() > 1).then(|| format!("{key} differs: {}", each.join("; ")))
 }
 
 #[cfg(test)]

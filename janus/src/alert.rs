@@ -21,6 +21,7 @@ pub use self::deliver::Way;
 use crate::{
     findings::{About, Finding, findings},
     info::Info,
+    registry::Sight,
 };
 
 /// Pause between two looks.
@@ -170,7 +171,7 @@ pub async fn run(info: Info, rule: Rule, way: Way, stop: CancellationToken) {
         let (mut pause, mut next_try) = (FIRST_PAUSE, Instant::now());
         loop {
             sleep(LOOK).await;
-            for alert in watch.look(&info.status(None), unix_ms()) {
+            for alert in watch.look(&info.status(&Sight::all()), unix_ms()) {
                 warn!(subject = alert.subject, event = alert.event.name(), "{}", alert.text);
                 waiting.push_back(alert);
             }

@@ -33,6 +33,7 @@ use self::{
 use crate::{
     fleet::Fleet,
     patience::Wait,
+    registry::{Registry, Sight},
     router::for_server,
     upstream::{Down, Link, Need, Upstream},
 };
@@ -54,47 +55,43 @@ struct Asker {
     /// Trace that the calls to servers belong to.
     trace: Option<TraceContext>,
     principal: Arc<Principal>,
-    /// The only machine that the caller may see; `None` for operators and servers.
-    own: Option<MachineKey>,
+    sight: Sight,
 }
 
 impl Asker {
-    fn of<T>(request: &Request<T>) -> Result<Self, Status> {
+    fn of<T>(request: &Request<T>, registry: &Registry) -> Result<Self, Status> {
         let principal = request.extensions().get::<Arc<Principal>>().cloned();
         let principal = principal
             .ok_or_else(|| status(ErrorReason::IdentityMissing, "caller has no certificate"))?;
-        let own = match &principal.role {
-            Role::Client(own) | Role::Restore(own) => Some(own.clone()),
-            // Servers look for what they may mirror, or be seeded with.
-            Role::Operator(_) | Role::Server(_) => None,
-            other => {
-                return Err(status(
-                    ErrorReason::NotAllowed,
-                    format!("{other} may not read the catalog"),
-                ));
-            }
-        };
+        // Servers look for what they may mirror, or be seeded with.
+        if let Role::Janus(_) = &principal.role {
+            let text = format!("{principal} may not read the catalog");
+            return Err(status(ErrorReason::NotAllowed, text));
+        }
         let trace = request.extensions().get::<TraceContext>().copied();
-        Ok(Self { principal, own, trace })
+        Ok(Self { sight: registry.sight(&principal), principal, trace })
     }
 
     /// The machine that a list is about: as named in the message or in the metadata.
-    fn machine<T>(&self, request: &Request<T>, named: &str) -> Result<MachineKey, Status> {
+    fn machine<T>(
+        &self,
+        request: &Request<T>,
+        named: &str,
+        registry: &Registry,
+    ) -> Result<MachineKey, Status> {
         let header =
             request.metadata().get(metadata::MACHINE).and_then(|value| value.to_str().ok());
         let named = if named.is_empty() { header.unwrap_or_default() } else { named };
-        match (&self.own, named) {
+        match (self.principal.machine(), named) {
             (Some(own), "") => Ok(own.clone()),
             (None, "") => Err(WireError::Missing { field: "machine" }.into()),
-            (own, named) => {
+            (_, named) => {
                 let machine: MachineKey = named.parse()?;
-                match own {
-                    Some(own) if *own != machine => {
-                        let message = format!("{} may not read machine {machine}", self.principal);
-                        Err(status(ErrorReason::NotAllowed, message))
-                    }
-                    _ => Ok(machine),
+                if self.sight.sees(&machine) || !registry.is_told_of_grants() {
+                    return Ok(machine);
                 }
+                let message = format!("{} may not read machine {machine}", self.principal);
+                Err(status(ErrorReason::NotAllowed, message))
             }
         }
     }
@@ -169,7 +166,7 @@ impl Catalog {
         }
         for server in self.strangers(&servers) {
             unreachable.push(self.stranger(&server));
-            entries.push(self.remembered(&server, &query, size, &position));
+            entries.push(self.remembered(&server, &asker.sight, &query, size, &position));
         }
         let (entries, next) = merge(entries, size, position);
         Ok(Merged {
@@ -204,8 +201,8 @@ impl Catalog {
             (Err(down), _) => down,
             (Ok(_), None) => Down { reason: "was lost just now".into(), since_ms: unix_ms() },
         };
-        let memory =
-            upstream.server().map(|server| self.remembered(&server, query, size, position));
+        let remembered = |server| self.remembered(&server, &asker.sight, query, size, position);
+        let memory = upstream.server().map(remembered);
         let unreachable = pb::UnreachableServer {
             server_id: upstream.name(),
             reason: down.reason,
@@ -217,11 +214,13 @@ impl Catalog {
     fn remembered<E: Listed>(
         &self,
         server: &ServerId,
+        sight: &Sight,
         query: &Query,
         size: usize,
         position: &Position<E::Key>,
     ) -> Part<E> {
         let mut entries = E::remembered(self.fleet.registry(), server, query);
+        entries.retain(|entry| sight.sees_name(entry.machine(query)));
         entries.retain(|entry| position.after.as_ref().is_none_or(|after| entry.key() > *after));
         entries.sort_by_key(E::key);
         let is_complete = entries.len() <= size;
@@ -281,9 +280,7 @@ impl Catalog {
             }
         }
         let remembered = self.fleet.registry().snapshot(id).map(|(_, snapshot)| snapshot);
-        let may_see =
-            |s: &pb::Snapshot| asker.own.as_ref().is_none_or(|own| own.as_str() == s.machine);
-        if let Some(snapshot) = remembered.filter(may_see) {
+        if let Some(snapshot) = remembered.filter(|s| asker.sight.sees_name(&s.machine)) {
             return Ok(pb::Snapshot { reachable: false, ..snapshot });
         }
         let message = match unreachable.is_empty() {
@@ -349,7 +346,7 @@ async fn ask_snapshot(
     let link = upstream.gate(Need::Reads, Wait::Full).await.map_err(|down| down.reason)?;
     let mut client = client(&link);
     let request = asker
-        .request(asker.own.as_ref())
+        .request(asker.principal.machine())
         .map(|()| pb::GetSnapshotRequest { snapshot_id: id.to_string() });
     match timeout(DEADLINE, client.get_snapshot(request)).await {
         Ok(Ok(answer)) => Ok(answer.into_inner().snapshot),
@@ -367,8 +364,8 @@ impl CatalogService for Catalog {
         &self,
         request: Request<pb::ListMachinesRequest>,
     ) -> Result<Response<pb::ListMachinesResponse>, Status> {
-        let asker = Asker::of(&request)?;
-        let query = Query { machine: asker.own.clone(), disk: None };
+        let asker = Asker::of(&request, self.fleet.registry())?;
+        let query = Query { machine: None, disk: None };
         let asked = request.into_inner();
         let merged = self.list(&asker, query, asked.page_size, &asked.page_token).await?;
         let Merged { entries: machines, token: next_page_token, unreachable } = merged;
@@ -379,9 +376,13 @@ impl CatalogService for Catalog {
         &self,
         request: Request<pb::ListDisksRequest>,
     ) -> Result<Response<pb::ListDisksResponse>, Status> {
-        let asker = Asker::of(&request)?;
+        let asker = Asker::of(&request, self.fleet.registry())?;
         let query = Query {
-            machine: Some(asker.machine(&request, &request.get_ref().machine)?),
+            machine: Some(asker.machine(
+                &request,
+                &request.get_ref().machine,
+                self.fleet.registry(),
+            )?),
             disk: None,
         };
         let asked = request.into_inner();
@@ -394,8 +395,9 @@ impl CatalogService for Catalog {
         &self,
         request: Request<pb::ListSnapshotsRequest>,
     ) -> Result<Response<pb::ListSnapshotsResponse>, Status> {
-        let asker = Asker::of(&request)?;
-        let machine = Some(asker.machine(&request, &request.get_ref().machine)?);
+        let asker = Asker::of(&request, self.fleet.registry())?;
+        let machine =
+            Some(asker.machine(&request, &request.get_ref().machine, self.fleet.registry())?);
         let asked = request.into_inner();
         let disk = if asked.disk_id.is_empty() { None } else { Some(asked.disk_id.parse()?) };
         let merged =
@@ -416,7 +418,7 @@ impl CatalogService for Catalog {
         &self,
         request: Request<pb::GetSnapshotRequest>,
     ) -> Result<Response<pb::GetSnapshotResponse>, Status> {
-        let asker = Asker::of(&request)?;
+        let asker = Asker::of(&request, self.fleet.registry())?;
         let id: SnapshotId = request.get_ref().snapshot_id.parse()?;
         let snapshot = self.find(&asker, id).await?;
         let addresses = self.addresses(&snapshot.server_id);

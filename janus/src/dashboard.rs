@@ -20,6 +20,7 @@ use crate::{
     findings::{About, Finding, Verdict, findings, name_of},
     metrics::Figures,
     registry::RunNow,
+    registry::Sight,
 };
 
 const STYLE: &str = include_str!("../assets/page.css");
@@ -53,7 +54,8 @@ fn safe_headers(cache: &'static str) -> [(HeaderName, &'static str); 4] {
 }
 
 fn page(figures: &Figures) -> Markup {
-    let (status, runs) = (figures.info.status(None), figures.info.fleet().registry().runs());
+    let (status, runs) =
+        (figures.info.status(&Sight::all()), figures.info.fleet().registry().runs());
     let facts: Vec<ServerFacts> = figures
         .info
         .fleet()

@@ -8,7 +8,7 @@ use std::{
 
 use janus_proto::{
     clock::unix_ms,
-    ids::{MachineKey, ServerId},
+    ids::ServerId,
     pb::{
         GetRouterStatusRequest, GetRouterStatusResponse, GetServerInfoRequest,
         GetServerInfoResponse, MachineStatus, MachineUse, ServerStatus, WakeServersRequest,
@@ -21,6 +21,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     fleet::Fleet,
+    registry::Sight,
     upstream::{Need, Upstream},
     wake::Waker,
 };
@@ -55,22 +56,22 @@ impl Info {
         &self.fleet
     }
 
-    /// How all stands now: for a client with its own machine alone, else with all machines.
-    pub fn status(&self, own: Option<&MachineKey>) -> GetRouterStatusResponse {
+    /// How all stands now, with the machines that somebody may see.
+    pub fn status(&self, sight: &Sight) -> GetRouterStatusResponse {
         let mut servers: Vec<ServerStatus> =
-            self.fleet.servers().iter().map(|server| self.line(server, own)).collect();
+            self.fleet.servers().iter().map(|server| self.line(server, sight)).collect();
         // While a server of server_urls was never reached, its name isn't known, so it may be the one that reports.
         let all_named = servers.iter().all(|line| !line.server_id.is_empty());
         for server in self.fleet.registry().reporting().iter().filter(|_| all_named) {
             if servers.iter().all(|line| line.server_id != server.as_str()) {
-                servers.push(self.stranger(server, own));
+                servers.push(self.stranger(server, sight));
             }
         }
         GetRouterStatusResponse {
             janus_id: self.id.to_string(),
             version: env!("CARGO_PKG_VERSION").into(),
             servers,
-            machines: self.machines(own),
+            machines: self.machines(sight),
             warnings: self.fleet.warnings(),
             certificate_expires_ms: self.identity.expires().saturating_mul(1000),
         }
@@ -82,12 +83,12 @@ impl Info {
     }
 
     /// When a backup on a server was last proven.
-    fn proven_ms(&self, server: &ServerId, own: Option<&MachineKey>) -> i64 {
-        let proofs = self.fleet.registry().proofs(server, own);
+    fn proven_ms(&self, server: &ServerId, sight: &Sight) -> i64 {
+        let proofs = self.fleet.registry().proofs(server, sight);
         proofs.iter().map(|(_, proof)| proof.proven_ms).max().unwrap_or(0)
     }
 
-    fn line(&self, upstream: &Upstream, own: Option<&MachineKey>) -> ServerStatus {
+    fn line(&self, upstream: &Upstream, sight: &Sight) -> ServerStatus {
         let server = upstream.server();
         let down = self.fleet.stand(upstream, Need::Starts).err();
         let counters = upstream.counters();
@@ -99,13 +100,13 @@ impl Info {
             settings: server.as_ref().and_then(|id| self.fleet.registry().settings_of(id)),
             damaged: server
                 .as_ref()
-                .map(|id| self.fleet.registry().damaged(id, own))
+                .map(|id| self.fleet.registry().damaged(id, sight))
                 .unwrap_or_default(),
             incomplete_snapshots: server
                 .as_ref()
-                .map_or(0, |id| self.fleet.registry().incomplete(id, own)),
-            proven_ms: server.as_ref().map_or(0, |id| self.proven_ms(id, own)),
-            warnings: if own.is_none() { vitals.warnings } else { Vec::new() },
+                .map_or(0, |id| self.fleet.registry().incomplete(id, sight)),
+            proven_ms: server.as_ref().map_or(0, |id| self.proven_ms(id, sight)),
+            warnings: if sight.is_all() { vitals.warnings } else { Vec::new() },
             revocations_digest: vitals.revocations_digest,
             server_id: server.map(String::from).unwrap_or_default(),
             url: upstream.url(),
@@ -126,8 +127,8 @@ impl Info {
     }
 
     /// The backups of each machine, or of one, and how it has used the servers.
-    fn machines(&self, own: Option<&MachineKey>) -> Vec<MachineStatus> {
-        let foreign = |name: &str| own.is_some_and(|own| own.as_str() != name);
+    fn machines(&self, sight: &Sight) -> Vec<MachineStatus> {
+        let foreign = |name: &str| !sight.sees_name(name);
         let mut machines: BTreeMap<String, MachineStatus> = BTreeMap::new();
         for ((name, server), last_backup_ms) in self.fleet.registry().last_backups() {
             if foreign(&name) {
@@ -160,14 +161,14 @@ impl Info {
                     }),
                 }
             }
-            for (name, alarm) in self.fleet.registry().alarms(&server, own) {
+            for (name, alarm) in self.fleet.registry().alarms(&server, sight) {
                 let machine = machines.get_mut(name.as_str());
                 let mut uses = machine.into_iter().flat_map(|machine| &mut machine.uses);
                 if let Some(at) = uses.find(|at| at.server_id == server.as_str()) {
                     at.alarm = alarm;
                 }
             }
-            for (name, proof) in self.fleet.registry().proofs(&server, own) {
+            for (name, proof) in self.fleet.registry().proofs(&server, sight) {
                 let machine = machines.get_mut(name.as_str());
                 let mut uses = machine.into_iter().flat_map(|machine| &mut machine.uses);
                 if let Some(at) = uses.find(|at| at.server_id == server.as_str()) {
@@ -185,17 +186,17 @@ impl Info {
     }
 
     /// A server that reports here but that no call can be sent to.
-    fn stranger(&self, server: &ServerId, own: Option<&MachineKey>) -> ServerStatus {
+    fn stranger(&self, server: &ServerId, sight: &Sight) -> ServerStatus {
         let vitals = self.fleet.registry().vitals_of(server).unwrap_or_default();
         ServerStatus {
             server_id: server.to_string(),
             reason: "reports to this janus but is not in its server_urls".into(),
             report_age_ms: self.report_age_ms(Some(server)),
             settings: self.fleet.registry().settings_of(server),
-            damaged: self.fleet.registry().damaged(server, own),
-            incomplete_snapshots: self.fleet.registry().incomplete(server, own),
-            proven_ms: self.proven_ms(server, own),
-            warnings: if own.is_none() { vitals.warnings } else { Vec::new() },
+            damaged: self.fleet.registry().damaged(server, sight),
+            incomplete_snapshots: self.fleet.registry().incomplete(server, sight),
+            proven_ms: self.proven_ms(server, sight),
+            warnings: if sight.is_all() { vitals.warnings } else { Vec::new() },
             revocations_digest: vitals.revocations_digest,
             free_bytes: vitals.free_bytes,
             total_bytes: vitals.total_bytes,
@@ -230,16 +231,9 @@ impl ServerInfoService for Info {
     ) -> Result<Response<GetRouterStatusResponse>, Status> {
         self.fleet.first_look().await;
         let principal = request.extensions().get::<Arc<Principal>>();
-        let mut status = self.status(principal.and_then(|caller| caller.machine()));
-        if principal.is_none() {
-            status.machines.clear();
-            for server in &mut status.servers {
-                server.damaged.clear();
-                server.incomplete_snapshots = 0;
-                server.warnings.clear();
-            }
-        }
-        Ok(Response::new(status))
+        // Who hasn't said who he is sees no machine.
+        let sight = principal.map(|caller| self.fleet.registry().sight(caller));
+        Ok(Response::new(self.status(&sight.unwrap_or_default())))
     }
 
     async fn wake_servers(

@@ -15,6 +15,7 @@ use crate::{
     agreement::differences,
     dashboard,
     info::Info,
+    registry::Sight,
     traffic::Latencies,
     upstream::{Need, Upstream},
 };
@@ -59,7 +60,7 @@ impl Collector for Figures {
         let fleet = self.info.fleet();
         let servers: Vec<(String, Upstream)> =
             fleet.distinct().into_iter().map(|upstream| (upstream.name(), upstream)).collect();
-        let status = self.info.status(None);
+        let status = self.info.status(&Sight::all());
         self.servers(encoder, &servers, &status)?;
         errors(encoder, &servers)?;
         self.machines(encoder)?;
@@ -163,7 +164,7 @@ impl Figures {
         let registry = self.info.fleet().registry();
         let mut proofs = Vec::new();
         for server in registry.servers() {
-            let of = registry.proofs(&server, None).into_iter();
+            let of = registry.proofs(&server, &Sight::all()).into_iter();
             proofs.extend(of.map(|(machine, proof)| (machine, server.clone(), proof)));
         }
         proofs.sort_by(|one, other| (&one.0, &one.1).cmp(&(&other.0, &other.1)));
@@ -189,7 +190,7 @@ impl Figures {
         let registry = self.info.fleet().registry();
         let mut alarms = Vec::new();
         for server in registry.servers() {
-            let of = registry.alarms(&server, None).into_iter();
+            let of = registry.alarms(&server, &Sight::all()).into_iter();
             alarms.extend(of.map(|(machine, _)| (machine, server.clone())));
         }
         alarms.sort();

@@ -6,6 +6,7 @@
 
 mod recall;
 mod runs;
+mod sight;
 mod state;
 
 use std::{
@@ -22,12 +23,15 @@ use janus_proto::{
 use tokio::time::Instant;
 
 pub use self::recall::Remembered;
-use crate::agreement::differences;
+use crate::agreement::{difference, differences};
 
-pub use self::runs::{Meter, RunNow};
 use self::{
     runs::Runs,
     state::{Chain, ServerState, Told, Version},
+};
+pub use self::{
+    runs::{Meter, RunNow},
+    sight::Sight,
 };
 
 /// Servers remembered, reporting or used.
@@ -277,6 +281,7 @@ impl Registry {
     /// What an administrator should look at: settings that differ, and names that two servers use.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = differences(&self.settings());
+        warnings.extend(self.policy_difference());
         let inner = self.lock();
         let rivals = inner.servers.iter().filter_map(|(server, state)| {
             let (own, (other, seen)) = (&state.version.generation, state.rival.as_ref()?);
@@ -287,6 +292,13 @@ impl Registry {
         });
         warnings.extend(rivals);
         warnings
+    }
+
+    /// Policies that don't give the same rights.
+    fn policy_difference(&self) -> Option<String> {
+        let short = |digest: &str| digest.get(..12).unwrap_or("none").to_owned();
+        let told = self.policies();
+        difference("policy", told.iter().map(|(server, digest)| (server, short(digest))))
     }
 
     /// Other servers whose newest report was of the same store as that of `server`.
@@ -310,44 +322,32 @@ impl Registry {
         self.lock().servers.get(server)?.vitals.clone()
     }
 
-    /// Machines that have damaged snapshots on a server, or this one.
-    pub fn damaged(
-        &self,
-        server: &ServerId,
-        machine: Option<&MachineKey>,
-    ) -> Vec<pb::DamagedMachine> {
-        self.lock().servers.get(server).map(|state| state.damaged(machine)).unwrap_or_default()
+    /// Machines that have damaged snapshots on a server.
+    pub fn damaged(&self, server: &ServerId, sight: &Sight) -> Vec<pb::DamagedMachine> {
+        self.lock().servers.get(server).map(|state| state.damaged(sight)).unwrap_or_default()
     }
 
-    /// Snapshots on a server, or of this machine there, that lack blocks.
-    pub fn incomplete(&self, server: &ServerId, machine: Option<&MachineKey>) -> u64 {
-        self.lock().servers.get(server).map_or(0, |state| state.incomplete(machine))
+    /// Snapshots on a server that lack blocks.
+    pub fn incomplete(&self, server: &ServerId, sight: &Sight) -> u64 {
+        self.lock().servers.get(server).map_or(0, |state| state.incomplete(sight))
     }
 
-    /// What was proven of machines' backups on a server, as it has reported: of this one, or of all.
-    pub fn proofs(
-        &self,
-        server: &ServerId,
-        machine: Option<&MachineKey>,
-    ) -> Vec<(MachineKey, pb::Proof)> {
+    /// What was proven of machines' backups on a server, as it has reported.
+    pub fn proofs(&self, server: &ServerId, sight: &Sight) -> Vec<(MachineKey, pb::Proof)> {
         let inner = self.lock();
         let told = inner.servers.get(server).map(|state| &state.told.proofs);
         let of = told.into_iter().flatten();
-        of.filter(|(key, _)| machine.is_none_or(|machine| machine == *key))
+        of.filter(|(key, _)| sight.sees(key))
             .map(|(key, proof)| (key.clone(), proof.clone()))
             .collect()
     }
 
-    /// Open alarms of machines on a server, as it has reported: of this one, or of all.
-    pub fn alarms(
-        &self,
-        server: &ServerId,
-        machine: Option<&MachineKey>,
-    ) -> Vec<(MachineKey, String)> {
+    /// Open alarms of machines on a server, as it has reported.
+    pub fn alarms(&self, server: &ServerId, sight: &Sight) -> Vec<(MachineKey, String)> {
         let inner = self.lock();
         let told = inner.servers.get(server).map(|state| &state.told.alarms);
         let of = told.into_iter().flatten();
-        of.filter(|(key, _)| machine.is_none_or(|machine| machine == *key))
+        of.filter(|(key, _)| sight.sees(key))
             .map(|(key, alarm)| (key.clone(), alarm.clone()))
             .collect()
     }
@@ -593,6 +593,7 @@ impl ReportSlot {
                 state.staged.as_mut().unwrap_or(&mut state.told).apply(change);
             }
             Some(Event::FullEnd(_)) => state.finish_full(),
+            Some(Event::Grants(grants)) => state.granted.get_or_insert_default().take(grants),
             Some(Event::Heartbeat(heartbeat)) => {
                 state.vitals = heartbeat.vitals.or(state.vitals.take());
             }

@@ -160,7 +160,12 @@ impl Stage {
                         error!(server = %self.server, %error, "revocations were not taken in");
                     }
                 }
-                Ok(slot.take(message.sequence, event)?)
+                let may_differ = matches!(event, Some(Event::Grants(_)));
+                slot.take(message.sequence, event)?;
+                if may_differ {
+                    self.reports.log_warnings();
+                }
+                Ok(())
             }
             (None, _) => Err(status(
                 ErrorReason::InvalidField,

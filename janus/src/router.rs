@@ -164,6 +164,7 @@ impl Router {
         let principal = principal
             .ok_or_else(|| status(ErrorReason::IdentityMissing, "caller has no certificate"))?;
         let caller = Caller::read(principal, request.headers())?;
+        caller.check_machine(self.0.fleet.registry(), route == Route::Start)?;
         if let Some(machine) = &caller.machine {
             trace::note("machine", machine);
         }

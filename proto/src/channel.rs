@@ -62,7 +62,7 @@ impl Expect {
         match role {
             Role::Server(_) => self != Self::Janus,
             Role::Janus(_) => self != Self::Server,
-            Role::Client(_) | Role::Restore(_) | Role::Operator(_) => false,
+            Role::Client(_) | Role::Restore(_) | Role::User(_) | Role::Operator(_) => false,
         }
     }
 

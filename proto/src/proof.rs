@@ -18,7 +18,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use crate::{
     clock::unix_ms,
     hash::hash_block,
-    ids::{BlockHash, ServerId},
+    ids::{BlockHash, MachineKey, ServerId},
     pb,
     tls::{Principal, signature_algorithms},
 };
@@ -70,9 +70,10 @@ impl Statement {
         Self { method, digest: hash_block(text.as_bytes()) }
     }
 
-    /// Of StartBackup: the run and its disks.
-    pub fn start(request: &pb::StartBackupRequest) -> Self {
+    /// Of StartBackup: the run, its disks, and for whom it is where that isn't the caller.
+    pub fn start(request: &pb::StartBackupRequest, other: Option<&MachineKey>) -> Self {
         let mut lines = vec![request.backup_id.clone()];
+        lines.extend(of_other(other));
         lines.extend(request.disks.iter().map(|disk| {
             format!("{} {} {}", disk.disk_id, disk.size_bytes, disk.logical_sector_bytes)
         }));
@@ -80,8 +81,9 @@ impl Statement {
     }
 
     /// Of CommitBackup: the run, and of each disk what it is based on and what it must hold then.
-    pub fn commit(request: &pb::CommitBackupRequest) -> Self {
+    pub fn commit(request: &pb::CommitBackupRequest, other: Option<&MachineKey>) -> Self {
         let mut lines = vec![request.backup_id.clone(), request.epoch.to_string()];
+        lines.extend(of_other(other));
         lines.extend(request.disks.iter().map(|disk| {
             let pb::DiskCommit { disk_id, expected_head_id, consistency, skipped_bytes, .. } = disk;
             let digest = hex::encode(&disk.table_digest);
@@ -95,6 +97,11 @@ impl Statement {
     pub fn open(request: &pb::OpenSnapshotRequest) -> Self {
         Self::of("OpenSnapshot", &[request.snapshot_id.clone(), request.table.to_string()])
     }
+}
+
+/// The line that names another machine than the caller's own.
+fn of_other(other: Option<&MachineKey>) -> Option<String> {
+    other.map(|machine| format!("for {machine}"))
 }
 
 /// What is signed: lines, each with its end, of ASCII text. Public for clients in other languages; `janus-proof` as the first
@@ -287,7 +294,9 @@ mod tests {
             disks: vec![disk],
             ..Default::default()
         };
-        assert_eq!(Statement::start(&start).digest, hash_block(b"id\ndisk 4096 512\n"));
+        assert_eq!(Statement::start(&start, None).digest, hash_block(b"id\ndisk 4096 512\n"));
+        let (other, lines) = ("bob/db".parse().unwrap(), b"id\nfor bob/db\ndisk 4096 512\n");
+        assert_eq!(Statement::start(&start, Some(&other)).digest, hash_block(lines));
         let commit = pb::CommitBackupRequest {
             backup_id: "id".into(),
             epoch: 3,
@@ -301,6 +310,6 @@ mod tests {
             client_seal: vec![1, 2].into(),
         };
         let lines = format!("id\n3\ndisk head {} 2 9\n0102\n", "ab".repeat(32));
-        assert_eq!(Statement::commit(&commit).digest, hash_block(lines.as_bytes()));
+        assert_eq!(Statement::commit(&commit, None).digest, hash_block(lines.as_bytes()));
     }
 }

@@ -14,12 +14,14 @@ mod archive;
 pub mod ask;
 mod audit;
 mod carry;
+mod delegated;
 mod enroll;
 mod lock;
 mod missing;
 mod moment;
 pub mod offline;
 mod person;
+mod policy;
 mod prove;
 mod purges;
 pub mod queue;
@@ -59,6 +61,7 @@ use crate::{
     config::Settings,
     enroll::{EnrollError, tokens::Tokens},
     pki::PkiError,
+    policy::Policy,
     prove::ProveError,
     retention::{Retention, RetentionError},
     revoked::{RevokeError, Revoked},
@@ -288,6 +291,14 @@ pub enum AdminError {
         /// As given.
         run: String,
     },
+    /// An account without that right.
+    #[error("{account} may not do this: {what}")]
+    NotDelegated {
+        /// Who asks.
+        account: String,
+        /// Why not.
+        what: String,
+    },
     /// A purge that needs another person.
     #[error("{0}")]
     Purge(String),
@@ -416,6 +427,8 @@ pub struct Admin {
     tokens: Arc<Tokens>,
     /// Of the server that runs; a command without one reads them itself.
     revoked: Option<Arc<Revoked>>,
+    /// What groups may do; only the server that runs knows.
+    policy: Option<Arc<Policy>>,
     purges: SmallFile<purges::Requests>,
 }
 
@@ -426,12 +439,17 @@ impl Admin {
         let queue = Queue::new(runs.store());
         let tokens = Arc::new(Tokens::new(runs.store()));
         let purges = SmallFile::new(runs.store(), purges::FILE);
-        Self { runs, settings, retention, queue, purges, tokens, revoked: None }
+        Self { runs, settings, retention, queue, purges, tokens, revoked: None, policy: None }
     }
 
     /// The same for the server that runs, with what it has revoked.
     pub fn with_revoked(self, revoked: Arc<Revoked>) -> Self {
         Self { revoked: Some(revoked), ..self }
+    }
+
+    /// The same with the rights of groups.
+    pub fn with_policy(self, policy: Arc<Policy>) -> Self {
+        Self { policy: Some(policy), ..self }
     }
 
     /// What is revoked here.

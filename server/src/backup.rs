@@ -160,10 +160,10 @@ impl BackupService for Backup {
         request: Request<pb::StartBackupRequest>,
     ) -> Result<Response<pb::StartBackupResponse>, Status> {
         let (caller, who) = (Caller::of(&request)?, Caller::who(&request));
-        let machine = caller.own_machine(request.metadata())?;
+        let machine = caller.machine_to_write(request.metadata())?;
         let used = use_counter(&request)?;
         let request = request.into_inner();
-        caller.has_proven(&Statement::start(&request))?;
+        caller.has_proven(&Statement::start(&request, caller.other(&machine)))?;
         let backup: BackupId = request.backup_id.parse()?;
         // A start has no run in its metadata yet.
         trace::note("backup_id", backup);
@@ -191,7 +191,7 @@ impl BackupService for Backup {
         &self,
         request: Request<Streaming<pb::WriteBlocksRequest>>,
     ) -> Result<Response<Self::WriteBlocksStream>, Status> {
-        let machine = Caller::of(&request)?.own_machine(request.metadata())?;
+        let machine = Caller::of(&request)?.machine_to_write(request.metadata())?;
         let (acks, answers) = mpsc::channel(QUEUE);
         let stream = request.into_inner();
         let runs = self.runs.clone();
@@ -211,9 +211,9 @@ impl BackupService for Backup {
         request: Request<pb::CommitBackupRequest>,
     ) -> Result<Response<pb::CommitBackupResponse>, Status> {
         let (caller, who) = (Caller::of(&request)?, Caller::who(&request));
-        let machine = caller.own_machine(request.metadata())?;
+        let machine = caller.machine_to_write(request.metadata())?;
         let request = request.into_inner();
-        caller.has_proven(&Statement::commit(&request))?;
+        caller.has_proven(&Statement::commit(&request, caller.other(&machine)))?;
         let backup: BackupId = request.backup_id.parse()?;
         if request.client_seal.len() > MAX_SEAL_BYTES {
             return Err(WireError::invalid(
@@ -243,7 +243,7 @@ impl BackupService for Backup {
         &self,
         request: Request<pb::AbortBackupRequest>,
     ) -> Result<Response<pb::AbortBackupResponse>, Status> {
-        let machine = Caller::of(&request)?.own_machine(request.metadata())?;
+        let machine = Caller::of(&request)?.machine_to_write(request.metadata())?;
         let who = Caller::who(&request);
         let backup: BackupId = request.into_inner().backup_id.parse()?;
         let (runs, key) = (self.runs.clone(), machine.clone());

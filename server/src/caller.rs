@@ -21,19 +21,24 @@ use janus_proto::{
     trace::{self, TRACEPARENT, TraceContext},
 };
 use serde::{Deserialize, Serialize};
-use tokio_util::sync::CancellationToken;
 use tonic::{Status, body::Body, metadata::MetadataMap};
 use tower::Service;
 use tracing::Instrument;
 
-use self::ending::{ending, revoked};
-use crate::{audit::Who, rights};
+use self::ending::{Ends, ending};
+use crate::{
+    audit::Who,
+    policy::{Grants, Policy, Right},
+    rights,
+};
 
 /// The caller of a request: the peer, or whom a janus speaks for.
 #[derive(Debug, Clone)]
 pub struct Caller {
     /// Who it is.
     pub principal: Arc<Principal>,
+    /// What it may do beyond its own machine.
+    grants: Arc<Grants>,
     /// Of a caller whom a janus speaks for: TLS proves only that of the janus.
     forwarded: Option<Forwarded>,
 }
@@ -74,7 +79,7 @@ impl RequireProof {
 impl Caller {
     /// A caller without a janus in between.
     pub fn at_peer(principal: Principal) -> Self {
-        Self { principal: Arc::new(principal), forwarded: None }
+        Self { principal: Arc::new(principal), grants: Arc::default(), forwarded: None }
     }
 
     /// Who a request is recorded for.
@@ -93,48 +98,68 @@ impl Caller {
         request.extensions().get::<Self>().cloned().ok_or_else(missing)
     }
 
-    /// The machine that this call is about: a client's own; operators name it in `janus-machine`.
+    /// The machine that this call is about: a client's own, or the one that `janus-machine` names.
     ///
     /// # Errors
-    /// `NOT_ALLOWED` for another machine, or for a role without machines; `INVALID_FIELD` when it isn't named.
+    /// `NOT_ALLOWED` for a machine that isn't the caller's; `INVALID_FIELD` when it isn't named.
     pub fn machine(&self, metadata: &MetadataMap) -> Result<MachineKey, Status> {
-        let named = named_machine(metadata)?;
-        match (&self.principal.role, named) {
-            (Role::Client(own) | Role::Restore(own), None) => Ok(own.clone()),
-            (Role::Client(own) | Role::Restore(own), Some(named)) if *own == named => Ok(named),
-            (Role::Operator(_), Some(named)) => Ok(named),
-            (Role::Operator(_), None) => Err(status(
-                ErrorReason::InvalidField,
-                "janus-machine is missing: an operator names the machine <user>/<machine>",
-            )),
-            (role, _) => {
-                Err(status(ErrorReason::NotAllowed, format!("{role} may not act for this machine")))
+        let named = match (self.principal.machine(), named_machine(metadata)?) {
+            (_, Some(named)) => named,
+            (Some(own), None) => return Ok(own.clone()),
+            (None, None) => {
+                let text = "janus-machine is missing: users and operators name the machine <user>/<machine>";
+                return Err(status(ErrorReason::InvalidField, text));
             }
+        };
+        let is_server = matches!(self.principal.role, Role::Server(_));
+        match self.may_list(&named) && !is_server {
+            true => Ok(named),
+            false => Err(self.refused("act for this machine")),
         }
     }
 
-    /// The machine of a call that writes: only the client itself.
+    /// The machine of a call that writes: the client itself, or one that the caller may make backups of.
     ///
     /// # Errors
-    /// `NOT_ALLOWED` for every other role or machine.
-    pub fn own_machine(&self, metadata: &MetadataMap) -> Result<MachineKey, Status> {
-        match &self.principal.role {
-            Role::Client(_) => self.machine(metadata),
-            role => Err(status(
-                ErrorReason::NotAllowed,
-                format!("{role} may not write backups: use a client certificate"),
-            )),
+    /// `NOT_ALLOWED` for all others.
+    pub fn machine_to_write(&self, metadata: &MetadataMap) -> Result<MachineKey, Status> {
+        let own = match &self.principal.role {
+            Role::Client(own) => Some(own),
+            _ => None,
+        };
+        match (own, named_machine(metadata)?) {
+            (Some(own), None) => Ok(own.clone()),
+            (Some(own), Some(named)) if *own == named => Ok(named),
+            (_, Some(named)) if self.grants.allow(Right::Backup, &named) => Ok(named),
+            (Some(_), Some(named)) => Err(self.refused(&format!("write backups of {named}"))),
+            (None, _) => Err(self.refused(rights::WRITING)),
         }
     }
 
-    /// True when the caller may read this machine's snapshots. Another server of the group may, to mirror its tables: it has
-    /// such data itself.
+    /// The machine that a call names and that isn't the caller's own.
+    pub fn other<'a>(&self, machine: &'a MachineKey) -> Option<&'a MachineKey> {
+        (self.principal.machine() != Some(machine)).then_some(machine)
+    }
+
+    /// True when the caller may list this machine's snapshots and read hashes. Another server of the group may, to mirror its
+    /// tables: it has such data itself.
+    pub fn may_list(&self, machine: &MachineKey) -> bool {
+        self.may_read(machine) || self.grants.allow(Right::Backup, machine)
+    }
+
+    /// True when the caller may read what this machine's snapshots hold.
     pub fn may_read(&self, machine: &MachineKey) -> bool {
-        match &self.principal.role {
+        let is_own = match &self.principal.role {
             Role::Client(own) | Role::Restore(own) => own == machine,
+            Role::User(name) => machine.user() == name,
             Role::Operator(_) | Role::Server(_) => true,
             Role::Janus(_) => false,
-        }
+        };
+        is_own || self.grants.allow(Right::Restore, machine)
+    }
+
+    fn refused(&self, what: &str) -> Status {
+        status(ErrorReason::NotAllowed, format!("{} may not {what}", self.principal))
     }
 
     /// That the caller itself wants this, and not just the janus between us.
@@ -169,6 +194,7 @@ pub struct Gate<S> {
     identity: Identity,
     server: ServerId,
     require_proof: RequireProof,
+    policy: Arc<Policy>,
     name: HeaderValue,
 }
 
@@ -182,13 +208,14 @@ impl<S> Gate<S> {
         identity: Identity,
         server: ServerId,
         require_proof: RequireProof,
+        policy: Arc<Policy>,
     ) -> Result<Self, http::Error> {
         let name = HeaderValue::from_str(server.as_str())?;
-        Ok(Self { inner, identity, server, require_proof, name })
+        Ok(Self { inner, identity, server, require_proof, policy, name })
     }
 
-    /// What ends the call: the revocation of a caller that a janus speaks for.
-    fn admit(&self, request: &mut Request<Incoming>) -> Result<Option<CancellationToken>, Status> {
+    /// What ends the call before its time.
+    fn admit(&self, request: &mut Request<Incoming>) -> Result<Ends, Status> {
         let peer = request.extensions().get::<Arc<Principal>>().cloned();
         let peer = peer.ok_or_else(|| {
             status(ErrorReason::IdentityMissing, "no certificate came with this call")
@@ -197,19 +224,26 @@ impl<S> Gate<S> {
         let proof = request.headers_mut().remove(metadata::PROOF);
         let caller = match (&peer.role, forwarded) {
             (Role::Janus(_), Some(value)) => self.forwarded(&peer, &value, proof)?,
-            _ => Caller { principal: peer, forwarded: None },
+            _ => Caller { grants: self.policy.of(&peer.role), principal: peer, forwarded: None },
         };
         let path = request.uri().path();
-        if !rights::may_call(&caller.principal.role, path) {
-            let what = match path.contains("BackupService/") {
-                true => "write backups: use a client certificate".to_owned(),
-                false => format!("call {}", shorten(path)),
-            };
-            let text = format!("{} may not {what}", caller.principal);
-            return Err(status(ErrorReason::NotAllowed, text));
+        if !rights::may_call(&caller.principal.role, &caller.grants, path) {
+            return Err(match path.contains(rights::WRITES) {
+                true => caller.refused(rights::WRITING),
+                false => caller.refused(&format!("call {}", shorten(path))),
+            });
         }
+        // A connection of its own ends by itself.
         let is_forwarded = caller.forwarded.is_some();
-        let end = is_forwarded.then(|| self.identity.revocations().end_of(&caller.principal));
+        let own = caller.principal.machine().map(MachineKey::as_str);
+        let named = request.headers().get(metadata::MACHINE).map(HeaderValue::as_bytes);
+        let is_other = named.is_some_and(|named| own.map(str::as_bytes) != Some(named));
+        // A machine's own backups build on no group.
+        let is_own = own.is_some() && !is_other && path.contains(rights::WRITES);
+        let ends = Ends {
+            revoked: is_forwarded.then(|| self.identity.revocations().end_of(&caller.principal)),
+            lessened: (!is_own && !caller.grants.are_none()).then(|| caller.grants.lessened()),
+        };
         request.extensions_mut().insert(caller);
         match request.headers().get(metadata::SERVER) {
             Some(wanted) if wanted.as_bytes() != self.server.as_str().as_bytes() => {
@@ -217,7 +251,7 @@ impl<S> Gate<S> {
                 let text = format!("this call is for server {wanted:?}, this is {}", self.server);
                 Err(status(ErrorReason::WrongServer, text))
             }
-            _ => Ok(end),
+            _ => Ok(ends),
         }
     }
 
@@ -246,7 +280,11 @@ impl<S> Gate<S> {
         let principal = self.forwarded_principal(value)?;
         let users = &janus.limits.users;
         let is_one_of_them = |user: &str| users.iter().any(|allowed| allowed.as_str() == user);
-        if !users.is_empty() && !principal.machine().is_some_and(|m| is_one_of_them(m.user())) {
+        let user = match &principal.role {
+            Role::User(name) => Some(name.as_str()),
+            role => role.machine().map(MachineKey::user),
+        };
+        if !users.is_empty() && !user.is_some_and(is_one_of_them) {
             let text = format!(
                 "{janus} speaks for machines of {} only, not for {principal}",
                 users.join(", ")
@@ -254,9 +292,14 @@ impl<S> Gate<S> {
             return Err(status(ErrorReason::NotAllowed, text));
         }
         let is_proof_needed = self.require_proof.needs(&principal);
+        // Who speaks for some users only is not to reach others' machines by what these may do.
+        let grants = match users.is_empty() {
+            true => self.policy.of(&principal.role),
+            false => Arc::default(),
+        };
         let (janus, here) = (janus.clone(), self.server.clone());
         let forwarded = Some(Forwarded { janus, here, is_proof_needed, proof });
-        Ok(Caller { principal: Arc::new(principal), forwarded })
+        Ok(Caller { principal: Arc::new(principal), grants, forwarded })
     }
 
     fn forwarded_principal(&self, value: &HeaderValue) -> Result<Principal, Status> {
@@ -294,12 +337,13 @@ where
         let mut inner = std::mem::replace(&mut self.inner, clone);
         let answer = async move {
             let mut response = match admitted {
-                Ok(None) => inner.call(request.map(Body::new)).await?,
-                Ok(Some(end)) => {
+                Ok(ends) if ends.are_never() => inner.call(request.map(Body::new)).await?,
+                Ok(ends) => {
                     let answering = inner.call(request.map(Body::new));
-                    match end.run_until_cancelled(answering).await {
-                        Some(answer) => ending(answer?, end),
-                        None => revoked().into_http(),
+                    tokio::select! {
+                        biased;
+                        why = ends.clone().reached() => why.into_http(),
+                        answer = answering => ending(answer?, ends),
                     }
                 }
                 Err(refused) => refused.into_http(),

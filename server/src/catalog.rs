@@ -42,7 +42,7 @@ impl Catalog {
             "" => caller.machine(request.metadata())?,
             named => named.parse::<MachineKey>()?,
         };
-        if !caller.may_read(&key) {
+        if !caller.may_list(&key) {
             return Err(status(
                 ErrorReason::NotAllowed,
                 format!("{} may not read machine {key}", caller.principal),
@@ -108,7 +108,7 @@ impl CatalogService for Catalog {
         let machines = self.runs.machines();
         let readable = machines
             .iter()
-            .filter(|machine| caller.may_read(&machine.key) && machine.faults().machine.is_none());
+            .filter(|machine| caller.may_list(&machine.key) && machine.faults().machine.is_none());
         let items = readable.map(|machine| (machine.key.to_string(), self.machine_info(machine)));
         let (machines, next_page_token) = page(items, request.page_size, &request.page_token)?;
         Ok(Response::new(pb::ListMachinesResponse {
@@ -174,7 +174,7 @@ impl CatalogService for Catalog {
     ) -> Result<Response<pb::GetSnapshotResponse>, Status> {
         let caller = Caller::of(&request)?;
         let id: SnapshotId = request.into_inner().snapshot_id.parse()?;
-        let held = self.runs.snapshot(id).filter(|held| caller.may_read(&held.run.machine));
+        let held = self.runs.snapshot(id).filter(|held| caller.may_list(&held.run.machine));
         let held = held.ok_or_else(|| RestoreError::UnknownSnapshot {
             id,
             server: self.here.server_id.clone(),

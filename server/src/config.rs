@@ -22,7 +22,7 @@ pub use self::{
     archive::Archive, enroll::Enroll, fill::Fill, prove::Prove, replicate::Replicate,
     retention::Retention, size::Size,
 };
-use crate::{audit, caller::RequireProof, image::Format};
+use crate::{audit, caller::RequireProof, image::Format, seed::Which};
 
 /// Settings of one server. Every key is also an environment variable and a flag.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,6 +66,10 @@ pub struct Settings {
     pub require_proof: RequireProof,
     /// Machines whose own certificates may not read what was backed up: `USER/MACHINE` or `USER/*`.
     pub write_only: Vec<String>,
+    /// File with the rights of groups; empty: there are none.
+    pub policy: PathBuf,
+    /// Socket for accounts whose groups administer machines; empty: none.
+    pub admin_socket: PathBuf,
     /// Uploads and downloads at once, in all.
     pub max_bulk_streams: u32,
     /// How many of them one caller may have.
@@ -122,6 +126,8 @@ impl Default for Settings {
             mirror_tables: true,
             require_proof: RequireProof::AsIssued,
             write_only: Vec::new(),
+            policy: PathBuf::new(),
+            admin_socket: PathBuf::new(),
             max_bulk_streams: 256,
             max_bulk_streams_per_caller: 16,
             stall_seconds: STALL.as_secs(),
@@ -169,6 +175,8 @@ pub const KEYS: &[(&str, &str)] = &[
         "Calls through a janus that their callers must have signed: as_issued, always or never",
     ),
     ("write_only", "Machines that may back up but not restore: USER/MACHINE or USER/*"),
+    ("policy", "File that says what groups of users may do; empty: none"),
+    ("admin_socket", "Socket for accounts whose groups administer machines; empty: none"),
     ("max_bulk_streams", "Uploads and downloads at once"),
     ("max_bulk_streams_per_caller", "How many of them one caller may have"),
     ("stall_seconds", "A call whose caller takes or sends nothing whole for so long is ended"),
@@ -216,6 +224,14 @@ impl Settings {
             Size::Bytes(bytes) if bytes > 0 => Ok(bytes),
             _ => Err(format!("{:?} is no amount of bytes", self.max_machine_size)),
         }
+    }
+
+    /// Machines that don't read what they wrote.
+    ///
+    /// # Errors
+    /// Says what isn't one.
+    pub fn write_only(&self) -> Result<Vec<Which>, String> {
+        replicate::which(&self.write_only)
     }
 
     /// The quotas in bytes, by user.
@@ -273,8 +289,7 @@ impl Settings {
         self.prove.check()?;
         self.enroll.check()?;
         self.replicate.iter().try_for_each(|(name, rule)| rule.check(name))?;
-        replicate::which(&self.write_only)
-            .map_err(|reason| ConfigError::Invalid { key: "write_only", reason })?;
+        self.write_only().map_err(|reason| ConfigError::Invalid { key: "write_only", reason })?;
         self.archive
             .iter()
             .try_for_each(|(name, archive)| archive.check(name, &self.image_path))?;

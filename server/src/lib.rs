@@ -22,6 +22,7 @@ pub mod mirror;
 mod pace;
 mod peer;
 pub mod pki;
+pub mod policy;
 pub mod probe;
 pub mod prove;
 pub mod replicate;

@@ -168,6 +168,8 @@ pub enum IssueRole {
     Client,
     /// Who brings a machine back: lists and restores what it has, and nothing else.
     Restore,
+    /// A person who owns machines, and may do more where a policy says so.
+    User,
     /// A person who administers.
     Operator,
 }
@@ -179,6 +181,7 @@ impl IssueRole {
             Self::Janus => "janus",
             Self::Client => "client",
             Self::Restore => "restore",
+            Self::User => "user",
             Self::Operator => "operator",
         }
     }
@@ -223,6 +226,10 @@ impl IssueArgs {
         Ok(match self.role {
             IssueRole::Server => Role::Server(name.parse::<ServerId>()?),
             IssueRole::Janus => Role::Janus(name.parse::<ServerId>()?),
+            IssueRole::User => {
+                check_name("user", name)?;
+                Role::User(name.clone())
+            }
             IssueRole::Operator | IssueRole::Client | IssueRole::Restore => {
                 check_name("operator", name)?;
                 Role::Operator(name.clone())
@@ -346,7 +353,7 @@ fn after_issue(role: &Role, out: &Path) -> String {
     let file = match role {
         Role::Server(_) => "server.toml",
         Role::Janus(_) => "janus.toml",
-        Role::Client(_) | Role::Restore(_) | Role::Operator(_) => "client.toml",
+        Role::Client(_) | Role::Restore(_) | Role::User(_) | Role::Operator(_) => "client.toml",
     };
     format!(
         "wrote {dir}/cert.pem, {dir}/key.pem and {dir}/ca.pem for {role}\n\

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     audit::{self, Action, Who},
     chain::Held,
+    policy::Policy,
     prove::record::Standing,
     revoked::{RevokeError, Revoked},
     runs::{Change, Machine, Runs},
@@ -47,6 +48,8 @@ pub struct Reporter {
     pub identity: Identity,
     /// What it doesn't believe any more.
     pub revoked: Arc<Revoked>,
+    /// What groups may do.
+    pub policy: Arc<Policy>,
     /// Its URLs.
     pub urls: Vec<String>,
     /// Settings that all servers should share.
@@ -166,6 +169,11 @@ impl Reporter {
         messages.map(|revocations| Event::Revocations(pb::Revocations { revocations })).collect()
     }
 
+    /// Who may do what beyond the own machine, in messages.
+    fn grants(&self) -> Vec<Event> {
+        self.policy.messages().into_iter().map(Event::Grants).collect()
+    }
+
     /// Feeds the stream; says why it stopped.
     async fn feed(
         &self,
@@ -181,6 +189,9 @@ impl Reporter {
         opening.push(Event::FullEnd(pb::FullEnd {}));
         let mut revoked = self.revoked.known().changes();
         opening.extend(self.revocations());
+        let mut granted = self.policy.changes();
+        granted.mark_unchanged();
+        opening.extend(self.grants());
         for event in opening {
             if let Err(why) = push(&send, &mut sequence, event).await {
                 return why;
@@ -198,6 +209,14 @@ impl Reporter {
                     // With the digest of what is known now.
                     told = self.vitals().await;
                     Event::Heartbeat(pb::Heartbeat { vitals: Some(told.clone()) })
+                }
+                Ok(()) = granted.changed() => {
+                    for event in self.grants() {
+                        if let Err(why) = push(&send, &mut sequence, event).await {
+                            return why;
+                        }
+                    }
+                    continue;
                 }
                 vitals = self.worth_telling(&told, due) => {
                     told = vitals.clone();
@@ -234,7 +253,8 @@ impl Reporter {
     async fn vitals(&self) -> pb::Vitals {
         let runs = self.runs.clone();
         let asked = crate::blocking(move || (runs.store().space(), runs.warnings())).await;
-        let (space, warnings) = asked.unwrap_or_else(|_| (Ok((0, 0)), Vec::new()));
+        let (space, mut warnings) = asked.unwrap_or_else(|_| (Ok((0, 0)), Vec::new()));
+        warnings.extend(self.policy.problems());
         let (free_bytes, total_bytes) = space.unwrap_or_else(|error| {
             tracing::warn!(%error, "free space of the image path can't be asked");
             (0, 0)

@@ -217,7 +217,7 @@ impl Restore {
         let id: HandleId = id.parse()?;
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         let handle = handles.get_mut(&id).filter(|handle| handle.used.elapsed() < HANDLE_LEASE);
-        let handle = handle.filter(|handle| caller.may_read(handle.opened.machine()));
+        let handle = handle.filter(|handle| caller.may_list(handle.opened.machine()));
         let handle = handle.ok_or(RestoreError::UnknownHandle { id })?;
         handle.used = Instant::now();
         Ok(handle.opened.clone())
@@ -240,7 +240,7 @@ impl Restore {
         id: SnapshotId,
         caller: &Caller,
     ) -> Result<Response<pb::OpenSnapshotResponse>, Status> {
-        let machine = self.mirror.machine_of(id).filter(|machine| caller.may_read(machine));
+        let machine = self.mirror.machine_of(id).filter(|machine| caller.may_list(machine));
         let machine = machine
             .ok_or_else(|| RestoreError::UnknownSnapshot { id, server: self.server.clone() })?;
         let mirror = self.mirror.clone();
@@ -250,10 +250,15 @@ impl Restore {
         Ok(Response::new(self.answer(Opened::Table(Arc::new(opened)), snapshot)?))
     }
 
-    /// That this isn't a machine which only writes. Hashes it reads all the same: its backups compare them.
-    fn may_read_blocks(&self, caller: &Caller) -> Result<(), Status> {
-        let Role::Client(machine) = &caller.principal.role else { return Ok(()) };
-        if !self.write_only.iter().any(|which| which.takes(machine)) {
+    /// That the caller doesn't only write. Hashes it reads all the same: backups compare them.
+    fn may_read_blocks(&self, caller: &Caller, opened: &Opened) -> Result<(), Status> {
+        let machine = opened.machine();
+        if !caller.may_read(machine) {
+            let text = format!("{} may not restore machine {machine}", caller.principal);
+            return Err(status(ErrorReason::NotAllowed, text));
+        }
+        let is_own = matches!(&caller.principal.role, Role::Client(own) if own == machine);
+        if !is_own || !self.write_only.iter().any(|which| which.takes(machine)) {
             return Ok(());
         }
         let text = format!(
@@ -301,7 +306,7 @@ impl RestoreService for Restore {
         if held.is_none() && table {
             return self.open_table(id, &caller).await;
         }
-        let held = held.filter(|held| caller.may_read(&held.run.machine)).ok_or_else(unknown)?;
+        let held = held.filter(|held| caller.may_list(&held.run.machine)).ok_or_else(unknown)?;
         let runs = self.runs.clone();
         let open = move || {
             let opened = runs.open_for_reading(&held)?;
@@ -367,9 +372,10 @@ impl RestoreService for Restore {
         request: Request<pb::ReadBlocksRequest>,
     ) -> Result<Response<Self::ReadBlocksStream>, Status> {
         let caller = Caller::of(&request)?;
-        self.may_read_blocks(&caller)?;
         let request = request.into_inner();
-        let opened = match self.opened(&request.handle, &caller)? {
+        let opened = self.opened(&request.handle, &caller)?;
+        self.may_read_blocks(&caller, &opened)?;
+        let opened = match opened {
             Opened::Snapshot(opened) => opened,
             Opened::Table(opened) => {
                 let Description { id, server: holder, .. } = opened.description.clone();

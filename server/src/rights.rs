@@ -6,12 +6,14 @@
 
 use janus_proto::tls::Role;
 
+use crate::policy::{Grants, Right};
+
 /// What one role may do by a method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reach {
     /// Nothing.
     Nothing,
-    /// What concerns the caller's own machine.
+    /// What concerns the caller's own machine, or a machine of that user.
     Own,
     /// What concerns any machine.
     Any,
@@ -28,49 +30,64 @@ pub struct Rule {
     pub client: Reach,
     /// Who brings one back.
     pub restore: Reach,
+    /// A person who owns machines.
+    pub user: Reach,
     /// Another server.
     pub server: Reach,
     /// A janus that speaks for itself.
     pub janus: Reach,
     /// A person who administers.
     pub operator: Reach,
+    /// Rights of groups, one of which a machine or a person needs for machines that aren't its own.
+    pub groups: &'static [Right],
 }
 
 const fn rule(
     method: &'static str,
-    [client, restore, server, janus, operator]: [Reach; 5],
+    [client, restore, user, server, janus, operator]: [Reach; 6],
+    groups: &'static [Right],
 ) -> Rule {
-    Rule { method, client, restore, server, janus, operator }
+    Rule { method, client, restore, user, server, janus, operator, groups }
 }
 
-/// Only the machine itself adds to its backups.
-const WRITE: [Reach; 5] = [Own, Nothing, Nothing, Nothing, Nothing];
+/// Only the machine itself adds to its backups, or who has that right.
+const WRITE: [Reach; 6] = [Own, Nothing, Nothing, Nothing, Nothing, Nothing];
 /// Servers read each other's copies: they have the same data themselves.
-const READ: [Reach; 5] = [Own, Own, Any, Nothing, Any];
-const EVERYBODY: [Reach; 5] = [Any, Any, Any, Any, Any];
+const READ: [Reach; 6] = [Own, Own, Own, Any, Nothing, Any];
+const EVERYBODY: [Reach; 6] = [Any, Any, Any, Any, Any, Any];
+/// Who makes backups of a machine.
+const BACKUP: &[Right] = &[Right::Backup];
+/// Who makes backups sees which there are, and hashes: what changed is found by them.
+const EITHER: &[Right] = &[Right::Backup, Right::Restore];
+const RESTORE: &[Right] = &[Right::Restore];
+
+/// In the paths of calls that make backups.
+pub const WRITES: &str = "BackupService/";
+/// What a caller may not do who may not write.
+pub const WRITING: &str = "write backups: use a client certificate";
 
 /// All of them.
 pub const RULES: &[Rule] = &[
-    rule("BackupService/StartBackup", WRITE),
-    rule("BackupService/WriteBlocks", WRITE),
-    rule("BackupService/CommitBackup", WRITE),
-    rule("BackupService/AbortBackup", WRITE),
-    rule("BackupService/GetBackup", [Own, Own, Nothing, Nothing, Any]),
-    rule("RestoreService/OpenSnapshot", READ),
-    rule("RestoreService/CloseSnapshot", READ),
-    rule("RestoreService/ReadHashes", READ),
-    rule("RestoreService/ReadBlocks", READ),
-    rule("CatalogService/ListMachines", READ),
-    rule("CatalogService/ListDisks", READ),
-    rule("CatalogService/ListSnapshots", READ),
-    rule("CatalogService/GetSnapshot", READ),
-    rule("TableService/ReadTable", READ),
-    rule("TableService/ListTables", READ),
-    rule("ServerInfoService/GetServerInfo", EVERYBODY),
-    rule("ServerInfoService/GetRouterStatus", EVERYBODY),
-    rule("ServerInfoService/WakeServers", EVERYBODY),
-    rule("ProbeService/Upload", EVERYBODY),
-    rule("ProbeService/Download", EVERYBODY),
+    rule("BackupService/StartBackup", WRITE, BACKUP),
+    rule("BackupService/WriteBlocks", WRITE, BACKUP),
+    rule("BackupService/CommitBackup", WRITE, BACKUP),
+    rule("BackupService/AbortBackup", WRITE, BACKUP),
+    rule("BackupService/GetBackup", [Own, Own, Own, Nothing, Nothing, Any], EITHER),
+    rule("RestoreService/OpenSnapshot", READ, EITHER),
+    rule("RestoreService/CloseSnapshot", READ, EITHER),
+    rule("RestoreService/ReadHashes", READ, EITHER),
+    rule("RestoreService/ReadBlocks", READ, RESTORE),
+    rule("CatalogService/ListMachines", READ, EITHER),
+    rule("CatalogService/ListDisks", READ, EITHER),
+    rule("CatalogService/ListSnapshots", READ, EITHER),
+    rule("CatalogService/GetSnapshot", READ, EITHER),
+    rule("TableService/ReadTable", READ, EITHER),
+    rule("TableService/ListTables", READ, EITHER),
+    rule("ServerInfoService/GetServerInfo", EVERYBODY, &[]),
+    rule("ServerInfoService/GetRouterStatus", EVERYBODY, &[]),
+    rule("ServerInfoService/WakeServers", EVERYBODY, &[]),
+    rule("ProbeService/Upload", EVERYBODY, &[]),
+    rule("ProbeService/Download", EVERYBODY, &[]),
 ];
 
 /// Services that tell nothing of any machine.
@@ -82,6 +99,7 @@ impl Rule {
         match role {
             Role::Client(_) => self.client,
             Role::Restore(_) => self.restore,
+            Role::User(_) => self.user,
             Role::Server(_) => self.server,
             Role::Janus(_) => self.janus,
             Role::Operator(_) => self.operator,
@@ -89,16 +107,18 @@ impl Rule {
     }
 }
 
-/// Whether a role has any part in the method of this path (`/package.Service/Method`). A method that this version doesn't have is
-/// left to the services, which say so.
-pub fn may_call(role: &Role, path: &str) -> bool {
+/// Whether a role, or what groups give, has any part in the method of this path (`/package.Service/Method`). A method that this version
+/// doesn't have is left to the services, which say so.
+pub fn may_call(role: &Role, grants: &Grants, path: &str) -> bool {
     let name = path.trim_start_matches('/');
     if OPEN.iter().any(|open| name.starts_with(open)) {
         return true;
     }
     let method = name.strip_prefix("janus.v1.").unwrap_or(name);
     let rule = RULES.iter().find(|rule| rule.method == method);
-    rule.is_none_or(|rule| rule.of(role) != Nothing)
+    rule.is_none_or(|rule| {
+        rule.of(role) != Nothing || rule.groups.iter().any(|right| grants.have(*right))
+    })
 }
 
 #[cfg(test)]
@@ -138,9 +158,11 @@ mod tests {
             Any => "any",
         };
         for rule in RULES {
-            let Rule { method, client, restore, server, janus, operator } = *rule;
-            let cells = [client, restore, server, janus, operator].map(shown).join(" | ");
-            let row = format!("| `{method}` | {cells} |");
+            let Rule { method, client, restore, user, server, janus, operator, groups } = *rule;
+            let cells = [client, restore, user, server, janus, operator].map(shown).join(" | ");
+            let groups: Vec<_> = groups.iter().map(Right::to_string).collect();
+            let groups = if groups.is_empty() { "-".into() } else { groups.join(", ") };
+            let row = format!("| `{method}` | {cells} | {groups} |");
             assert!(document.contains(&row), "docs/identities.md lacks\n{row}");
         }
     }
@@ -149,13 +171,15 @@ mod tests {
     fn only_machines_write_and_no_janus_reads() {
         let machine = Role::Client("a/b".parse().unwrap());
         let janus = Role::Janus("j".parse().unwrap());
-        assert!(may_call(&machine, "/janus.v1.BackupService/StartBackup"));
-        for other in [Role::Operator("o".into()), Role::Server("s".parse().unwrap()), janus.clone()]
-        {
-            assert!(!may_call(&other, "/janus.v1.BackupService/StartBackup"), "{other}");
+        let none = Grants::default();
+        let start = "/janus.v1.BackupService/StartBackup";
+        assert!(may_call(&machine, &none, start));
+        let server = Role::Server("s".parse().unwrap());
+        for other in [Role::Operator("o".into()), Role::User("u".into()), server, janus.clone()] {
+            assert!(!may_call(&other, &none, start), "{other}");
         }
-        assert!(!may_call(&janus, "/janus.v1.RestoreService/ReadBlocks"));
-        assert!(may_call(&janus, "/grpc.health.v1.Health/Watch"));
-        assert!(may_call(&janus, "/janus.v1.Unknown/Method"));
+        assert!(!may_call(&janus, &none, "/janus.v1.RestoreService/ReadBlocks"));
+        assert!(may_call(&janus, &none, "/grpc.health.v1.Health/Watch"));
+        assert!(may_call(&janus, &none, "/janus.v1.Unknown/Method"));
     }
 }

@@ -42,6 +42,7 @@ use crate::{
     fill::Filler,
     info::Info,
     mirror::{self, Mirror},
+    policy::{Policy, file::PolicyError, follow::Follow},
     probe::Probe,
     prove::follow::Schedule,
     replicate::Replication,
@@ -84,6 +85,9 @@ pub enum ServeError {
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The rights of groups.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
     /// The store would be shared.
     #[error("image_path {} is on a network file system ({kind}): its loss would be that of every server on it; use a local disk, or remove janus_urls", path.display())]
     NetworkFileSystem {
@@ -104,12 +108,15 @@ pub struct Server {
     id: ServerId,
     runs: Arc<Runs>,
     revoked: Arc<Revoked>,
+    policy: Arc<Policy>,
+    /// Keeps it up to date.
+    follow: Option<Follow>,
     mirror: Arc<Mirror>,
     door: Door,
     dialer: Dialer,
     plain_health: Option<TcpListener>,
     enroll: Option<TcpListener>,
-    admin: Option<AdminSocket>,
+    admin: Vec<AdminSocket>,
     janus_urls: watch::Sender<Vec<String>>,
 }
 
@@ -168,7 +175,7 @@ impl Server {
         let (door, dialer) =
             (Door::Tls(listener, identity.clone()), Arc::new(identity.clone()) as Dialer);
         let server = Self::over(store, settings, identity, door, dialer)?;
-        let admin = bind_admin(&server.settings.image_path);
+        let admin = bind_admin(&server.settings);
         Ok(Self { plain_health, enroll, admin, ..server })
     }
 
@@ -200,16 +207,21 @@ impl Server {
         let runs = runs.with_audit(audit).locking(settings.retention.lock_days);
         let runs = Arc::new(runs);
         let revoked = Arc::new(Revoked::open(runs.store(), identity.clone())?);
+        let write_only = settings.write_only().map_err(wiring)?;
+        let policy = Arc::new(Policy::default());
+        let follow = Follow::new(settings.policy.clone(), write_only, policy.clone())?;
         runs.look_for_missing();
         let mirror = Arc::new(Mirror::new(runs.clone(), space::reserve(&settings)));
         let janus_urls = watch::Sender::new(settings.janus_urls.clone());
-        let (plain_health, enroll, admin) = (None, None, None);
+        let (plain_health, enroll, admin) = (None, None, Vec::new());
         Ok(Self {
             settings,
             identity,
             id,
             runs,
             revoked,
+            policy,
+            follow: Some(follow),
             mirror,
             door,
             dialer,
@@ -252,8 +264,9 @@ impl Server {
         let here = pb::ServerAddresses { server_id: name.clone(), urls };
         let (runs, mirror) = (self.runs.clone(), self.mirror.clone());
         let tables = Tables::new(runs.clone(), mirror.clone(), name.clone());
-        let write_only = config::replicate::which(&self.settings.write_only).map_err(wiring)?;
-        let restore = Restore::new(runs, mirror, name.clone()).with_write_only(write_only);
+        let restore = Restore::new(runs, mirror, name.clone());
+        let write_only = self.settings.write_only().map_err(wiring)?;
+        let restore = restore.with_write_only(write_only);
         let restore = Arc::new(restore);
         let plain = Routes::new(health_service.clone());
         let routes = Routes::new(health_service)
@@ -287,10 +300,13 @@ impl Server {
             stall: Duration::from_secs(self.settings.stall_seconds),
         };
         let (services, require_proof) = (Bounds::new(routes, plan), self.settings.require_proof);
-        let gate = Gate::new(services, self.identity.clone(), self.id.clone(), require_proof)
+        let (identity, policy) = (self.identity.clone(), self.policy.clone());
+        let gate = Gate::new(services, identity, self.id.clone(), require_proof, policy)
             .map_err(wiring)?;
         let admin = Arc::new(
-            Admin::new(self.runs.clone(), self.settings.clone()).with_revoked(self.revoked.clone()),
+            Admin::new(self.runs.clone(), self.settings.clone())
+                .with_revoked(self.revoked.clone())
+                .with_policy(self.policy.clone()),
         );
         let mut tasks = self.tasks(&shutdown);
         for (name, rule) in &self.settings.replicate {
@@ -305,6 +321,9 @@ impl Server {
             let (runs, tokens) = (self.runs.clone(), admin.tokens().clone());
             let enrollment = Enrollment::new(runs, tokens, ca, valid, urls);
             tasks.spawn(enrollment.serve(listener, self.identity.clone(), shutdown.clone()));
+        }
+        if let Some(follow) = self.follow.take() {
+            tasks.spawn(follow.run(shutdown.clone()));
         }
         tasks.spawn(self.filler().run(shutdown.clone()));
         tasks.spawn(queue::follow(admin.clone(), shutdown.clone()));
@@ -328,8 +347,8 @@ impl Server {
         if let Some(listener) = self.plain_health {
             tasks.spawn(plain_health::serve(listener, plain, stop.clone()));
         }
-        if let Some(socket) = self.admin {
-            tasks.spawn(socket.serve(admin, shutdown.clone()));
+        for socket in self.admin {
+            tasks.spawn(socket.serve(admin.clone(), shutdown.clone()));
         }
         let limits = Limits {
             drain: Duration::from_secs(self.settings.drain_seconds),
@@ -381,6 +400,7 @@ impl Server {
             server: self.id.to_string(),
             identity: self.identity.clone(),
             revoked: self.revoked.clone(),
+            policy: self.policy.clone(),
             urls: self.settings.urls.clone(),
             settings: pb::SharedSettings {
                 image_path: self.settings.image_path.display().to_string(),
@@ -502,13 +522,19 @@ async fn tell(
     set_all(&health, ServingStatus::NotServing).await;
 }
 
-/// Backups are worth more than commands: a server without the socket serves, and says so.
-fn bind_admin(image_path: &Path) -> Option<AdminSocket> {
-    let bound = AdminSocket::bind(image_path);
+/// Backups are worth more than commands: a server without a socket serves, and says so.
+fn bind_admin(settings: &Settings) -> Vec<AdminSocket> {
+    let own = AdminSocket::bind(&settings.image_path);
     let told = |error: &_| {
         tracing::error!(%error, "no admin socket in the image path: commands work while the server doesn't run");
     };
-    bound.inspect_err(told).ok()
+    let path = &settings.admin_socket;
+    let accounts = (!path.as_os_str().is_empty()).then(|| AdminSocket::bind_for_accounts(path));
+    let failed = |error: &_| {
+        tracing::error!(path = %path.display(), %error, "admin_socket can't be made: commands are for root alone");
+    };
+    let accounts = accounts.and_then(|bound| bound.inspect_err(failed).ok());
+    own.inspect_err(told).into_iter().chain(accounts).collect()
 }
 
 async fn bind(key: &'static str, address: &str) -> Result<TcpListener, ServeError> {

@@ -47,7 +47,7 @@ impl Tables {
     }
 
     fn held(&self, id: SnapshotId, caller: &Caller) -> Result<Held, RestoreError> {
-        let held = self.runs.snapshot(id).filter(|held| caller.may_read(&held.run.machine));
+        let held = self.runs.snapshot(id).filter(|held| caller.may_list(&held.run.machine));
         held.ok_or_else(|| RestoreError::UnknownSnapshot { id, server: self.server.clone() })
     }
 }
@@ -116,7 +116,7 @@ impl TableService for Tables {
             "" => caller.machine(request.metadata())?,
             named => named.parse::<MachineKey>()?,
         };
-        if !caller.may_read(&machine) {
+        if !caller.may_list(&machine) {
             let text = format!("{} may not read machine {machine}", caller.principal);
             return Err(status(ErrorReason::NotAllowed, text));
         }

@@ -1,6 +1,9 @@
 //! Programs of the system that tests and the demo run: installed when we may, else named.
 
-use std::{path::Path, process::Command};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result, bail};
 
@@ -61,6 +64,8 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "systemd-analyze", package: "systemd" },
     Tool { program: "openssl", package: "openssl" },
     Tool { program: "chromedriver", package: "chromium-driver" },
+    Tool { program: "slapd", package: "slapd" },
+    Tool { program: "ldapmodify", package: "ldap-utils" },
 ];
 
 /// The disk of an image of this `kind` (`VHD`, `VHDX`) as 7-Zip reads it, which finds the image's parents by itself.
@@ -125,11 +130,16 @@ pub fn is_here(program: &str) -> bool {
 
 /// A command that also finds programs in `/usr/sbin`, where e2fsprogs and gdisk are and users' `PATH` isn't.
 pub fn command(program: &str) -> Command {
+    Command::new(find(program))
+}
+
+/// Its path in `/usr/sbin` or `/sbin`, else its name.
+pub fn find(program: &str) -> PathBuf {
     let found = ["/usr/sbin", "/sbin"]
         .iter()
         .map(|folder| Path::new(folder).join(program))
         .find(|path| path.is_file());
-    Command::new(found.unwrap_or_else(|| program.into()))
+    found.unwrap_or_else(|| program.into())
 }
 
 /// Runs a command and returns what it printed.

@@ -22,7 +22,8 @@ pub(super) async fn run(_: &ArgMatches, context: &Context) -> Result<Outcome, Fa
     let _lock = opening::lock(settings).await?;
     let disks = cache::disks(settings, None).await?;
     let ways = context.ways_awake().await?;
-    let listing = catalog::list(&ways, &Query::default()).await?;
+    let query = Query { machine: settings.machine()?, ..Query::default() };
+    let listing = catalog::list(&ways, &query).await?;
     let chains = chains(&listing);
     let (mut text, mut rows, mut exit_code) = (String::new(), Vec::new(), 0);
     let left: Vec<_> =

@@ -7,14 +7,13 @@ use janus_proto::{
     ids::{MachineKey, ServerId},
     pb::Encoding,
     show::{amount, date},
-    tls::Role,
 };
 use serde_json::{Value, json};
 
 use super::{
-    Context, Failure, Outcome, address,
+    Context, Failure, Outcome,
     opening::{Stillness, lock, open_all},
-    to_folder,
+    server, to_folder, whose,
 };
 use crate::{
     backup::{Backup, BackupReport, Disk, DiskReport},
@@ -36,15 +35,18 @@ const RENEWAL: Duration = Duration::from_secs(20);
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let to = match matches.get_one::<PathBuf>("to-folder") {
         Some(folder) => Destination::Folder(folder.clone()),
-        None => Destination::Server(address(matches)?.server),
+        None => Destination::Server(server(matches)?),
     };
     let settings = &context.settings;
-    let role = &context.identity()?.principal().role;
-    let Role::Client(machine) = role else {
-        return Err(Failure::usage(format!(
-            "setting cert: the certificate says {role}; a backup needs one of `janus-server pki issue client`"
-        )));
-    };
+    let machine = whose(settings, &context.identity()?.principal().role)?;
+    let machine = machine.ok_or_else(|| {
+        let role = context.identity.as_ref().map(|identity| identity.principal().to_string());
+        Failure::usage(format!(
+            "setting cert: the certificate says {}; a backup needs one of `janus-server pki issue client`, or setting for_machine and a right to back it up",
+            role.unwrap_or_default()
+        ))
+    })?;
+    let machine = &machine;
     if let Destination::Server(_) = to {
         settings.checked_urls()?;
         renew(context).await?;
@@ -187,11 +189,13 @@ async fn read(
     let sealed_by = sealed_by(&disks);
     let progress = Progress::new(disks.iter().map(|disk| disk.source.size_bytes()).sum());
     let display = progress::show(Doing::Backup, &progress, context.events);
+    let own = context.identity()?.principal().machine();
     let gate = Gate {
         ways: ways.clone(),
         failover_after: settings.failover_after(),
         failover_wait: Duration::from_secs(settings.failover_wait_seconds),
         direct: settings.direct,
+        machine: settings.machine()?.filter(|machine| own != Some(machine)),
     };
     let scan = ScanSettings { threads: settings.threads(), packing };
     let stop = context.stop.clone();

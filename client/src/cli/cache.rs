@@ -195,7 +195,8 @@ pub(super) async fn rebuild(matches: &ArgMatches, context: &Context) -> Result<O
     let _lock = opening::lock(settings).await?;
     let disks = disks(settings, wanted).await?;
     let ways = context.ways().await?;
-    let listing = catalog::list(&ways, &Query::default()).await?;
+    let query = Query { machine: settings.machine()?, ..Query::default() };
+    let listing = catalog::list(&ways, &query).await?;
     let (mut text, mut answers, mut is_bad) = (String::new(), Vec::new(), false);
     for (disk, size) in disks {
         let learnt = learn(settings, &ways, &listing, &disk, size).await?;
@@ -238,7 +239,8 @@ pub(super) async fn learn(
         Ok::<_, CacheError>(cache)
     });
     let cache = opening.await.map_err(Failure::failed)??;
-    Ok(relearn::learn(ways, &cache, disk, listing).await)
+    let machine = settings.machine()?;
+    Ok(relearn::learn(ways, &cache, (machine.as_ref(), disk), listing).await)
 }
 
 pub(super) fn learnt_json(learnt: &[Learnt]) -> Value {

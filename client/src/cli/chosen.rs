@@ -5,7 +5,7 @@ use std::sync::Arc;
 use clap::{Arg, ArgAction, ArgMatches};
 use tokio::runtime::Handle;
 
-use super::{Context, Failure, address};
+use super::{Context, Failure, server};
 use crate::{
     seal::{Keys, Wishes},
     snapshot::{Opened, Selection, SnapshotMedium, opened::Reach},
@@ -60,10 +60,15 @@ pub(super) fn archive_arguments() -> [Arg; 2] {
 }
 
 /// What they mean; `what` stands for the argument of that name.
-pub(super) fn selection(matches: &ArgMatches, what: &str) -> Result<Selection, Failure> {
+pub(super) fn selection(
+    matches: &ArgMatches,
+    what: &str,
+    context: &Context,
+) -> Result<Selection, Failure> {
     let text = |name: &str| matches.get_one::<String>(name).map(String::as_str);
-    let server = address(matches)?.server;
-    Ok(Selection::parse(what, text("at"), text("snapshot"), server)?)
+    let mut selection = Selection::parse(what, text("at"), text("snapshot"), server(matches)?)?;
+    selection.machine = selection.machine.or(context.settings.machine()?);
+    Ok(selection)
 }
 
 impl Context {

@@ -5,7 +5,7 @@ use std::{fmt::Write, sync::Arc};
 use janus_proto::{
     ids::{DiskId, MachineKey},
     show::amount,
-    tls::{Identity, Role},
+    tls::Identity,
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -14,6 +14,7 @@ use super::{
     Failure, Outcome,
     backup::{reading_json, reading_text},
     opening::{Stillness, lock, open_all},
+    whose,
 };
 use crate::{
     backup::Disk,
@@ -61,10 +62,7 @@ async fn machine(settings: &Settings) -> Result<Option<MachineKey>, Failure> {
     let Settings { cert, key, ca, .. } = settings.clone();
     let loading = tokio::task::spawn_blocking(move || Identity::load(&cert, &key, &ca));
     let identity = loading.await.map_err(Failure::failed)??;
-    Ok(match &identity.principal().role {
-        Role::Client(machine) => Some(machine.clone()),
-        _ => None,
-    })
+    whose(settings, &identity.principal().role)
 }
 
 fn disk_json(disk: &DiskId, forecast: &Forecast) -> Value {

@@ -39,7 +39,8 @@ pub(super) struct Chosen {
 pub(super) async fn choose(matches: &ArgMatches, context: &Context) -> Result<Chosen, Failure> {
     let place = matches.get_one::<OsString>("place").cloned().unwrap_or_default();
     let inside = Inside::parse(place.as_bytes())?;
-    let snapshot = context.medium(matches, &chosen::selection(matches, &inside.what)?).await?;
+    let snapshot =
+        context.medium(matches, &chosen::selection(matches, &inside.what, context)?).await?;
     let medium = Arc::new(snapshot.clone());
     Ok(Chosen { snapshot, medium, inside, stop: context.stop.clone() })
 }

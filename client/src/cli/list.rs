@@ -11,19 +11,22 @@ use janus_proto::{
 };
 use serde_json::{Value, json};
 
-use super::{Context, Failure, Outcome, address};
+use super::{Context, Failure, Outcome, named_machine, server};
 use crate::{
     catalog::{self, Listing, Query, consistency_name},
-    link::Address,
     seal::RunSeal,
     tables::{self, Mirrored, percent},
 };
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
-    let Address { server, machine, .. } = address(matches)?;
-    let role = context.identity.as_ref().map(|identity| identity.principal().role.clone());
-    if machine.is_none() && context.archive.is_none() && matches!(role, Some(Role::Operator(_))) {
-        return Err(Failure::usage("an operator must name a machine: --machine USER/MACHINE"));
+    let server = server(matches)?;
+    let machine = named_machine(matches)?.or(context.settings.machine()?);
+    let role = context.identity.as_ref().map(|identity| &identity.principal().role);
+    if let Some(role @ (Role::Operator(_) | Role::User(_))) = role
+        && machine.is_none()
+        && context.archive.is_none()
+    {
+        return Err(Failure::usage(format!("{role} must name a machine: --machine USER/MACHINE")));
     }
     let query = Query { machine, disk: None, server };
     let ways = context.ways().await?;

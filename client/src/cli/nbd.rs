@@ -59,7 +59,7 @@ pub(super) fn command() -> Command {
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let what = matches.get_one::<String>("what").map(String::as_str).unwrap_or_default();
-    let medium = context.medium(matches, &selection(matches, what)?).await?;
+    let medium = context.medium(matches, &selection(matches, what, context)?).await?;
     // What can't be read at all is said now, not to the first program that reads.
     medium.opened().place().await?;
     let overlay = match matches.get_one::<PathBuf>("write") {
@@ -114,7 +114,7 @@ async fn add_changes(
     overlay: Option<Arc<Overlay>>,
 ) -> Result<(), Failure> {
     let what = matches.get_one::<String>("what").map(String::as_str).unwrap_or_default();
-    let then = selection(matches, what)?.other(id)?;
+    let then = selection(matches, what, context)?.other(id)?;
     let ways = context.ways().await?;
     let found = then.find(&ways).await?;
     let (ours, theirs) = (&medium.snapshot().disk_id, &found.snapshot.disk_id);

@@ -5,11 +5,11 @@ use std::io::IsTerminal;
 use janus_proto::{
     clock::unix_ms,
     show::{amount, date},
-    tls::{Identity, Role},
+    tls::Identity,
 };
 use serde_json::{Value, json};
 
-use super::{Failure, Outcome, failure, opening::lock};
+use super::{Failure, Outcome, failure, opening::lock, whose};
 use crate::{
     config::Settings,
     notify::{Event, is_news, one_more},
@@ -22,8 +22,9 @@ pub async fn tell(
     identity: Option<&Identity>,
     outcome: &Result<Outcome, Failure>,
 ) {
-    let machine = match identity.map(|identity| identity.principal().role.clone()) {
-        Some(Role::Client(machine)) => machine.to_string(),
+    let asked = identity.map(|identity| whose(settings, &identity.principal().role));
+    let machine = match asked {
+        Some(Ok(Some(machine))) => machine.to_string(),
         _ => std::fs::read_to_string("/proc/sys/kernel/hostname")
             .unwrap_or_default()
             .trim()

@@ -9,7 +9,7 @@ use janus_proto::show::date;
 use serde_json::json;
 use zeroize::Zeroizing;
 
-use super::{Context, Failure, Outcome, address, chosen};
+use super::{Context, Failure, Outcome, chosen, server};
 use crate::{
     config::Settings,
     seal::{KeyId, Keys, MasterKey, RecoveryKey, RunSeal, SealError, Wishes},
@@ -79,7 +79,7 @@ pub fn recover(settings: &Settings, matches: &ArgMatches) -> Result<Outcome, Fai
 /// `recover --test --snapshot`.
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let what = matches.get_one::<String>("snapshot").map(String::as_str).unwrap_or_default();
-    let selection = Selection::parse(what, None, None, address(matches)?.server)?;
+    let selection = Selection::parse(what, None, None, server(matches)?)?;
     let asking = tokio::task::spawn_blocking(ask);
     let key = context.stop.run_until_cancelled(asking).await.ok_or_else(Failure::interrupted)?;
     let key = key.map_err(Failure::failed)??.master();

@@ -60,7 +60,7 @@ pub(super) fn arguments() -> Vec<Arg> {
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
     let text = |name: &str| matches.get_one::<String>(name).cloned().unwrap_or_default();
-    let wanted = selection(matches, &text("what"))?;
+    let wanted = selection(matches, &text("what"), context)?;
     let keys = context.keys(matches).await?;
     let ways = context.ways_awake().await?;
     if matches.contains_id("map") {

@@ -4,7 +4,10 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
+mod accounts;
+mod directory;
 mod enrolment;
+mod groups;
 mod proofs;
 mod revocation;
 mod rights;

@@ -26,7 +26,7 @@ fn who_holds_a_janus_key_acts_for_nobody_who_signs() {
     let mut cases = 0;
     for name in ["web1", "root", "rescue", B] {
         let owner = scene.identity(name);
-        let as_owner = |proof| Carried { principal: Some(&owner), proof };
+        let as_owner = |proof| Carried { principal: Some(&owner), proof, ..Carried::default() };
         let told = Statement::open(&here);
         // Without, for another snapshot, another server, another call, by another key, and with a changed end.
         let good = proof(&owner, &told, A).unwrap();
@@ -37,7 +37,7 @@ fn who_holds_a_janus_key_acts_for_nobody_who_signs() {
             None,
             proof(&owner, &Statement::open(&there), A),
             proof(&owner, &told, B),
-            proof(&owner, &Statement::start(&start), A),
+            proof(&owner, &Statement::start(&start, None), A),
             proof(&scene.identity("router"), &told, A),
             Some(parts.join(";")),
             Some("1;*;99999999999;0403;AAAA".into()),
@@ -50,12 +50,12 @@ fn who_holds_a_janus_key_acts_for_nobody_who_signs() {
         thief.open(&here, &as_owner(Some(good))).unwrap();
     }
     let owner = scene.identity("web1");
-    let as_owner = |proof| Carried { principal: Some(&owner), proof };
+    let as_owner = |proof| Carried { principal: Some(&owner), proof, ..Carried::default() };
     let id = BackupId::new().to_string();
     let start = start_of(&id);
     refused(thief.start(&start, &as_owner(None)), ErrorReason::ProofRefused);
     // One for any server is none for other disks.
-    let for_any = owner.prove(&Statement::start(&start), None);
+    let for_any = owner.prove(&Statement::start(&start, None), None);
     let mut larger = start.clone();
     larger.disks[0].size_bytes = 1 << 40;
     refused(thief.start(&larger, &as_owner(for_any.clone())), ErrorReason::ProofRefused);
@@ -72,7 +72,7 @@ fn who_holds_a_janus_key_acts_for_nobody_who_signs() {
         }],
         client_seal: Default::default(),
     };
-    let signed = proof(&owner, &Statement::commit(&commit([1; 32])), A);
+    let signed = proof(&owner, &Statement::commit(&commit([1; 32]), None), A);
     refused(thief.commit(&commit([2; 32]), &as_owner(signed.clone())), ErrorReason::ProofRefused);
     refused(thief.commit(&commit([2; 32]), &as_owner(None)), ErrorReason::ProofRefused);
     let known = thief.commit(&commit([1; 32]), &as_owner(signed)).unwrap_err();
@@ -88,7 +88,7 @@ fn only_certificates_that_ask_for_it_need_a_proof_unless_the_server_asks_all() {
     scene.site.client("plain", &[]).unwrap();
     let owner = scene.identity("plain");
     assert!(matches!(owner.principal().role, Role::Client(_)) && !owner.principal().limits.proof);
-    let as_owner = Carried { principal: Some(&owner), proof: None };
+    let as_owner = Carried { principal: Some(&owner), proof: None, ..Carried::default() };
     let url = scene.site.server(A).unwrap().url();
     let start = start_of(&BackupId::new().to_string());
     scene.caller(&url, "router").start(&start, &as_owner).unwrap();
@@ -109,7 +109,7 @@ fn only_certificates_that_ask_for_it_need_a_proof_unless_the_server_asks_all() {
     scene.site.server(A).unwrap().settings.set("require_proof", "never");
     scene.site.start_server(A).unwrap();
     let enrolled = scene.identity("other");
-    let as_enrolled = Carried { principal: Some(&enrolled), proof: None };
+    let as_enrolled = Carried { principal: Some(&enrolled), ..Carried::default() };
     let thief = scene.caller(&url, "router");
     thief.start(&start_of(&BackupId::new().to_string()), &as_enrolled).unwrap();
     drop(other);
@@ -130,10 +130,13 @@ fn a_janus_of_some_users_speaks_for_no_others() {
     let open = pb::OpenSnapshotRequest { snapshot_id: BackupId::new().to_string(), table: false };
     for other in ["alices", "root", B] {
         let owner = scene.identity(other);
-        let with =
-            Carried { principal: Some(&owner), proof: proof(&owner, &Statement::open(&open), A) };
+        let with = Carried {
+            principal: Some(&owner),
+            proof: proof(&owner, &Statement::open(&open), A),
+            ..Carried::default()
+        };
         refused(janus.open(&open, &with), ErrorReason::NotAllowed);
     }
     let bob = scene.identity("bobs");
-    janus.start(&start(), &Carried { principal: Some(&bob), proof: None }).unwrap();
+    janus.start(&start(), &Carried { principal: Some(&bob), ..Carried::default() }).unwrap();
 }

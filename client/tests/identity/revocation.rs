@@ -45,8 +45,11 @@ fn a_revoked_machine_is_cut_off_everywhere_and_comes_back_with_a_new_certificate
     }
     let owner = scene.identity("laptop7");
     let start = start_of(&BackupId::new().to_string());
-    let with =
-        Carried { principal: Some(&owner), proof: proof(&owner, &Statement::start(&start), B) };
+    let with = Carried {
+        principal: Some(&owner),
+        proof: proof(&owner, &Statement::start(&start, None), B),
+        ..Carried::default()
+    };
     refused(scene.caller(&direct, "router").start(&start, &with), ErrorReason::IdentityMissing);
 
     // Also after all have started anew.

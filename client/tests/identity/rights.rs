@@ -9,7 +9,10 @@ use janus_proto::{
     ids::BackupId,
     pb::{self, read_hashes_request::Of},
 };
-use janus_server::rights::{RULES, Reach};
+use janus_server::{
+    policy::Right,
+    rights::{RULES, Reach},
+};
 use prost::Message;
 use tokio::runtime::{Handle, Runtime};
 use tonic::{
@@ -172,8 +175,12 @@ fn is_refused(result: &Result<Option<Bytes>, Status>) -> bool {
 
 #[test]
 fn every_method_answers_every_role_as_the_rules_say() {
-    let mut scene = Scene::new();
+    let mut scene = Scene::with_policy(Some(POLICY));
     let (own, other) = (scene.enrolled("own"), scene.enrolled("other"));
+    for name in [USER, "mallory", "reader", "writer", "chief"] {
+        scene.person(name);
+    }
+    scene.site.issue("client", "host", &["--user", "site", "--machine", "host"]).unwrap();
     scene.site.await_ready(&own).unwrap();
     let of = |client: &xtask::site::Client, name: &str| {
         client.answer::<serde_json::Value>(&["backup", "--server", B]).unwrap();
@@ -220,20 +227,27 @@ fn every_method_answers_every_role_as_the_rules_say() {
     let mut target = begin(&owner);
     target.handle = open(&owner, &target).unwrap();
 
-    // Who, and whether the target is his own machine.
-    let callers = [
-        ("other", false),
-        ("rescue-other", false),
-        ("router", true),
-        ("root", true),
-        ("server-a", true),
-        ("rescue", true),
-        ("own", true),
+    // Who, whether the target is his own machine, and what groups give.
+    const BOTH: &[Right] = &[Right::Backup, Right::Restore];
+    let callers: [(&str, bool, &[Right]); 13] = [
+        ("other", false, &[]),
+        ("rescue-other", false, &[]),
+        ("router", true, &[]),
+        ("root", true, &[]),
+        ("server-a", true, &[]),
+        ("rescue", true, &[]),
+        (USER, true, &[]),
+        ("mallory", false, &[]),
+        ("reader", false, &[Right::Restore]),
+        ("writer", false, &[Right::Backup]),
+        ("host", false, &[Right::Backup]),
+        ("chief", false, BOTH),
+        ("own", true, &[]),
     ];
     let (mut cells, mut told) = (0, String::new());
     for rule in RULES {
         told.push_str(&format!("{:34}", rule.method));
-        for (name, is_own) in callers {
+        for (name, is_own, given) in callers {
             let (role, peer) = peer(name);
             // Handles are their opener's: who may open has one of his own.
             let handle = open(&peer, &target).unwrap_or_else(|| target.handle.clone());
@@ -246,10 +260,11 @@ fn every_method_answers_every_role_as_the_rules_say() {
             };
             // Listing all machines is about the caller's own where he has one.
             let answer = peer.call(rule.method, &mine);
-            let is_expected = match (rule.of(&role), is_own) {
-                (Reach::Nothing, _) => false,
-                (Reach::Own, is_own) => is_own || is_about_nobody(rule.method),
-                (Reach::Any, _) => true,
+            let is_given = rule.groups.iter().any(|right| given.contains(right));
+            let is_expected = match rule.of(&role) {
+                Reach::Nothing => is_given,
+                Reach::Own => is_own || is_given || is_about_nobody(rule.method),
+                Reach::Any => true,
             };
             assert_eq!(
                 !is_refused(&answer),
@@ -257,31 +272,45 @@ fn every_method_answers_every_role_as_the_rules_say() {
                 "{} by {role}, own machine: {is_own}: {answer:?}",
                 rule.method
             );
-            if rule.of(&role) == Reach::Nothing {
+            if rule.of(&role) == Reach::Nothing && !is_given {
                 let status = answer.unwrap_err();
                 assert_eq!(reason(&status), Some(ErrorReason::NotAllowed), "{status:?}");
             }
             told.push_str(if is_expected { " yes" } else { "  - " });
             cells += 1;
+            if rule.method == "BackupService/AbortBackup" && is_expected {
+                target = Target { handle: target.handle.clone(), ..begin(&owner) };
+            }
         }
         told.push('\n');
-        if rule.method == "BackupService/AbortBackup" {
-            // It was given up by its owner, who came last; the next rules want another one.
-            target = Target { handle: target.handle.clone(), ..begin(&owner) };
-        }
         if rule.method == "BackupService/StartBackup" {
-            // Nobody else has taken it over.
+            // Nobody has given it up.
             let answer = owner.call("BackupService/GetBackup", &target);
             let state = pb::GetBackupResponse::decode(answer.unwrap().unwrap()).unwrap().state();
             assert_eq!(state, pb::RunState::Open);
         }
     }
-    println!("{told}{cells} cells: other, restore of other, janus, operator, server, restore, own");
+    println!(
+        "{told}{cells} cells: other, restore of other, janus, operator, server, restore, user, other user, reader, writer, host, chief, own"
+    );
     assert_eq!(cells, RULES.len() * callers.len());
     // What others tried has left nothing behind.
     scene.works(&own, "own");
     scene.works(&other, "other");
 }
+
+/// Groups for one machine.
+const POLICY: &str = r#"
+    [groups.readers]
+    members = ["reader"]
+    restore = ["alice/own"]
+    [groups.writers]
+    members = ["writer", "site/host"]
+    backup = ["alice/own"]
+    [groups.chiefs]
+    members = ["Chief"]
+    admin = ["alice/own"]
+"#;
 
 /// Answers each caller with what he may see, and nothing is named.
 fn is_about_nobody(method: &str) -> bool {

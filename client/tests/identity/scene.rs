@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Output,
     time::{Duration, Instant},
@@ -21,8 +22,9 @@ use janus_proto::{
     tls::Identity,
 };
 use serde_json::Value;
-use tokio::runtime::Runtime;
-use tonic::{Request, Status, transport::Channel};
+use tokio::{runtime::Runtime, sync::mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Status, Streaming, transport::Channel};
 use xtask::{
     disk,
     site::{Client, Plan, Programs, Settings, Site, USER, free_ports, key_settings},
@@ -46,8 +48,20 @@ pub struct Scene {
 
 impl Scene {
     pub fn new() -> Self {
+        Self::with_policy(None)
+    }
+
+    /// All servers with this policy.
+    pub fn with_policy(policy: Option<&str>) -> Self {
         let programs = Programs::for_tests().unwrap();
         let mut site = Site::prepare(programs, &Plan::default()).unwrap();
+        if let Some(policy) = policy {
+            for name in site.server_names() {
+                let path = site.folder().join(format!("{name}-policy.toml"));
+                write_private(&path, policy);
+                site.server(&name).unwrap().settings.set("policy", path.to_string_lossy());
+            }
+        }
         let port = free_ports(1).unwrap()[0];
         let ca = site.folder().join("pki");
         let server = site.server(A).unwrap();
@@ -68,6 +82,19 @@ impl Scene {
         settings.set("urls", [self.site.url()].to_vec());
         settings.set("cache_path", folder.join("cache").to_string_lossy());
         settings.set("disks", [format!("disk={}", disk.display())].to_vec());
+        self.site.client_with(name, settings).unwrap()
+    }
+
+    /// Replaces a server's policy, while it runs.
+    pub fn set_policy(&self, server: &str, policy: &str) {
+        write_private(&self.site.folder().join(format!("{server}-policy.toml")), policy);
+    }
+
+    /// Somebody with a certificate of their own, through janus.
+    pub fn person(&self, name: &str) -> Client {
+        let mut settings = self.site.issue("user", name, &[]).unwrap();
+        settings.set("urls", [self.site.url()].to_vec());
+        settings.set("cache_path", self.site.client_folder(name).join("cache").to_string_lossy());
         self.site.client_with(name, settings).unwrap()
     }
 
@@ -123,6 +150,14 @@ impl Scene {
     }
 }
 
+/// A file that others may not write, replaced as a whole.
+pub fn write_private(path: &Path, text: &str) {
+    let new = path.with_extension("new");
+    fs::write(&new, text).unwrap();
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::rename(&new, path).unwrap();
+}
+
 pub fn load(keys: &Path) -> Identity {
     let path = |name: &str| keys.join(name);
     Identity::load(path("cert.pem"), path("key.pem"), path("ca.pem")).unwrap()
@@ -155,6 +190,8 @@ pub struct Carried<'a> {
     /// In whose name: the certificate that a janus forwards.
     pub principal: Option<&'a Identity>,
     pub proof: Option<String>,
+    /// For another machine than the caller's own.
+    pub machine: Option<&'a str>,
 }
 
 impl Caller {
@@ -197,6 +234,33 @@ impl Caller {
     }
 }
 
+/// An upload that goes on, without blocks.
+pub struct Upload<'a> {
+    runtime: &'a Runtime,
+    _blocks: mpsc::Sender<pb::WriteBlocksRequest>,
+    answers: Streaming<pb::WriteBlocksResponse>,
+}
+
+impl Caller {
+    pub fn write(&self, with: &Carried<'_>) -> Upload<'_> {
+        let (blocks, stream) = mpsc::channel(1);
+        let mut request = with.request(ReceiverStream::new(stream));
+        // Not to end by itself.
+        request.set_timeout(Duration::from_secs(600));
+        let mut client = BackupServiceClient::new(self.channel.clone());
+        let answers = self.runtime.block_on(client.write_blocks(request)).unwrap().into_inner();
+        Upload { runtime: &self.runtime, _blocks: blocks, answers }
+    }
+}
+
+impl Upload<'_> {
+    /// Why the server has ended it.
+    pub fn ended(mut self, within: Duration) -> Status {
+        let answer = async { tokio::time::timeout(within, self.answers.message()).await };
+        self.runtime.block_on(answer).expect("not ended in time").unwrap_err()
+    }
+}
+
 impl Carried<'_> {
     fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
@@ -205,6 +269,9 @@ impl Carried<'_> {
         if let Some(identity) = self.principal {
             let value = STANDARD.encode(&identity.principal().der);
             headers.insert(metadata::PRINCIPAL, value.parse().unwrap());
+        }
+        if let Some(machine) = self.machine {
+            headers.insert(metadata::MACHINE, machine.parse().unwrap());
         }
         if let Some(proof) = &self.proof {
             headers.insert(metadata::PROOF, proof.parse().unwrap());

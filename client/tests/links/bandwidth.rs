@@ -101,13 +101,15 @@ fn other_machine(sites: &Sites) -> Gate {
     let urls = SITES.iter().map(|site| url(site)).collect();
     let (failover_after, direct) = (Duration::from_secs(5), Direct::Never);
     let failover_wait = failover_after;
-    Gate { ways: Ways::direct(urls, identity), failover_after, failover_wait, direct }
+    let ways = Ways::direct(urls, identity);
+    Gate { ways, failover_after, failover_wait, direct, machine: None }
 }
 
 /// Time until a start of a machine at `place` is answered, the connection included.
 fn start(sites: &Sites, place: &str, gate: &Gate, server: Option<&str>) -> Duration {
     let disk = DiskStart { disk_id: "disk".into(), size_bytes: MIB, logical_sector_bytes: 512 };
-    let plan = StartPlan { backup_id: BackupId::new(), disks: vec![disk], use_counter: 1 };
+    let plan =
+        StartPlan { backup_id: BackupId::new(), disks: vec![disk], use_counter: 1, machine: None };
     let server: Option<ServerId> = server.map(|server| server.parse().unwrap());
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| {

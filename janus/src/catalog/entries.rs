@@ -47,6 +47,10 @@ pub(super) trait Listed: Entry {
     ) -> BoxFuture<'static, ServerPage<Self>>;
     /// What the server has reported, in no order.
     fn remembered(registry: &Registry, server: &ServerId, query: &Query) -> Vec<Self>;
+    /// Whose it is.
+    fn machine<'a>(&'a self, query: &'a Query) -> &'a str {
+        query.machine.as_ref().map_or("", MachineKey::as_str)
+    }
     /// Marks what a live server has said.
     fn live(&mut self) {}
 }
@@ -184,9 +188,11 @@ impl Listed for MachineInfo {
         })
     }
 
+    fn machine<'a>(&'a self, _: &'a Query) -> &'a str {
+        &self.machine
+    }
+
     fn remembered(registry: &Registry, server: &ServerId, query: &Query) -> Vec<Self> {
-        let is_asked =
-            |machine: &str| query.machine.as_ref().is_none_or(|asked| asked.as_str() == machine);
         let mut machines: BTreeMap<String, MachineServer> = BTreeMap::new();
         for (machine, use_counter) in registry.uses(server) {
             let here =
@@ -201,8 +207,8 @@ impl Listed for MachineInfo {
             here.last_committed_ms = here.last_committed_ms.max(committed_ms);
             here.snapshot_count += 1;
         }
-        let asked = machines.into_iter().filter(|(machine, _)| is_asked(machine));
-        asked
+        machines
+            .into_iter()
             .map(|(machine, here)| MachineInfo {
                 machine,
                 last_committed_ms: here.last_committed_ms,

@@ -8,6 +8,8 @@ use janus_proto::{
 };
 use tokio::time::Instant;
 
+use super::sight::{Granted, Sight};
+
 /// Machines remembered for one server.
 pub(super) const MAX_MACHINES: usize = 20_000;
 /// Snapshots remembered for one server. They only serve to list an unreachable server's snapshots.
@@ -115,6 +117,8 @@ pub(super) struct ServerState {
     pub settings: Option<pb::SharedSettings>,
     pub vitals: Option<pb::Vitals>,
     pub urls: Vec<String>,
+    /// What groups may do there; `None`: it hasn't told.
+    pub granted: Option<Granted>,
     /// Unix milliseconds of the last message of any stream; 0: there was none.
     pub heard_ms: i64,
 }
@@ -157,9 +161,10 @@ impl ServerState {
     }
 
     /// Machines that have damaged snapshots here, or this one, by name.
-    pub fn damaged(&self, machine: Option<&MachineKey>) -> Vec<pb::DamagedMachine> {
+    pub fn damaged(&self, sight: &Sight) -> Vec<pb::DamagedMachine> {
         let mut damaged: BTreeMap<&str, pb::DamagedMachine> = BTreeMap::new();
-        for snapshot in self.snapshots(machine, None).filter(|one| one.damaged_blocks > 0) {
+        let snapshots = self.snapshots(None, None).filter(|one| one.damaged_blocks > 0);
+        for snapshot in snapshots.filter(|one| sight.sees_name(&one.machine)) {
             let entry = damaged.entry(&snapshot.machine).or_default();
             entry.machine.clone_from(&snapshot.machine);
             entry.snapshots += 1;
@@ -169,9 +174,10 @@ impl ServerState {
         damaged.into_values().take(MOST_DAMAGED).collect()
     }
 
-    /// Snapshots here, or of this machine, that lack blocks.
-    pub fn incomplete(&self, machine: Option<&MachineKey>) -> u64 {
-        self.snapshots(machine, None).filter(|one| one.missing_blocks > 0).count() as u64
+    /// Snapshots here that lack blocks.
+    pub fn incomplete(&self, sight: &Sight) -> u64 {
+        let snapshots = self.snapshots(None, None).filter(|one| one.missing_blocks > 0);
+        snapshots.filter(|one| sight.sees_name(&one.machine)).count() as u64
     }
 
     fn is_newest(&self, of: &pb::Snapshot) -> bool {

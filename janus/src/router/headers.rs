@@ -13,7 +13,7 @@ use janus_proto::{
 use tokio::time::Instant;
 use tonic::Status;
 
-use crate::balance::Skipped;
+use crate::{balance::Skipped, registry::Registry};
 
 /// Longest value of `janus-skipped` and `janus-warning`, so that many of them stay below the header limit.
 const MAX_TEXT_BYTES: usize = 300;
@@ -43,20 +43,40 @@ impl Caller {
     /// Reads and checks the metadata.
     pub fn read(principal: Arc<Principal>, headers: &HeaderMap) -> Result<Self, Status> {
         let named: Option<MachineKey> = value(headers, metadata::MACHINE)?;
-        let machine = match (principal.machine(), named) {
-            (Some(own), Some(named)) if named != *own => {
-                let message = format!(
-                    "this certificate belongs to machine {own}, not to {named} (janus-machine)"
-                );
-                return Err(status(ErrorReason::NotAllowed, message));
-            }
-            (Some(own), _) => Some(own.clone()),
-            (_, named) => named,
-        };
+        let machine = named.or_else(|| principal.machine().cloned());
         let pin = value(headers, metadata::SERVER)?;
         let run = value(headers, metadata::RUN)?;
         let asked_use = number(headers, metadata::USE)?.unwrap_or(0);
         Ok(Self { principal, machine, pin, run, asked_use, begun: Instant::now() })
+    }
+
+    /// That the machine is the caller's, or one that groups give, as far as servers have reported: what the server that gets
+    /// the call decides doesn't undo a turn that was taken from another machine.
+    ///
+    /// # Errors
+    /// `NOT_ALLOWED`.
+    pub fn check_machine(&self, registry: &Registry, is_write: bool) -> Result<(), Status> {
+        let Some(machine) = &self.machine else { return Ok(()) };
+        if self.principal.machine() == Some(machine) {
+            return Ok(());
+        }
+        let sight = registry.sight(&self.principal);
+        let is_given = match is_write {
+            true => sight.is_all() || sight.writes(machine),
+            false => sight.sees(machine),
+        };
+        if is_given || !registry.is_told_of_grants() {
+            return Ok(());
+        }
+        let message = match self.principal.machine() {
+            Some(own) => {
+                format!(
+                    "this certificate belongs to machine {own}, not to {machine} (janus-machine)"
+                )
+            }
+            None => format!("{} may not act for machine {machine}", self.principal),
+        };
+        Err(status(ErrorReason::NotAllowed, message))
     }
 }
 
@@ -129,7 +149,10 @@ fn add_texts(headers: &mut HeaderMap, name: &'static str, texts: impl Iterator<I
 mod tests {
     use bytes::Bytes;
 
-    use janus_proto::tls::Role;
+    use janus_proto::{
+        pb::{Grant, Grants, report_request::Event},
+        tls::Role,
+    };
 
     use super::*;
 
@@ -154,11 +177,32 @@ mod tests {
         let client = principal(Role::Client("alice/web".parse().unwrap()));
         let own = Caller::read(client.clone(), &HeaderMap::new()).unwrap();
         assert_eq!(own.machine, Some("alice/web".parse().unwrap()));
-        let other = Caller::read(client, &headers(&[(metadata::MACHINE, "alice/db")])).unwrap_err();
-        assert_eq!(janus_proto::error::reason(&other), Some(ErrorReason::NotAllowed));
+        let registry = Registry::new();
+        let read = |principal: &Arc<Principal>| {
+            Caller::read(principal.clone(), &headers(&[(metadata::MACHINE, "alice/db")])).unwrap()
+        };
         let operator = principal(Role::Operator("root".into()));
-        let named = Caller::read(operator, &headers(&[(metadata::MACHINE, "alice/db")])).unwrap();
+        let named = read(&operator);
         assert_eq!(named.machine, Some("alice/db".parse().unwrap()));
+        let (may, other) = (|caller: &Caller| caller.check_machine(&registry, true), read(&client));
+        // Nobody has told yet what groups may do.
+        may(&other).unwrap();
+        let hello = Default::default();
+        let report = registry.open_report(&"a".parse().unwrap(), &hello).unwrap();
+        let refused = may(&other).unwrap_err();
+        assert_eq!(janus_proto::error::reason(&refused), Some(ErrorReason::NotAllowed));
+        may(&named).unwrap();
+        let grant = Grant {
+            members: vec!["alice/web".into(), "alice".into()],
+            backup: vec!["alice/db".into()],
+            ..Default::default()
+        };
+        let grants = Grants { grants: vec![grant], ..Default::default() };
+        report.take(1, Some(Event::Grants(grants))).unwrap();
+        may(&other).unwrap();
+        may(&read(&principal(Role::User("Alice".into())))).unwrap();
+        may(&read(&principal(Role::User("bob".into())))).unwrap_err();
+        may(&read(&principal(Role::Restore("alice/web".parse().unwrap())))).unwrap_err();
     }
 
     #[test]

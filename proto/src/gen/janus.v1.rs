@@ -2605,7 +2605,7 @@ pub struct StateChange {
 pub struct ReportRequest {
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
-    #[prost(oneof = "report_request::Event", tags = "2, 3, 4, 5, 6, 7")]
+    #[prost(oneof = "report_request::Event", tags = "2, 3, 4, 5, 6, 7, 8")]
     pub event: ::core::option::Option<report_request::Event>,
 }
 /// Nested message and enum types in `ReportRequest`.
@@ -2627,7 +2627,36 @@ pub mod report_request {
         /// All certificates that the server doesn't believe any more; again whenever it learns of more.
         #[prost(message, tag = "7")]
         Revocations(super::Revocations),
+        /// Who may do what beyond the own machine, by the server's policy; again whenever that changes. Absent: an older server, which gives no
+        /// such rights.
+        #[prost(message, tag = "8")]
+        Grants(super::Grants),
     }
+}
+/// What members of a group may do on the reporting server.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Grant {
+    /// Names of users, in small letters, and machines, `<user>/<machine>`; at most 1000.
+    #[prost(string, repeated, tag = "1")]
+    pub members: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Machines that they may make backups of: `*`, `<user>/*` or `<user>/<machine>` each; at most 1000.
+    #[prost(string, repeated, tag = "2")]
+    pub backup: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Machines that they may list and read, in the same form; at most 1000.
+    #[prost(string, repeated, tag = "3")]
+    pub restore: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Grants {
+    /// At most one in one message.
+    #[prost(message, repeated, tag = "1")]
+    pub grants: ::prost::alloc::vec::Vec<Grant>,
+    /// BLAKE3 (hexadecimal) of the policy and of `write_only`: equal on servers that give the same rights. Empty: there is no policy.
+    #[prost(string, tag = "2")]
+    pub policy_digest: ::prost::alloc::string::String,
+    /// More of them follow in the next message; the last one ends the list, which replaces the one before.
+    #[prost(bool, tag = "3")]
+    pub more: bool,
 }
 /// A principal whose certificates are refused, all that were issued until a moment.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -24,6 +24,8 @@ pub enum Role {
     Server(ServerId),
     /// A router.
     Janus(ServerId),
+    /// A person who owns machines, and may do more where a server's policy says so.
+    User(String),
     /// A person who administers.
     Operator(String),
 }
@@ -35,6 +37,7 @@ impl fmt::Display for Role {
             Self::Restore(key) => write!(f, "restore of {key}"),
             Self::Server(id) => write!(f, "server {id}"),
             Self::Janus(id) => write!(f, "janus {id}"),
+            Self::User(name) => write!(f, "user {name}"),
             Self::Operator(name) => write!(f, "operator {name}"),
         }
     }
@@ -48,6 +51,7 @@ impl Role {
             Self::Restore(key) => format!("janus://{group}/restore/{key}"),
             Self::Server(id) => format!("janus://{group}/server/{id}"),
             Self::Janus(id) => format!("janus://{group}/janus/{id}"),
+            Self::User(name) => format!("janus://{group}/user/{name}"),
             Self::Operator(name) => format!("janus://{group}/operator/{name}"),
         }
     }
@@ -56,7 +60,7 @@ impl Role {
     pub fn machine(&self) -> Option<&MachineKey> {
         match self {
             Self::Client(key) | Self::Restore(key) => Some(key),
-            Self::Server(_) | Self::Janus(_) | Self::Operator(_) => None,
+            Self::Server(_) | Self::Janus(_) | Self::User(_) | Self::Operator(_) => None,
         }
     }
 }
@@ -215,6 +219,10 @@ fn parse_uri(uri: &str) -> Option<(&str, Role)> {
         [_, "restore", user, machine] => Role::Restore(MachineKey::new(user, machine).ok()?),
         [_, "server", name] => Role::Server(name.parse().ok()?),
         [_, "janus", name] => Role::Janus(name.parse().ok()?),
+        [_, "user", name] => {
+            check_name("user", name).ok()?;
+            Role::User((*name).to_string())
+        }
         [_, "operator", name] => {
             check_name("operator", name).ok()?;
             Role::Operator((*name).to_string())
@@ -251,6 +259,7 @@ mod tests {
             "janus://g/server",
             "janus://g/server/a/b",
             "janus://g/client/a",
+            "janus://g/user/a/b",
             "janus:///server/a",
             "janus://g/root/a",
             "janus://g/server/..",

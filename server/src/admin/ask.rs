@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use janus_proto::error::WireError;
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -20,6 +21,7 @@ use crate::{
     audit::Audit,
     chain::store::{Store, StoreError, relocate::MoveError},
     config::Settings,
+    policy::file::PolicyError,
     runs::{Limits, Runs},
 };
 
@@ -48,6 +50,17 @@ pub enum AskError {
         /// Why not.
         source: io::Error,
     },
+    /// Nothing to show.
+    #[error(
+        "setting policy is empty: there are no groups; --file PATH shows a policy before a server uses it"
+    )]
+    NoPolicy,
+    /// The policy.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// A name that can't be one.
+    #[error(transparent)]
+    Name(#[from] WireError),
     /// The answer broke off.
     #[error("the server ended before it answered; what it did is whole: run the command again")]
     Lost,
@@ -76,7 +89,7 @@ pub fn ask(
 ) -> Result<Answer, AskError> {
     let began = Instant::now();
     loop {
-        if let Some(stream) = connect(&settings.image_path)? {
+        if let Some(stream) = connect(settings)? {
             return over_socket(stream, command, progress);
         }
         match open(settings) {
@@ -95,12 +108,23 @@ pub fn ask(
 }
 
 /// The server's socket; `None`: no server runs.
-fn connect(image_path: &Path) -> Result<Option<UnixStream>, AskError> {
+fn connect(settings: &Settings) -> Result<Option<UnixStream>, AskError> {
+    let Settings { image_path, admin_socket, .. } = settings;
     let absent = |error: &io::Error| {
         matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
     };
     let connected =
         socket::address(image_path).and_then(|(address, _folder)| UnixStream::connect(address));
+    let connected = match connected {
+        // Not everybody may go there.
+        Err(error)
+            if error.kind() == io::ErrorKind::PermissionDenied
+                && !admin_socket.as_os_str().is_empty() =>
+        {
+            UnixStream::connect(admin_socket)
+        }
+        other => other,
+    };
     match connected {
         Ok(stream) => Ok(Some(stream)),
         Err(error) if absent(&error) => Ok(None),

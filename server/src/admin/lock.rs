@@ -64,6 +64,11 @@ impl Arguments {
     pub(super) fn only_shows(&self) -> bool {
         self.list
     }
+
+    /// Whose run is locked; `None`: locks are shown.
+    pub(super) fn machine(&self) -> Option<&MachineKey> {
+        self.target.as_ref().map(|target| &target.machine)
+    }
 }
 
 pub(super) fn run(admin: &Admin, arguments: &Arguments, who: &Who) -> Result<Answer, AdminError> {

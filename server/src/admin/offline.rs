@@ -1,4 +1,5 @@
-//! Commands that change what a store is: only while no server runs, since a running one would have to forget all it knows.
+//! Commands without a server: those that change what a store is, only while none runs, since a running one would have to forget all it
+//! knows; and what needs none.
 
 use std::{
     cell::Cell,
@@ -12,7 +13,7 @@ use janus_proto::show::amount;
 use super::{
     Answer, Person,
     ask::{AskError, check_owner},
-    rebuild,
+    policy, rebuild,
 };
 use crate::{
     audit::{Action, Audit, Event},
@@ -24,7 +25,7 @@ use crate::{
 /// Between two lines of progress.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 
-/// What an administrator asks for while the server is stopped.
+/// What an administrator asks for without the server.
 #[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
 pub enum Command {
     /// Make the catalog from the folders alone, also after they were copied here; the server must be stopped
@@ -39,6 +40,8 @@ pub enum Command {
         #[arg(long, value_name = "PATH")]
         to: PathBuf,
     },
+    /// Show who is in which group of a policy, and what that gives
+    Policy(policy::Arguments),
     /// Make a copied store one of its own; the server must be stopped
     Adopt {
         /// Give it a new generation, so that it is no longer taken for the store it was copied from
@@ -56,9 +59,9 @@ pub fn run(
     command: &Command,
     progress: &dyn Fn(String),
 ) -> Result<Answer, AskError> {
-    let (root, separate) = (&settings.image_path, settings.separate_folders_by_user);
+    let root = &settings.image_path;
     let text = match command {
-        Command::Rebuild { dry_run: true } => String::new(),
+        Command::Rebuild { dry_run: true } | Command::Policy(_) => String::new(),
         Command::Rebuild { .. } => "rebuild".into(),
         Command::Move { to } => format!("move to {}", to.display()),
         Command::Adopt { .. } => "adopt as a store of its own".into(),
@@ -72,7 +75,7 @@ pub fn run(
     };
     let event = Event::new(Action::Command).noting(&text);
     record(event.clone().asked());
-    let done = carry_out(root, separate, command, progress);
+    let done = carry_out(settings, command, progress);
     // A moved store's log goes on at its new place.
     if !matches!((command, &done), (Command::Move { .. }, Ok(_))) {
         record(event.with_result(&done));
@@ -81,17 +84,18 @@ pub fn run(
 }
 
 fn carry_out(
-    root: &Path,
-    separate: bool,
+    settings: &Settings,
     command: &Command,
     progress: &dyn Fn(String),
 ) -> Result<Answer, AskError> {
+    let (root, separate) = (&settings.image_path, settings.separate_folders_by_user);
     match command {
         Command::Rebuild { dry_run } => {
             // A copy may come without the store's own files.
             check_owner(root, ".")?;
             rebuild::run(&Disk::default(), root, separate, *dry_run, progress)
         }
+        Command::Policy(arguments) => policy::run(settings, arguments),
         Command::Move { to } => {
             check_owner(root, ".store.json")?;
             relocate_store(root, to, progress)

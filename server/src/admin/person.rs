@@ -1,6 +1,6 @@
 //! Which person asks for a command, as far as the kernel knows.
 
-use std::fs;
+use std::{fs, process::Command};
 
 use crate::audit::Who;
 
@@ -34,16 +34,17 @@ impl Person {
         self.login.unwrap_or(self.uid)
     }
 
+    /// Name of the account that the kernel says, whoever logged in; also one that only a directory knows. Runs a program.
+    pub fn account(&self) -> String {
+        let asked = Command::new("getent").args(["passwd", &self.uid.to_string()]).output();
+        let text = asked.ok().and_then(|output| String::from_utf8(output.stdout).ok());
+        let name = text.as_deref().and_then(|text| text.split(':').next());
+        name.filter(|name| !name.is_empty()).map_or_else(|| named(self.uid), str::to_owned)
+    }
+
     /// Name of the account, or its number. Reads a file.
     pub fn name(&self) -> String {
-        let id = self.id();
-        let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
-        let name = users.lines().find_map(|line| {
-            let mut fields = line.split(':');
-            let name = fields.next()?;
-            (fields.nth(1)?.parse() == Ok(id)).then(|| name.to_owned())
-        });
-        name.unwrap_or_else(|| id.to_string())
+        named(self.id())
     }
 
     /// As it is recorded.
@@ -51,6 +52,16 @@ impl Person {
         let login = self.login.map(|login| format!(", logged in as {login}")).unwrap_or_default();
         Who::named(format!("local {} (uid {}{login})", self.name(), self.uid))
     }
+}
+
+fn named(id: u32) -> String {
+    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let name = users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)?.parse() == Ok(id)).then(|| name.to_owned())
+    });
+    name.unwrap_or_else(|| id.to_string())
 }
 
 fn login(path: &str) -> Option<u32> {

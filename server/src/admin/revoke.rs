@@ -46,6 +46,10 @@ pub struct Whom {
     /// A janus
     #[arg(long, value_name = "NAME")]
     pub janus: Option<ServerId>,
+    /// A user: the own certificate, not those of machines
+    #[arg(long, value_name = "NAME")]
+    #[serde(default)]
+    pub user: Option<String>,
     /// An operator
     #[arg(long, value_name = "NAME")]
     pub operator: Option<String>,
@@ -55,6 +59,10 @@ impl Whom {
     fn roles(&self) -> Result<Vec<Role>, AdminError> {
         if let Some(key) = &self.machine {
             return Ok(vec![Role::Client(key.clone()), Role::Restore(key.clone())]);
+        }
+        if let Some(name) = &self.user {
+            check_name("user", name)?;
+            return Ok(vec![Role::User(name.clone())]);
         }
         if let Some(name) = &self.operator {
             check_name("operator", name)?;

@@ -1,4 +1,5 @@
-//! The admin socket of a running server: `<image_path>/.admin.sock`, for this system's root and for the server's own user.
+//! The admin socket of a running server: `<image_path>/.admin.sock`, for this system's root and for the server's own user; and by
+//! setting `admin_socket` another one, for accounts whose groups administer machines.
 //!
 //! Made while the store's lock is held, so what is left of an earlier process can be replaced; removed at the end. A
 //! caller that goes away stops its command.
@@ -22,7 +23,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Admin, Person, Task,
+    Admin, Person, Task, delegated,
     wire::{self, MAX_ASK_BYTES, Told},
 };
 use crate::storage::Disk;
@@ -55,6 +56,8 @@ pub(super) fn address(image_path: &Path) -> io::Result<(PathBuf, Option<File>)> 
 pub struct AdminSocket {
     listener: UnixListener,
     path: PathBuf,
+    /// Others than root and the server's user may ask here for what is delegated to them.
+    is_for_accounts: bool,
 }
 
 impl AdminSocket {
@@ -69,7 +72,18 @@ impl AdminSocket {
         let listener = UnixListener::bind(address)?;
         // Until here others may have connected: `is_allowed` looks at who they are.
         fs::set_permissions(&path, Permissions::from_mode(0o600))?;
-        Ok(Self { listener, path })
+        Ok(Self { listener, path, is_for_accounts: false })
+    }
+
+    /// Makes the socket for accounts whose groups administer machines, at this path. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// As the file system says.
+    pub fn bind_for_accounts(path: &Path) -> io::Result<Self> {
+        Disk::default().remove(path)?;
+        let listener = UnixListener::bind(path)?;
+        fs::set_permissions(path, Permissions::from_mode(0o666))?;
+        Ok(Self { listener, path: path.to_owned(), is_for_accounts: true })
     }
 
     /// Answers until `shutdown`; then commands are stopped and waited for.
@@ -83,7 +97,7 @@ impl AdminSocket {
                 break;
             };
             match accepted {
-                Ok((stream, _)) if is_allowed(&stream) => {
+                Ok((stream, _)) if self.is_for_accounts || is_trusted(&stream) => {
                     callers.spawn(serve_one(stream, admin.clone(), shutdown.child_token()));
                 }
                 Ok(_) => tracing::warn!("another user's connection to the admin socket is closed"),
@@ -105,14 +119,22 @@ impl Drop for AdminSocket {
 }
 
 /// Root, or the user that this process runs as.
-fn is_allowed(stream: &UnixStream) -> bool {
+fn is_trusted(stream: &UnixStream) -> bool {
     let own = rustix::process::geteuid().as_raw();
     stream.peer_cred().is_ok_and(|peer| peer.uid() == 0 || peer.uid() == own)
 }
 
+/// Who asks.
+struct Peer {
+    uid: u32,
+    pid: Option<i32>,
+    /// Root, or the server's own user.
+    is_trusted: bool,
+}
+
 async fn serve_one(stream: UnixStream, admin: Arc<Admin>, cancel: CancellationToken) {
     let Ok(peer) = stream.peer_cred() else { return };
-    let peer = (peer.uid(), peer.pid());
+    let peer = Peer { uid: peer.uid(), pid: peer.pid(), is_trusted: is_trusted(&stream) };
     let (read, mut write) = stream.into_split();
     let mut reader = BufReader::new(read);
     let mut line = Vec::new();
@@ -150,7 +172,7 @@ async fn serve_one(stream: UnixStream, admin: Arc<Admin>, cancel: CancellationTo
 /// Does what the line asks for; its last word is `Done` or `Failed`.
 async fn work(
     line: Vec<u8>,
-    (uid, pid): (u32, Option<i32>),
+    peer: Peer,
     admin: Arc<Admin>,
     told: mpsc::Sender<Told>,
     cancel: CancellationToken,
@@ -164,7 +186,11 @@ async fn work(
     let done = crate::blocking(move || {
         // A full queue is no reason to keep the command waiting.
         let progress = |line| drop(progress.try_send(Told::Progress(line)));
-        let task = Task::new(&cancel, &progress).by(Person::of_peer(uid, pid));
+        let person = Person::of_peer(peer.uid, peer.pid);
+        if !peer.is_trusted {
+            delegated::check(&admin, &command, &person)?;
+        }
+        let task = Task::new(&cancel, &progress).by(person);
         admin.run(command, &task)
     });
     let last = match done.await {

@@ -2,7 +2,7 @@
 //!
 //! All of it is about whole runs: a snapshot stands for its run with all disks.
 
-use std::str::FromStr;
+use std::{str::FromStr, sync::Arc};
 
 use clap::Subcommand;
 use janus_proto::{
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::{Admin, AdminError, Answer, Task, purges, table::table};
 use crate::{
-    chain::{Held, TrashedRun},
+    chain::{Held, Run, TrashedRun},
     runs::now_ms,
 };
 
@@ -228,14 +228,22 @@ fn trashed_json(trashed: &TrashedRun) -> Value {
     })
 }
 
-fn restore(admin: &Admin, snapshot: SnapshotId) -> Result<Answer, AdminError> {
+/// The dropped run of a snapshot, and whose it is.
+pub(super) fn in_trash(
+    admin: &Admin,
+    snapshot: SnapshotId,
+) -> Result<(MachineKey, Arc<Run>), AdminError> {
     let found = admin.machines(None)?.into_iter().find_map(|machine| {
         let trashed = admin.runs().trashed(&machine.key);
         let holds = |trashed: &&TrashedRun| trashed.run.snapshots.iter().any(|s| s.id == snapshot);
         let run = trashed.iter().find(holds).map(|trashed| trashed.run.clone())?;
         Some((machine.key.clone(), run))
     });
-    let (machine, run) = found.ok_or(AdminError::NotInTrash { snapshot })?;
+    found.ok_or(AdminError::NotInTrash { snapshot })
+}
+
+fn restore(admin: &Admin, snapshot: SnapshotId) -> Result<Answer, AdminError> {
+    let (machine, run) = in_trash(admin, snapshot)?;
     let pinned = admin.retention().restore(&machine, run.backup)?;
     let text = format!(
         "{machine}: the run of {} is back, and pinned: `janus-server unpin {pinned}` leaves it to the rules\n",

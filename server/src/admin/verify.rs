@@ -40,6 +40,13 @@ pub struct Arguments {
     mib_per_second: u64,
 }
 
+impl Arguments {
+    /// The machine that is meant, if it is one.
+    pub(super) fn machine(&self) -> Option<&MachineKey> {
+        self.what.as_ref().map(|what| &what.machine)
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct What {
     machine: MachineKey,

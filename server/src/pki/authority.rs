@@ -35,7 +35,7 @@ impl Wanted {
     /// A certificate of a role, with the limits that it has by default: who opens snapshots through a janus and has no part in
     /// routing proves each time that it is he who wants it.
     pub fn new(role: Role, hosts: Vec<String>, valid: Duration) -> Self {
-        let proof = matches!(role, Role::Operator(_) | Role::Restore(_));
+        let proof = matches!(role, Role::Operator(_) | Role::User(_) | Role::Restore(_));
         Self { role, limits: Limits { proof, users: Vec::new() }, hosts, valid }
     }
 }
@@ -98,7 +98,7 @@ fn leaf(group: &str, wanted: &Wanted) -> Result<CertificateParams, PkiError> {
     let (name, serves) = match role {
         Role::Server(id) | Role::Janus(id) => (id.as_str(), true),
         Role::Client(key) | Role::Restore(key) => (key.machine(), false),
-        Role::Operator(name) => (name.as_str(), false),
+        Role::User(name) | Role::Operator(name) => (name.as_str(), false),
     };
     let mut params = params(name, *valid)?;
     params.subject_alt_names = host_names(serves, hosts)?;
