@@ -8,6 +8,7 @@ mod archive;
 mod images;
 mod mirror;
 mod records;
+mod report;
 mod services;
 
 use std::{fs, io, io::Write, os::fd::AsRawFd, path::PathBuf};
@@ -22,6 +23,7 @@ pub use self::{
     },
     mirror::{fuzz_mirror_record, fuzz_table_message},
     records::{fuzz_carried, fuzz_manifest, fuzz_session_journal, fuzz_table},
+    report::fuzz_report,
     services::fuzz_services,
 };
 use crate::storage::{Access, Disk, File};
@@ -54,6 +56,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "table_message", run: fuzz_table_message, seeds: mirror::message_seeds },
     Target { name: "archive_manifest", run: fuzz_archive_manifest, seeds: archive::manifest_seeds },
     Target { name: "archive_index", run: fuzz_archive_index, seeds: archive::index_seeds },
+    Target { name: "report", run: fuzz_report, seeds: report::report_seeds },
     Target { name: "services", run: fuzz_services, seeds: services::service_seeds },
 ];
 
