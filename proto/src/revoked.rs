@@ -27,8 +27,12 @@ use crate::{
 
 /// A revocation may lie this far ahead: that of a server whose clock is early.
 const AHEAD_SECONDS: i64 = 24 * 60 * 60;
-/// Most that are known.
+/// But it refuses no certificate that was issued so long after it was heard of: whoever holds the key of a server can't lock
+/// others out for longer.
+const GRACE_SECONDS: i64 = 60 * 60;
+/// Most that are known, and most of them that one server has signed: one whose key is stolen leaves places to the others.
 const MOST: usize = 100_000;
+const MOST_OF_ONE: usize = MOST / 2;
 /// In one message: far below the message limit.
 const A_MESSAGE: usize = 1000;
 /// Longest URI and certificate of a signer that are looked at, in bytes.
@@ -36,14 +40,16 @@ const MAX_PRINCIPAL: usize = 512;
 const MAX_SIGNER: usize = 8192;
 
 /// One revocation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Revocation {
     /// URI of the principal.
     pub principal: String,
     /// Unix seconds: certificates issued until then are refused.
     pub until: i64,
-    /// Certificate (DER, base64) of the server that made it.
-    signer: String,
+    /// Unix seconds at which it was heard of here; 0: it was made here.
+    heard: i64,
+    /// Certificate (DER, base64) of the server that made it, or that has signed it anew. Shared by all that one has signed.
+    signer: Arc<str>,
     scheme: u16,
     /// Base64.
     signature: String,
@@ -67,8 +73,53 @@ pub enum RevocationRefused {
         reason: String,
     },
     /// There is no place for more.
-    #[error("{MOST} principals are revoked already")]
+    #[error("{MOST} principals are revoked already, or {MOST_OF_ONE} of them by one server")]
     TooMany,
+}
+
+/// Revocations as they are kept: the certificate of each signer once.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Kept {
+    signers: Vec<String>,
+    revocations: Vec<KeptOne>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct KeptOne {
+    principal: String,
+    until: i64,
+    heard: i64,
+    /// Place among the signers.
+    signer: usize,
+    scheme: u16,
+    signature: String,
+}
+
+impl Kept {
+    /// These, to be kept.
+    pub fn of(revocations: &[Revocation]) -> Self {
+        let mut kept = Self::default();
+        let mut places: HashMap<&str, usize> = HashMap::new();
+        for one in revocations {
+            let Revocation { principal, until, heard, scheme, signature, .. } = one.clone();
+            let signer = *places.entry(&one.signer).or_insert_with(|| {
+                kept.signers.push(one.signer.to_string());
+                kept.signers.len() - 1
+            });
+            kept.revocations.push(KeptOne { principal, until, heard, signer, scheme, signature });
+        }
+        kept
+    }
+
+    /// Those that were kept.
+    pub fn into_revocations(self) -> Vec<Revocation> {
+        let signers: Vec<Arc<str>> = self.signers.into_iter().map(Arc::from).collect();
+        let one = |KeptOne { principal, until, heard, signer, scheme, signature }| {
+            let signer = signers.get(signer)?.clone();
+            Some(Revocation { principal, until, heard, signer, scheme, signature })
+        };
+        self.revocations.into_iter().filter_map(one).collect()
+    }
 }
 
 impl Revocation {
@@ -76,12 +127,20 @@ impl Revocation {
         format!("janus-revocation 1\n{principal}\n{until}\n")
     }
 
+    /// Until when certificates are refused.
+    fn refuses_until(&self) -> i64 {
+        match self.heard {
+            0 => self.until,
+            heard => self.until.min(heard.saturating_add(GRACE_SECONDS)),
+        }
+    }
+
     /// As it travels.
     pub fn to_wire(&self) -> pb::Revocation {
         pb::Revocation {
             principal: self.principal.clone(),
             until_seconds: self.until,
-            signer: STANDARD.decode(&self.signer).unwrap_or_default().into(),
+            signer: STANDARD.decode(&*self.signer).unwrap_or_default().into(),
             scheme: self.scheme.into(),
             signature: STANDARD.decode(&self.signature).unwrap_or_default().into(),
         }
@@ -91,11 +150,33 @@ impl Revocation {
 impl Identity {
     /// Revokes what was issued for a principal (its URI) until now. The caller keeps and inserts it; `None`: our key can't sign.
     pub fn revoke(&self, principal: String) -> Option<Revocation> {
-        let until = unix_ms() / 1000;
+        self.revocation(principal, unix_ms() / 1000, 0)
+    }
+
+    fn revocation(&self, principal: String, until: i64, heard: i64) -> Option<Revocation> {
         let text = Revocation::text(&principal, until);
-        let (scheme, signature) = self.sign(text.as_bytes())?;
-        let signer = STANDARD.encode(&self.principal().der);
-        Some(Revocation { principal, until, signer, scheme, signature: STANDARD.encode(signature) })
+        let (certificate, scheme, signature) = self.sign(text.as_bytes())?;
+        let signer = STANDARD.encode(certificate).into();
+        let signature = STANDARD.encode(signature);
+        Some(Revocation { principal, until, heard, signer, scheme, signature })
+    }
+
+    /// Those that we know and whose signers aren't believed any more, signed by us: they were believed when they came, and others
+    /// who hear of them now are to believe them, too. Blocks: certificates are checked.
+    pub fn signed_anew(&self) -> Vec<Revocation> {
+        let mut signers = HashMap::new();
+        let all = self.revocations().all().into_iter();
+        let lost = all.filter(|one| !self.believes(one, &mut signers));
+        lost.filter_map(|one| self.revocation(one.principal, one.until, one.heard)).collect()
+    }
+
+    /// True when its signer is a server that we believe. `signers` remembers.
+    fn believes(&self, known: &Revocation, signers: &mut HashMap<Arc<str>, bool>) -> bool {
+        let check = || {
+            let der = STANDARD.decode(&*known.signer).unwrap_or_default();
+            self.verify_at(&der, known.until).is_ok_and(|by| matches!(by.role, Role::Server(_)))
+        };
+        *signers.entry(known.signer.clone()).or_insert_with(check)
     }
 
     /// What is news of what came from elsewhere. One that isn't believed is handed to `refused`, the others count. Blocks: signatures
@@ -105,8 +186,17 @@ impl Identity {
         told: &[pb::Revocation],
         refused: impl Fn(&RevocationRefused),
     ) -> Vec<Revocation> {
-        let known = self.revocations();
-        let news = told.iter().filter(|one| known.is_news(&one.principal, one.until_seconds));
+        let mut signers = HashMap::new();
+        let is_news = |one: &&pb::Revocation| match self.revocations().known(&one.principal) {
+            None => true,
+            // The same once more counts where its signer will be believed for longer: after a new authority has come, programs
+            // learn of it in any order.
+            Some(known) if known.until == one.until_seconds => {
+                is_newer(&one.signer, &known.signer) || !self.believes(&known, &mut signers)
+            }
+            Some(known) => known.until < one.until_seconds,
+        };
+        let news = told.iter().filter(is_news);
         news.filter_map(|one| self.believed(one).inspect_err(&refused).ok()).collect()
     }
 
@@ -142,11 +232,22 @@ impl Identity {
         Ok(Revocation {
             principal: principal.clone(),
             until: *until,
-            signer: STANDARD.encode(signer),
+            heard: unix_ms() / 1000,
+            signer: STANDARD.encode(signer).into(),
             scheme,
             signature: STANDARD.encode(signature),
         })
     }
+}
+
+/// True when a signer's certificate (DER) begins later than a known one (base64).
+fn is_newer(signer: &[u8], known: &str) -> bool {
+    let known = STANDARD.decode(known).unwrap_or_default();
+    if known == signer || signer.len() > MAX_SIGNER {
+        return false;
+    }
+    let begins = |der: &[u8]| Principal::from_der(der.to_vec()).map_or(0, |by| by.validity().0);
+    begins(signer) > begins(&known)
 }
 
 /// All that are known. Cheap to clone; clones share them.
@@ -181,16 +282,15 @@ impl Revocations {
         all.chunks(A_MESSAGE).map(|some| some.iter().map(Revocation::to_wire).collect()).collect()
     }
 
-    /// True when this one says more than what is known.
-    fn is_news(&self, principal: &str, until: i64) -> bool {
+    fn known(&self, principal: &str) -> Option<Revocation> {
         let known = self.0.known.read().unwrap_or_else(PoisonError::into_inner);
-        known.get(principal).is_none_or(|known| known.until < until)
+        known.get(principal).cloned()
     }
 
     /// Unix seconds until which certificates of this principal are refused, if this one is.
     pub fn refuses(&self, principal: &Principal) -> Option<i64> {
         let known = self.0.known.read().unwrap_or_else(PoisonError::into_inner);
-        let until = known.get(&principal.uri())?.until;
+        let until = known.get(&principal.uri())?.refuses_until();
         (principal.issued() <= until).then_some(until)
     }
 
@@ -232,18 +332,35 @@ impl Revocations {
         more: impl IntoIterator<Item = Revocation>,
     ) -> Result<(), RevocationRefused> {
         let mut ended = Vec::new();
+        let mut is_signed_anew = false;
         let mut known = self.0.known.write().unwrap_or_else(PoisonError::into_inner);
+        let mut signers: HashMap<Arc<str>, (Arc<str>, usize)> = HashMap::new();
+        for Revocation { signer, .. } in known.values() {
+            signers.entry(signer.clone()).or_insert_with(|| (signer.clone(), 0)).1 += 1;
+        }
         let mut is_full = false;
-        for one in more {
-            let before = known.get(&one.principal).map(|known| known.until);
-            if before.is_some_and(|before| before >= one.until) {
+        for mut one in more {
+            let before = known.get(&one.principal);
+            // The same once more comes from a signer who is believed still.
+            let is_same = before.is_some_and(|before| before.until == one.until);
+            if before.is_some_and(|before| before.until > one.until || *before == one) {
                 continue;
             }
-            if before.is_none() && known.len() >= MOST {
+            let signer = signers.entry(one.signer.clone());
+            let (signer, count) = signer.or_insert_with(|| (one.signer.clone(), 0));
+            if before.is_none() && (known.len() >= MOST || *count >= MOST_OF_ONE) {
                 is_full = true;
                 continue;
             }
-            ended.push(one.principal.clone());
+            *count += 1;
+            one.signer = signer.clone();
+            match is_same {
+                true => {
+                    one.heard = known.get(&one.principal).map_or(one.heard, |before| before.heard);
+                    is_signed_anew = true;
+                }
+                false => ended.push(one.principal.clone()),
+            }
             known.insert(one.principal.clone(), one);
         }
         drop(known);
@@ -253,10 +370,10 @@ impl Revocations {
             if let Some(token) = open.remove(principal) {
                 token.cancel();
             }
-            tracing::warn!(principal, "revoked");
+            tracing::info!(principal, "revoked");
         }
         drop(open);
-        if !ended.is_empty() {
+        if !ended.is_empty() || is_signed_anew {
             self.0.changes.send_modify(|count| *count = count.wrapping_add(1));
         }
         if is_full { Err(RevocationRefused::TooMany) } else { Ok(()) }

@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 pub use rustls::pki_types;
 use rustls::{
     CertificateError, ClientConfig, RootCertStore, ServerConfig,
@@ -169,6 +170,8 @@ struct Keys {
     client: Arc<ClientConfig>,
     verifier: Arc<dyn ClientCertVerifier>,
     signing: Arc<dyn SigningKey>,
+    /// The certificate that the key belongs to, DER.
+    certificate: Bytes,
     /// Unix seconds.
     expires: i64,
 }
@@ -202,7 +205,8 @@ impl Files {
             server_config(open_verifier, open_chain, private.clone_key()).map_err(mismatch)?.into();
         let client = client_config(roots, chain, private).map_err(mismatch)?.into();
         let expires = principal.expires();
-        Ok((principal, Keys { server, open, client, verifier, signing, expires }))
+        let certificate = principal.der.clone();
+        Ok((principal, Keys { server, open, client, verifier, signing, certificate, expires }))
     }
 }
 
@@ -301,9 +305,12 @@ impl Identity {
         &self.0.revocations
     }
 
-    /// Signs with our key: the TLS `SignatureScheme`, and the signature. Only for texts that begin with what they are.
-    pub(crate) fn sign(&self, message: &[u8]) -> Option<(u16, Vec<u8>)> {
-        proof::sign(&*self.keys().signing, message)
+    /// Signs with our key: the certificate that it belongs to (DER), the TLS `SignatureScheme`, and the signature. Only for texts
+    /// that begin with what they are.
+    pub(crate) fn sign(&self, message: &[u8]) -> Option<(Bytes, u16, Vec<u8>)> {
+        let keys = self.keys();
+        let (scheme, signature) = proof::sign(&*keys.signing, message)?;
+        Some((keys.certificate, scheme, signature))
     }
 
     /// Checks a certificate that janus forwarded: chain, dates, purpose and group.

@@ -151,6 +151,8 @@ impl Reporter {
         let (revoked, runs, from) = (self.revoked.clone(), self.runs.clone(), url.to_owned());
         let merge = move || {
             let news = revoked.merge(&from, &revocations)?;
+            // What a server has signed that was revoked just now is still meant.
+            revoked.sign_anew();
             if !news.is_empty() {
                 let event = audit::Event::new(Action::Revoke).noting(news.join(", "));
                 runs.note(&Who::named(format!("through janus {from}")), event);
@@ -251,8 +253,12 @@ impl Reporter {
     }
 
     async fn vitals(&self) -> pb::Vitals {
-        let runs = self.runs.clone();
-        let asked = crate::blocking(move || (runs.store().space(), runs.warnings())).await;
+        let (runs, revoked) = (self.runs.clone(), self.revoked.clone());
+        let look = move || {
+            revoked.keep();
+            (runs.store().space(), runs.warnings())
+        };
+        let asked = crate::blocking(look).await;
         let (space, mut warnings) = asked.unwrap_or_else(|_| (Ok((0, 0)), Vec::new()));
         warnings.extend(self.policy.problems());
         let (free_bytes, total_bytes) = space.unwrap_or_else(|error| {

@@ -1,7 +1,7 @@
 //! Revocations that this server keeps, in `.revoked.json` below the image path.
 //!
-//! They are written before they count, and before they are told to anybody. Those of other servers come through the report
-//! streams: see [`report`](crate::report).
+//! They count before they are written: what can't be kept is tried again. Those of other servers come through the report streams: see
+//! [`report`](crate::report).
 
 use std::{
     path::PathBuf,
@@ -10,7 +10,7 @@ use std::{
 
 use janus_proto::{
     pb,
-    revoked::{Revocation, RevocationRefused, Revocations},
+    revoked::{Kept, Revocation, RevocationRefused, Revocations},
     tls::Identity,
 };
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     chain::{
         FORMAT,
-        store::{Store, StoreError, read_or_put_aside, write},
+        store::{Store, StoreError, read_large_or_put_aside, write_large},
     },
     storage::Disk,
 };
@@ -28,9 +28,9 @@ const REVOKED: &str = ".revoked.json";
 /// Why nothing was revoked.
 #[derive(Debug, thiserror::Error)]
 pub enum RevokeError {
-    /// It can't be kept.
-    #[error(transparent)]
-    Store(#[from] StoreError),
+    /// It counts, but isn't kept.
+    #[error("{0}; until that is mended the revocation counts here only while this server runs")]
+    Unkept(StoreError),
     /// There are too many.
     #[error(transparent)]
     Refused(#[from] RevocationRefused),
@@ -44,16 +44,20 @@ pub enum RevokeError {
 #[derive(Debug, Serialize, Deserialize)]
 struct RevokedFile {
     format: u32,
-    revocations: Vec<Revocation>,
+    #[serde(flatten)]
+    kept: Kept,
 }
+
+/// Largest file that is read: all that are known at most.
+const MAX_FILE_BYTES: u64 = 64 << 20;
 
 /// The revocations of a store, which are also those of an identity.
 pub struct Revoked {
     storage: Disk,
     path: PathBuf,
     identity: Identity,
-    /// One writer at a time.
-    writing: Mutex<()>,
+    /// Whether what counts is not all kept. One writer at a time.
+    unkept: Mutex<bool>,
 }
 
 impl Revoked {
@@ -63,12 +67,14 @@ impl Revoked {
     /// When it can't be read. A damaged file is put aside; the other servers tell what was in it.
     pub fn open(store: &Store, identity: Identity) -> Result<Self, StoreError> {
         let (storage, path) = (store.storage().clone(), store.root().join(REVOKED));
-        let kept: Option<RevokedFile> = read_or_put_aside(&storage, &path)?;
-        let kept = kept.map(|file| file.revocations).unwrap_or_default();
+        let kept: Option<RevokedFile> = read_large_or_put_aside(&storage, &path, MAX_FILE_BYTES)?;
+        let kept = kept.map(|file| file.kept.into_revocations()).unwrap_or_default();
         if let Err(error) = identity.revocations().insert(kept) {
             tracing::error!(%error, "not all revocations of this store count");
         }
-        Ok(Self { storage, path, identity, writing: Mutex::default() })
+        let revoked = Self { storage, path, identity, unkept: Mutex::new(false) };
+        revoked.sign_anew();
+        Ok(revoked)
     }
 
     /// All that are known.
@@ -79,17 +85,17 @@ impl Revoked {
     /// Refuses what was issued for these principals (their URIs) until now. Blocks.
     ///
     /// # Errors
-    /// When that can't be kept: nothing is refused then.
+    /// When that can't be kept: it is refused all the same while this server runs, and kept when that can be.
     pub fn revoke(&self, principals: Vec<String>) -> Result<(), RevokeError> {
         let made = principals.into_iter().map(|principal| self.identity.revoke(principal));
         let made: Option<Vec<_>> = made.collect();
-        self.keep(made.ok_or(RevokeError::Unsigned)?)
+        self.take(made.ok_or(RevokeError::Unsigned)?)
     }
 
     /// Takes in what others have revoked, and says whom that is news of. One that isn't believed is logged, the others count. Blocks.
     ///
     /// # Errors
-    /// When they can't be kept.
+    /// As [`Revoked::revoke`].
     pub fn merge(
         &self,
         from: &str,
@@ -100,21 +106,46 @@ impl Revoked {
         });
         let news = believed.iter().map(|one| one.principal.clone()).collect();
         if !believed.is_empty() {
-            self.keep(believed)?;
+            self.take(believed)?;
         }
         Ok(news)
     }
 
-    fn keep(&self, more: Vec<Revocation>) -> Result<(), RevokeError> {
-        let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = self.known();
-        let mut revocations = known.all();
-        // Where a principal stands twice the later one counts, when it is read too.
-        revocations.retain(|old| {
-            more.iter().all(|new| new.principal != old.principal || new.until < old.until)
-        });
-        revocations.extend(more.iter().cloned());
-        write(&self.storage, &self.path, &RevokedFile { format: FORMAT, revocations })?;
-        Ok(known.insert(more)?)
+    /// Signs what was signed by servers that aren't believed any more: their certificates were revoked, or are of an authority that is
+    /// gone. Others hear of it from us from now on. Blocks.
+    pub fn sign_anew(&self) {
+        let signed = self.identity.signed_anew();
+        if signed.is_empty() {
+            return;
+        }
+        tracing::info!(revocations = signed.len(), "signed anew");
+        if let Err(error) = self.take(signed) {
+            tracing::error!(%error, "revocations that were signed anew are not kept");
+        }
+    }
+
+    /// Keeps what could not be kept when it came. Blocks.
+    pub fn keep(&self) {
+        let mut unkept = self.unkept.lock().unwrap_or_else(PoisonError::into_inner);
+        if *unkept && self.write(&mut unkept).is_ok() {
+            tracing::info!("all revocations are kept again");
+        }
+    }
+
+    /// They count first: a full disk is no reason to let somebody in.
+    fn take(&self, more: Vec<Revocation>) -> Result<(), RevokeError> {
+        let taken = self.known().insert(more);
+        let mut unkept = self.unkept.lock().unwrap_or_else(PoisonError::into_inner);
+        self.write(&mut unkept).map_err(RevokeError::Unkept)?;
+        Ok(taken?)
+    }
+
+    fn write(&self, unkept: &mut bool) -> Result<(), StoreError> {
+        *unkept = true;
+        let kept = Kept::of(&self.known().all());
+        let file = RevokedFile { format: FORMAT, kept };
+        write_large(&self.storage, &self.path, &file, MAX_FILE_BYTES)?;
+        *unkept = false;
+        Ok(())
     }
 }

@@ -121,9 +121,10 @@ pub struct Server {
 }
 
 /// Takes changes over while a server runs; cheap to clone.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Reload {
     identity: Identity,
+    revoked: Arc<Revoked>,
     settings: Settings,
     janus_urls: watch::Sender<Vec<String>>,
 }
@@ -133,6 +134,8 @@ impl Reload {
     /// takes a restart is said in the log. Reads files.
     pub fn apply(&self, settings: Result<Settings, String>) {
         program::reload_identity(&self.identity);
+        // Of an authority that isn't believed any more.
+        self.revoked.sign_anew();
         let checked = settings.and_then(|settings| {
             settings.check().map_err(|error| error.to_string())?;
             refuse_network(&settings.janus_urls, &self.settings.image_path)
@@ -240,7 +243,8 @@ impl Server {
     /// Takes changes over while the server runs.
     pub fn reload(&self) -> Reload {
         let (identity, settings) = (self.identity.clone(), self.settings.clone());
-        Reload { identity, settings, janus_urls: self.janus_urls.clone() }
+        let revoked = self.revoked.clone();
+        Reload { identity, revoked, settings, janus_urls: self.janus_urls.clone() }
     }
 
     /// The address that was bound.

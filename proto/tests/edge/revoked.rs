@@ -5,7 +5,7 @@ use std::time::Duration;
 use janus_proto::{
     channel::{ConnectOptions, Dial, Target},
     listener::Limits,
-    revoked::{RevocationRefused, Revocations},
+    revoked::{Kept, RevocationRefused, Revocations},
 };
 use tokio::{io::AsyncReadExt, time::timeout};
 
@@ -84,6 +84,86 @@ async fn the_later_of_two_counts_in_whatever_order_they_come() {
     changes.mark_unchanged();
     known.insert([early, late]).unwrap();
     assert!(!changes.has_changed().unwrap());
+}
+
+#[tokio::test]
+async fn they_are_kept_and_one_server_leaves_places_to_the_others() {
+    let ca = Ca::new();
+    let (a, b) = (ca.identity("g/server/a", "127.0.0.1"), ca.identity("g/server/b", "127.0.0.1"));
+    let one = a.revoke("janus://g/client/u/0".into()).unwrap();
+    let many: Vec<_> = (0..60_000)
+        .map(|number| {
+            let mut one = one.clone();
+            one.principal = format!("janus://g/client/u/{number}");
+            one
+        })
+        .collect();
+    let known = Revocations::default();
+    assert!(matches!(known.insert(many), Err(RevocationRefused::TooMany)));
+    assert_eq!(known.all().len(), 50_000);
+    known.insert([b.revoke(WEB1.into()).unwrap()]).unwrap();
+    let all = known.all();
+    let text = serde_json::to_string_pretty(&Kept::of(&all)).unwrap();
+    println!("{} bytes for {} revocations", text.len(), all.len());
+    assert!(text.len() < 400 * all.len());
+    let kept: Kept = serde_json::from_str(&text).unwrap();
+    assert_eq!(kept.into_revocations(), all);
+    let hostile = text.replace("\"signer\": 1,", "\"signer\": 7,");
+    let kept: Kept = serde_json::from_str(&hostile).unwrap();
+    assert_eq!(kept.into_revocations().len(), all.len() - 1);
+}
+
+#[tokio::test]
+async fn what_a_server_had_signed_is_signed_anew_once_it_is_believed_no_more() {
+    let ca = Ca::new();
+    let [a, b, c] = ["a", "b", "c"].map(|n| ca.identity(&format!("g/server/{n}"), "127.0.0.1"));
+    let judge = ca.identity("g/janus/j", "127.0.0.1");
+    let of_a = a.revoke(WEB1.into()).unwrap().to_wire();
+    for knows in [&b, &judge] {
+        knows.revocations().insert(knows.news(&[of_a.clone()], |_| panic!())).unwrap();
+    }
+    assert!(b.signed_anew().is_empty());
+    let gone = b.revoke("janus://g/server/a".into()).unwrap();
+    for knows in [&b, &c, &judge] {
+        knows.revocations().insert([gone.clone()]).unwrap();
+    }
+    let ignored = std::cell::Cell::new(0);
+    let count = |_: &RevocationRefused| ignored.set(ignored.get() + 1);
+    assert!(c.news(&[of_a], count).is_empty() && ignored.get() == 1);
+    let anew = b.signed_anew();
+    assert_eq!(anew.len(), 1);
+    let before = b.revocations().digest();
+    b.revocations().insert(anew).unwrap();
+    assert!(b.signed_anew().is_empty() && b.revocations().digest() == before);
+    let told = b.revocations().messages().concat();
+    for knows in [&c, &judge] {
+        let news = knows.news(&told, |error| panic!("{error}"));
+        knows.revocations().insert(news).unwrap();
+        assert_eq!(knows.revocations().digest(), before);
+        assert!(knows.news(&told, |_| panic!()).is_empty());
+        assert!(knows.signed_anew().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn nobody_is_locked_out_for_longer_than_clocks_may_differ() {
+    let ca = Ca::new();
+    let (judge, server) =
+        (ca.identity("g/janus/j", "127.0.0.1"), ca.identity("g/server/a", "127.0.0.1"));
+    let web1 = ca.identity("g/client/alice/web1", "unused");
+    let wire = server.revoke(WEB1.into()).unwrap().to_wire();
+    judge.revocations().insert([judge.believed(&wire).unwrap()]).unwrap();
+    let refused = judge.revocations().refuses(web1.principal()).unwrap();
+    assert_eq!(refused, wire.until_seconds);
+    // As far ahead as is believed at all. It can't be signed here: what counts is when it was heard of.
+    let kept = serde_json::to_value(Kept::of(&judge.revocations().all())).unwrap();
+    let mut kept = kept.clone();
+    kept["revocations"][0]["until"] = (wire.until_seconds + 80_000).into();
+    let kept: Kept = serde_json::from_value(kept).unwrap();
+    let later = Revocations::default();
+    later.insert(kept.into_revocations()).unwrap();
+    let refused = later.refuses(web1.principal()).unwrap();
+    assert!(refused <= wire.until_seconds + 3602, "{refused}");
 }
 
 #[tokio::test]

@@ -92,8 +92,28 @@ fn revoke(admin: &Admin, whom: &Whom, task: &Task<'_>) -> Result<Answer, AdminEr
     revoked.revoke(roles.iter().map(|role| role.uri(&group)).collect())?;
     let names = roles.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and ");
     task.tell(format!("{names}: refused by {own}; telling the other servers"));
-    let others = Others::after(admin, &identity, &own, &revoked.known().digest(), task);
+    // It can't know, and needn't.
+    let gone = roles.iter().find_map(|role| match role {
+        Role::Server(name) => Some(name),
+        _ => None,
+    });
+    let others = Others::after(admin, (&identity, &own, gone), &revoked.known().digest(), task);
     let mut text = format!("revoked: {names}\n");
+    if let Some(machine) = &whom.machine
+        && admin.runs().machine(machine).is_none()
+    {
+        text.push_str(&format!(
+            "NOTE: no machine {machine} has backups here: is the name right?\n"
+        ));
+    }
+    if admin.settings().janus_urls.is_empty() {
+        text.push_str(
+            "NOTE: this server has no janus_urls, so nobody else was told: revoke on each server\n",
+        );
+    }
+    if whom.janus.is_some() && !others.missing.is_empty() {
+        text.push_str("NOTE: the news travels by janus; what only this one reached is told here alone: revoke on each server\n");
+    }
     let list = |names: &[String]| names.join(", ");
     match others.known.is_empty() {
         true => text.push_str(&format!("known to: {own}\n")),
@@ -132,8 +152,7 @@ impl Others {
     /// After they have had time to learn it.
     fn after(
         admin: &Admin,
-        identity: &Identity,
-        own: &ServerId,
+        (identity, own, gone): (&Identity, &ServerId, Option<&ServerId>),
         digest: &str,
         task: &Task<'_>,
     ) -> Self {
@@ -153,7 +172,7 @@ impl Others {
         let began = Instant::now();
         loop {
             let asked = runtime.block_on(statuses(urls, &dialer));
-            let others = Self::of(&asked, own, digest);
+            let others = Self::of(&asked, [Some(own), gone], digest);
             let is_over = began.elapsed() > PATIENCE || task.is_cancelled();
             if is_over || (others.missing.is_empty() && others.problem.is_none()) {
                 return others;
@@ -163,7 +182,11 @@ impl Others {
     }
 
     /// A server that any janus says knows it does.
-    fn of(asked: &Result<Vec<pb::ServerStatus>, String>, own: &ServerId, digest: &str) -> Self {
+    fn of(
+        asked: &Result<Vec<pb::ServerStatus>, String>,
+        without: [Option<&ServerId>; 2],
+        digest: &str,
+    ) -> Self {
         let servers = match asked {
             Ok(servers) => servers,
             Err(problem) => return Self { problem: Some(problem.clone()), ..Self::default() },
@@ -172,7 +195,7 @@ impl Others {
         for server in servers {
             let name = match server.server_id.as_str() {
                 "" => server.url.as_str(),
-                id if id == own.as_str() => continue,
+                id if without.iter().flatten().any(|name| name.as_str() == id) => continue,
                 id => id,
             };
             let is_known = server.revocations_digest == digest;

@@ -54,7 +54,7 @@ use self::{
     records::{DAMAGED, put_aside},
 };
 pub(crate) use self::{
-    records::{parse, read_or_put_aside, with_sum, write},
+    records::{parse, read_large_or_put_aside, read_or_put_aside, with_sum, write, write_large},
     small::SmallFile,
 };
 use super::{

@@ -18,7 +18,21 @@ pub(crate) fn write<T: Serialize>(
     path: &Path,
     value: &T,
 ) -> Result<(), StoreError> {
-    storage.replace(path, &text(path, value)?).map_err(StoreError::io("write", path))
+    write_large(storage, path, value, MAX_FILE_BYTES)
+}
+
+/// The same of a file that may have so many bytes: a larger one would not be read again.
+pub(crate) fn write_large<T: Serialize>(
+    storage: &Disk,
+    path: &Path,
+    value: &T,
+    most: u64,
+) -> Result<(), StoreError> {
+    let text = text(path, value)?;
+    if text.len() as u64 > most {
+        return Err(StoreError::io("write", path)(io::ErrorKind::FileTooLarge.into()));
+    }
+    storage.replace(path, &text).map_err(StoreError::io("write", path))
 }
 
 /// All bytes of the file at `path` that holds this value.
@@ -38,7 +52,16 @@ pub(crate) fn read_or_put_aside<T: DeserializeOwned>(
     storage: &Disk,
     path: &Path,
 ) -> Result<Option<T>, StoreError> {
-    match read(storage, path) {
+    read_large_or_put_aside(storage, path, MAX_FILE_BYTES)
+}
+
+/// The same of a file that may have so many bytes.
+pub(crate) fn read_large_or_put_aside<T: DeserializeOwned>(
+    storage: &Disk,
+    path: &Path,
+    most: u64,
+) -> Result<Option<T>, StoreError> {
+    match read_up_to(storage, path, most) {
         Err(error @ StoreError::Damaged { .. }) => {
             tracing::error!(%error, "a file is put aside");
             put_aside(storage, path)?;
@@ -60,8 +83,16 @@ pub(in crate::chain) fn read<T: DeserializeOwned>(
     storage: &Disk,
     path: &Path,
 ) -> Result<Option<T>, StoreError> {
+    read_up_to(storage, path, MAX_FILE_BYTES)
+}
+
+fn read_up_to<T: DeserializeOwned>(
+    storage: &Disk,
+    path: &Path,
+    most: u64,
+) -> Result<Option<T>, StoreError> {
     let damaged = |reason: String| StoreError::Damaged { path: path.to_owned(), reason };
-    let bytes = match storage.read(path, MAX_FILE_BYTES) {
+    let bytes = match storage.read(path, most) {
         Ok(Some(bytes)) => bytes,
         Ok(None) => return Ok(None),
         Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {
