@@ -138,9 +138,14 @@ pub async fn enroll(
     }
     // A key without a certificate is that of an enrolment whose answer was lost.
     let pending = files.key.with_extension("new");
-    let key = match fs::read_to_string(&pending) {
-        Ok(text) => KeyPair::from_pem(&text)?,
-        Err(_) => {
+    let kept = fs::read_to_string(&pending).map(|text| KeyPair::from_pem(&text));
+    let key = match kept {
+        Ok(Ok(key)) => key,
+        kept => {
+            // A key that was never whole was never sent.
+            if kept.is_ok() {
+                fs::remove_file(&pending).map_err(of(&pending))?;
+            }
             let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
             write_key(&pending, &key)?;
             key

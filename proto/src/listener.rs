@@ -69,6 +69,10 @@ pub struct Limits {
     /// Open connections of peers that have proved who they are; more are closed at once, so that a caller goes to another server
     /// instead of waiting.
     pub max_connections: usize,
+    /// The same for peers without a certificate, where a [`Door`] lets them in …
+    pub max_strangers: usize,
+    /// … who must have done after this time.
+    pub stranger_time: Duration,
     /// Handshakes that have begun; more connections are closed at once.
     pub max_handshakes: usize,
     /// The same of one address (of IPv6: of one /64).
@@ -97,6 +101,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_connections: 1024,
+            max_strangers: 64,
+            stranger_time: Duration::from_secs(15),
             max_handshakes: 512,
             max_handshakes_per_address: 64,
             handshakes_per_second: 64,
@@ -209,6 +215,8 @@ struct Hall {
     tasks: TaskTracker,
     kill: CancellationToken,
     places: Arc<Semaphore>,
+    /// Places of those who haven't said who they are.
+    strangers: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
     addresses: Addresses,
     connections: Shares,
@@ -229,6 +237,7 @@ impl Hall {
             tasks: TaskTracker::new(),
             kill: CancellationToken::new(),
             places: Arc::new(Semaphore::new(limits.max_connections)),
+            strangers: Arc::new(Semaphore::new(limits.max_strangers)),
             handshakes: Arc::new(Semaphore::new(limits.max_handshakes)),
             addresses,
             connections: Shares::new(limits.max_connections_per_caller),
@@ -273,6 +282,7 @@ impl Hall {
             address,
             limits: self.limits.clone(),
             places: self.places.clone(),
+            strangers: self.strangers.clone(),
             connections: self.connections.clone(),
             calls: self.calls.clone(),
             budgets: self.budgets.clone(),
@@ -382,6 +392,7 @@ struct Connection {
     address: SocketAddr,
     limits: Limits,
     places: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
     connections: Shares,
     calls: Shares,
     budgets: Budgets,
@@ -413,7 +424,11 @@ impl Connection {
         drop(held);
         let certificates = tls.get_ref().1.peer_certificates();
         if is_open && certificates.is_none() {
-            return self.admit(tls, None, service).await;
+            let serving = self.admit(tls, None, service);
+            if timeout(self.limits.stranger_time, serving).await.is_err() {
+                debug!(address = %self.address, "connection ended: nobody without a certificate stays");
+            }
+            return;
         }
         match identity.peer(certificates) {
             Ok(principal) => {
@@ -442,8 +457,11 @@ impl Connection {
         // Who has no certificate shares with others at its address.
         let nobody = || self.address.ip().to_string();
         let caller: Arc<str> = principal.as_ref().map_or_else(nobody, ToString::to_string).into();
-        let Ok(_place) = self.places.clone().try_acquire_owned() else {
-            let limit = self.limits.max_connections;
+        let (places, limit) = match &principal {
+            Some(_) => (&self.places, self.limits.max_connections),
+            None => (&self.strangers, self.limits.max_strangers),
+        };
+        let Ok(_place) = places.clone().try_acquire_owned() else {
             warn!(address = %self.address, principal = %caller, limit, "connection closed: too many are open");
             return;
         };

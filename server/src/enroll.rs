@@ -11,6 +11,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use http::Request;
 use hyper::body::Incoming;
 use janus_proto::{
+    clock::unix_ms,
     enroll::{NoToken, Secret},
     error::{ErrorReason, WireError, status},
     listener::{Door, Limits},
@@ -34,9 +35,9 @@ use crate::{
 
 /// Largest signing request that is looked at, in bytes; those of P-256 have 250.
 const MAX_REQUEST_BYTES: usize = 8192;
-/// Open connections: machines come one by one.
+/// Open connections of machines that renew, and as many of those that enrol; they come one by one.
 const MAX_CONNECTIONS: usize = 64;
-const MAX_EACH: usize = 8;
+const MAX_EACH: usize = 4;
 
 /// Why no certificate was made.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +54,14 @@ pub enum EnrollError {
     /// A server, janus or operator wants to renew here.
     #[error("{0} can't renew its certificate here: `janus-server pki issue` makes a new one")]
     NoMachine(String),
+    /// It was made by hand.
+    #[error(
+        "the certificate of {0} wasn't made by enrolment, so it isn't renewed: `janus-server enroll token` lets the machine enrol"
+    )]
+    NotEnrolled(String),
+    /// It is new.
+    #[error("the certificate of {0} has more than half of its validity left: it isn't renewed yet")]
+    NotDue(String),
     /// The authority.
     #[error(transparent)]
     Authority(#[from] PkiError),
@@ -66,7 +75,9 @@ impl From<EnrollError> for Status {
         let reason = match &error {
             EnrollError::Token(_) | EnrollError::NoToken(_) => ErrorReason::TokenRefused,
             EnrollError::Request(_) => ErrorReason::InvalidField,
-            EnrollError::NoMachine(_) => ErrorReason::NotAllowed,
+            EnrollError::NoMachine(_) | EnrollError::NotEnrolled(_) | EnrollError::NotDue(_) => {
+                ErrorReason::NotAllowed
+            }
             EnrollError::Authority(_) | EnrollError::Store(_) => {
                 tracing::error!(%error, "no certificate could be made");
                 let text = "the server can't make certificates now; its log says why";
@@ -118,6 +129,7 @@ impl Enrollment {
             .service(routes);
         let limits = Limits {
             max_connections: MAX_CONNECTIONS,
+            max_strangers: MAX_CONNECTIONS,
             max_connections_per_caller: MAX_EACH,
             max_calls_per_caller: MAX_EACH,
             ..Limits::default()
@@ -137,6 +149,7 @@ impl Inner {
             named = role.machine().cloned();
             let mut wanted = Wanted::new(role, Vec::new(), self.valid);
             wanted.limits.proof = true;
+            wanted.limits.enrolled = Some(unix_ms() / 1000);
             authority.certify(&wanted, &request.public_key)
         })?;
         if let Some(machine) = named {
@@ -150,6 +163,14 @@ impl Inner {
         let Role::Client(machine) = &principal.role else {
             return Err(EnrollError::NoMachine(principal.to_string()));
         };
+        // What it says stays: a revocation is for all that came of one enrolment, however often it was renewed since.
+        if principal.limits.enrolled.is_none() {
+            return Err(EnrollError::NotEnrolled(principal.to_string()));
+        }
+        let (from, until) = principal.validity();
+        if until.saturating_sub(unix_ms() / 1000) > until.saturating_sub(from) / 2 {
+            return Err(EnrollError::NotDue(principal.to_string()));
+        }
         let request = signing_request(request)?;
         let authority = Authority::open(&self.authority)?;
         let limits = principal.limits.clone();

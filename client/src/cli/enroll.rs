@@ -82,8 +82,14 @@ pub async fn enroll(matches: &ArgMatches, settings: &Settings) -> Result<Outcome
         key.display(),
         ca.display(),
     );
+    // What is sealed is sealed by a key beside this one.
+    let settings = &Settings { key: key.clone(), ..settings.clone() };
     let wants_seal = matches.get_flag("seal") || settings.encryption == Encryption::Client;
-    match matches.get_one::<PathBuf>("write-settings").filter(|path| !path.exists()) {
+    match matches.get_one::<PathBuf>("write-settings") {
+        Some(path) if path.exists() => {
+            let path = path.display();
+            text.push_str(&format!("{path} is there already and stays as it is: see that its cert, key, ca and urls are these\n"));
+        }
         Some(path) => {
             write_settings(path, &urls, &files, settings, wants_seal).map_err(|error| {
                 Failure::failed(format!("the machine is enrolled, but {}: {error}", path.display()))

@@ -2,10 +2,11 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
 
+use janus_proto::{error::ErrorReason, tls::Identity};
 use janus_server::pki::{self, Wanted};
 use serde_json::json;
 
-use crate::scene::{A, Scene, load};
+use crate::scene::{A, B, Caller, Carried, Scene, load, refused, start_of, until};
 
 #[test]
 fn a_machine_enrols_once_and_backs_up() {
@@ -80,8 +81,15 @@ fn an_answer_that_was_lost_is_asked_for_again() {
     let machine = scene.machine("web1");
     let token = scene.token("web1");
     assert_eq!(machine.run(&["enroll", &scene.enroll_url, &token]).unwrap().code, Some(0));
-    // As if this machine had been switched off before the certificate came.
     let keys = scene.keys("web1");
+    // A key that was never whole is made anew.
+    let thief = scene.machine("web9");
+    fs::create_dir_all(scene.site.client_folder("web9").join("keys")).unwrap();
+    fs::write(scene.site.client_folder("web9").join("keys/key.new"), "-----BEGIN").unwrap();
+    let other = scene.token("web9");
+    let done = thief.run(&["enroll", &scene.enroll_url, &other]).unwrap();
+    assert_eq!(done.code, Some(0), "{}", done.stderr);
+    // As if this machine had been switched off before the certificate came.
     fs::rename(keys.join("key.pem"), keys.join("key.new")).unwrap();
     fs::remove_file(keys.join("cert.pem")).unwrap();
     let done = machine.run(&["enroll", &scene.enroll_url, &token]).unwrap();
@@ -137,6 +145,7 @@ fn a_certificate_is_renewed_before_it_expires() {
     let mut wanted =
         Wanted::new(load(&keys).principal().role.clone(), vec![], Duration::from_secs(1200));
     wanted.limits.proof = true;
+    wanted.limits.enrolled = Some(load(&keys).principal().issued());
     let (ca, out) = (scene.site.folder().join("pki"), scene.site.folder().join("old"));
     pki::issue(&ca, &wanted, &out).unwrap();
     for name in ["cert.pem", "key.pem"] {
@@ -159,5 +168,45 @@ fn a_certificate_is_renewed_before_it_expires() {
     let new = load(&keys);
     assert!(new.expires() > old.expires() + 80 * 86_400, "{} {}", new.expires(), old.expires());
     assert!(new.principal().limits.proof);
+    assert_eq!(new.principal().issued(), old.principal().issued(), "that of the enrolment");
     scene.site.stop_server(A).unwrap();
+}
+
+#[test]
+fn nobody_renews_himself_out_of_a_revocation() {
+    let mut scene = Scene::new();
+    let machine = scene.enrolled("web1");
+    scene.works(&machine, "web1");
+    let keys = scene.keys("web1");
+    let role = load(&keys).principal().role.clone();
+    let ca = scene.site.folder().join("pki");
+    let due = |name: &str, enrolled: Option<i64>| {
+        let mut wanted = Wanted::new(role.clone(), vec![], Duration::from_secs(1200));
+        wanted.limits.proof = true;
+        wanted.limits.enrolled = enrolled;
+        pki::issue(&ca, &wanted, &ca.join(name)).unwrap();
+        load(&ca.join(name))
+    };
+    let renew = |identity: &Identity| scene.renew(identity);
+    // Not yet, nor what nobody has enrolled.
+    refused(renew(&load(&keys)), ErrorReason::NotAllowed);
+    refused(renew(&due("by-hand", None)), ErrorReason::NotAllowed);
+    let stolen = due("stolen", Some(load(&keys).principal().issued()));
+
+    // Who makes certificates hasn't heard of it yet.
+    scene.site.kill_janus().unwrap();
+    scene.admin(B, &["pki", "revoke", "--machine", "alice/web1"]);
+    let url = scene.site.server(A).unwrap().url();
+    let renewed = scene.renew(&stolen).unwrap();
+    fs::write(ca.join("stolen/cert.pem"), renewed).unwrap();
+    let renewed = load(&ca.join("stolen"));
+    assert!(renewed.expires() > stolen.expires());
+    scene.site.start_janus().unwrap();
+    until("the server knows", Duration::from_secs(60), || {
+        let known = scene.admin(A, &["pki", "revoked"]);
+        !known["revoked"].as_array().unwrap().is_empty()
+    });
+    let start = start_of(&janus_proto::ids::BackupId::new().to_string());
+    let refusal = Caller::new(&url, &renewed).start(&start, &Carried::default());
+    refused(refusal, ErrorReason::IdentityMissing);
 }

@@ -16,7 +16,8 @@ use janus_proto::{
     metadata,
     pb::{
         self, backup_service_client::BackupServiceClient,
-        restore_service_client::RestoreServiceClient,
+        enrollment_service_client::EnrollmentServiceClient,
+        restore_service_client::RestoreServiceClient, table_service_client::TableServiceClient,
     },
     proof::Statement,
     tls::Identity,
@@ -140,6 +141,30 @@ impl Scene {
         disk::compare(&self.disk(name), &to).unwrap();
     }
 
+    /// Asks for a new certificate for the key of `identity`; PEM.
+    pub fn renew(&self, identity: &Identity) -> Result<String, Status> {
+        let key = self.site.folder().join("pki");
+        let find = |name: &str| fs::read_to_string(key.join(name).join("key.pem"));
+        let own = |text: &String| {
+            let pair = rcgen::KeyPair::from_pem(text).unwrap();
+            identity.principal().has_key(rcgen::PublicKeyData::der_bytes(&pair))
+        };
+        let texts = ["stolen", "by-hand"].map(find).into_iter().flatten();
+        let enrolled = fs::read_to_string(self.keys("web1").join("key.pem"));
+        let text = texts.chain(enrolled).find(own).unwrap();
+        let pair = rcgen::KeyPair::from_pem(&text).unwrap();
+        let request = rcgen::CertificateParams::default().serialize_request(&pair).unwrap();
+        let message = pb::RenewRequest { signing_request: request.der().to_vec().into() };
+        let runtime = Runtime::new().unwrap();
+        runtime.block_on(async {
+            let options = ConnectOptions::default();
+            let channel = channel::connect(&self.enroll_url, identity, options).await.unwrap();
+            let mut client = EnrollmentServiceClient::new(channel.channel);
+            let answer = client.renew(message).await?;
+            Ok(answer.into_inner().certified.unwrap().certificate)
+        })
+    }
+
     pub fn identity(&self, name: &str) -> Identity {
         load(&self.keys(name))
     }
@@ -220,6 +245,12 @@ impl Caller {
         let request = with.request(message.clone());
         let mut client = BackupServiceClient::new(self.channel.clone());
         self.runtime.block_on(client.commit_backup(request)).map(drop)
+    }
+
+    pub fn table(&self, message: &pb::ReadTableRequest, with: &Carried<'_>) -> Result<(), Status> {
+        let request = with.request(message.clone());
+        let mut client = TableServiceClient::new(self.channel.clone());
+        self.runtime.block_on(client.read_table(request)).map(drop)
     }
 
     pub fn open(

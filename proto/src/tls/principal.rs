@@ -122,8 +122,12 @@ impl Principal {
         })
     }
 
-    /// Unix seconds at which the certificate was issued: see [`revoked`](crate::revoked).
+    /// Unix seconds at which the certificate was issued, or, of one that was renewed, the first of them: see
+    /// [`revoked`](crate::revoked).
     pub fn issued(&self) -> i64 {
+        if let Some(enrolled) = self.limits.enrolled {
+            return enrolled;
+        }
         let Ok((_, certificate)) = X509Certificate::from_der(&self.der) else { return i64::MIN };
         let begins = certificate.validity().not_before.timestamp();
         let serial = uuid::Uuid::from_slice(certificate.raw_serial()).ok();
@@ -170,6 +174,10 @@ fn uris(der: &[u8]) -> Result<(String, Limits), TlsError> {
     for limit in uris.clone().filter_map(|uri| uri.strip_prefix(LIMIT_SCHEME)) {
         limits.add(limit)?;
     }
+    for enrolled in uris.clone().filter_map(|uri| uri.strip_prefix(ENROLLED_SCHEME)) {
+        let seconds = enrolled.parse().map_err(|_| no_role("doesn't say when it was enrolled"))?;
+        limits.enrolled = Some(limits.enrolled.map_or(seconds, |known: i64| known.min(seconds)));
+    }
     let mut named = uris.filter(|uri| uri.starts_with("janus://"));
     match (named.next(), named.next()) {
         (Some(uri), None) => Ok((uri.to_string(), limits)),
@@ -180,12 +188,16 @@ fn uris(der: &[u8]) -> Result<(String, Limits), TlsError> {
 
 /// Scheme of the URI SANs that keep the holder of a certificate to less than its role allows.
 const LIMIT_SCHEME: &str = "janus-limit:";
+/// Scheme of the URI SAN that says when the holder enrolled.
+const ENROLLED_SCHEME: &str = "janus-enrolled:";
 
 /// What a certificate keeps its holder to, by URI SANs `janus-limit:…`, one for each.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Limits {
     /// `janus-limit:proof`: calls that act for it through a janus carry a [`proof`](crate::proof).
     pub proof: bool,
+    /// `janus-enrolled:SECONDS` (Unix time): when its holder enrolled. Renewed certificates keep that, others have none.
+    pub enrolled: Option<i64>,
     /// `janus-limit:user=NAME`: a janus speaks for these users only. Empty: for all.
     pub users: Vec<String>,
 }
@@ -208,7 +220,8 @@ impl Limits {
     pub fn uris(&self) -> Vec<String> {
         let proof = self.proof.then(|| format!("{LIMIT_SCHEME}proof"));
         let users = self.users.iter().map(|user| format!("{LIMIT_SCHEME}user={user}"));
-        proof.into_iter().chain(users).collect()
+        let enrolled = self.enrolled.map(|seconds| format!("{ENROLLED_SCHEME}{seconds}"));
+        proof.into_iter().chain(enrolled).chain(users).collect()
     }
 }
 

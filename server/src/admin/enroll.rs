@@ -70,7 +70,7 @@ fn make(admin: &Admin, machine: MachineKey, hours: u32) -> Result<Answer, AdminE
     let port = settings.listen.rsplit_once(':').map_or("", |(_, port)| port);
     let text = format!(
         "{token}\n\nfor machine {machine}, good once, for {hours} h. On that machine, as root, with a name of this server:\n\
-         \x20 janus-client enroll https://HOST:{port} TOKEN\n"
+         \x20 janus-client enroll https://HOST:{port} TOKEN --out /etc/janus/client --write-settings /etc/janus/client.toml\n"
     );
     let told = json!({
         "id": id,

@@ -14,8 +14,10 @@ use crate::{
 };
 
 const TOKENS: &str = ".tokens.json";
-/// Most that are known at once.
+/// Most that are open at once.
 const MOST: usize = 1000;
+/// Most that are known, used ones included.
+const MOST_SHOWN: usize = 5000;
 /// Used and expired ones are told about for so long.
 const TOLD_MS: i64 = 7 * 24 * 60 * 60 * 1000;
 
@@ -125,7 +127,10 @@ impl Tokens {
             !(is_open && other.machine == kept.machine)
                 && made_ms < ended_ms.saturating_add(TOLD_MS)
         });
-        if tokens.len() >= MOST {
+        // Used ones are only shown: the oldest make room.
+        let excess = tokens.len().saturating_sub(MOST_SHOWN);
+        tokens.drain(..excess);
+        if tokens.iter().filter(|token| token.used.is_none()).count() >= MOST {
             return Err(TokenRefused::TooMany { most: MOST }.into());
         }
         tokens.push(kept);

@@ -36,7 +36,7 @@ impl Wanted {
     /// routing proves each time that it is he who wants it.
     pub fn new(role: Role, hosts: Vec<String>, valid: Duration) -> Self {
         let proof = matches!(role, Role::Operator(_) | Role::User(_) | Role::Restore(_));
-        Self { role, limits: Limits { proof, users: Vec::new() }, hosts, valid }
+        Self { role, limits: Limits { proof, ..Limits::default() }, hosts, valid }
     }
 }
 

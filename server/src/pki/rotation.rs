@@ -65,8 +65,9 @@ fn rotate(folder: &Path) -> Result<String, PkiError> {
     replace(&bundle_path, &format!("{}\n{certificate}", bundle.trim_end()), PUBLIC_MODE)?;
     Ok(format!(
         "{0}/ca.pem has both authorities of group {group} now; the old one signs\n\
-         next: copy {0}/ca.pem to every host (server, janus, client; SIGHUP to servers and janus; enrolled machines get it when\n\
-         \x20     they renew), then: janus-server pki ca switch --ca {0}\n",
+         next: copy {0}/ca.pem to every host (server, janus, client; SIGHUP to servers and janus). Enrolled machines get it when they\n\
+         \x20     renew: wait until all have, or copy it there, or they reach nobody who has a certificate of the new one. Then:\n\
+         \x20     janus-server pki ca switch --ca {0}\n",
         folder.display()
     ))
 }
