@@ -1,7 +1,7 @@
 //! `janus-proof`: what a caller wants, signed with the key of its certificate, so that a janus in between can't want it
 //! in the caller's name.
 //!
-//! A janus forwards certificates, and whoever has seen one can forward it. StartBackup, CommitBackup and OpenSnapshot
+//! A janus forwards certificates, and whoever has seen one can forward it. StartBackup, CommitBackup, OpenSnapshot and ReadTable
 //! therefore carry a signature over the server, the method, the principal, a digest of the request, and an end. A proof that
 //! is seen on its way is good for the same call once more, which changes nothing: starts and commits are idempotent, and who
 //! forwards a restore reads it anyway.
@@ -97,6 +97,13 @@ impl Statement {
     pub fn open(request: &pb::OpenSnapshotRequest) -> Self {
         Self::of("OpenSnapshot", &[request.snapshot_id.clone(), request.table.to_string()])
     }
+
+    /// Of ReadTable.
+    pub fn table(request: &pb::ReadTableRequest) -> Self {
+        let pb::ReadTableRequest { snapshot_id, since_snapshot_id, first_segment, .. } = request;
+        let first = first_segment.to_string();
+        Self::of("ReadTable", &[snapshot_id.clone(), since_snapshot_id.clone(), first])
+    }
 }
 
 /// The line that names another machine than the caller's own.
@@ -109,7 +116,7 @@ fn of_other(other: Option<&MachineKey>) -> Option<String> {
 ///
 /// ```text
 /// janus-proof 1
-/// StartBackup | CommitBackup | OpenSnapshot
+/// StartBackup | CommitBackup | OpenSnapshot | ReadTable
 /// <server id or *>
 /// janus://<group>/<role>/…   (the URI of the certificate)
 /// <BLAKE3-256 of the request's own lines, in hexadecimal>

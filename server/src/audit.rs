@@ -54,6 +54,12 @@ pub enum AuditError {
         /// The folder.
         path: PathBuf,
     },
+    /// Somebody has taken it away.
+    #[error("the audit log can't be written: {} was removed, moved or replaced while the server ran; put it back, or restart the server, which begins a new one", path.display())]
+    Gone {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file system refused.
     #[error("the audit log can't be written: cannot {action} {}: {source}", path.display())]
     Io {
@@ -239,6 +245,9 @@ impl Audit {
         }
         let Some((file, length)) = &mut log.file else { return Ok(()) };
         let path = file.path().to_owned();
+        if !file.is_at_its_path().map_err(AuditError::io("look for", &path))? {
+            return Err(AuditError::Gone { path });
+        }
         if log.is_dirty {
             file.set_len(*length).map_err(AuditError::io("cut", &path))?;
         }

@@ -265,7 +265,9 @@ impl BackupService for Backup {
         &self,
         request: Request<pb::GetBackupRequest>,
     ) -> Result<Response<pb::GetBackupResponse>, Status> {
-        let machine = Caller::of(&request)?.machine(request.metadata())?;
+        let (caller, who) = (Caller::of(&request)?, Caller::who(&request));
+        let machine = caller.machine(request.metadata())?;
+        let may_write = caller.machine_to_write(request.metadata()).is_ok();
         let backup: BackupId = request.into_inner().backup_id.parse()?;
         let mut answer =
             pb::GetBackupResponse { backup_id: backup.to_string(), ..Default::default() };
@@ -277,6 +279,13 @@ impl BackupService for Backup {
             }
             RunState::Committing => pb::RunState::Committing,
             RunState::Committed(run) => {
+                // Its client has lost the answer of the commit, and the log perhaps its record.
+                if may_write {
+                    let (runs, key) = (self.runs.clone(), machine.clone());
+                    let event = Event::new(Action::Commit).of_run(&key, backup);
+                    let event = event.with_result(&Ok::<_, RunError>(()));
+                    blocking(move || runs.note(&who, event)).await?;
+                }
                 answer.result = Some(self.committed(&run));
                 pb::RunState::Committed
             }

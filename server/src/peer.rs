@@ -185,7 +185,8 @@ impl Peers {
     pub(crate) fn restore(&self) -> RestoreServiceClient<Channel> {
         RestoreServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
-    /// The table of a snapshot on a server. Its stream may take as long as it takes; each message has a deadline of its own.
+
+    /// The table of a snapshot on a server, in this server's own name. Its stream may take as long as it takes; each message has a deadline of its own.
     pub(crate) async fn table(
         &self,
         server: &ServerId,
@@ -193,6 +194,9 @@ impl Peers {
     ) -> Result<Streaming<pb::ReadTableResponse>, Status> {
         let tables = TableServiceClient::new(self.channel.clone());
         let mut tables = tables.max_decoding_message_size(MAX_MESSAGE_BYTES);
-        Ok(tables.read_table(request(message, Some(server))).await?.into_inner())
+        let statement = Statement::table(&message);
+        let mut request = request(message, Some(server));
+        add_proof(&mut request, &*self.dialer, &statement, Some(server));
+        Ok(tables.read_table(request).await?.into_inner())
     }
 }

@@ -6,12 +6,14 @@ use janus_proto::{
     error::{ErrorReason, WireError, status},
     ids::{BlockHash, MachineKey, SnapshotId},
     pb::{self, table_service_server::TableService},
+    proof::Statement,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::{
+    audit::{Action, Event},
     blocking,
     caller::Caller,
     chain::{
@@ -83,15 +85,24 @@ impl TableService for Tables {
         &self,
         request: Request<pb::ReadTableRequest>,
     ) -> Result<Response<Self::ReadTableStream>, Status> {
-        let caller = Caller::of(&request)?;
+        let (caller, who) = (Caller::of(&request)?, Caller::who(&request));
         let request = request.into_inner();
+        caller.has_proven(&Statement::table(&request))?;
         let held = self.held(request.snapshot_id.parse()?, &caller)?;
         let since = match request.since_snapshot_id.as_str() {
             "" => None,
             id => self.held(id.parse()?, &caller).ok(),
         };
         let (runs, of) = (self.runs.clone(), held.clone());
-        let (tables, since) = blocking(move || open(&runs, &of, since)).await??;
+        let opening = move || {
+            let opened = open(&runs, &of, since)?;
+            let (run, snapshot) = (&of.run, of.snapshot());
+            let event = Event::new(Action::Open).of_run(&run.machine, run.backup);
+            let event = event.of_snapshot(&snapshot.disk, snapshot.id).noting("its table");
+            runs.note(&who, event);
+            Ok::<_, RestoreError>(opened)
+        };
+        let (tables, since) = blocking(opening).await??;
         let start = pb::TableStart {
             snapshot: Some(self.runs.to_wire(&held, &self.server)),
             since_snapshot_id: since.as_ref().map(|(id, _)| id.to_string()).unwrap_or_default(),

@@ -46,6 +46,13 @@ fn who_holds_a_janus_key_acts_for_nobody_who_signs() {
             refused(thief.open(&here, &as_owner(bad)), ErrorReason::ProofRefused);
             cases += 1;
         }
+        let table =
+            pb::ReadTableRequest { snapshot_id: here.snapshot_id.clone(), ..Default::default() };
+        refused(thief.table(&table, &as_owner(None)), ErrorReason::ProofRefused);
+        refused(thief.table(&table, &as_owner(Some(good.clone()))), ErrorReason::ProofRefused);
+        let signed = proof(&owner, &Statement::table(&table), A);
+        thief.table(&table, &as_owner(signed)).unwrap();
+        cases += 2;
         // What the owner signed is for everybody to carry.
         thief.open(&here, &as_owner(Some(good))).unwrap();
     }

@@ -45,6 +45,7 @@ fn a_group_gets_a_new_authority_while_backups_go_on() {
     let mut scene = Scene::new();
     let machine = scene.enrolled("web1");
     scene.works(&machine, "web1");
+    scene.admin(B, &["pki", "revoke", "--machine", "alice/early"]);
     let ca = scene.site.folder().join("pki");
     let folder = ca.to_string_lossy().into_owned();
     let step = |scene: &Scene, name: &str| pki(scene, &["ca", name, "--ca", &folder]);
@@ -80,12 +81,23 @@ fn a_group_gets_a_new_authority_while_backups_go_on() {
     }
     hang_up(&mut scene);
     scene.works(&machine, "web1");
+    // By the key of the new certificate, with which all believe it.
+    let revoked = scene.admin(A, &["pki", "revoke", "--machine", "alice/late"]);
+    assert_eq!(revoked["known_to"], serde_json::json!([A, B]), "{revoked}");
 
     assert!(step(&scene, "retire").contains("believed no more"));
     assert!(!ca.join("old.key").exists() && !ca.join("next.key").exists());
     give_authorities(&mut scene, &ca);
     fs::copy(ca.join("ca.pem"), scene.keys("web1").join("ca.pem")).unwrap();
     scene.works(&machine, "web1");
+    // What was revoked under the old authority is told under the new one, to who has lost it.
+    scene.site.stop_server(B).unwrap();
+    fs::remove_file(scene.site.server(B).unwrap().images().join(".revoked.json")).unwrap();
+    scene.site.start_server(B).unwrap();
+    crate::scene::until("all revocations", std::time::Duration::from_secs(30), || {
+        let known = scene.admin(B, &["pki", "revoked"]).to_string();
+        ["early", "late"].iter().all(|name| known.contains(&format!("client/alice/{name}")))
+    });
     let token = scene.token("web2");
     let other = scene.machine("web2");
     let done = other.run(&["enroll", &scene.enroll_url, &token]).unwrap();

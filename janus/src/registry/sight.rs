@@ -18,7 +18,8 @@ const MAX_NAMES: usize = 100_000;
 #[derive(Debug, Default)]
 pub(super) struct Granted {
     groups: Vec<pb::Grant>,
-    digest: String,
+    /// `None`: the first list isn't whole yet.
+    digest: Option<String>,
     /// The list that is under way.
     staged: Vec<pb::Grant>,
 }
@@ -37,7 +38,7 @@ impl Granted {
         }
         if !told.more {
             self.groups = std::mem::take(&mut self.staged);
-            self.digest = told.policy_digest;
+            self.digest = Some(told.policy_digest);
         }
     }
 }
@@ -128,7 +129,7 @@ impl Registry {
         let told = inner
             .servers
             .iter()
-            .filter_map(|(id, state)| Some((id.clone(), state.granted.as_ref()?.digest.clone())));
+            .filter_map(|(id, state)| Some((id.clone(), state.granted.as_ref()?.digest.clone()?)));
         told.collect()
     }
 }
@@ -162,11 +163,11 @@ mod tests {
         };
         let mut granted = Granted::default();
         granted.take(message("carol", true));
-        assert!(granted.groups.is_empty());
+        assert!(granted.groups.is_empty() && granted.digest.is_none());
         granted.take(message("dave", false));
         assert_eq!(granted.groups, [grant("carol"), grant("dave")]);
         granted.take(message("erin", false));
-        assert_eq!((granted.groups.len(), granted.digest.as_str()), (1, "digest"));
+        assert_eq!((granted.groups.len(), granted.digest.as_deref()), (1, Some("digest")));
         let names = (0..MAX_NAMES).map(|number| number.to_string()).collect();
         let many = pb::Grant { members: names, ..Default::default() };
         granted.take(pb::Grants { grants: vec![many], ..Default::default() });

@@ -94,6 +94,19 @@ impl File {
         }
     }
 
+    /// True when its path still leads to it: nobody has removed, moved or replaced it.
+    ///
+    /// # Errors
+    /// As the file system says.
+    pub fn is_at_its_path(&self) -> io::Result<bool> {
+        let own = self.here()?.file().metadata()?;
+        match fs::symlink_metadata(self.path()) {
+            Ok(there) => Ok((there.dev(), there.ino()) == (own.dev(), own.ino())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Where it was opened. It may have another name by now.
     pub fn path(&self) -> &Path {
         &self.handle.path

@@ -275,6 +275,13 @@ fn request(
 fn confirm(admin: &Admin, number: u32, task: &Task<'_>) -> Result<Answer, AdminError> {
     let request = purges::confirm(admin, task.person()?, number)?;
     for (machine, backup) in &request.runs {
+        // What was brought back and dropped again since wasn't meant.
+        let trashed = admin.runs().trashed(machine);
+        let is_meant =
+            |it: &TrashedRun| it.run.backup == *backup && it.record.trashed_ms <= request.asked_ms;
+        if !trashed.iter().any(is_meant) {
+            continue;
+        }
         let due = admin.runs().make_due(machine, *backup);
         due.map_err(|error| AdminError::Retention(error.into()))?;
     }

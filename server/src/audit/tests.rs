@@ -45,6 +45,35 @@ fn audit_files(folder: &Path) -> Vec<PathBuf> {
     files(&Disk::default(), folder).unwrap()
 }
 
+#[test]
+fn a_log_that_was_taken_away_is_not_written_in_silence() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = log_in(folder.path());
+    log.record(&who(), event(0)).unwrap();
+    let path = audit_files(folder.path()).pop().unwrap();
+    let aside = folder.path().join("aside");
+    for take in [
+        |path: &Path, _: &Path| fs::remove_file(path),
+        |path: &Path, to: &Path| {
+            fs::copy(path, to)?;
+            fs::rename(to, path)
+        },
+    ] {
+        let kept = folder.path().join("kept");
+        fs::hard_link(&path, &kept).unwrap();
+        take(&path, &aside).unwrap();
+        let failed = log.record(&who(), event(1)).unwrap_err();
+        assert!(matches!(failed, AuditError::Gone { .. }), "{failed}");
+        assert!(log.warning().unwrap().contains("put it back"));
+        // It was put back: nothing is lost.
+        fs::rename(&kept, &path).unwrap();
+        log.record(&who(), event(2)).unwrap();
+        assert_eq!(log.warning(), None);
+    }
+    let head = log.head().unwrap();
+    assert_eq!(notes(folder.path(), head), ["0", "1", "2", "1", "2"]);
+}
+
 /// A log of three files with a torn record in it.
 fn small_log(folder: &Path) -> Head {
     let log = log_in(folder).rotating(900);
