@@ -73,6 +73,7 @@ impl Info {
             machines: self.machines(own),
             warnings: self.fleet.warnings(),
             certificate_expires_ms: self.identity.expires().saturating_mul(1000),
+            certificate_valid_ms: self.identity.valid_seconds().saturating_mul(1000),
         }
     }
 
@@ -122,6 +123,7 @@ impl Info {
                 0 => seen_ms.unwrap_or(0),
                 told => told,
             },
+            certificate_valid_ms: vitals.certificate_valid_ms,
         }
     }
 
@@ -200,6 +202,7 @@ impl Info {
             free_bytes: vitals.free_bytes,
             total_bytes: vitals.total_bytes,
             certificate_expires_ms: vitals.certificate_expires_ms,
+            certificate_valid_ms: vitals.certificate_valid_ms,
             ..Default::default()
         }
     }

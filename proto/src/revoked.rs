@@ -7,7 +7,7 @@
 //! make one.
 //!
 //! Our certificates say when they were issued in their serial number, which is a UUIDv7 (RFC 9562, section 5.7); of
-//! others the beginning of the validity counts.
+//! others, such as those that a rule of `[pki]` is for, the beginning of the validity counts.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,13 +15,14 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use prost::Message;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     clock::unix_ms,
-    pb, proof,
+    metadata, pb, proof,
     tls::{Identity, Principal, Role, TlsError},
 };
 
@@ -31,6 +32,7 @@ const AHEAD_SECONDS: i64 = 24 * 60 * 60;
 const MOST: usize = 100_000;
 /// In one message: far below the message limit.
 const A_MESSAGE: usize = 1000;
+const A_MESSAGE_BYTES: usize = 1 << 20;
 /// Longest URI and certificate of a signer that are looked at, in bytes.
 const MAX_PRINCIPAL: usize = 512;
 const MAX_SIGNER: usize = 8192;
@@ -44,6 +46,9 @@ pub struct Revocation {
     pub until: i64,
     /// Certificate (DER, base64) of the server that made it.
     signer: String,
+    /// Those between it and its authority, as `metadata` writes them.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    intermediates: String,
     scheme: u16,
     /// Base64.
     signature: String,
@@ -82,6 +87,10 @@ impl Revocation {
             principal: self.principal.clone(),
             until_seconds: self.until,
             signer: STANDARD.decode(&self.signer).unwrap_or_default().into(),
+            intermediates: match self.intermediates.as_str() {
+                "" => Vec::new(),
+                text => metadata::certificates_of_text(text.as_bytes()).unwrap_or_default(),
+            },
             scheme: self.scheme.into(),
             signature: STANDARD.decode(&self.signature).unwrap_or_default().into(),
         }
@@ -93,9 +102,11 @@ impl Identity {
     pub fn revoke(&self, principal: String) -> Option<Revocation> {
         let until = unix_ms() / 1000;
         let text = Revocation::text(&principal, until);
-        let (scheme, signature) = self.sign(text.as_bytes())?;
-        let signer = STANDARD.encode(&self.principal().der);
-        Some(Revocation { principal, until, signer, scheme, signature: STANDARD.encode(signature) })
+        let (by, scheme, signature) = self.sign(text.as_bytes())?;
+        let signer = STANDARD.encode(&by.der);
+        let intermediates = metadata::certificates_to_text(&by.intermediates);
+        let signature = STANDARD.encode(signature);
+        Some(Revocation { principal, until, signer, intermediates, scheme, signature })
     }
 
     /// What is news of what came from elsewhere. One that isn't believed is handed to `refused`, the others count. Blocks: signatures
@@ -115,11 +126,14 @@ impl Identity {
     /// # Errors
     /// When no server of our group made it.
     pub fn believed(&self, wire: &pb::Revocation) -> Result<Revocation, RevocationRefused> {
-        let pb::Revocation { principal, until_seconds: until, signer, scheme, signature } = wire;
+        let pb::Revocation { principal, until_seconds: until, signer, scheme, signature, .. } =
+            wire;
+        let between = &wire.intermediates;
         if principal.len() > MAX_PRINCIPAL || !principal.starts_with("janus://") {
             return Err(RevocationRefused::Form("principal"));
         }
-        if signer.len().max(signature.len()) > MAX_SIGNER {
+        let bytes = between.iter().map(bytes::Bytes::len).sum::<usize>();
+        if signer.len().max(signature.len()) > MAX_SIGNER || bytes > 2 * MAX_SIGNER {
             return Err(RevocationRefused::Form("signer"));
         }
         let scheme = u16::try_from(*scheme).map_err(|_| RevocationRefused::Form("scheme"))?;
@@ -130,7 +144,7 @@ impl Identity {
             |reason: String| RevocationRefused::Signer { principal: principal.clone(), reason };
         // When it was made the certificate was good; since then it may have expired.
         let by = self
-            .verify_at(signer, *until)
+            .verify_at(signer, between, *until)
             .map_err(|error: TlsError| not_signed(error.to_string()))?;
         if !matches!(by.role, Role::Server(_)) {
             return Err(not_signed(format!("it is signed by {by}")));
@@ -143,6 +157,7 @@ impl Identity {
             principal: principal.clone(),
             until: *until,
             signer: STANDARD.encode(signer),
+            intermediates: metadata::certificates_to_text(between),
             scheme,
             signature: STANDARD.encode(signature),
         })
@@ -177,8 +192,22 @@ impl Revocations {
 
     /// The same as they travel, in messages.
     pub fn messages(&self) -> Vec<Vec<pb::Revocation>> {
-        let all = self.all();
-        all.chunks(A_MESSAGE).map(|some| some.iter().map(Revocation::to_wire).collect()).collect()
+        let mut messages: Vec<Vec<pb::Revocation>> = Vec::new();
+        let mut bytes = 0;
+        for one in self.all().iter().map(Revocation::to_wire) {
+            let more = one.encoded_len();
+            match messages.last_mut() {
+                Some(last) if last.len() < A_MESSAGE && bytes + more <= A_MESSAGE_BYTES => {
+                    last.push(one);
+                    bytes += more;
+                }
+                _ => {
+                    messages.push(vec![one]);
+                    bytes = more;
+                }
+            }
+        }
+        messages
     }
 
     /// True when this one says more than what is known.

@@ -53,6 +53,11 @@ pub enum EnrollError {
     /// A server, janus or operator wants to renew here.
     #[error("{0} can't renew its certificate here: `janus-server pki issue` makes a new one")]
     NoMachine(String),
+    /// The certificate is of another PKI, which renews it.
+    #[error(
+        "the certificate of {0} is of a PKI of your own: that renews it, or `janus-client enroll` with a token makes one of ours"
+    )]
+    Mapped(String),
     /// The authority.
     #[error(transparent)]
     Authority(#[from] PkiError),
@@ -66,7 +71,7 @@ impl From<EnrollError> for Status {
         let reason = match &error {
             EnrollError::Token(_) | EnrollError::NoToken(_) => ErrorReason::TokenRefused,
             EnrollError::Request(_) => ErrorReason::InvalidField,
-            EnrollError::NoMachine(_) => ErrorReason::NotAllowed,
+            EnrollError::NoMachine(_) | EnrollError::Mapped(_) => ErrorReason::NotAllowed,
             EnrollError::Authority(_) | EnrollError::Store(_) => {
                 tracing::error!(%error, "no certificate could be made");
                 let text = "the server can't make certificates now; its log says why";
@@ -150,6 +155,10 @@ impl Inner {
         let Role::Client(machine) = &principal.role else {
             return Err(EnrollError::NoMachine(principal.to_string()));
         };
+        // What it keeps its holder to, and when it ends, is for that PKI to say.
+        if principal.is_mapped() {
+            return Err(EnrollError::Mapped(principal.to_string()));
+        }
         let request = signing_request(request)?;
         let authority = Authority::open(&self.authority)?;
         let limits = principal.limits.clone();

@@ -22,6 +22,7 @@ use janus_proto::{
     },
     plain_health, program,
     settings::changed_keys,
+    show::date,
     tls::{Identity, Role, TlsError},
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
@@ -157,7 +158,8 @@ impl Server {
     /// # Errors
     /// As [`ServeError`] says.
     pub async fn start(settings: Settings) -> Result<Self, ServeError> {
-        let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
+        let identity =
+            Identity::load_with(&settings.cert, &settings.key, &settings.ca, &settings.pki)?;
         name(&identity)?;
         let listener = bind("listen", &settings.listen).await?;
         let plain_health = bind_unless_empty("health_listen", &settings.health_listen).await?;
@@ -293,6 +295,9 @@ impl Server {
             Admin::new(self.runs.clone(), self.settings.clone()).with_revoked(self.revoked.clone()),
         );
         let mut tasks = self.tasks(&shutdown);
+        if let Door::Tls(..) = self.door {
+            tasks.spawn(program::follow_files(self.identity.clone(), shutdown.clone()));
+        }
         for (name, rule) in &self.settings.replicate {
             let follow = self.replication().follow(name, rule, shutdown.clone());
             tasks.spawn(follow.map_err(wiring)?);
@@ -337,7 +342,8 @@ impl Server {
             ..Limits::default()
         };
         note(&self.runs, Action::ServerStart).await;
-        tracing::info!(server = name, address = ?self.door.address().ok(), "serving");
+        let certificate_until = date(self.identity.expires().saturating_mul(1000));
+        tracing::info!(server = name, address = ?self.door.address().ok(), certificate_until, "serving");
         self.door.serve(gate, limits, shutdown).await;
         stop.cancel();
         while tasks.join_next().await.is_some() {}

@@ -205,6 +205,10 @@ impl Carried<'_> {
         if let Some(identity) = self.principal {
             let value = STANDARD.encode(&identity.principal().der);
             headers.insert(metadata::PRINCIPAL, value.parse().unwrap());
+            let between = metadata::certificates_to_text(&identity.principal().intermediates);
+            if !between.is_empty() {
+                headers.insert(metadata::INTERMEDIATES, between.parse().unwrap());
+            }
         }
         if let Some(proof) = &self.proof {
             headers.insert(metadata::PROOF, proof.parse().unwrap());

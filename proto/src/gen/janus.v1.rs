@@ -2562,6 +2562,9 @@ pub struct Vitals {
     /// older server.
     #[prost(string, tag = "5")]
     pub revocations_digest: ::prost::alloc::string::String,
+    /// How long that certificate is valid in all, in milliseconds: what is short is renewed late. 0: unknown, or from an older server.
+    #[prost(int64, tag = "6")]
+    pub certificate_valid_ms: i64,
 }
 /// First message of a stream.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2647,6 +2650,9 @@ pub struct Revocation {
     /// Of the signer's key, over the lines `janus-revocation 1`, principal and until_seconds, each with its end.
     #[prost(bytes = "bytes", tag = "5")]
     pub signature: ::prost::bytes::Bytes,
+    /// Certificates (DER) between signer and its authority, at most 16 KiB in all; empty: there are none.
+    #[prost(bytes = "bytes", repeated, tag = "6")]
+    pub intermediates: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Revocations {
@@ -3070,6 +3076,9 @@ pub struct ServerStatus {
     /// Of all revocations it knows, as it has reported; empty: unknown, or an older janus or server.
     #[prost(string, tag = "18")]
     pub revocations_digest: ::prost::alloc::string::String,
+    /// How long that certificate is valid in all, in milliseconds: what is short is renewed late. 0: unknown, or from an older janus or server.
+    #[prost(int64, tag = "19")]
+    pub certificate_valid_ms: i64,
 }
 /// A machine with damaged snapshots on a server.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3138,6 +3147,9 @@ pub struct GetRouterStatusResponse {
     /// Unix milliseconds at which this janus' own certificate expires; 0: from an older janus.
     #[prost(int64, tag = "6")]
     pub certificate_expires_ms: i64,
+    /// How long that certificate is valid in all, in milliseconds: what is short is renewed late. 0: unknown, or from an older janus.
+    #[prost(int64, tag = "7")]
+    pub certificate_valid_ms: i64,
 }
 /// Generated client implementations.
 pub mod server_info_service_client {

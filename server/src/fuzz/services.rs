@@ -177,7 +177,7 @@ impl Folder {
 fn caller(machine: &str) -> Option<Caller> {
     let role = Role::Client(machine.parse::<MachineKey>().ok()?);
     let limits = Default::default();
-    Some(Caller::at_peer(Principal { group: "fuzz".into(), role, limits, der: Bytes::new() }))
+    Some(Caller::at_peer(Principal::new("fuzz", role, limits, Bytes::new())))
 }
 
 impl<'a> Scene<'a> {
