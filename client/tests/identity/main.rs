@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod enrolment;
+mod foreign_pki;
 mod proofs;
 mod revocation;
 mod rights;
