@@ -203,7 +203,7 @@ fn settings_that_could_be_read_in_two_ways_are_refused() {
     wrong(&client("spiffe://e/{user}/{user}/{machine}"), "each once");
     wrong(&client("spiffe://e/{user}/{machine}/{name}"), "each once");
     wrong(&client("spiffe://e/{user}/{host}"), "{host} is none of");
-    wrong(&client("spiffe://e/{user/{machine}"), "none of");
+    wrong(&client("spiffe://e/{user/{machine}"), "without }");
     wrong(&client("spiffe://e/{user}/{machine"), "without }");
     wrong(&client("spiffe://e/user}/{machine}"), "without {");
     wrong(&client("spiffe://{user}/{machine}"), "SCHEME://HOST/PATH");
