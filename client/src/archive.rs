@@ -137,12 +137,8 @@ impl Dial for Inside {
             let (ours, theirs) = tokio::io::duplex(PIPE_BYTES);
             let refused = || ConnectError::Refused { target: target.to_string() };
             let server: ServerId = "archive".parse().map_err(|_| refused())?;
-            let principal = Principal {
-                group: "archive".into(),
-                role: Role::Server(server),
-                limits: Default::default(),
-                der: Default::default(),
-            };
+            let role = Role::Server(server);
+            let principal = Principal::new("archive", role, Default::default(), Default::default());
             let address = (Ipv4Addr::LOCALHOST, 0).into();
             let known = Known { stream: Box::new(theirs), principal: principal.clone(), address };
             self.connections.send(known).await.map_err(|_| refused())?;

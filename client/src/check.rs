@@ -133,7 +133,7 @@ fn stage(error: &ConnectError) -> &'static str {
 
 async fn connected(checked: &mut Checked, connection: &Connection) {
     let peer = &connection.peer;
-    let (state, text) = expiry(peer.expires(), unix_ms());
+    let (state, text) = expiry(peer.validity(), unix_ms());
     checked.add("certificate", state, text);
     checked.add("group and role", State::Ok, format!("{} of group {}", peer.role, peer.group));
     checked.peer = Some(peer.role.clone());
@@ -170,10 +170,12 @@ async fn connected(checked: &mut Checked, connection: &Connection) {
     }
 }
 
-fn expiry(expires: i64, now_ms: i64) -> (State, String) {
+fn expiry((from, expires): (i64, i64), now_ms: i64) -> (State, String) {
     let at = date(expires.saturating_mul(1000));
-    let soon =
-        expires.saturating_mul(1000) < now_ms.saturating_add(EXPIRES_SOON.as_millis() as i64);
+    // Those that are short are renewed when half of that is over.
+    let sixth = expires.saturating_sub(from).saturating_mul(1000) / 6;
+    let enough = sixth.min(EXPIRES_SOON.as_millis() as i64);
+    let soon = expires.saturating_mul(1000) < now_ms.saturating_add(enough);
     match soon {
         true => (
             State::Warning,
@@ -302,8 +304,8 @@ mod tests {
             println!("{}", row.text);
             assert!(row.state == State::Warning && row.text.contains(way_out), "{row:?}");
         }
-        assert_eq!(expiry(30 * 86_400, 0).0, State::Ok);
-        assert_eq!(expiry(13 * 86_400, 0).0, State::Warning);
+        assert_eq!(expiry((-1_000 * 86_400, 30 * 86_400), 0).0, State::Ok);
+        assert_eq!(expiry((-1_000 * 86_400, 13 * 86_400), 0).0, State::Warning);
     }
 
     #[test]

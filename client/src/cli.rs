@@ -35,7 +35,7 @@ use janus_proto::{
     channel::Proxied,
     ids::{MachineKey, ServerId},
     settings::Loader,
-    tls::{Identity, Role},
+    tls::{Identity, PKI_KEYS, Role},
     trace,
 };
 use serde_json::Value;
@@ -54,71 +54,79 @@ pub use self::{
     sources::sources,
 };
 use crate::{
-    archive, bandwidth, browse::reader, config::Settings, frozen::watchdog, link::Link, wake,
-    ways::Ways,
+    archive, bandwidth, browse::reader, config::Settings, frozen::watchdog, link::Link, revoked,
+    wake, ways::Ways,
 };
 
 /// Loads settings from file, environment and flags.
 pub fn loader() -> Loader<Settings> {
-    Loader::new("JANUS_CLIENT").describe(&[
-        ("urls", "URLs of janus or servers, tried together, earlier ones with a head start"),
-        ("cert", "This machine's certificate, PEM"),
-        ("key", "Its private key, PEM"),
-        ("ca", "The CA's certificate, PEM"),
-        ("cache_path", "Folder of the hash cache and of the open run"),
-        ("encryption", "Who encrypts backups: none, or client (see `seal init`)"),
-        ("seal_key", "File of the key that they are sealed with; empty: seal.key beside key"),
-        (
-            "for_machine",
-            "Whose disks these are, where a group's rights allow it; empty: the certificate's own",
-        ),
-        ("disks", "Disks to back up: /dev/sdX or NAME=/path/to/image"),
-        ("allow_live", "Read disks that are mounted writable"),
-        ("make_snapshots", "Read mounted volumes of LVM and ZFS from a snapshot, made for it"),
-        ("snapshot_size", "Most that a snapshot of a thick LVM volume takes up: 10%ORIGIN, 5G"),
-        ("pre_backup", "Program, with its arguments, that runs before a backup"),
-        ("post_backup", "Program, with its arguments, that runs after it, also when it failed"),
-        ("hook_seconds", "Longest time that each of both may take"),
-        ("hash_threads", "Threads that read and hash; 0: two for each core"),
-        ("skip_free", "Count free space of NTFS, ext4 and XFS as zeros"),
-        ("skip_volumes", "Volumes to count as zeros: DISK/NUMBER"),
-        ("full_compare_runs", "Everything is compared after so many backups; 0: not for that"),
-        ("full_compare_days", "Everything is compared after so many days; 0: not for that"),
-        (
-            "audit_percent",
-            "Share of what a change journal calls unchanged that is read all the same",
-        ),
-        ("encoding", "Packing of blocks on their way: auto, none, lz4 or zstd"),
-        (
-            "failover_after_seconds",
-            "A lost server is waited for so long, then another takes the backup",
-        ),
-        (
-            "failover_wait_seconds",
-            "The longest such wait, by backups that have taken longer already",
-        ),
-        ("direct", "Data straight to the server where it answers at once: never, or prefer"),
-        ("bandwidth", "Limits by local time: 20 Mbit/s, 08:00-18:00 20 Mbit/s"),
-        ("wake", "Servers to wake before a backup or restore: MAC[@BROADCAST], or remembered"),
-        ("boot_seconds", "How long a server that was woken is waited for"),
-        ("proxy", "HTTP proxy: http://HOST:PORT, or none; empty: as the environment says"),
-        ("log", "Log filter, such as info or janus_client=debug"),
-        ("log_format", "Log lines for people or programs: text, or json"),
-        ("otlp_endpoint", "Collector that gets the spans of runs by OTLP over gRPC; empty: none"),
-        ("notify.when", "What is told of: failure, recovery, success"),
-        ("notify.webhook", "URL that gets JSON about it; empty: none"),
-        ("notify.ca", "Authority of the webhook's certificate; empty: the system's"),
-        ("notify.command", "Program, with its arguments, that gets the same on stdin"),
-        ("notify.seconds", "Longest time that each of both may take"),
-        ("schedule.days", "Days of backups: Mon to Sun"),
-        ("schedule.times", "Times of day: 22:00"),
-        ("schedule.random_delay_minutes", "Backups begin later by up to so much"),
-        ("schedule.catch_up", "Make up for backups missed while the machine was off"),
-        ("schedule.wake", "Wake the machine from suspend; only with systemd"),
-        ("schedule.on_battery", "Back up also on battery"),
-        ("schedule.on_metered", "Back up also over a metered link"),
-        ("schedule.retry_minutes", "A failed backup is tried again after so much, then twice that"),
-    ])
+    Loader::new("JANUS_CLIENT")
+        .describe(&[
+            ("urls", "URLs of janus or servers, tried together, earlier ones with a head start"),
+            ("cert", "This machine's certificate, PEM"),
+            ("key", "Its private key, PEM"),
+            ("ca", "The CA's certificate, PEM"),
+            ("cache_path", "Folder of the hash cache and of the open run"),
+            ("encryption", "Who encrypts backups: none, or client (see `seal init`)"),
+            ("seal_key", "File of the key that they are sealed with; empty: seal.key beside key"),
+            (
+                "for_machine",
+                "Whose disks these are, where a group's rights allow it; empty: the certificate's own",
+            ),
+            ("disks", "Disks to back up: /dev/sdX or NAME=/path/to/image"),
+            ("allow_live", "Read disks that are mounted writable"),
+            ("make_snapshots", "Read mounted volumes of LVM and ZFS from a snapshot, made for it"),
+            ("snapshot_size", "Most that a snapshot of a thick LVM volume takes up: 10%ORIGIN, 5G"),
+            ("pre_backup", "Program, with its arguments, that runs before a backup"),
+            ("post_backup", "Program, with its arguments, that runs after it, also when it failed"),
+            ("hook_seconds", "Longest time that each of both may take"),
+            ("hash_threads", "Threads that read and hash; 0: two for each core"),
+            ("skip_free", "Count free space of NTFS, ext4 and XFS as zeros"),
+            ("skip_volumes", "Volumes to count as zeros: DISK/NUMBER"),
+            ("full_compare_runs", "Everything is compared after so many backups; 0: not for that"),
+            ("full_compare_days", "Everything is compared after so many days; 0: not for that"),
+            (
+                "audit_percent",
+                "Share of what a change journal calls unchanged that is read all the same",
+            ),
+            ("encoding", "Packing of blocks on their way: auto, none, lz4 or zstd"),
+            (
+                "failover_after_seconds",
+                "A lost server is waited for so long, then another takes the backup",
+            ),
+            (
+                "failover_wait_seconds",
+                "The longest such wait, by backups that have taken longer already",
+            ),
+            ("direct", "Data straight to the server where it answers at once: never, or prefer"),
+            ("bandwidth", "Limits by local time: 20 Mbit/s, 08:00-18:00 20 Mbit/s"),
+            ("wake", "Servers to wake before a backup or restore: MAC[@BROADCAST], or remembered"),
+            ("boot_seconds", "How long a server that was woken is waited for"),
+            ("proxy", "HTTP proxy: http://HOST:PORT, or none; empty: as the environment says"),
+            ("log", "Log filter, such as info or janus_client=debug"),
+            ("log_format", "Log lines for people or programs: text, or json"),
+            (
+                "otlp_endpoint",
+                "Collector that gets the spans of runs by OTLP over gRPC; empty: none",
+            ),
+            ("notify.when", "What is told of: failure, recovery, success"),
+            ("notify.webhook", "URL that gets JSON about it; empty: none"),
+            ("notify.ca", "Authority of the webhook's certificate; empty: the system's"),
+            ("notify.command", "Program, with its arguments, that gets the same on stdin"),
+            ("notify.seconds", "Longest time that each of both may take"),
+            ("schedule.days", "Days of backups: Mon to Sun"),
+            ("schedule.times", "Times of day: 22:00"),
+            ("schedule.random_delay_minutes", "Backups begin later by up to so much"),
+            ("schedule.catch_up", "Make up for backups missed while the machine was off"),
+            ("schedule.wake", "Wake the machine from suspend; only with systemd"),
+            ("schedule.on_battery", "Back up also on battery"),
+            ("schedule.on_metered", "Back up also over a metered link"),
+            (
+                "schedule.retry_minutes",
+                "A failed backup is tried again after so much, then twice that",
+            ),
+        ])
+        .describe_section("pki", PKI_KEYS)
 }
 
 /// The program's arguments.
@@ -329,7 +337,11 @@ impl Context {
         let dialer = Arc::new(Proxied { identity, proxies });
         let ways = Ways::new(urls, bandwidth::limited(dialer, self.settings.limits()?));
         let folder = self.settings.cache_path.clone();
-        let reading = tokio::task::spawn_blocking(move || ways.remembering(&folder));
+        let own = self.identity()?.clone();
+        let reading = tokio::task::spawn_blocking(move || {
+            revoked::recall(&own, &folder);
+            ways.remembering(&folder)
+        });
         reading.await.map_err(Failure::failed)
     }
 }

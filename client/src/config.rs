@@ -8,6 +8,7 @@ use janus_proto::{
     ids::{DiskId, MachineKey},
     log::{LogFormat, LogPlan},
     pb,
+    tls::Pki,
     wake::WakeError,
 };
 use serde::{Deserialize, Serialize};
@@ -27,7 +28,7 @@ pub struct Settings {
     pub cert: PathBuf,
     /// Its private key (PEM).
     pub key: PathBuf,
-    /// Certificate of the group's authority (PEM).
+    /// Certificate of the group's authority (PEM); may be empty where `pki` names another one.
     pub ca: PathBuf,
     /// Folder of the hash cache, the lock and the record of an open run.
     pub cache_path: PathBuf,
@@ -90,6 +91,8 @@ pub struct Settings {
     pub schedule: ScheduleSettings,
     /// Who is told how backups ended.
     pub notify: NotifySettings,
+    /// Certificates of a PKI of the site's own.
+    pub pki: Pki,
 }
 
 impl Default for Settings {
@@ -129,6 +132,7 @@ impl Default for Settings {
             otlp_endpoint: String::new(),
             schedule: ScheduleSettings::default(),
             notify: NotifySettings::default(),
+            pki: Pki::default(),
         }
     }
 }
@@ -397,9 +401,14 @@ mod tests {
         settings.schedule.check().unwrap();
         assert_eq!(settings.notify, NotifySettings::default());
         let defaults = serde_json::to_value(Settings::default()).unwrap();
+        assert_eq!(settings.pki, Pki::default());
         let tables = defaults.as_object().unwrap().values().filter_map(|value| value.as_object());
         for (key, value) in defaults.as_object().unwrap().iter().chain(tables.flatten()) {
-            let line = if value.is_object() { format!("[{key}]") } else { format!("{key} = ") };
+            let line = match value.as_object() {
+                Some(table) if table.is_empty() => format!("[pki.{key}."),
+                Some(_) => format!("[{key}]"),
+                None => format!("{key} = "),
+            };
             assert!(text.lines().any(|l| l.trim_start_matches("# ").starts_with(&line)), "{key}");
         }
     }

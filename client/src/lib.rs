@@ -29,6 +29,7 @@ pub mod reading;
 pub mod reconcile;
 pub mod relearn;
 pub mod restore;
+pub mod revoked;
 pub mod scan;
 pub mod schedule;
 pub mod seal;

@@ -97,7 +97,7 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
         program::keep_files_private();
     }
     let is_dry = name == "backup" && matches.get_flag("dry-run");
-    let load = || Identity::load(&settings.cert, &settings.key, &settings.ca);
+    let load = || Identity::load_with(&settings.cert, &settings.key, &settings.ca, &settings.pki);
     let identity = if is_dry || is_daemon { None } else { Some(load()) };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -106,6 +106,10 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
     let outcome = runtime.block_on(async {
         let stop = CancellationToken::new();
         let signals = tokio::spawn(stop_on_signals(stop.clone()));
+        // Certificates that end after an hour are replaced while a backup runs.
+        let renewals = identity.as_ref().and_then(|identity| identity.as_ref().ok());
+        let renewals = renewals
+            .map(|identity| tokio::spawn(program::follow_files(identity.clone(), stop.clone())));
         let span = tracing::info_span!("run", trace_id = link::trace().trace_id());
         let _ = link::trace().begin(&span);
         let outcome = match identity {
@@ -118,6 +122,9 @@ fn run(name: &str, matches: &ArgMatches) -> Result<Outcome, Failure> {
             }
         };
         signals.abort();
+        if let Some(renewals) = renewals {
+            renewals.abort();
+        }
         outcome
     });
     // A thread in a read that hangs must not keep the program.

@@ -7,6 +7,7 @@ use janus_proto::{
     listener::STALL,
     log::{LogFormat, LogPlan},
     settings::{Loader, check_listen},
+    tls::{PKI_KEYS, Pki},
 };
 use serde::{Deserialize, Serialize};
 
@@ -33,7 +34,7 @@ pub struct Settings {
     pub cert: PathBuf,
     /// Its private key (PEM).
     pub key: PathBuf,
-    /// Certificate of the group's authority (PEM).
+    /// Certificate of the group's authority (PEM); may be empty where `pki` names another one.
     pub ca: PathBuf,
     /// Keeps what is known of the servers across restarts; empty: nothing does.
     pub view_file: String,
@@ -81,6 +82,8 @@ pub struct Settings {
     pub log_format: LogFormat,
     /// URL of a collector that gets the spans of calls; empty: none.
     pub otlp_endpoint: String,
+    /// Certificates of a PKI of the site's own.
+    pub pki: Pki,
 }
 
 impl Default for Settings {
@@ -114,6 +117,7 @@ impl Default for Settings {
             log: "info".into(),
             log_format: LogFormat::Text,
             otlp_endpoint: String::new(),
+            pki: Pki::default(),
         }
     }
 }
@@ -174,7 +178,7 @@ pub const KEYS: &[(&str, &str)] = &[
 
 /// Loads settings from file, environment and flags.
 pub fn loader() -> Loader<Settings> {
-    Loader::new("JANUS_ROUTER").describe(KEYS)
+    Loader::new("JANUS_ROUTER").describe(KEYS).describe_section("pki", PKI_KEYS)
 }
 
 impl Settings {
@@ -213,6 +217,7 @@ impl Settings {
         if !(5..=86_400).contains(&self.stall_seconds) {
             return invalid("stall_seconds", "must be 5 to 86400");
         }
+        self.pki.check().map_err(|error| ConfigError { key: "pki", reason: error.to_string() })?;
         self.alert_ways()?;
         self.alarms()?;
         let targets = self.targets()?;
@@ -342,12 +347,20 @@ mod tests {
         let toml::Value::Table(known) = toml::Value::try_from(Settings::default()).unwrap() else {
             panic!("a table")
         };
-        for key in known.keys() {
-            assert!(
-                text.lines()
-                    .any(|line| line.trim_start_matches("# ").starts_with(&format!("{key} ="))),
-                "{key}"
-            );
+        let shows =
+            |start: &str| text.lines().any(|line| line.trim_start_matches("# ").starts_with(start));
+        for (key, value) in &known {
+            let toml::Value::Table(section) = value else {
+                assert!(shows(&format!("{key} =")), "{key}");
+                continue;
+            };
+            assert!(shows(&format!("[{key}]")), "[{key}]");
+            for inner in section.keys() {
+                assert!(
+                    shows(&format!("{inner} =")) || shows(&format!("[{key}.{inner}")),
+                    "{inner}"
+                );
+            }
         }
     }
 

@@ -7,7 +7,8 @@ use janus_proto::{
     show::{amount, date, of_named},
 };
 
-/// A certificate that expires in less than this is worth a warning.
+/// A certificate that expires in less than this is worth a warning, unless it is one of those that are short and renewed when half
+/// of that is over: then in less than a sixth of its validity.
 const CERTIFICATE: Duration = Duration::from_secs(14 * 86_400);
 /// Clocks of servers and janus may differ by so much.
 const CLOCK: Duration = Duration::from_secs(3600);
@@ -122,7 +123,9 @@ pub fn findings(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64
         if let Some(text) = damage(server) {
             say(Verdict::Warning, About::Damage(name.clone()), text);
         }
-        if let Some((verdict, text)) = expiring(&name, server.certificate_expires_ms, now_ms) {
+        if let Some((verdict, text)) =
+            expiring(&name, (server.certificate_expires_ms, server.certificate_valid_ms), now_ms)
+        {
             say(verdict, About::Certificate(name), text);
         }
     }
@@ -144,7 +147,9 @@ pub fn findings(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64
         }
     }
     let own = format!("janus {}", status.janus_id);
-    if let Some((verdict, text)) = expiring(&own, status.certificate_expires_ms, now_ms) {
+    if let Some((verdict, text)) =
+        expiring(&own, (status.certificate_expires_ms, status.certificate_valid_ms), now_ms)
+    {
         say(verdict, About::Certificate(own), text);
     }
     for warning in &status.warnings {
@@ -162,8 +167,16 @@ fn millis(time: Duration) -> i64 {
     i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
 }
 
-fn expiring(name: &str, expires_ms: i64, now_ms: i64) -> Option<(Verdict, String)> {
-    if expires_ms == 0 || expires_ms > now_ms.saturating_add(millis(CERTIFICATE)) {
+fn expiring(
+    name: &str,
+    (expires_ms, valid_ms): (i64, i64),
+    now_ms: i64,
+) -> Option<(Verdict, String)> {
+    let enough_ms = match valid_ms / 6 {
+        0 => millis(CERTIFICATE),
+        share => share.min(millis(CERTIFICATE)),
+    };
+    if expires_ms == 0 || expires_ms > now_ms.saturating_add(enough_ms) {
         return None;
     }
     let at = date(expires_ms);
@@ -375,6 +388,10 @@ mod tests {
         assert_eq!(expiring(15), None);
         assert_eq!(expiring(13), Some((Verdict::Warning, about.clone())));
         assert_eq!(expiring(-1), Some((Verdict::Critical, about)));
+        // One of an hour has always less than two weeks left.
+        let short = |left_ms: i64| super::expiring("a", (NOW_MS + left_ms, 3_600_000), NOW_MS);
+        assert_eq!(short(1_200_000), None);
+        assert_eq!(short(300_000).unwrap().0, Verdict::Warning);
     }
 
     #[test]

@@ -74,6 +74,7 @@ impl Info {
             machines: self.machines(sight),
             warnings: self.fleet.warnings(),
             certificate_expires_ms: self.identity.expires().saturating_mul(1000),
+            certificate_valid_ms: self.identity.valid_seconds().saturating_mul(1000),
         }
     }
 
@@ -123,6 +124,7 @@ impl Info {
                 0 => seen_ms.unwrap_or(0),
                 told => told,
             },
+            certificate_valid_ms: vitals.certificate_valid_ms,
         }
     }
 
@@ -201,6 +203,7 @@ impl Info {
             free_bytes: vitals.free_bytes,
             total_bytes: vitals.total_bytes,
             certificate_expires_ms: vitals.certificate_expires_ms,
+            certificate_valid_ms: vitals.certificate_valid_ms,
             ..Default::default()
         }
     }
@@ -221,6 +224,7 @@ impl ServerInfoService for Info {
             role: "janus".into(),
             version: env!("CARGO_PKG_VERSION").into(),
             now_ms: unix_ms(),
+            revocations: self.identity.revocations().of_peers(),
             ..Default::default()
         }))
     }

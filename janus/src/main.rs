@@ -116,7 +116,7 @@ fn for_one_call(
         false => fail(error, code),
     };
     // A janus in the process of a server has its settings in that one's file.
-    let settings = config::loader().or_section("janus").load(matches, std::env::vars_os());
+    let settings = config::loader().or_section("janus", "pki").load(matches, std::env::vars_os());
     let settings = settings.map_err(|error| failed(&error, USAGE))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     Ok((settings, runtime.map_err(|error| failed(&error, 1))?))

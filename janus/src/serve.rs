@@ -8,6 +8,7 @@ use janus_proto::{
     listener::{Door, Limits},
     pb, plain_health, plain_http, program,
     settings::changed_keys,
+    show::date,
     tls::{Identity, Role, TlsError},
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinSet, time::sleep};
@@ -125,7 +126,8 @@ impl Janus {
     /// As [`ServeError`] says.
     pub async fn start(settings: Settings) -> Result<Self, ServeError> {
         settings.check()?;
-        let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
+        let identity =
+            Identity::load_with(&settings.cert, &settings.key, &settings.ca, &settings.pki)?;
         name(&identity)?;
         let listener = bind("listen", &settings.listen).await?;
         let metrics = bind_where_set("metrics_listen", &settings.metrics_listen).await?;
@@ -217,6 +219,9 @@ impl Janus {
             fleet.clone().follow(targets, self.dialer.clone(), drain_limit, stop.clone());
         tasks.spawn(following);
         tasks.spawn(wake::follow(alarms, shutdown.clone()));
+        if let Door::Tls(..) = self.door {
+            tasks.spawn(program::follow_files(self.identity.clone(), shutdown.clone()));
+        }
         let (drain, latencies) = (CancellationToken::new(), Latencies::default());
         tasks.spawn(follow_health(fleet.clone(), reporter, shutdown.clone(), drain.clone()));
         if !self.settings.view_file.is_empty() {
@@ -246,7 +251,8 @@ impl Janus {
             max_calls_per_caller: unset.max_calls_per_caller.max(bulk.of_one_caller + 64),
             ..unset
         };
-        info!(janus = %self.id, address = ?self.door.address().ok(), "serving");
+        let certificate_until = date(self.identity.expires().saturating_mul(1000));
+        info!(janus = %self.id, address = ?self.door.address().ok(), certificate_until, "serving");
         self.door.serve(router, limits, shutdown).await;
         stop.cancel();
         while tasks.join_next().await.is_some() {}

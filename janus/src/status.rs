@@ -42,7 +42,7 @@ pub async fn ask(
 /// Connects to the janus at `url`, or the one of these settings, with its own certificate.
 pub(crate) async fn connect(settings: &Settings, url: Option<&str>) -> Result<Channel, String> {
     let url = url.map_or_else(|| own_url(&settings.listen), |url| Ok(url.to_owned()))?;
-    let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)
+    let identity = Identity::load_with(&settings.cert, &settings.key, &settings.ca, &settings.pki)
         .map_err(|error| error.to_string())?;
     let options = ConnectOptions::expecting(Expect::Janus);
     let connection = channel::connect(&url, &identity, options).await;

@@ -42,6 +42,7 @@ use crate::{
         CONNECTION_WINDOW_BYTES, MAX_CONCURRENT_STREAMS, MAX_FRAME_BYTES, MAX_HEADER_BYTES,
         Observed, STREAM_WINDOW_BYTES, Stream,
     },
+    clock::unix_ms,
     error::{ErrorReason, status},
     shares::{Share, Shares},
     tls::{Identity, Principal, Role, describe},
@@ -55,6 +56,8 @@ const REFUSAL_TIME: Duration = Duration::from_secs(2);
 const MAX_RESETS_UNSEEN: usize = 20;
 /// Streams that a connection has had to be ended for faults of the caller: on one more it ends.
 const MAX_FAULTY_STREAMS: usize = 256;
+/// A peer connects anew before so little is left of its certificate.
+const OLD: Duration = Duration::from_secs(60);
 /// How long dropped tasks get to end; they end at their next await.
 const DROP_TIME: Duration = Duration::from_secs(1);
 
@@ -538,6 +541,7 @@ impl Connection {
             let calls = u32::try_from(self.limits.max_calls_per_caller).unwrap_or(u32::MAX);
             http2.max_concurrent_streams(calls.min(MAX_CONCURRENT_STREAMS));
         }
+        let old = until_old(principal.clone());
         let (who, calls) = (name.clone(), self.calls.clone());
         let with_caller = hyper::service::service_fn(move |mut request: Request<Incoming>| {
             let counted = count(&calls, principal.as_deref(), &name);
@@ -569,6 +573,10 @@ impl Connection {
             biased;
             ended = connection.as_mut() => ended,
             () = self.shutdown.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+            () = old => {
                 connection.as_mut().graceful_shutdown();
                 connection.await
             }
@@ -614,6 +622,24 @@ impl Connection {
             .keep_alive_timeout(self.limits.keepalive_timeout);
         builder
     }
+}
+
+/// Until the certificate of a peer is about to expire. Calls are forwarded with it, and those that come later need the next one,
+/// which its holder shows when it connects anew. A janus is never spoken for.
+async fn until_old(principal: Option<Arc<Principal>>) {
+    let is_forwarded = |who: &Arc<Principal>| !matches!(who.role, Role::Janus(_));
+    let Some(principal) = principal.filter(is_forwarded) else {
+        return std::future::pending().await;
+    };
+    let expires = principal.expires();
+    if expires == 0 {
+        // No certificate: a connection in memory.
+        return std::future::pending().await;
+    }
+    let left = expires.saturating_sub(unix_ms() / 1000);
+    let left = Duration::from_secs(u64::try_from(left).unwrap_or(0));
+    // Of very little, half: who has none newer must not come to nothing but connecting.
+    tokio::time::sleep(left.saturating_sub(OLD).max(left / 2)).await;
 }
 
 /// One more open call of `caller`.

@@ -4,6 +4,7 @@ use std::{
     future::Future,
     io::{self, Write},
     sync::Arc,
+    time::Duration,
 };
 
 use tokio::{
@@ -19,7 +20,10 @@ use rustix::{
     },
 };
 
-use crate::tls::Identity;
+use crate::{show::date, tls::Identity};
+
+/// How often it is looked whether certificates were replaced.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// Listens for SIGTERM and SIGINT from now on; the future ends at the first of them. Needs a tokio runtime.
 ///
@@ -96,8 +100,39 @@ fn forbid_files(more: Mode) {
 /// Reads certificate, key and CA again, and says in the log what came of it. Blocks on the file system.
 pub fn reload_identity(identity: &Identity) {
     match identity.reload() {
-        Ok(()) => tracing::info!("certificate, key and CA were read again"),
+        Ok(()) => tell_read(identity),
         Err(error) => tracing::error!(%error, "the old certificates stay in use"),
+    }
+}
+
+fn tell_read(identity: &Identity) {
+    let until = date(identity.expires().saturating_mul(1000));
+    tracing::info!(until, "certificate, key and CA were read again");
+}
+
+/// Reads certificate, key and CA again whenever one of the files has changed, as an agent that renews them does, until `shutdown`.
+pub async fn follow_files(identity: Identity, shutdown: CancellationToken) {
+    let (mut last, mut is_told) = (String::new(), false);
+    while shutdown.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
+        let reading = identity.clone();
+        let read = tokio::task::spawn_blocking(move || reading.reload_if_changed()).await;
+        match read {
+            Ok(Ok(true)) => tell_read(&identity),
+            Ok(Ok(false)) => {}
+            // The files are written one after the other: what is wrong is wrong when it still is at the next look.
+            Ok(Err(error)) if last != error.to_string() => {
+                (last, is_told) = (error.to_string(), false);
+                continue;
+            }
+            Ok(Err(error)) if !is_told => {
+                tracing::error!(%error, "the old certificates stay in use");
+                is_told = true;
+                continue;
+            }
+            Ok(Err(_)) => continue,
+            Err(error) => tracing::error!(%error, "certificates can't be read again"),
+        }
+        last.clear();
     }
 }
 

@@ -8,10 +8,14 @@
 //!
 //! The header is `1;<server>;<expiry>;<scheme>;<signature>`: server id or `*`, Unix seconds, TLS `SignatureScheme` in
 //! hexadecimal (RFC 8446, section 4.2.3), base64. What is signed is the text of [`signed_text`].
+//!
+//! A caller whose certificate was replaced while it has connections signs with the new key. It sends `2;…;<certificates>` then: the
+//! same, and the new certificate with those between it and its authority, each in base64, with commas between them.
 
 use std::time::Duration;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use bytes::Bytes;
 use rustls::{SignatureScheme, sign::SigningKey};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
@@ -19,17 +23,18 @@ use crate::{
     clock::unix_ms,
     hash::hash_block,
     ids::{BlockHash, MachineKey, ServerId},
-    pb,
-    tls::{Principal, signature_algorithms},
+    metadata, pb,
+    tls::{Identity, Principal, TlsError, signature_algorithms},
 };
 
 /// How long a new proof is good for: as wrong as clocks may be, and more.
 const VALID: Duration = Duration::from_secs(24 * 60 * 60);
 /// A proof may end this far ahead: that of a caller whose clock is a day early.
 const LONGEST: Duration = Duration::from_secs(48 * 60 * 60);
-/// Longest header that is looked at, in bytes; ours have about 160, of RSA keys 700.
-const MAX_HEADER: usize = 2048;
+/// Longest header that is looked at, in bytes; ours have about 160, of RSA keys 700, with certificates some thousand.
+const MAX_HEADER: usize = 40 << 10;
 const VERSION: &str = "1";
+const WITH_CERTIFICATE: &str = "2";
 const ANY_SERVER: &str = "*";
 
 /// Why a proof isn't one.
@@ -51,6 +56,9 @@ pub enum ProofError {
         "janus-proof has expired, or ends too far ahead: compare the clocks of client and server"
     )]
     Expired,
+    /// The certificate that came with it isn't the caller's.
+    #[error("janus-proof comes with a certificate that isn't that of the caller: {0}")]
+    Certificate(String),
     /// Somebody else signed, or something else was.
     #[error("janus-proof isn't what the key of this certificate signs for this call")]
     Signature,
@@ -132,10 +140,12 @@ pub fn signed_text(
     format!("janus-proof {VERSION}\n{method}\n{server}\n{}\n{digest}\n{expiry}\n", principal.uri())
 }
 
-/// The header for one call to `server`; `None` there: to any, as a start is before it is known who takes it.
+/// The header for one call to `server`; `None` there: to any, as a start is before it is known who takes it. `is_new`: the
+/// certificate of this key may not be the one that a janus has seen.
 pub(crate) fn make(
     key: &dyn SigningKey,
     principal: &Principal,
+    is_new: bool,
     statement: &Statement,
     server: Option<&ServerId>,
 ) -> Option<String> {
@@ -143,7 +153,12 @@ pub(crate) fn make(
     let expiry = now().saturating_add(VALID.as_secs());
     let text = signed_text(statement, server, principal, expiry);
     let (scheme, signature) = sign(key, text.as_bytes())?;
-    Some(format!("{VERSION};{server};{expiry};{scheme:04x};{}", STANDARD.encode(signature)))
+    let proof = format!("{server};{expiry};{scheme:04x};{}", STANDARD.encode(signature));
+    if !is_new {
+        return Some(format!("{VERSION};{proof}"));
+    }
+    let chain = std::iter::once(&principal.der).chain(&principal.intermediates);
+    Some(format!("{WITH_CERTIFICATE};{proof};{}", metadata::certificates_to_text(chain)))
 }
 
 /// Checks the header that came with a call to `here`.
@@ -155,23 +170,32 @@ pub fn check(
     statement: &Statement,
     principal: &Principal,
     here: &ServerId,
+    identity: &Identity,
 ) -> Result<(), ProofError> {
-    check_at(header, statement, principal, here, now())
+    let believed = |der: &[u8], between: &[Bytes]| identity.verify_forwarded(der, between);
+    check_at(header, statement, principal, here, (now(), &believed))
 }
+
+/// Whose a certificate is.
+type Believed<'a> = &'a dyn Fn(&[u8], &[Bytes]) -> Result<Principal, TlsError>;
 
 fn check_at(
     header: &[u8],
     statement: &Statement,
     principal: &Principal,
     here: &ServerId,
-    now: u64,
+    (now, believed): (u64, Believed<'_>),
 ) -> Result<(), ProofError> {
     let header = Some(header).filter(|header| header.len() <= MAX_HEADER);
     let text =
         header.and_then(|header| std::str::from_utf8(header).ok()).ok_or(ProofError::Form)?;
     let parts: Vec<_> = text.split(';').collect();
-    let [VERSION, server, expiry, scheme, signature] = parts.as_slice() else {
-        return Err(ProofError::Form);
+    let (server, expiry, scheme, signature, chain) = match parts.as_slice() {
+        [VERSION, server, expiry, scheme, signature] => (server, expiry, scheme, signature, None),
+        [WITH_CERTIFICATE, server, expiry, scheme, signature, chain] => {
+            (server, expiry, scheme, signature, Some(chain))
+        }
+        _ => return Err(ProofError::Form),
     };
     if *server != ANY_SERVER && *server != here.as_str() {
         return Err(ProofError::OtherServer(crate::error::shorten(server)));
@@ -182,10 +206,26 @@ fn check_at(
     if expiry <= now || expiry > now.saturating_add(LONGEST.as_secs()) {
         return Err(ProofError::Expired);
     }
+    let der = match chain {
+        None => principal.der.clone(),
+        Some(chain) => newer(chain, principal, believed)?,
+    };
     let text = signed_text(statement, server, principal, expiry);
-    match verify(&principal.der, text.as_bytes(), scheme, &signature) {
+    match verify(&der, text.as_bytes(), scheme, &signature) {
         true => Ok(()),
         false => Err(ProofError::Signature),
+    }
+}
+
+/// The certificate (DER) that came with a proof, if it is the caller's, too.
+fn newer(chain: &str, principal: &Principal, believed: Believed<'_>) -> Result<Bytes, ProofError> {
+    let chain = metadata::certificates_of_text(chain.as_bytes()).ok_or(ProofError::Form)?;
+    let (own, between) = chain.split_first().ok_or(ProofError::Form)?;
+    let other =
+        believed(own, between).map_err(|error| ProofError::Certificate(error.to_string()))?;
+    match (&other.group, &other.role) == (&principal.group, &principal.role) {
+        true => Ok(other.der),
+        false => Err(ProofError::Certificate(format!("it is that of {other}"))),
     }
 }
 
@@ -230,6 +270,10 @@ mod tests {
         (signing, Principal::from_der(certificate.der().to_vec()).unwrap())
     }
 
+    fn nobody(_: &[u8], _: &[Bytes]) -> Result<Principal, TlsError> {
+        Err(TlsError::NoRole { reason: "isn't believed".into() })
+    }
+
     fn open(id: &str) -> Statement {
         Statement::open(&pb::OpenSnapshotRequest { snapshot_id: id.into(), table: false })
     }
@@ -238,10 +282,10 @@ mod tests {
     fn a_proof_is_good_for_one_call_of_its_owner_within_its_time() {
         let ((key, web1), (_, web2)) = (owner("web1"), owner("web2"));
         let (a, b): (ServerId, ServerId) = ("a".parse().unwrap(), "b".parse().unwrap());
-        let header = make(&*key, &web1, &open("1"), Some(&a)).unwrap();
+        let header = make(&*key, &web1, false, &open("1"), Some(&a)).unwrap();
         let now = now();
         let check = |header: &str, statement: &Statement, who: &Principal, here: &ServerId, now| {
-            check_at(header.as_bytes(), statement, who, here, now)
+            check_at(header.as_bytes(), statement, who, here, (now, &nobody))
         };
         assert_eq!(check(&header, &open("1"), &web1, &a, now), Ok(()));
         assert_eq!(check(&header, &open("2"), &web1, &a, now), Err(ProofError::Signature));
@@ -252,7 +296,7 @@ mod tests {
         assert_eq!(check(&header, &open("1"), &web1, &a, later + 1), Err(ProofError::Expired));
         let earlier = now - VALID.as_secs() - 10;
         assert_eq!(check(&header, &open("1"), &web1, &a, earlier), Err(ProofError::Expired));
-        let any = make(&*key, &web1, &open("1"), None).unwrap();
+        let any = make(&*key, &web1, false, &open("1"), None).unwrap();
         assert!(any.starts_with("1;*;"));
         assert_eq!(check(&any, &open("1"), &web1, &b, now), Ok(()));
         // A proof for any server isn't one for this server.
@@ -261,13 +305,35 @@ mod tests {
     }
 
     #[test]
+    fn a_proof_with_another_certificate_counts_if_that_is_the_callers_too() {
+        let ((_, old), (key, new), (thief, other)) = (owner("web1"), owner("web1"), owner("web2"));
+        let a: ServerId = "a".parse().unwrap();
+        let parsed = |der: &[u8], _: &[Bytes]| Principal::from_der(der.to_vec());
+        let check = |header: String, believed: Believed<'_>| {
+            check_at(header.as_bytes(), &open("1"), &old, &a, (now(), believed))
+        };
+        let make = |key: &dyn SigningKey, who: &Principal, is_new| {
+            make(key, who, is_new, &open("1"), Some(&a)).unwrap()
+        };
+        assert_eq!(check(make(&*key, &new, true), &parsed), Ok(()));
+        // Without the certificate, with one that isn't believed, with somebody else's, and with one of another key.
+        assert_eq!(check(make(&*key, &new, false), &parsed), Err(ProofError::Signature));
+        let refused = check(make(&*key, &new, true), &nobody);
+        assert!(matches!(refused, Err(ProofError::Certificate(_))), "{refused:?}");
+        let refused = check(make(&*thief, &other, true), &parsed);
+        assert_eq!(refused, Err(ProofError::Certificate("it is that of client alice/web2".into())));
+        assert_eq!(check(make(&*thief, &new, true), &parsed), Err(ProofError::Signature));
+    }
+
+    #[test]
     fn whatever_stands_in_a_header_is_refused_without_a_panic() {
         let (key, web1) = owner("web1");
         let a: ServerId = "a".parse().unwrap();
-        let good = make(&*key, &web1, &open("1"), Some(&a)).unwrap();
+        let good = make(&*key, &web1, false, &open("1"), Some(&a)).unwrap();
         let now = now();
-        let refuses =
-            |header: &[u8]| check_at(header, &open("1"), &web1, &a, now).expect_err("refused");
+        let refuses = |header: &[u8]| {
+            check_at(header, &open("1"), &web1, &a, (now, &nobody)).expect_err("refused")
+        };
         for end in 0..good.len() {
             refuses(&good.as_bytes()[..end]);
         }
@@ -282,6 +348,8 @@ mod tests {
         assert_eq!(refuses(&[0xFF; 10]), ProofError::Form);
         assert_eq!(refuses(&[b'1'; 10_000]), ProofError::Form);
         assert_eq!(refuses(b"2;a;1;0403;AAAA"), ProofError::Form);
+        assert_eq!(refuses(b"3;a;1;0403;AAAA;AAAA"), ProofError::Form);
+        assert_eq!(refuses(format!("2;{};!", &good[2..]).as_bytes()), ProofError::Form);
         assert_eq!(refuses(b"1;a;x;0403;AAAA"), ProofError::Form);
         assert_eq!(refuses(b"1;a;99999999999999999999;0403;AAAA"), ProofError::Form);
     }

@@ -7,7 +7,7 @@
 //! make one.
 //!
 //! Our certificates say when they were issued in their serial number, which is a UUIDv7 (RFC 9562, section 5.7); of
-//! others the beginning of the validity counts.
+//! others, such as those that a rule of `[pki]` is for, the beginning of the validity counts.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -15,13 +15,15 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use prost::Message;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::{
     clock::unix_ms,
-    pb, proof,
+    metadata, pb, proof,
     tls::{Identity, Principal, Role, TlsError},
 };
 
@@ -35,6 +37,7 @@ const MOST: usize = 100_000;
 const MOST_OF_ONE: usize = MOST / 2;
 /// In one message: far below the message limit.
 const A_MESSAGE: usize = 1000;
+const A_MESSAGE_BYTES: usize = 1 << 20;
 /// Longest URI and certificate of a signer that are looked at, in bytes.
 const MAX_PRINCIPAL: usize = 512;
 const MAX_SIGNER: usize = 8192;
@@ -48,11 +51,21 @@ pub struct Revocation {
     pub until: i64,
     /// Unix seconds at which it was heard of here; 0: it was made here.
     heard: i64,
-    /// Certificate (DER, base64) of the server that made it, or that has signed it anew. Shared by all that one has signed.
-    signer: Arc<str>,
+    /// Who made it, or has signed it anew. Shared by all that one has signed.
+    signer: Arc<Signer>,
     scheme: u16,
     /// Base64.
     signature: String,
+}
+
+/// Certificate of a server that has signed revocations.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+struct Signer {
+    /// DER, base64.
+    certificate: String,
+    /// Those between it and its authority, as `metadata` writes them.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    intermediates: String,
 }
 
 /// Why a revocation isn't believed.
@@ -80,7 +93,7 @@ pub enum RevocationRefused {
 /// Revocations as they are kept: the certificate of each signer once.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Kept {
-    signers: Vec<String>,
+    signers: Vec<Signer>,
     revocations: Vec<KeptOne>,
 }
 
@@ -99,11 +112,11 @@ impl Kept {
     /// These, to be kept.
     pub fn of(revocations: &[Revocation]) -> Self {
         let mut kept = Self::default();
-        let mut places: HashMap<&str, usize> = HashMap::new();
+        let mut places: HashMap<&Signer, usize> = HashMap::new();
         for one in revocations {
             let Revocation { principal, until, heard, scheme, signature, .. } = one.clone();
             let signer = *places.entry(&one.signer).or_insert_with(|| {
-                kept.signers.push(one.signer.to_string());
+                kept.signers.push((*one.signer).clone());
                 kept.signers.len() - 1
             });
             kept.revocations.push(KeptOne { principal, until, heard, signer, scheme, signature });
@@ -113,7 +126,7 @@ impl Kept {
 
     /// Those that were kept.
     pub fn into_revocations(self) -> Vec<Revocation> {
-        let signers: Vec<Arc<str>> = self.signers.into_iter().map(Arc::from).collect();
+        let signers: Vec<Arc<Signer>> = self.signers.into_iter().map(Arc::from).collect();
         let one = |KeptOne { principal, until, heard, signer, scheme, signature }| {
             let signer = signers.get(signer)?.clone();
             Some(Revocation { principal, until, heard, signer, scheme, signature })
@@ -140,7 +153,11 @@ impl Revocation {
         pb::Revocation {
             principal: self.principal.clone(),
             until_seconds: self.until,
-            signer: STANDARD.decode(&*self.signer).unwrap_or_default().into(),
+            signer: STANDARD.decode(&self.signer.certificate).unwrap_or_default().into(),
+            intermediates: match self.signer.intermediates.as_str() {
+                "" => Vec::new(),
+                text => metadata::certificates_of_text(text.as_bytes()).unwrap_or_default(),
+            },
             scheme: self.scheme.into(),
             signature: STANDARD.decode(&self.signature).unwrap_or_default().into(),
         }
@@ -155,8 +172,10 @@ impl Identity {
 
     fn revocation(&self, principal: String, until: i64, heard: i64) -> Option<Revocation> {
         let text = Revocation::text(&principal, until);
-        let (certificate, scheme, signature) = self.sign(text.as_bytes())?;
-        let signer = STANDARD.encode(certificate).into();
+        let (by, scheme, signature) = self.sign(text.as_bytes())?;
+        let certificate = STANDARD.encode(&by.der);
+        let intermediates = metadata::certificates_to_text(&by.intermediates);
+        let signer = Arc::new(Signer { certificate, intermediates });
         let signature = STANDARD.encode(signature);
         Some(Revocation { principal, until, heard, signer, scheme, signature })
     }
@@ -171,10 +190,11 @@ impl Identity {
     }
 
     /// True when its signer is a server that we believe. `signers` remembers.
-    fn believes(&self, known: &Revocation, signers: &mut HashMap<Arc<str>, bool>) -> bool {
+    fn believes(&self, known: &Revocation, signers: &mut HashMap<Arc<Signer>, bool>) -> bool {
         let check = || {
-            let der = STANDARD.decode(&*known.signer).unwrap_or_default();
-            self.verify_at(&der, known.until).is_ok_and(|by| matches!(by.role, Role::Server(_)))
+            let pb::Revocation { signer, intermediates, .. } = known.to_wire();
+            let by = self.verify_at(&signer, &intermediates, known.until);
+            by.is_ok_and(|by| matches!(by.role, Role::Server(_)))
         };
         *signers.entry(known.signer.clone()).or_insert_with(check)
     }
@@ -192,7 +212,8 @@ impl Identity {
             // The same once more counts where its signer will be believed for longer: after a new authority has come, programs
             // learn of it in any order.
             Some(known) if known.until == one.until_seconds => {
-                is_newer(&one.signer, &known.signer) || !self.believes(&known, &mut signers)
+                is_newer(&one.signer, &known.signer.certificate)
+                    || !self.believes(&known, &mut signers)
             }
             Some(known) => known.until < one.until_seconds,
         };
@@ -205,11 +226,14 @@ impl Identity {
     /// # Errors
     /// When no server of our group made it.
     pub fn believed(&self, wire: &pb::Revocation) -> Result<Revocation, RevocationRefused> {
-        let pb::Revocation { principal, until_seconds: until, signer, scheme, signature } = wire;
+        let pb::Revocation { principal, until_seconds: until, signer, scheme, signature, .. } =
+            wire;
+        let between = &wire.intermediates;
         if principal.len() > MAX_PRINCIPAL || !principal.starts_with("janus://") {
             return Err(RevocationRefused::Form("principal"));
         }
-        if signer.len().max(signature.len()) > MAX_SIGNER {
+        let bytes = between.iter().map(bytes::Bytes::len).sum::<usize>();
+        if signer.len().max(signature.len()) > MAX_SIGNER || bytes > 2 * MAX_SIGNER {
             return Err(RevocationRefused::Form("signer"));
         }
         let scheme = u16::try_from(*scheme).map_err(|_| RevocationRefused::Form("scheme"))?;
@@ -220,7 +244,7 @@ impl Identity {
             |reason: String| RevocationRefused::Signer { principal: principal.clone(), reason };
         // When it was made the certificate was good; since then it may have expired.
         let by = self
-            .verify_at(signer, *until)
+            .verify_at(signer, between, *until)
             .map_err(|error: TlsError| not_signed(error.to_string()))?;
         if !matches!(by.role, Role::Server(_)) {
             return Err(not_signed(format!("it is signed by {by}")));
@@ -233,7 +257,10 @@ impl Identity {
             principal: principal.clone(),
             until: *until,
             heard: unix_ms() / 1000,
-            signer: STANDARD.encode(signer).into(),
+            signer: Arc::new(Signer {
+                certificate: STANDARD.encode(signer),
+                intermediates: metadata::certificates_to_text(between),
+            }),
             scheme,
             signature: STANDARD.encode(signature),
         })
@@ -246,7 +273,10 @@ fn is_newer(signer: &[u8], known: &str) -> bool {
     if known == signer || signer.len() > MAX_SIGNER {
         return false;
     }
-    let begins = |der: &[u8]| Principal::from_der(der.to_vec()).map_or(0, |by| by.validity().0);
+    let begins = |der: &[u8]| {
+        let parsed = X509Certificate::from_der(der);
+        parsed.map_or(0, |(_, certificate)| certificate.validity().not_before.timestamp())
+    };
     begins(signer) > begins(&known)
 }
 
@@ -276,10 +306,36 @@ impl Revocations {
         known.values().cloned().collect()
     }
 
+    /// Those of servers and janus, whom clients connect to, as they travel; the latest, if there are too many for a message.
+    pub fn of_peers(&self) -> Vec<pb::Revocation> {
+        let is_peer = |one: &Revocation| {
+            let role = one.principal.splitn(5, '/').nth(3);
+            matches!(role, Some("server" | "janus"))
+        };
+        let mut peers = self.all();
+        peers.retain(is_peer);
+        peers.sort_by_key(|one| std::cmp::Reverse(one.until));
+        peers.iter().take(A_MESSAGE).map(Revocation::to_wire).collect()
+    }
+
     /// The same as they travel, in messages.
     pub fn messages(&self) -> Vec<Vec<pb::Revocation>> {
-        let all = self.all();
-        all.chunks(A_MESSAGE).map(|some| some.iter().map(Revocation::to_wire).collect()).collect()
+        let mut messages: Vec<Vec<pb::Revocation>> = Vec::new();
+        let mut bytes = 0;
+        for one in self.all().iter().map(Revocation::to_wire) {
+            let more = one.encoded_len();
+            match messages.last_mut() {
+                Some(last) if last.len() < A_MESSAGE && bytes + more <= A_MESSAGE_BYTES => {
+                    last.push(one);
+                    bytes += more;
+                }
+                _ => {
+                    messages.push(vec![one]);
+                    bytes = more;
+                }
+            }
+        }
+        messages
     }
 
     fn known(&self, principal: &str) -> Option<Revocation> {
@@ -334,7 +390,7 @@ impl Revocations {
         let mut ended = Vec::new();
         let mut is_signed_anew = false;
         let mut known = self.0.known.write().unwrap_or_else(PoisonError::into_inner);
-        let mut signers: HashMap<Arc<str>, (Arc<str>, usize)> = HashMap::new();
+        let mut signers: HashMap<Arc<Signer>, (Arc<Signer>, usize)> = HashMap::new();
         for Revocation { signer, .. } in known.values() {
             signers.entry(signer.clone()).or_insert_with(|| (signer.clone(), 0)).1 += 1;
         }

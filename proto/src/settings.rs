@@ -110,8 +110,8 @@ pub struct Loader<T> {
     texts: BTreeMap<String, &'static str>,
     defaults: Value,
     keys: Vec<Key>,
-    /// Section of a larger program's file that may hold all keys instead.
-    section: Option<&'static str>,
+    /// Section of a larger program's file that may hold all keys instead, and a section of that file that counts there, too.
+    section: Option<(&'static str, &'static str)>,
     settings: PhantomData<fn() -> T>,
 }
 
@@ -138,10 +138,11 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         }
     }
 
-    /// Takes also the file of a larger program, which has these settings in a section.
+    /// Takes also the file of a larger program, which has these settings in a section. One of its other sections, `shared`, is
+    /// taken where this one has none of that name.
     #[must_use]
-    pub fn or_section(mut self, section: &'static str) -> Self {
-        self.section = Some(section);
+    pub fn or_section(mut self, section: &'static str, shared: &'static str) -> Self {
+        self.section = Some((section, shared));
         self
     }
 
@@ -226,8 +227,8 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         let mut found = keys::toml_values(text, &is_table).map_err(|(line, reason)| {
             SettingsError::Syntax { place: Place::File { path: path.clone(), line }, reason }
         })?;
-        if let Some(section) = self.section {
-            keys::only_section(&mut found, section);
+        if let Some((section, shared)) = self.section {
+            keys::only_section(&mut found, section, shared);
         }
         let mut overrides = Vec::new();
         for (name, line, value) in found {

@@ -1,19 +1,24 @@
 //! Who we are and who they are: identities from certificate files, principals from certificates.
 //!
 //! TLS 1.3 with certificates on both sides, always. A certificate's URI SAN `janus://<group>/<role>/…` is the only
-//! source of a peer's role and name; its chain and dates are checked against the CA of [`Identity::load`].
+//! source of a peer's role and name, but for certificates of a PKI that [`Pki`] has rules for; its chain and dates are checked
+//! against the CA of [`Identity::load`].
 //! Sessions are never resumed, so an expired certificate is noticed at the next connection.
 
+mod believed;
+mod names;
 mod principal;
 
 use std::{
     fmt, fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
 use bytes::Bytes;
+
 pub use rustls::pki_types;
 use rustls::{
     CertificateError, ClientConfig, RootCertStore, ServerConfig,
@@ -26,8 +31,15 @@ use rustls::{
 };
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use self::principal::no_role;
-pub use self::principal::{Limits, Principal, Role, common_name, has_key};
+use self::{
+    believed::{Believed, Site, verifier},
+    names::Names,
+    principal::no_role,
+};
+pub use self::{
+    names::{NameRule, PKI_KEYS, Pki, PkiError, RoleName},
+    principal::{Limits, Principal, Role, common_name, has_key},
+};
 
 use crate::{
     ids::{ServerId, check_name},
@@ -61,7 +73,7 @@ pub enum TlsError {
     },
     /// A file holds something else.
     #[error(
-        "{path} holds no {what} in PEM form: {reason}; use the files that `janus-server pki issue` wrote"
+        "{path} holds no {what} in PEM form that can be used: {reason}; use the files that `janus-server pki issue` or your PKI wrote"
     )]
     Format {
         /// What the file should hold.
@@ -83,7 +95,7 @@ pub enum TlsError {
     },
     /// Our certificate has expired.
     #[error(
-        "certificate {cert} expired on {not_after}; issue a new one with `janus-server pki issue`"
+        "certificate {cert} expired on {not_after}; issue a new one with `janus-server pki issue`, or by the PKI that it is of"
     )]
     Expired {
         /// Certificate file.
@@ -115,6 +127,15 @@ pub enum TlsError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A certificate of a PKI of the site's own that no rule is for, or several are.
+    #[error("certificate {reason}; see pki.names in the settings")]
+    NotMapped {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The rules for such a PKI.
+    #[error("setting {0}")]
+    Pki(#[from] PkiError),
     /// A certificate was refused: chain, dates or purpose.
     #[error("certificate of {subject} {reason}")]
     Refused {
@@ -159,54 +180,81 @@ struct Files {
     cert: PathBuf,
     key: PathBuf,
     ca: PathBuf,
+    pki: Option<Site>,
 }
 
 /// What the files hold, ready for use.
 #[derive(Clone)]
 struct Keys {
+    /// Whose certificate it is: that certificate, not the one of the start.
+    principal: Arc<Principal>,
     server: Arc<ServerConfig>,
     /// Also for those who have no certificate yet.
     open: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
-    verifier: Arc<dyn ClientCertVerifier>,
+    believed: Believed,
     signing: Arc<dyn SigningKey>,
-    /// The certificate that the key belongs to, DER.
-    certificate: Bytes,
-    /// Unix seconds.
-    expires: i64,
+    /// How the files looked before they were read.
+    stamps: Vec<Stamp>,
 }
 
+/// What tells that a file was replaced: modification time in nanoseconds, length, inode. `None`: it isn't there.
+type Stamp = Option<(i64, i64, u64, u64)>;
+
 impl Files {
-    fn read(&self) -> Result<(Principal, Keys), TlsError> {
-        let Self { cert, key, ca } = self;
+    fn stamps(&self) -> Vec<Stamp> {
+        let theirs = self.pki.as_ref().map(|pki| &pki.ca);
+        let all = [&self.cert, &self.key, &self.ca].into_iter().chain(theirs);
+        let stamp = |path: &PathBuf| {
+            let file = fs::metadata(path).ok()?;
+            Some((file.mtime(), file.mtime_nsec(), file.size(), file.ino()))
+        };
+        all.map(stamp).collect()
+    }
+
+    fn read(&self) -> Result<Keys, TlsError> {
+        let Self { cert, key, ca, pki } = self;
+        let stamps = self.stamps();
         let chain = certificates("cert", "certificate", cert)?;
-        let authorities = certificates("ca", "CA certificate", ca)?;
-        let roots = roots(&authorities, ca)?;
-        let verifier =
-            || WebPkiClientVerifier::builder_with_provider(roots.clone(), crypto_provider());
-        let no_verifier = |error| format_error("CA certificate", ca, error);
-        let open_verifier = verifier().allow_unauthenticated().build().map_err(no_verifier)?;
-        let verifier = verifier().build().map_err(no_verifier)?;
-        check_own(&*verifier, &chain, cert, ca)?;
-        let principal = Principal::from_der(chain[0].to_vec())
-            .map_err(|error| TlsError::Unusable { cert: cert.into(), reason: error.to_string() })?;
+        let believed = Believed::read(ca, pki.as_ref())?;
+        let open_verifier =
+            WebPkiClientVerifier::builder_with_provider(believed.roots.clone(), crypto_provider())
+                .allow_unauthenticated()
+                .build()
+                .map_err(|error| format_error("CA certificate", ca, error))?;
+        check_own(&*believed.verifier, &chain, cert, &self.authorities())?;
+        let unusable = |reason| TlsError::Unusable { cert: cert.into(), reason };
+        let principal = believed.peer(&chain).map_err(|error| unusable(error.to_string()))?;
+        if let Some(pki) = pki.as_ref().filter(|pki| pki.names.group != principal.group) {
+            let (ours, theirs) = (&principal.group, &pki.names.group);
+            let reason = format!("it is of group {ours:?}, and setting pki.group is {theirs:?}");
+            return Err(unusable(reason));
+        }
         let private = private_key(key)?;
         let mismatch = |error| key_error(&error, cert, key);
         let signing = crypto_provider()
             .key_provider
             .load_private_key(private.clone_key())
-            .map_err(|error| format_error("private key", key, error))?;
-        let server = server_config(verifier.clone(), chain.clone(), private.clone_key())
+            .map_err(|error| unknown_key(&error, key))?;
+        let server = server_config(believed.verifier.clone(), chain.clone(), private.clone_key())
             .map_err(mismatch)?
             .into();
         // Who doesn't know the authority yet is shown it.
-        let open_chain = chain.iter().cloned().chain(authorities).collect();
+        let open_chain = chain.iter().chain(&believed.authorities).cloned().collect();
         let open =
             server_config(open_verifier, open_chain, private.clone_key()).map_err(mismatch)?.into();
-        let client = client_config(roots, chain, private).map_err(mismatch)?.into();
-        let expires = principal.expires();
-        let certificate = principal.der.clone();
-        Ok((principal, Keys { server, open, client, verifier, signing, certificate, expires }))
+        let client = client_config(&believed, chain, private).map_err(mismatch)?.into();
+        let principal = Arc::new(principal);
+        Ok(Keys { principal, server, open, client, believed, signing, stamps })
+    }
+
+    /// The files of all authorities, for errors.
+    fn authorities(&self) -> PathBuf {
+        match &self.pki {
+            None => self.ca.clone(),
+            Some(pki) if self.ca.as_os_str().is_empty() => pki.ca.clone(),
+            Some(pki) => format!("{} or {}", self.ca.display(), pki.ca.display()).into(),
+        }
     }
 }
 
@@ -226,9 +274,26 @@ impl Identity {
         key: impl AsRef<Path>,
         ca: impl AsRef<Path>,
     ) -> Result<Self, TlsError> {
-        let files =
-            Files { cert: cert.as_ref().into(), key: key.as_ref().into(), ca: ca.as_ref().into() };
-        let (principal, keys) = files.read()?;
+        Self::load_with(cert, key, ca, &Pki::default())
+    }
+
+    /// The same where certificates of a PKI of the site's own count, too.
+    ///
+    /// # Errors
+    /// As [`Identity::load`], and when the rules for that PKI can't be used.
+    pub fn load_with(
+        cert: impl AsRef<Path>,
+        key: impl AsRef<Path>,
+        ca: impl AsRef<Path>,
+        pki: &Pki,
+    ) -> Result<Self, TlsError> {
+        let names = Names::of(pki)?;
+        let pki =
+            names.map(|names| Site { ca: pki.ca.clone(), names, check_hosts: pki.check_hosts });
+        let [cert, key, ca] = [cert.as_ref(), key.as_ref(), ca.as_ref()].map(Path::to_owned);
+        let files = Files { cert, key, ca, pki };
+        let keys = files.read()?;
+        let principal = (*keys.principal).clone();
         let (keys, revocations) = (RwLock::new(keys), Revocations::default());
         Ok(Self(Arc::new(Inner { files, principal, keys, revocations })))
     }
@@ -239,8 +304,8 @@ impl Identity {
     /// # Errors
     /// As [`Identity::load`], and when the certificate is somebody else's; nothing has changed then.
     pub fn reload(&self) -> Result<(), TlsError> {
-        let (principal, keys) = self.0.files.read()?;
-        let ours = &self.0.principal;
+        let keys = self.0.files.read()?;
+        let (principal, ours) = (&keys.principal, &self.0.principal);
         if (&principal.group, &principal.role) != (&ours.group, &ours.role) {
             let reason = format!(
                 "it is that of {principal:?} now, and this is {ours:?}: restart to take it"
@@ -249,6 +314,17 @@ impl Identity {
         }
         *self.0.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
         Ok(())
+    }
+
+    /// The same when one of the files isn't what it was; true when it was done. Blocks on the file system.
+    ///
+    /// # Errors
+    /// As [`Identity::reload`]; it is tried again then.
+    pub fn reload_if_changed(&self) -> Result<bool, TlsError> {
+        if self.0.files.stamps() == self.keys().stamps {
+            return Ok(false);
+        }
+        self.reload().map(|()| true)
     }
 
     fn keys(&self) -> Keys {
@@ -273,17 +349,25 @@ impl Identity {
 
     /// Unix seconds at which the certificate in use expires: of the newest [`Identity::reload`].
     pub fn expires(&self) -> i64 {
-        self.keys().expires
+        self.keys().principal.expires()
     }
 
-    /// Who we are.
+    /// How long that certificate is valid in all, in seconds.
+    pub fn valid_seconds(&self) -> i64 {
+        let (from, until) = self.keys().principal.validity();
+        until.saturating_sub(from)
+    }
+
+    /// Who we are, with the certificate of the start.
     pub fn principal(&self) -> &Principal {
         &self.0.principal
     }
 
     /// The `janus-proof` for one call to `server`, or to any.
     pub fn prove(&self, statement: &Statement, server: Option<&ServerId>) -> Option<String> {
-        proof::make(&*self.keys().signing, self.principal(), statement, server)
+        let keys = self.keys();
+        let is_new = !keys.principal.has_key_of(&self.0.principal);
+        proof::make(&*keys.signing, &keys.principal, is_new, statement, server)
     }
 
     /// The authority that our own certificate comes from, of those that we believe. Reads the file. `None`: it can't be told.
@@ -292,9 +376,7 @@ impl Identity {
         let own = certificates("cert", "certificate", cert).ok()?;
         let all = certificates("ca", "CA certificate", ca).ok()?;
         let is_ours = |authority: &CertificateDer<'static>| {
-            let roots = roots(std::slice::from_ref(authority), ca).ok()?;
-            let verifier = WebPkiClientVerifier::builder_with_provider(roots, crypto_provider());
-            let verifier = verifier.build().ok()?;
+            let verifier = verifier(&roots(std::slice::from_ref(authority), ca).ok()?, ca).ok()?;
             verifier.verify_client_cert(&own[0], &own[1..], UnixTime::now()).ok()
         };
         all.into_iter().find(|authority| is_ours(authority).is_some())
@@ -305,34 +387,41 @@ impl Identity {
         &self.0.revocations
     }
 
-    /// Signs with our key: the certificate that it belongs to (DER), the TLS `SignatureScheme`, and the signature. Only for texts
-    /// that begin with what they are.
-    pub(crate) fn sign(&self, message: &[u8]) -> Option<(Bytes, u16, Vec<u8>)> {
+    /// Signs with our key: whose certificate is for it, the TLS `SignatureScheme`, and the signature. Only for texts that begin
+    /// with what they are.
+    pub(crate) fn sign(&self, message: &[u8]) -> Option<(Arc<Principal>, u16, Vec<u8>)> {
         let keys = self.keys();
         let (scheme, signature) = proof::sign(&*keys.signing, message)?;
-        Some((keys.certificate, scheme, signature))
+        Some((keys.principal, scheme, signature))
     }
 
-    /// Checks a certificate that janus forwarded: chain, dates, purpose and group.
+    /// Checks a certificate that janus forwarded, with those between it and its authority: chain, dates, purpose and group.
     ///
-    /// It proves that our CA issued it, not that the sender holds its key: believe it only from a peer with the janus role.
+    /// It proves that a CA of ours issued it, not that the sender holds its key: believe it only from a peer with the janus role.
     ///
     /// # Errors
     /// When any of these checks fails.
-    pub fn verify_forwarded(&self, der: &[u8]) -> Result<Principal, TlsError> {
+    pub fn verify_forwarded(
+        &self,
+        der: &[u8],
+        intermediates: &[Bytes],
+    ) -> Result<Principal, TlsError> {
         let now = UnixTime::now().as_secs();
-        self.verify_at(der, i64::try_from(now).unwrap_or(i64::MAX))
+        self.verify_at(der, intermediates, i64::try_from(now).unwrap_or(i64::MAX))
     }
 
     /// The same at another time (Unix seconds). Revocations count whenever they were made.
-    pub(crate) fn verify_at(&self, der: &[u8], seconds: i64) -> Result<Principal, TlsError> {
-        let principal = Principal::from_der(der.to_vec())?;
+    pub(crate) fn verify_at(
+        &self,
+        der: &[u8],
+        intermediates: &[Bytes],
+        seconds: i64,
+    ) -> Result<Principal, TlsError> {
         let seconds = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
         let time = UnixTime::since_unix_epoch(seconds);
-        let refused =
-            |error| TlsError::Refused { subject: principal.to_string(), reason: describe(&error) };
-        let certificate = CertificateDer::from(der);
-        self.keys().verifier.verify_client_cert(&certificate, &[], time).map_err(refused)?;
+        let between = intermediates.iter().map(|der| CertificateDer::from(&**der));
+        let chain: Vec<_> = std::iter::once(CertificateDer::from(der)).chain(between).collect();
+        let principal = self.keys().believed.who(&chain, time)?;
         self.check_group(&principal)?;
         self.check_not_revoked(&principal)?;
         Ok(principal)
@@ -343,8 +432,8 @@ impl Identity {
     /// # Errors
     /// When the certificate carries no role or belongs to another group.
     pub fn peer(&self, certificates: Option<&[CertificateDer<'_>]>) -> Result<Principal, TlsError> {
-        let own = certificates.and_then(<[_]>::first).ok_or_else(|| no_role("is missing"))?;
-        let principal = Principal::from_der(own.to_vec())?;
+        let chain = certificates.ok_or_else(|| no_role("is missing"))?;
+        let principal = self.keys().believed.peer(chain)?;
         self.check_group(&principal)?;
         self.check_not_revoked(&principal)?;
         Ok(principal)
@@ -406,14 +495,17 @@ fn server_config(
 }
 
 fn client_config(
-    roots: Arc<RootCertStore>,
+    believed: &Believed,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
 ) -> Result<ClientConfig, rustls::Error> {
-    let mut config = ClientConfig::builder_with_provider(crypto_provider())
-        .with_protocol_versions(&[&TLS13])?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(chain, key)?;
+    let builder =
+        ClientConfig::builder_with_provider(crypto_provider()).with_protocol_versions(&[&TLS13])?;
+    let builder = match believed.server_verifier() {
+        Some(verifier) => builder.dangerous().with_custom_certificate_verifier(verifier),
+        None => builder.with_root_certificates(believed.roots.clone()),
+    };
+    let mut config = builder.with_client_auth_cert(chain, key)?;
     config.alpn_protocols = vec![b"h2".to_vec()];
     config.resumption = Resumption::disabled();
     Ok(config)
@@ -479,8 +571,13 @@ fn key_error(error: &rustls::Error, cert: &Path, key: &Path) -> TlsError {
         rustls::Error::InconsistentKeys(_) => {
             TlsError::KeyMismatch { cert: cert.into(), key: key.into() }
         }
-        other => format_error("private key", key, other),
+        other => unknown_key(other, key),
     }
+}
+
+fn unknown_key(error: &rustls::Error, key: &Path) -> TlsError {
+    let kinds = "RSA of 2048 to 4096 bits, ECDSA P-256 and P-384, and Ed25519";
+    format_error("private key", key, format!("{error} ({kinds} are known)"))
 }
 
 /// Finds at the start what every peer would refuse.

@@ -189,9 +189,9 @@ async fn an_expired_certificate_is_refused_by_the_other_side() {
     let error = refused(&expiring_server.url(), &lasting).await;
     assert!(error.contains("its certificate has expired"), "{error}");
     let der = expiring.principal().der.clone();
-    let forwarded = lasting.verify_forwarded(&der).unwrap_err().to_string();
+    let forwarded = lasting.verify_forwarded(&der, &[]).unwrap_err().to_string();
     assert_eq!(forwarded, "certificate of client alice/web2 has expired");
-    lasting.verify_forwarded(&lasting.principal().der).unwrap();
+    lasting.verify_forwarded(&lasting.principal().der, &[]).unwrap();
 }
 
 #[tokio::test]
@@ -202,7 +202,9 @@ async fn another_group_is_refused_by_either_side() {
     let error = refused(&server.url(), &client).await;
     assert!(error.contains(r#"server a belongs to group "home", this is group "work""#), "{error}");
     assert!(
-        client.verify_forwarded(&ca.identity("home/operator/o", "unused").principal().der).is_err()
+        client
+            .verify_forwarded(&ca.identity("home/operator/o", "unused").principal().der, &[])
+            .is_err()
     );
 
     // A foreign program doesn't check: the server answers its call.

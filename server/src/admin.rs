@@ -249,6 +249,11 @@ pub enum AdminError {
         "machines can't enrol here: section [enroll] of the settings names no `listen` (a server that runs reads its settings when it starts)"
     )]
     NoEnrollment,
+    /// Its own certificate is none that who enrols could know.
+    #[error(
+        "machines can't enrol here: this server's certificate isn't of an authority in `ca`; give it one of `janus-server pki issue server`"
+    )]
+    NoAuthority,
     /// It would cut off itself.
     #[error("that is this server's own certificate: revoke it at another server")]
     OwnCertificate,
@@ -482,8 +487,8 @@ impl Admin {
 
     /// This server's certificate, read anew.
     fn identity(&self) -> Result<Identity, AdminError> {
-        let Settings { cert, key, ca, .. } = &self.settings;
-        Ok(Identity::load(cert, key, ca)?)
+        let Settings { cert, key, ca, pki, .. } = &self.settings;
+        Ok(Identity::load_with(cert, key, ca, pki)?)
     }
 
     /// The enrolment tokens of its store.

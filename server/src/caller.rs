@@ -51,6 +51,8 @@ struct Forwarded {
     here: ServerId,
     is_proof_needed: bool,
     proof: Option<HeaderValue>,
+    /// Believes the certificate that may come with a proof.
+    identity: Identity,
 }
 
 /// Whose calls through a janus need a [`proof`].
@@ -167,12 +169,15 @@ impl Caller {
     /// # Errors
     /// `PROOF_REFUSED`.
     pub fn has_proven(&self, statement: &Statement) -> Result<(), Status> {
-        let Some(Forwarded { here, is_proof_needed: true, proof, .. }) = &self.forwarded else {
+        let Some(Forwarded { here, is_proof_needed: true, proof, identity, .. }) = &self.forwarded
+        else {
             return Ok(());
         };
         let checked = match proof {
             None => Err(ProofError::Missing),
-            Some(proof) => proof::check(proof.as_bytes(), statement, &self.principal, here),
+            Some(proof) => {
+                proof::check(proof.as_bytes(), statement, &self.principal, here, identity)
+            }
         };
         checked.map_err(|error| {
             tracing::warn!(principal = %self.principal, %error, "call through janus refused");
@@ -221,9 +226,10 @@ impl<S> Gate<S> {
             status(ErrorReason::IdentityMissing, "no certificate came with this call")
         })?;
         let forwarded = request.headers_mut().remove(metadata::PRINCIPAL);
+        let between = request.headers_mut().remove(metadata::INTERMEDIATES);
         let proof = request.headers_mut().remove(metadata::PROOF);
         let caller = match (&peer.role, forwarded) {
-            (Role::Janus(_), Some(value)) => self.forwarded(&peer, &value, proof)?,
+            (Role::Janus(_), Some(value)) => self.forwarded(&peer, (&value, between), proof)?,
             _ => Caller { grants: self.policy.of(&peer.role), principal: peer, forwarded: None },
         };
         let path = request.uri().path();
@@ -274,10 +280,10 @@ impl<S> Gate<S> {
     fn forwarded(
         &self,
         janus: &Arc<Principal>,
-        value: &HeaderValue,
+        certificates: (&HeaderValue, Option<HeaderValue>),
         proof: Option<HeaderValue>,
     ) -> Result<Caller, Status> {
-        let principal = self.forwarded_principal(value)?;
+        let principal = self.forwarded_principal(certificates)?;
         let users = &janus.limits.users;
         let is_one_of_them = |user: &str| users.iter().any(|allowed| allowed.as_str() == user);
         let user = match &principal.role {
@@ -298,16 +304,23 @@ impl<S> Gate<S> {
             false => Arc::default(),
         };
         let (janus, here) = (janus.clone(), self.server.clone());
-        let forwarded = Some(Forwarded { janus, here, is_proof_needed, proof });
+        let identity = self.identity.clone();
+        let forwarded = Some(Forwarded { janus, here, is_proof_needed, proof, identity });
         Ok(Caller { principal: Arc::new(principal), grants, forwarded })
     }
 
-    fn forwarded_principal(&self, value: &HeaderValue) -> Result<Principal, Status> {
+    fn forwarded_principal(
+        &self,
+        (value, between): (&HeaderValue, Option<HeaderValue>),
+    ) -> Result<Principal, Status> {
         let refused = |why: String| {
             status(ErrorReason::IdentityMissing, format!("certificate forwarded by janus: {why}"))
         };
         let der = STANDARD.decode(value.as_bytes()).map_err(|e| refused(e.to_string()))?;
-        self.identity.verify_forwarded(&der).map_err(|e| refused(e.to_string()))
+        let between = between
+            .map_or(Some(Vec::new()), |value| metadata::certificates_of_text(value.as_bytes()));
+        let between = between.ok_or_else(|| refused("janus-intermediates isn't a list".into()))?;
+        self.identity.verify_forwarded(&der, &between).map_err(|e| refused(e.to_string()))
     }
 }
 

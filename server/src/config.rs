@@ -15,6 +15,7 @@ use janus_proto::{
     listener::STALL,
     log::{LogFormat, LogPlan},
     settings::check_listen,
+    tls::Pki,
 };
 use serde::{Deserialize, Serialize};
 
@@ -38,7 +39,7 @@ pub struct Settings {
     pub cert: PathBuf,
     /// Its key, PEM.
     pub key: PathBuf,
-    /// The CA's certificate, PEM.
+    /// The CA's certificate, PEM; may be empty where `pki` names another one.
     pub ca: PathBuf,
     /// Every janus to report to.
     pub janus_urls: Vec<String>,
@@ -102,6 +103,8 @@ pub struct Settings {
     pub enroll: Enroll,
     /// Object stores and folders that `janus-server archive` copies runs to, by name.
     pub archive: BTreeMap<String, Archive>,
+    /// Certificates of a PKI of the site's own.
+    pub pki: Pki,
 }
 
 impl Default for Settings {
@@ -144,6 +147,7 @@ impl Default for Settings {
             prove: Prove::default(),
             enroll: Enroll::default(),
             archive: BTreeMap::new(),
+            pki: Pki::default(),
         }
     }
 }
@@ -288,6 +292,9 @@ impl Settings {
         self.fill.check()?;
         self.prove.check()?;
         self.enroll.check()?;
+        self.pki
+            .check()
+            .map_err(|error| ConfigError::Invalid { key: "pki", reason: error.to_string() })?;
         self.replicate.iter().try_for_each(|(name, rule)| rule.check(name))?;
         self.write_only().map_err(|reason| ConfigError::Invalid { key: "write_only", reason })?;
         self.archive

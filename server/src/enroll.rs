@@ -62,6 +62,11 @@ pub enum EnrollError {
     /// It is new.
     #[error("the certificate of {0} has more than half of its validity left: it isn't renewed yet")]
     NotDue(String),
+    /// The certificate is of another PKI, which renews it.
+    #[error(
+        "the certificate of {0} is of a PKI of your own: that renews it, or `janus-client enroll` with a token makes one of ours"
+    )]
+    Mapped(String),
     /// The authority.
     #[error(transparent)]
     Authority(#[from] PkiError),
@@ -75,9 +80,10 @@ impl From<EnrollError> for Status {
         let reason = match &error {
             EnrollError::Token(_) | EnrollError::NoToken(_) => ErrorReason::TokenRefused,
             EnrollError::Request(_) => ErrorReason::InvalidField,
-            EnrollError::NoMachine(_) | EnrollError::NotEnrolled(_) | EnrollError::NotDue(_) => {
-                ErrorReason::NotAllowed
-            }
+            EnrollError::NoMachine(_)
+            | EnrollError::NotEnrolled(_)
+            | EnrollError::NotDue(_)
+            | EnrollError::Mapped(_) => ErrorReason::NotAllowed,
             EnrollError::Authority(_) | EnrollError::Store(_) => {
                 tracing::error!(%error, "no certificate could be made");
                 let text = "the server can't make certificates now; its log says why";
@@ -163,6 +169,10 @@ impl Inner {
         let Role::Client(machine) = &principal.role else {
             return Err(EnrollError::NoMachine(principal.to_string()));
         };
+        // What it keeps its holder to, and when it ends, is for that PKI to say.
+        if principal.is_mapped() {
+            return Err(EnrollError::Mapped(principal.to_string()));
+        }
         // What it says stays: a revocation is for all that came of one enrolment, however often it was renewed since.
         if principal.limits.enrolled.is_none() {
             return Err(EnrollError::NotEnrolled(principal.to_string()));

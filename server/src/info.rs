@@ -5,6 +5,7 @@ use std::sync::Arc;
 use janus_proto::{
     error::{ErrorReason, status},
     pb::{self, server_info_service_server::ServerInfoService},
+    revoked::Revocations,
 };
 use tonic::{Request, Response, Status};
 
@@ -18,12 +19,13 @@ use crate::{
 pub struct Info {
     runs: Arc<Runs>,
     server: String,
+    revocations: Revocations,
 }
 
 impl Info {
     /// A service over the runs of the server of this name.
-    pub fn new(runs: Arc<Runs>, server: String) -> Self {
-        Self { runs, server }
+    pub fn new(runs: Arc<Runs>, server: String, revocations: Revocations) -> Self {
+        Self { runs, server, revocations }
     }
 }
 
@@ -47,6 +49,7 @@ impl ServerInfoService for Info {
             total_bytes,
             now_ms: now_ms(),
             features: Vec::new(),
+            revocations: self.revocations.of_peers(),
         }))
     }
 

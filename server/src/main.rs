@@ -12,6 +12,7 @@ use janus_proto::{
     log::{self, LogPlan},
     manual, memory, program,
     settings::{Loader, SettingsError},
+    tls::{PKI_KEYS, Pki},
 };
 use janus_server::{
     admin::{self, revoke},
@@ -179,7 +180,19 @@ fn loader() -> Loader<Settings> {
         .describe_section("fill", config::fill::KEYS)
         .describe_section("prove", config::prove::KEYS)
         .describe_section("enroll", config::enroll::KEYS)
+        .describe_section("pki", PKI_KEYS)
         .describe_section("janus", janus::config::KEYS)
+        .describe_section("janus.pki", PKI_KEYS)
+}
+
+/// Settings of the process, of all layers.
+fn load(matches: &ArgMatches) -> Result<Settings, SettingsError> {
+    let mut settings = loader().load(matches, std::env::vars_os())?;
+    // Who is who is the same for both.
+    if settings.router().is_some_and(|router| router.pki == Pki::default()) {
+        settings.janus.pki.clone_from(&settings.server.pki);
+    }
+    Ok(settings)
 }
 
 impl Settings {
@@ -206,7 +219,7 @@ impl Settings {
 }
 
 fn serve_command(matches: &ArgMatches) -> ExitCode {
-    let settings = match loader().load(matches, std::env::vars_os()) {
+    let settings = match load(matches) {
         Ok(settings) => settings,
         Err(error) => return fail(error, USAGE),
     };
@@ -227,7 +240,7 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
         Err(error) => return fail(error, 1),
     };
     let matches = matches.clone();
-    let again = move || loader().load(&matches, std::env::vars_os());
+    let again = move || load(&matches);
     match runtime.block_on(serve(settings, again)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(format!("{error:#}"), 1),

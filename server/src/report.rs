@@ -267,7 +267,14 @@ impl Reporter {
         });
         let certificate_expires_ms = self.identity.expires().saturating_mul(1000);
         let revocations_digest = self.revoked.known().digest();
-        pb::Vitals { free_bytes, total_bytes, certificate_expires_ms, warnings, revocations_digest }
+        pb::Vitals {
+            free_bytes,
+            total_bytes,
+            certificate_expires_ms,
+            warnings,
+            revocations_digest,
+            certificate_valid_ms: self.identity.valid_seconds().saturating_mul(1000),
+        }
     }
 
     fn hello(&self, stream: u64, vitals: pb::Vitals) -> pb::ReportHello {

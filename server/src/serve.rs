@@ -22,6 +22,7 @@ use janus_proto::{
     },
     plain_health, program,
     settings::changed_keys,
+    show::date,
     tls::{Identity, Role, TlsError},
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
@@ -167,7 +168,8 @@ impl Server {
     /// # Errors
     /// As [`ServeError`] says.
     pub async fn start(settings: Settings) -> Result<Self, ServeError> {
-        let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
+        let identity =
+            Identity::load_with(&settings.cert, &settings.key, &settings.ca, &settings.pki)?;
         name(&identity)?;
         let listener = bind("listen", &settings.listen).await?;
         let plain_health = bind_unless_empty("health_listen", &settings.health_listen).await?;
@@ -290,7 +292,11 @@ impl Server {
                     .max_encoding_message_size(MAX_MESSAGE_BYTES),
             )
             .add_service(CatalogServiceServer::new(Catalog::new(self.runs.clone(), here)))
-            .add_service(ServerInfoServiceServer::new(Info::new(self.runs.clone(), name.clone())))
+            .add_service(ServerInfoServiceServer::new(Info::new(
+                self.runs.clone(),
+                name.clone(),
+                self.revoked.known().clone(),
+            )))
             .add_service(
                 ProbeServiceServer::new(Probe::new(name.clone()))
                     .max_decoding_message_size(MAX_MESSAGE_BYTES),
@@ -313,6 +319,9 @@ impl Server {
                 .with_policy(self.policy.clone()),
         );
         let mut tasks = self.tasks(&shutdown);
+        if let Door::Tls(..) = self.door {
+            tasks.spawn(program::follow_files(self.identity.clone(), shutdown.clone()));
+        }
         for (name, rule) in &self.settings.replicate {
             let follow = self.replication().follow(name, rule, shutdown.clone());
             tasks.spawn(follow.map_err(wiring)?);
@@ -360,7 +369,8 @@ impl Server {
             ..Limits::default()
         };
         note(&self.runs, Action::ServerStart).await;
-        tracing::info!(server = name, address = ?self.door.address().ok(), "serving");
+        let certificate_until = date(self.identity.expires().saturating_mul(1000));
+        tracing::info!(server = name, address = ?self.door.address().ok(), certificate_until, "serving");
         self.door.serve(gate, limits, shutdown).await;
         stop.cancel();
         while tasks.join_next().await.is_some() {}

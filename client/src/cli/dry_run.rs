@@ -59,8 +59,8 @@ async fn machine(settings: &Settings) -> Result<Option<MachineKey>, Failure> {
     if settings.encryption == Encryption::None {
         return Ok(None);
     }
-    let Settings { cert, key, ca, .. } = settings.clone();
-    let loading = tokio::task::spawn_blocking(move || Identity::load(&cert, &key, &ca));
+    let Settings { cert, key, ca, pki, .. } = settings.clone();
+    let loading = tokio::task::spawn_blocking(move || Identity::load_with(cert, key, ca, &pki));
     let identity = loading.await.map_err(Failure::failed)??;
     whose(settings, &identity.principal().role)
 }

@@ -7,6 +7,7 @@
 mod accounts;
 mod directory;
 mod enrolment;
+mod foreign_pki;
 mod groups;
 mod proofs;
 mod revocation;

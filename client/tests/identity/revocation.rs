@@ -96,8 +96,8 @@ fn a_server_that_is_away_is_named_and_learns_of_it_on_its_return() {
 
 #[test]
 fn servers_and_janus_are_revoked_too_and_nobody_makes_revocations_but_servers() {
-    let scene = Scene::new();
-    let machine = scene.enrolled("web1");
+    let mut scene = Scene::new();
+    let mut machine = scene.enrolled("web1");
     scene.works(&machine, "web1");
     // Not itself.
     let own = scene.admin(A, &["pki", "revoke", "--server", A]);
@@ -113,6 +113,13 @@ fn servers_and_janus_are_revoked_too_and_nobody_makes_revocations_but_servers() 
     for _ in 0..2 {
         assert_eq!(machine.backup().unwrap().server, A);
     }
+    // Nobody reports to a machine; its backups have asked.
+    let janus = machine.settings.get("urls").unwrap().clone();
+    let direct = scene.site.server(B).unwrap().url();
+    machine.settings.set("urls", [direct].to_vec());
+    let told = machine.run(&["list"]).unwrap();
+    assert!(told.code != Some(0) && told.stderr.contains("revoked"), "{}", told.stderr);
+    machine.settings.set("urls", janus);
     scene.admin(A, &["pki", "revoke", "--janus", "router"]);
     let log = machine.run(&["backup"]).unwrap();
     assert_ne!(log.code, Some(0), "{}", log.stderr);

@@ -300,6 +300,10 @@ impl Carried<'_> {
         if let Some(identity) = self.principal {
             let value = STANDARD.encode(&identity.principal().der);
             headers.insert(metadata::PRINCIPAL, value.parse().unwrap());
+            let between = metadata::certificates_to_text(&identity.principal().intermediates);
+            if !between.is_empty() {
+                headers.insert(metadata::INTERMEDIATES, between.parse().unwrap());
+            }
         }
         if let Some(machine) = self.machine {
             headers.insert(metadata::MACHINE, machine.parse().unwrap());

@@ -112,6 +112,11 @@ pub(crate) fn for_server(mut headers: HeaderMap, principal: &Principal) -> Heade
     if let Ok(value) = HeaderValue::from_str(&BASE64_STANDARD.encode(&principal.der)) {
         headers.insert(metadata::PRINCIPAL, value);
     }
+    headers.remove(metadata::INTERMEDIATES);
+    let between = metadata::certificates_to_text(&principal.intermediates);
+    if let Some(value) = HeaderValue::from_str(&between).ok().filter(|value| !value.is_empty()) {
+        headers.insert(metadata::INTERMEDIATES, value);
+    }
     headers
 }
 
@@ -157,12 +162,8 @@ mod tests {
     use super::*;
 
     fn principal(role: Role) -> Arc<Principal> {
-        Arc::new(Principal {
-            group: "home".into(),
-            role,
-            limits: Default::default(),
-            der: Bytes::from_static(b"certificate"),
-        })
+        let certificate = Bytes::from_static(b"certificate");
+        Arc::new(Principal::new("home", role, Default::default(), certificate))
     }
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
@@ -227,7 +228,16 @@ mod tests {
             headers(&[("te", "trailers"), ("connection", "close"), ("grpc-timeout", "5S")]);
         sent.append(metadata::PRINCIPAL, HeaderValue::from_static("Zm9yZ2Vk"));
         sent.append(metadata::PRINCIPAL, HeaderValue::from_static("dHdpY2U="));
-        let out = for_server(sent, &client);
+        sent.append(metadata::INTERMEDIATES, HeaderValue::from_static("Zm9yZ2Vk"));
+        let out = for_server(sent.clone(), &client);
+        assert!(out.get(metadata::INTERMEDIATES).is_none());
+        let between = vec![Bytes::from_static(b"one"), Bytes::from_static(b"two")];
+        let mut of_a_pki = (*client).clone();
+        of_a_pki.intermediates.clone_from(&between);
+        let with_them = for_server(sent, &of_a_pki);
+        let values: Vec<_> = with_them.get_all(metadata::INTERMEDIATES).iter().collect();
+        let read = |value: &HeaderValue| metadata::certificates_of_text(value.as_bytes()).unwrap();
+        assert_eq!(values.iter().map(|value| read(value)).collect::<Vec<_>>(), [between]);
         let principals: Vec<_> = out.get_all(metadata::PRINCIPAL).iter().collect();
         assert_eq!(principals, [BASE64_STANDARD.encode("certificate").as_str()]);
         assert!(out.get("connection").is_none());

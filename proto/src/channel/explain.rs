@@ -65,7 +65,7 @@ pub enum ConnectError {
     },
     /// Its certificate isn't for the name we called it by.
     #[error(
-        "{target}: its certificate is not for host {host:?} but for: {names}; use one of these in the URL or issue it with --host {host}"
+        "{target}: its certificate is not for host {host:?} but for: {names}; use one of these in the URL, issue it with --host {host}, or see pki.check_hosts of the settings"
     )]
     WrongName {
         /// The peer's URL.
@@ -233,9 +233,9 @@ fn certificate_error(
             return ConnectError::WrongName { target, host, names };
         }
         C::UnknownIssuer | C::BadSignature => {
-            "check that `ca` of the settings is the ca.pem of this peer's group"
+            "check that `ca` of the settings is the ca.pem of this peer's group, or that pki.ca holds its authority"
         }
-        _ => "issue a new one with `janus-server pki issue` on the host of the CA",
+        _ => "issue a new one with `janus-server pki issue` on the host of the CA, or by its PKI",
     };
     ConnectError::PeerCertificate { target: target.to_string(), reason: describe(error), way_out }
 }

@@ -2562,6 +2562,9 @@ pub struct Vitals {
     /// older server.
     #[prost(string, tag = "5")]
     pub revocations_digest: ::prost::alloc::string::String,
+    /// How long that certificate is valid in all, in milliseconds: what is short is renewed late. 0: unknown, or from an older server.
+    #[prost(int64, tag = "6")]
+    pub certificate_valid_ms: i64,
 }
 /// First message of a stream.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2676,6 +2679,9 @@ pub struct Revocation {
     /// Of the signer's key, over the lines `janus-revocation 1`, principal and until_seconds, each with its end.
     #[prost(bytes = "bytes", tag = "5")]
     pub signature: ::prost::bytes::Bytes,
+    /// Certificates (DER) between signer and its authority, at most 16 KiB in all; empty: there are none.
+    #[prost(bytes = "bytes", repeated, tag = "6")]
+    pub intermediates: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Revocations {
@@ -3017,7 +3023,7 @@ pub struct WakeServersResponse {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetServerInfoRequest {}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetServerInfoResponse {
     /// Name in the certificate.
     #[prost(string, tag = "1")]
@@ -3042,6 +3048,10 @@ pub struct GetServerInfoResponse {
     pub now_ms: i64,
     #[prost(string, repeated, tag = "9")]
     pub features: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Servers and janus whose certificates aren't believed any more, for clients, who hear of them in no other way; at most 1000. Empty:
+    /// none, or an older server or janus.
+    #[prost(message, repeated, tag = "10")]
+    pub revocations: ::prost::alloc::vec::Vec<Revocation>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetRouterStatusRequest {}
@@ -3099,6 +3109,9 @@ pub struct ServerStatus {
     /// Of all revocations it knows, as it has reported; empty: unknown, or an older janus or server.
     #[prost(string, tag = "18")]
     pub revocations_digest: ::prost::alloc::string::String,
+    /// How long that certificate is valid in all, in milliseconds: what is short is renewed late. 0: unknown, or from an older janus or server.
+    #[prost(int64, tag = "19")]
+    pub certificate_valid_ms: i64,
 }
 /// A machine with damaged snapshots on a server.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3167,6 +3180,9 @@ pub struct GetRouterStatusResponse {
     /// Unix milliseconds at which this janus' own certificate expires; 0: from an older janus.
     #[prost(int64, tag = "6")]
     pub certificate_expires_ms: i64,
+    /// How long that certificate is valid in all, in milliseconds: what is short is renewed late. 0: unknown, or from an older janus.
+    #[prost(int64, tag = "7")]
+    pub certificate_valid_ms: i64,
 }
 /// Generated client implementations.
 pub mod server_info_service_client {

@@ -216,12 +216,23 @@ pub(super) fn toml_values(
     Ok(found)
 }
 
-/// Takes the values of a section for all, where the file has it.
-pub(super) fn only_section(found: &mut Vec<TomlValue>, section: &str) {
-    let own = |name: &str| Some(name.strip_prefix(section)?.strip_prefix('.')?.to_owned());
-    if found.iter().any(|(name, ..)| own(name).is_some()) {
-        found.retain_mut(|(name, ..)| own(name).map(|own| *name = own).is_some());
+/// Takes the values of a section for all, where the file has it, and those of `shared` where it has none of that.
+pub(super) fn only_section(found: &mut Vec<TomlValue>, section: &str, shared: &str) {
+    let within =
+        |name: &str, section: &str| Some(name.strip_prefix(section)?.strip_prefix('.')?.to_owned());
+    let own = |name: &str| within(name, section);
+    if found.iter().all(|(name, ..)| own(name).is_none()) {
+        return;
     }
+    let has_shared =
+        found.iter().any(|(name, ..)| own(name).is_some_and(|own| within(&own, shared).is_some()));
+    found.retain_mut(|(name, ..)| match own(name) {
+        Some(own) => {
+            *name = own;
+            true
+        }
+        None => !has_shared && within(name, shared).is_some(),
+    });
 }
 
 fn collect_values(

@@ -175,11 +175,16 @@ fn changes_are_named_also_in_tables() {
 
 #[test]
 fn a_file_of_a_larger_program_has_them_in_a_section() {
-    let loader = Loader::<Settings>::new("JANUS_ROUTER").or_section("janus");
+    let loader = Loader::<Settings>::new("JANUS_ROUTER").or_section("janus", "limits");
     let listen = |text: &str| {
         let overrides = loader.parse("all.toml".into(), text)?;
         loader.merge(overrides).map(|settings| settings.listen)
     };
+    let probe_ms = |text: &str| {
+        loader.merge(loader.parse("all.toml".into(), text).unwrap()).unwrap().limits.probe_ms
+    };
+    assert_eq!(probe_ms("[limits]\nprobe_ms = 7\n[janus]\nlisten = \"in\""), 7);
+    assert_eq!(probe_ms("[limits]\nprobe_ms = 7\n[janus.limits]\nprobe_ms = 8"), 8);
     assert_eq!(
         listen("other = 1\n[janus]\nlisten = \"in\"\n[janus.limits]\nprobe_ms = 1").unwrap(),
         "in"

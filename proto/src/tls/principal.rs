@@ -76,6 +76,10 @@ pub struct Principal {
     pub limits: Limits,
     /// The certificate itself (DER), to forward.
     pub der: Bytes,
+    /// Certificates between it and the authority, as they were shown (DER), to forward. Most have none.
+    pub intermediates: Vec<Bytes>,
+    /// A rule of `[pki]` says who it is, not the certificate itself.
+    is_mapped: bool,
 }
 
 impl fmt::Display for Principal {
@@ -91,7 +95,35 @@ impl fmt::Debug for Principal {
 }
 
 impl Principal {
-    /// Reads group, role and name of a certificate. Checks neither its chain nor its dates.
+    /// Whoever showed this certificate of our own kind.
+    pub fn new(group: impl Into<Arc<str>>, role: Role, limits: Limits, der: Bytes) -> Self {
+        let (intermediates, is_mapped) = (Vec::new(), false);
+        Self { group: group.into(), role, limits, der, intermediates, is_mapped }
+    }
+
+    pub(super) fn mapped(group: Arc<str>, role: Role, limits: Limits, der: Bytes) -> Self {
+        Self { is_mapped: true, ..Self::new(group, role, limits, der) }
+    }
+
+    /// True when a rule of `[pki]` says who it is: its certificate is of a PKI that isn't ours.
+    pub fn is_mapped(&self) -> bool {
+        self.is_mapped
+    }
+
+    /// True when both certificates are for one key.
+    pub(super) fn has_key_of(&self, other: &Self) -> bool {
+        let key = |der| {
+            let (_, certificate) = X509Certificate::from_der(der).ok()?;
+            Some(certificate.public_key().subject_public_key.data.to_vec())
+        };
+        key(&self.der).is_some_and(|own| key(&other.der) == Some(own))
+    }
+
+    pub(super) fn through(self, intermediates: Vec<Bytes>) -> Self {
+        Self { intermediates, ..self }
+    }
+
+    /// Reads group, role and name of a certificate of our own kind. Checks neither its chain nor its dates.
     ///
     /// # Errors
     /// When it is no certificate, or has not exactly one URI SAN of the form `janus://<group>/<role>/…`.
@@ -100,10 +132,10 @@ impl Principal {
         let (uri, limits) = uris(&der)?;
         let (group, role) =
             parse_uri(&uri).ok_or_else(|| no_role(format!("names no principal: {uri:?}")))?;
-        Ok(Self { group: group.into(), role, limits, der })
+        Ok(Self::new(group, role, limits, der))
     }
 
-    /// The URI that names it.
+    /// The URI that names it, whatever names its certificate has.
     pub fn uri(&self) -> String {
         self.role.uri(&self.group)
     }
@@ -130,6 +162,9 @@ impl Principal {
         }
         let Ok((_, certificate)) = X509Certificate::from_der(&self.der) else { return i64::MIN };
         let begins = certificate.validity().not_before.timestamp();
+        if self.is_mapped {
+            return begins;
+        }
         let serial = uuid::Uuid::from_slice(certificate.raw_serial()).ok();
         let seconds = serial.and_then(|serial| serial.get_timestamp()).map(|time| time.to_unix().0);
         let said = seconds.and_then(|seconds| i64::try_from(seconds).ok());
@@ -153,16 +188,22 @@ pub(super) fn no_role(reason: impl Into<String>) -> TlsError {
     TlsError::NoRole { reason: reason.into() }
 }
 
-/// The one URI SAN with scheme `janus`, and what those with scheme `janus-limit` say.
-fn uris(der: &[u8]) -> Result<(String, Limits), TlsError> {
+/// A certificate that is nothing else, and no larger than others are forwarded.
+pub(super) fn parse(der: &[u8]) -> Result<X509Certificate<'_>, TlsError> {
     if der.len() > MAX_CERTIFICATE_BYTES {
         return Err(no_role("is too large"));
     }
-    let (rest, cert) =
+    let (rest, certificate) =
         X509Certificate::from_der(der).map_err(|_| no_role("is not a valid X.509 certificate"))?;
-    if !rest.is_empty() {
-        return Err(no_role("has bytes after its end"));
+    match rest.is_empty() {
+        true => Ok(certificate),
+        false => Err(no_role("has bytes after its end")),
     }
+}
+
+/// The one URI SAN with scheme `janus`, and what those with scheme `janus-limit` say.
+fn uris(der: &[u8]) -> Result<(String, Limits), TlsError> {
+    let cert = parse(der)?;
     let names =
         cert.subject_alternative_name().map_err(|_| no_role("has an invalid list of names"))?;
     let names = names.map(|names| names.value.general_names.as_slice()).unwrap_or_default();

@@ -186,7 +186,7 @@ async fn open_connections_end_at_either_side_and_new_ones_are_refused() {
     assert_eq!(answer.headers()["grpc-status"], "16");
     let message = answer.headers()["grpc-message"].to_str().unwrap();
     assert!(message.contains("revoked"), "{message}");
-    let forwarded = at.verify_forwarded(&client.principal().der).unwrap_err().to_string();
+    let forwarded = at.verify_forwarded(&client.principal().der, &[]).unwrap_err().to_string();
     assert!(forwarded.contains("was revoked on"), "{forwarded}");
     // Others aren't touched; then the connecting side revokes its peer.
     let mut some = [0; 64];

@@ -61,7 +61,7 @@ fn make(admin: &Admin, machine: MachineKey, hours: u32) -> Result<Answer, AdminE
     // Machines could do nothing with a token whose authority can't sign.
     Authority::open(&settings.ca)?;
     // While there are two, the one that this server can show itself to be of.
-    let authority = admin.identity()?.authority().ok_or(AdminError::NoEnrollment)?;
+    let authority = admin.identity()?.authority().ok_or(AdminError::NoAuthority)?;
     let fingerprint = Fingerprint::of(&authority);
     let valid = Duration::from_secs(u64::from(hours) * 60 * 60);
     let secret = admin.tokens().make(machine.clone(), valid)?;

@@ -129,6 +129,11 @@ fn revoke(admin: &Admin, whom: &Whom, task: &Task<'_>) -> Result<Answer, AdminEr
         text.push_str(&format!("the other servers can't be asked: {problem}\n"));
     }
     text.push_str("a certificate that is made from now on is believed again\n");
+    if !admin.settings().pki.names.is_empty() {
+        text.push_str(
+            "one of your PKI counts as made when its validity begins: see to it that nobody gets one there who shouldn't\n",
+        );
+    }
     let known_to = [vec![own.to_string()], others.known].concat();
     let is_bad = !others.missing.is_empty() || others.problem.is_some();
     let told = json!({

@@ -169,7 +169,7 @@ pub(super) fn seed(
 ) -> Result<Answer, AdminError> {
     let began = Instant::now();
     let settings = admin.settings();
-    let identity = Identity::load(&settings.cert, &settings.key, &settings.ca)?;
+    let identity = Identity::load_with(&settings.cert, &settings.key, &settings.ca, &settings.pki)?;
     let own = serve::name(&identity)?;
     let dialer: Dialer = Arc::new(identity);
     let bytes_per_second = order.mib_per_second.map(|mib| u64::from(mib) << 20);

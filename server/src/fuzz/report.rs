@@ -55,7 +55,7 @@ pub fn fuzz_report(mut bytes: &[u8]) {
 }
 
 fn principal(role: Role) -> Principal {
-    Principal { group: "fuzz".into(), role, limits: Limits::default(), der: bytes::Bytes::new() }
+    Principal::new("fuzz", role, Limits::default(), bytes::Bytes::new())
 }
 
 /// A report as servers make it.

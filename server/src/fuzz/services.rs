@@ -177,7 +177,7 @@ impl Folder {
 fn caller(machine: &str) -> Option<Caller> {
     let role = Role::Client(machine.parse::<MachineKey>().ok()?);
     let limits = Default::default();
-    Some(Caller::at_peer(Principal { group: "fuzz".into(), role, limits, der: Bytes::new() }))
+    Some(Caller::at_peer(Principal::new("fuzz", role, limits, Bytes::new())))
 }
 
 impl<'a> Scene<'a> {
@@ -199,7 +199,11 @@ impl<'a> Scene<'a> {
             .add_service(RestoreServiceServer::new(restore))
             .add_service(TableServiceServer::new(Tables::new(runs.clone(), mirror, name.clone())))
             .add_service(CatalogServiceServer::new(Catalog::new(runs.clone(), here)))
-            .add_service(ServerInfoServiceServer::new(Info::new(runs.clone(), name)))
+            .add_service(ServerInfoServiceServer::new(Info::new(
+                runs.clone(),
+                name,
+                Default::default(),
+            )))
             .prepare();
         let plan = Plan { streams: 8, streams_of_one_caller: 4, stall: Duration::from_secs(60) };
         let never = || BackupId::new().to_string().into_boxed_str();
