@@ -4,8 +4,13 @@ use std::{fs, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{matrix, programs::Target, steps::Runner, tidy, tools};
-use crate::{bindings, packages};
+use super::{
+    matrix,
+    programs::Target,
+    steps::{Runner, When},
+    tidy, tools,
+};
+use xtask::{bindings, packages};
 
 /// A part of the test run.
 pub(super) struct Group {
@@ -85,10 +90,11 @@ const SLOW: &[&str] =
     &["kills", "links", "foreign_clients", "page", "simulation", "thinning_kills"];
 
 fn build(runner: &mut Runner) {
-    runner.cargo("format", &["fmt", "--all", "--check"]);
+    runner.cargo(When::Now, "format", &["fmt", "--all", "--check"], &[]);
     let clippy = "clippy --workspace --all-targets --features xtask/load -- -D warnings";
-    runner.cargo("clippy", &clippy.split(' ').collect::<Vec<_>>());
-    runner.cargo_with(
+    runner.cargo(When::Now, "clippy", &clippy.split(' ').collect::<Vec<_>>(), &[]);
+    runner.cargo(
+        When::Now,
         "docs",
         &["doc", "--workspace", "--no-deps"],
         &[("RUSTDOCFLAGS", "-D warnings")],
@@ -100,11 +106,13 @@ fn build(runner: &mut Runner) {
     runner.check("crates (cargo-deny)", || tools::deny(advisories));
     runner.check("failure matrix", matrix::check);
     runner.compile_tests();
-    runner.cargo("examples in docs", &["test", "--workspace", "--doc"]);
+    runner.cargo(When::Now, "examples in docs", &["test", "--workspace", "--doc"], &[]);
 }
 
 fn main_job(runner: &mut Runner) {
-    runner.tests("xtask", Target::Lib, &without_root(&[]));
+    for target in [Target::Lib, Target::Bins] {
+        runner.tests(When::Now, "xtask", target, &without_root(&[]));
+    }
     for name in whole_system_tests(runner) {
         if PLACED.iter().all(|(placed, _)| *placed != name) {
             whole_system(runner, &name);
@@ -126,20 +134,20 @@ fn store(runner: &mut Runner) {
 }
 
 fn sources(runner: &mut Runner) {
-    runner.tests("client", Target::Lib, SOURCE_MODULES);
+    runner.tests(When::Now, "client", Target::Lib, SOURCE_MODULES);
     placed(runner, "sources");
 }
 
 fn client(runner: &mut Runner) {
     let others = SOURCE_MODULES.iter().chain(RESTORE_MODULES);
     let arguments: Vec<_> = others.flat_map(|module| ["--skip", module]).collect();
-    runner.tests("client", Target::Lib, &arguments);
-    runner.tests("client", Target::Bins, &[]);
+    runner.tests(When::Now, "client", Target::Lib, &arguments);
+    runner.tests(When::Now, "client", Target::Bins, &[]);
     placed(runner, "client");
 }
 
 fn restore(runner: &mut Runner) {
-    runner.tests("client", Target::Lib, RESTORE_MODULES);
+    runner.tests(When::Now, "client", Target::Lib, RESTORE_MODULES);
     placed(runner, "restore");
 }
 
@@ -149,7 +157,7 @@ fn seeding(runner: &mut Runner) {
 
 fn security(runner: &mut Runner) {
     for target in [Target::Lib, Target::Tests] {
-        runner.tests("proto", target, &[]);
+        runner.tests(When::Now, "proto", target, &[]);
     }
     placed(runner, "security");
 }
@@ -167,7 +175,7 @@ fn placed(runner: &mut Runner, group: &str) {
 /// All tests of a package.
 fn package(runner: &mut Runner, name: &str) {
     for target in [Target::Lib, Target::Bins, Target::Tests] {
-        runner.tests(name, target, &without_root(&[]));
+        runner.tests(When::Now, name, target, &without_root(&[]));
     }
 }
 
@@ -196,9 +204,10 @@ fn whole_system(runner: &mut Runner, name: &str) {
     arguments.extend(if runner.shows_figures(name) { &["--nocapture"][..] } else { &[] });
     if runner.soak && name == "simulation" {
         let cargo = "test -p janus-client --profile soak --test simulation --";
-        runner.cargo(name, &[&cargo.split(' ').collect::<Vec<_>>(), &arguments[..]].concat());
+        let arguments = [&cargo.split(' ').collect::<Vec<_>>(), &arguments[..]].concat();
+        runner.cargo(When::Now, name, &arguments, &[]);
     } else {
-        runner.tests("client", Target::Test(name), &arguments);
+        runner.tests(When::Now, "client", Target::Test(name), &arguments);
     }
 }
 
