@@ -29,7 +29,7 @@ pub struct Args {
     /// More rounds and larger disks
     #[arg(long)]
     soak: bool,
-    /// Only these groups (may be repeated): build, main-job, janus, store, sources, client, restore, seeding, security
+    /// Only these groups (may be repeated): build, store, security, janus, main-job, sources, client, restore, seeding
     #[arg(long)]
     group: Vec<String>,
 }

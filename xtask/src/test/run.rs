@@ -1,6 +1,7 @@
 //! Running one command of a test run: what it says, what its tests came to, and what it took.
 
 use std::{
+    ffi::OsStr,
     io::{BufRead, BufReader, PipeReader},
     process::Command,
     sync::mpsc,
@@ -71,15 +72,15 @@ impl Job {
         })
     }
 
-    /// Runs it at the lowest priority and keeps what it says.
-    fn run_idly(self) -> Ended {
+    /// Runs it, if wished at the lowest priority, and keeps what it says.
+    fn run_beside(self, is_idle: bool) -> Ended {
         self.end(true, |command, counts| {
             let (mut said, output) = std::io::pipe()?;
-            let mut idle = idle(command);
-            idle.stdout(output.try_clone()?).stderr(output);
-            let mut child = idle.spawn()?;
+            let mut beside = again(command, if is_idle { &["chrt", "--idle", "0"] } else { &[] });
+            beside.stdout(output.try_clone()?).stderr(output);
+            let mut child = beside.spawn()?;
             // It holds ends of the pipe, which would never end.
-            drop(idle);
+            drop(beside);
             let output = read(&mut said, counts);
             Ok((measure::wait_for_all(&mut child)?, output))
         })
@@ -117,45 +118,45 @@ fn read(said: &mut PipeReader, counts: &mut Counts) -> String {
     output
 }
 
-/// The same command for time that nobody else wants.
-fn idle(command: &Command) -> Command {
-    let mut idle = Command::new("chrt");
-    idle.args(["--idle", "0"]).arg(command.get_program()).args(command.get_args());
-    for (key, value) in command.get_envs() {
+/// The same command, with others before it.
+fn again(command: &Command, before: &[&str]) -> Command {
+    let mut words = before.iter().map(OsStr::new).chain([command.get_program()]);
+    let mut again = Command::new(words.next().unwrap_or_default());
+    again.args(words).args(command.get_args());
+    for (name, value) in command.get_envs() {
         match value {
-            Some(value) => idle.env(key, value),
-            None => idle.env_remove(key),
+            Some(value) => again.env(name, value),
+            None => again.env_remove(name),
         };
     }
     if let Some(folder) = command.get_current_dir() {
-        idle.current_dir(folder);
+        again.current_dir(folder);
     }
-    idle
+    again
 }
 
-/// Jobs that run beside the steps: one after the other, in time that these leave.
+/// Jobs that run beside the steps, one after the other.
 ///
-/// The tests of whole systems mostly wait: for deadlines, for a silence to be long enough. Compiling and the tests that only
-/// compute fill that time. Whoever looks at times is not disturbed, since the kernel gives a processor to an idle job
-/// only when nobody else wants it.
+/// The tests of whole systems mostly wait: for deadlines, for a silence to be long enough. A lane of others that wait, and
+/// one of work for idle processors, fill that time.
 #[derive(Debug)]
-pub(super) struct Beside {
+pub(super) struct Lane {
     jobs: mpsc::Sender<Job>,
     ended: mpsc::Receiver<Ended>,
     /// Jobs that haven't been taken from `ended`.
     open: usize,
 }
 
-impl Default for Beside {
-    fn default() -> Self {
+impl Lane {
+    /// With `is_idle` its jobs get processors that nobody else wants, so that whoever looks at times isn't disturbed.
+    pub fn new(is_idle: bool) -> Self {
         let (jobs, to_do) = mpsc::channel::<Job>();
         let (done, ended) = mpsc::channel();
-        thread::spawn(move || to_do.into_iter().try_for_each(|job| done.send(job.run_idly())));
+        let mut run = move |job: Job| done.send(job.run_beside(is_idle));
+        thread::spawn(move || to_do.into_iter().try_for_each(&mut run));
         Self { jobs, ended, open: 0 }
     }
-}
 
-impl Beside {
     pub fn add(&mut self, job: Job) {
         // The thread lives as long as we do.
         self.open += usize::from(self.jobs.send(job).is_ok());
@@ -204,7 +205,7 @@ mod tests {
 
     #[test]
     fn jobs_beside_end_in_their_order_with_all_they_said() {
-        let mut beside = Beside::default();
+        let mut beside = Lane::new(true);
         let result = "echo test result: FAILED. 3 passed\\; 1 failed\\; 0 ignored";
         beside.add(job("slow", &format!("sleep 0.3; {result}; chrt -p $$ >&2; exit 1")));
         beside.add(job("fast", "echo $GIVEN in $PWD"));
@@ -220,6 +221,14 @@ mod tests {
         assert_eq!(fast.output, "7 in /\n");
         assert_eq!(fast.outcome.unwrap(), (true, Counts::default()));
         assert!(beside.wait().is_none());
+    }
+
+    #[test]
+    fn only_an_idle_lane_is_idle() {
+        let mut beside = Lane::new(false);
+        beside.add(job("usual", "chrt -p $$"));
+        let output = beside.wait().unwrap().output;
+        assert!(output.contains("SCHED_OTHER"), "{output}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use anyhow::Result;
 
 use super::{
     programs::{self, Target, TestProgram},
-    run::{Beside, Counts, Ended, Job, Took},
+    run::{Counts, Ended, Job, Lane, Took},
 };
 use xtask::{
     measure,
@@ -25,12 +25,14 @@ const LONGEST: usize = 15;
 pub(super) enum When {
     /// Now; the next step waits for it.
     Now,
-    /// Beside the steps that follow, in time that they leave. For what doesn't look at times.
+    /// Beside the steps that follow, at usual priority. For what hardly needs a processor and isn't about speed.
     Beside,
+    /// Beside them, in time that they leave. For what needs processors and doesn't look at times.
+    Idle,
 }
 
 /// Runs steps and remembers what failed.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Runner {
     pub quick: bool,
     pub failures: Vec<String>,
@@ -41,13 +43,24 @@ pub(super) struct Runner {
     counts: BTreeMap<&'static str, Counts>,
     /// Compiled at the first need.
     programs: Option<Vec<TestProgram>>,
-    beside: Beside,
+    beside: Lane,
+    idle: Lane,
     times: Vec<Took>,
 }
 
 impl Runner {
     pub fn new(quick: bool, soak: bool) -> Self {
-        Self { quick, soak, ..Self::default() }
+        Self {
+            quick,
+            soak,
+            failures: Vec::new(),
+            group: "",
+            counts: BTreeMap::new(),
+            programs: None,
+            beside: Lane::new(false),
+            idle: Lane::new(true),
+            times: Vec::new(),
+        }
     }
 
     /// True for tests that print a seed or figures worth a log line.
@@ -121,12 +134,13 @@ impl Runner {
                 self.ended(job.run());
             }
             When::Beside => self.beside.add(job),
+            When::Idle => self.idle.add(job),
         }
     }
 
     /// Shows what has ended beside us, then the name of the step that begins.
     fn begin(&mut self, name: &str, what: &str) {
-        while let Some(ended) = self.beside.ended() {
+        while let Some(ended) = self.beside.ended().or_else(|| self.idle.ended()) {
             self.ended(ended);
         }
         println!("-- {}", format!("{name} {what}").trim_end());
@@ -172,7 +186,7 @@ impl Runner {
     /// Waits for all that runs beside us; returns how long that took.
     pub fn wait(&mut self) -> Duration {
         let started = Instant::now();
-        while let Some(ended) = self.beside.wait() {
+        while let Some(ended) = self.beside.wait().or_else(|| self.idle.wait()) {
             self.ended(ended);
         }
         started.elapsed()
