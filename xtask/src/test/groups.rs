@@ -151,13 +151,14 @@ fn main_job(runner: &mut Runner) {
 }
 
 fn janus(runner: &mut Runner) {
-    package(runner, "janus", When::Now);
+    // They wait for silences, in memory or on loopback: all of them together need 5 seconds of a processor.
+    package(runner, "janus", When::Now, &["--test-threads", "6"]);
     placed(runner, "janus");
 }
 
 fn store(runner: &mut Runner) {
     // They read and write images on virtual or simulated disks, without deadlines.
-    package(runner, "server", When::Idle);
+    package(runner, "server", When::Idle, &[]);
     placed(runner, "store");
 }
 
@@ -200,12 +201,12 @@ fn placed(runner: &mut Runner, group: &str) {
     }
 }
 
-/// All tests of a package; those in its `tests` when it is said.
-fn package(runner: &mut Runner, name: &str, when: When) {
+/// All tests of a package; those in its `tests` when and as it is said.
+fn package(runner: &mut Runner, name: &str, when: When, arguments: &[&str]) {
     for target in [Target::Lib, Target::Bins] {
         runner.tests(When::Now, name, target, &without_root(&[]));
     }
-    runner.tests(when, name, Target::Tests, &without_root(&[]));
+    runner.tests(when, name, Target::Tests, &without_root(arguments));
 }
 
 /// Arguments of tests, and without root those that leave out what needs it.

@@ -152,8 +152,13 @@ impl Lane {
     pub fn new(is_idle: bool) -> Self {
         let (jobs, to_do) = mpsc::channel::<Job>();
         let (done, ended) = mpsc::channel();
-        let mut run = move |job: Job| done.send(job.run_beside(is_idle));
-        thread::spawn(move || to_do.into_iter().try_for_each(&mut run));
+        thread::spawn(move || {
+            for job in to_do {
+                if done.send(job.run_beside(is_idle)).is_err() {
+                    return;
+                }
+            }
+        });
         Self { jobs, ended, open: 0 }
     }
 
