@@ -61,6 +61,7 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "systemd-analyze", package: "systemd" },
     Tool { program: "openssl", package: "openssl" },
     Tool { program: "chromedriver", package: "chromium-driver" },
+    Tool { program: "chrt", package: "util-linux" },
 ];
 
 /// The disk of an image of this `kind` (`VHD`, `VHDX`) as 7-Zip reads it, which finds the image's parents by itself.
