@@ -71,8 +71,8 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn tell(args: &Args, seed: u64, steps: &mut Steps) -> Result<()> {
-    let programs =
-        steps.step("build the programs", || Ok((Programs::build(Profile::Dev)?, String::new())))?;
+    let programs = steps
+        .step("build the programs", || Ok((Programs::built_or(Profile::Dev)?, String::new())))?;
     let place = Place::take(args.dir.as_deref())?;
     let plan = Plan { folder: Some(place.folder.clone()), ..Plan::default() };
     let mut site = steps.step("make keys, start two servers and a janus", || {

@@ -15,4 +15,3 @@ pub mod noise;
 pub mod ntfs;
 pub mod packages;
 pub mod site;
-pub mod test;

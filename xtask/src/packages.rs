@@ -66,6 +66,7 @@ pub const TEST_TOOLS: &[Tool] = &[
     Tool { program: "chromedriver", package: "chromium-driver" },
     Tool { program: "slapd", package: "slapd" },
     Tool { program: "ldapmodify", package: "ldap-utils" },
+    Tool { program: "chrt", package: "util-linux" },
 ];
 
 /// The disk of an image of this `kind` (`VHD`, `VHDX`) as 7-Zip reads it, which finds the image's parents by itself.

@@ -6,7 +6,6 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
     thread,
@@ -20,6 +19,7 @@ pub mod answers;
 mod browser;
 mod client;
 mod network;
+mod ports;
 mod process;
 mod programs;
 mod sites;
@@ -27,11 +27,10 @@ mod sites;
 pub use browser::Browser;
 pub use client::{Client, Finished, Running, Taken};
 pub use network::{Cut, Network};
+pub use ports::free_ports;
 pub use process::{Process, stop_children_on_interrupt};
 pub use programs::{PROGRAMS_VARIABLE, Profile, Programs, cargo, target, workspace};
 pub use sites::{MACHINES, Part, SITES, Sites, url};
-
-use crate::noise::Noise;
 
 /// Group of the keys of every site.
 pub const GROUP: &str = "demo";
@@ -476,24 +475,4 @@ pub fn key_settings(folder: &Path) -> Settings {
         settings.set(name, folder.join(format!("{name}.pem")).to_string_lossy());
     }
     settings
-}
-
-/// Ports that are free now. They lie below the range that outgoing connections take theirs from (Linux: 32768 and up):
-/// a port of that range can be taken, or even connect to itself, while its server is down.
-///
-/// # Errors
-/// When none is found.
-pub fn free_ports(count: usize) -> Result<Vec<u16>> {
-    let mut noise = Noise::new(Noise::fresh_seed());
-    let mut held = Vec::new();
-    for _ in 0..10_000 {
-        let port = 20_000 + noise.below(12_000) as u16;
-        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
-            held.push((port, listener));
-        }
-        if held.len() == count {
-            return Ok(held.into_iter().map(|(port, _)| port).collect());
-        }
-    }
-    bail!("no free ports between 20000 and 32000")
 }

@@ -4,8 +4,16 @@ use std::{fs, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
-use super::{matrix, programs::Target, steps::Runner, tidy, tools};
-use crate::{bindings, packages};
+use super::{
+    matrix,
+    programs::Target,
+    steps::{Runner, When},
+    tidy, tools,
+};
+use xtask::{
+    bindings, packages,
+    site::{PROGRAMS_VARIABLE, target},
+};
 
 /// A part of the test run.
 pub(super) struct Group {
@@ -16,14 +24,15 @@ pub(super) struct Group {
 
 pub(super) const GROUPS: &[Group] = &[
     Group { name: "build", budget_minutes: 10, run: build },
-    Group { name: "main-job", budget_minutes: 5, run: main_job },
-    Group { name: "janus", budget_minutes: 5, run: janus },
+    // Early, as much of them runs beside the other groups.
     Group { name: "store", budget_minutes: 5, run: store },
+    Group { name: "security", budget_minutes: 4, run: security },
+    Group { name: "janus", budget_minutes: 5, run: janus },
+    Group { name: "main-job", budget_minutes: 5, run: main_job },
     Group { name: "sources", budget_minutes: 4, run: sources },
     Group { name: "client", budget_minutes: 4, run: client },
     Group { name: "restore", budget_minutes: 3, run: restore },
     Group { name: "seeding", budget_minutes: 2, run: seeding },
-    Group { name: "security", budget_minutes: 4, run: security },
 ];
 
 /// Modules of the client that belong to group `sources`.
@@ -42,9 +51,8 @@ const SOURCE_MODULES: &[&str] = &[
 /// Those of group `restore`; the last stands there since minutes are left.
 const RESTORE_MODULES: &[&str] =
     &["restore::", "export::", "snapshot::", "browse::", "cache::tests::size"];
-/// Whole-system tests that belong to another group than `main-job`. Some stand where minutes are left, not where their subject is.
 const QEMU: &str = "qemu-system-x86_64";
-
+/// Whole-system tests that belong to another group than `main-job`. Some stand where minutes are left, not where their subject is.
 const PLACED: &[(&str, &str)] = &[
     ("admin", "store"),
     ("archive", "seeding"),
@@ -80,31 +88,58 @@ const PLACED: &[(&str, &str)] = &[
     ("identity", "security"),
     ("sealed", "security"),
 ];
+/// Whole-system tests that run beside the others, several at once: they wait for most of their time, and need a fifth of a
+/// processor or less. None of them looks at the memory of a program.
+const WAITING: &[Waiting] = &[
+    // What a line does and a URL that leads nowhere costs is told by seconds.
+    Waiting {
+        program: "networks",
+        threads: "4",
+        about_speed: &["packing::", "urls::as_root_a_home_url_that_leads_nowhere"],
+    },
+    Waiting { program: "identity", threads: "2", about_speed: &[] },
+];
+
+struct Waiting {
+    program: &'static str,
+    threads: &'static str,
+    /// Beginnings of the names of tests that run before, alone.
+    about_speed: &'static [&'static str],
+}
+
+/// Whole-system tests on virtual time: nothing in them depends on how fast they run.
+const VIRTUAL: &[&str] = &["simulation"];
 /// Whole-system tests that `--quick` leaves out.
 const SLOW: &[&str] =
     &["kills", "links", "foreign_clients", "page", "simulation", "thinning_kills"];
 
 fn build(runner: &mut Runner) {
-    runner.cargo("format", &["fmt", "--all", "--check"]);
-    let clippy = "clippy --workspace --all-targets --features xtask/load -- -D warnings";
-    runner.cargo("clippy", &clippy.split(' ').collect::<Vec<_>>());
-    runner.cargo_with(
-        "docs",
-        &["doc", "--workspace", "--no-deps"],
-        &[("RUSTDOCFLAGS", "-D warnings")],
-    );
+    let cargo = |runner: &mut Runner, when, name, arguments: &str| {
+        runner.cargo(when, name, &arguments.split(' ').collect::<Vec<_>>(), &[]);
+    };
+    cargo(runner, When::Now, "format", "fmt --all --check");
     runner.check("committed bindings", bindings::check);
     runner.check("buf lint", tools::buf_lint);
     runner.check("tidy", tidy::check);
     let advisories = runner.soak;
     runner.check("crates (cargo-deny)", || tools::deny(advisories));
     runner.check("failure matrix", matrix::check);
+    // Cargo has one lock of the folder it builds into: whatever compiles beside the tests comes after what they need.
     runner.compile_tests();
-    runner.cargo("examples in docs", &["test", "--workspace", "--doc"]);
+    let clippy = "clippy --workspace --all-targets --features xtask/load -- -D warnings";
+    cargo(runner, When::Idle, "clippy", clippy);
+    let docs = ["doc", "--workspace", "--no-deps"];
+    runner.cargo(When::Idle, "docs", &docs, &[("RUSTDOCFLAGS", "-D warnings")]);
+    // Tests are compiled with features of libraries that users' builds don't have.
+    let alone = "check -p janus-server -p janus -p janus-client --bins";
+    cargo(runner, When::Idle, "programs without what tests add", alone);
+    cargo(runner, When::Idle, "examples in docs", "test --workspace --doc");
 }
 
 fn main_job(runner: &mut Runner) {
-    runner.tests("xtask", Target::Lib, &without_root(&[]));
+    for target in [Target::Lib, Target::Bins] {
+        runner.tests(When::Now, "xtask", target, &without_root(&[]));
+    }
     for name in whole_system_tests(runner) {
         if PLACED.iter().all(|(placed, _)| *placed != name) {
             whole_system(runner, &name);
@@ -116,30 +151,32 @@ fn main_job(runner: &mut Runner) {
 }
 
 fn janus(runner: &mut Runner) {
-    package(runner, "janus");
+    // They wait for silences, in memory or on loopback: all of them together need 5 seconds of a processor.
+    package(runner, "janus", When::Now, &["--test-threads", "6"]);
     placed(runner, "janus");
 }
 
 fn store(runner: &mut Runner) {
-    package(runner, "server");
+    // They read and write images on virtual or simulated disks, without deadlines.
+    package(runner, "server", When::Idle, &[]);
     placed(runner, "store");
 }
 
 fn sources(runner: &mut Runner) {
-    runner.tests("client", Target::Lib, SOURCE_MODULES);
+    runner.tests(When::Now, "client", Target::Lib, SOURCE_MODULES);
     placed(runner, "sources");
 }
 
 fn client(runner: &mut Runner) {
     let others = SOURCE_MODULES.iter().chain(RESTORE_MODULES);
     let arguments: Vec<_> = others.flat_map(|module| ["--skip", module]).collect();
-    runner.tests("client", Target::Lib, &arguments);
-    runner.tests("client", Target::Bins, &[]);
+    runner.tests(When::Now, "client", Target::Lib, &arguments);
+    runner.tests(When::Now, "client", Target::Bins, &[]);
     placed(runner, "client");
 }
 
 fn restore(runner: &mut Runner) {
-    runner.tests("client", Target::Lib, RESTORE_MODULES);
+    runner.tests(When::Now, "client", Target::Lib, RESTORE_MODULES);
     placed(runner, "restore");
 }
 
@@ -149,7 +186,7 @@ fn seeding(runner: &mut Runner) {
 
 fn security(runner: &mut Runner) {
     for target in [Target::Lib, Target::Tests] {
-        runner.tests("proto", target, &[]);
+        runner.tests(When::Now, "proto", target, &[]);
     }
     placed(runner, "security");
 }
@@ -164,11 +201,12 @@ fn placed(runner: &mut Runner, group: &str) {
     }
 }
 
-/// All tests of a package.
-fn package(runner: &mut Runner, name: &str) {
-    for target in [Target::Lib, Target::Bins, Target::Tests] {
-        runner.tests(name, target, &without_root(&[]));
+/// All tests of a package; those in its `tests` when and as it is said.
+fn package(runner: &mut Runner, name: &str, when: When, arguments: &[&str]) {
+    for target in [Target::Lib, Target::Bins] {
+        runner.tests(When::Now, name, target, &without_root(&[]));
     }
+    runner.tests(when, name, Target::Tests, &without_root(arguments));
 }
 
 /// Arguments of tests, and without root those that leave out what needs it.
@@ -182,10 +220,24 @@ fn without_root<'a>(arguments: &[&'a str]) -> Vec<&'a str> {
 }
 
 fn whole_system(runner: &mut Runner, name: &str) {
-    // One at a time: each test runs several programs, and memory and times are looked at. Those with networks of their
-    // own mostly wait for silence to be long enough.
-    let threads = if name == "links" { "16" } else { "1" };
-    let mut arguments = without_root(&["--test-threads", threads]);
+    let target = Target::Test(name);
+    // One at a time: each test runs several programs, and memory and times are looked at.
+    let mut arguments = without_root(&["--test-threads", "1"]);
+    if let Some(waiting) = WAITING.iter().find(|waiting| waiting.program == name) {
+        if !waiting.about_speed.is_empty() {
+            let alone = [&arguments[..], waiting.about_speed].concat();
+            runner.tests(When::Now, "client", target, &alone);
+        }
+        let others = waiting.about_speed.iter().flat_map(|begins| ["--skip", *begins]);
+        let mut arguments = without_root(&["--test-threads", waiting.threads]);
+        arguments.extend(others);
+        runner.tests(When::Beside, "client", target, &arguments);
+        return;
+    }
+    if name == "links" {
+        // Each has networks of its own and mostly waits for a silence to be long enough.
+        arguments = without_root(&["--test-threads", "16"]);
+    }
     // Its package brings other versions of QEMU's tools along, which the other tests then use.
     if name == "prove" && !runner.soak && !packages::is_here(QEMU) {
         println!(
@@ -196,9 +248,11 @@ fn whole_system(runner: &mut Runner, name: &str) {
     arguments.extend(if runner.shows_figures(name) { &["--nocapture"][..] } else { &[] });
     if runner.soak && name == "simulation" {
         let cargo = "test -p janus-client --profile soak --test simulation --";
-        runner.cargo(name, &[&cargo.split(' ').collect::<Vec<_>>(), &arguments[..]].concat());
+        let arguments = [&cargo.split(' ').collect::<Vec<_>>(), &arguments[..]].concat();
+        runner.cargo(When::Now, name, &arguments, &[]);
     } else {
-        runner.tests("client", Target::Test(name), &arguments);
+        let when = if VIRTUAL.contains(&name) { When::Idle } else { When::Now };
+        runner.tests(when, "client", target, &arguments);
     }
 }
 
@@ -230,8 +284,12 @@ fn whole_system_tests(runner: &mut Runner) -> Vec<String> {
 /// The demo in a process of its own, as a user runs it; its JSON answer is checked.
 fn demo() -> Result<()> {
     let program = std::env::current_exe()?;
-    let text =
-        packages::output(Command::new(program).args(["demo", "--json", "--size-mib", "128"]))?;
+    // Its programs are here: another choice of features would compile them anew, with all that is below them.
+    let text = packages::output(
+        Command::new(program)
+            .args(["demo", "--json", "--size-mib", "128"])
+            .env(PROGRAMS_VARIABLE, target().join("debug")),
+    )?;
     let answer: serde_json::Value =
         serde_json::from_str(&text).with_context(|| format!("not JSON: {text}"))?;
     let steps = answer["steps"].as_array().context("no steps")?;

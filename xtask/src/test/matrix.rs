@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 
-use crate::site::workspace;
+use xtask::site::workspace;
 
 const PAGE: &str = "docs/resilience.md";
 const SECTION: &str = "## What happens when";

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::site::{cargo, workspace};
+use xtask::site::{cargo, workspace};
 
 /// What of a package holds tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,11 +55,15 @@ fn compile_into(found: &mut Vec<TestProgram>) -> Result<()> {
     Ok(())
 }
 
-/// Commands that run the tests of a package's target, from its folder as cargo does.
-pub(super) fn commands(all: &[TestProgram], package: &str, target: Target) -> Vec<Command> {
+/// Commands that run the tests of a package's target, from its folder as cargo does, with their names.
+pub(super) fn commands(
+    all: &[TestProgram],
+    package: &str,
+    target: Target,
+) -> Vec<(String, Command)> {
     let folder = workspace().join(package);
     let here = all.iter().filter(|test| test.folder == folder && test.holds(target));
-    here.map(TestProgram::command).collect()
+    here.map(|test| (test.title(package), test.command())).collect()
 }
 
 impl TestProgram {
@@ -69,6 +73,14 @@ impl TestProgram {
             Target::Bins => self.kind == "bin",
             Target::Tests => self.kind == "test",
             Target::Test(name) => self.kind == "test" && self.name == name,
+        }
+    }
+
+    fn title(&self, package: &str) -> String {
+        match self.kind.as_str() {
+            "lib" => format!("unit tests of {package}"),
+            "bin" => format!("unit tests of the program {}", self.name),
+            _ => format!("{package}/tests/{}", self.name),
         }
     }
 
@@ -110,7 +122,8 @@ mod tests {
         });
         let all = [read(&message).unwrap()];
         let found = |package, target| commands(&all, package, target);
-        let command = &found("client", Target::Test("hostile"))[0];
+        let (name, command) = &found("client", Target::Test("hostile"))[0];
+        assert_eq!(name, "client/tests/hostile");
         assert_eq!(command.get_program(), "/target/debug/deps/hostile-0a1b");
         assert_eq!(command.get_current_dir(), Some(&*workspace().join("client")));
         assert_eq!(found("client", Target::Tests).len(), 1);

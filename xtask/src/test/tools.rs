@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{
+use xtask::{
     packages::{self, Archive},
     site::{cargo, target},
 };
