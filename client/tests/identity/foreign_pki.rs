@@ -9,8 +9,10 @@ use std::{
 };
 
 use janus_proto::{
+    channel::{self, ConnectOptions, Expect},
     error::ErrorReason,
     ids::BackupId,
+    pb::{self, enrollment_service_client::EnrollmentServiceClient},
     proof::Statement,
     tls::{Identity, Pki},
 };
@@ -304,6 +306,13 @@ fn a_site_of_spiffe_certificates_backs_up_by_turns_and_restores() {
     let to = scene.site.folder().join("direct");
     machine.restore("disk", &to).unwrap();
     disk::compare(&scene.disk("web1"), &to).unwrap();
+
+    // What an enrolment has left beside it is about another certificate.
+    let ending = Wanted { key: Key::Rsa, cn: "", names: web1, from: -DAY, until: 3600 };
+    let keys = authority.issue("web1", &ending);
+    fs::write(keys.join("enrolled.json"), r#"{"url":"https://127.0.0.1:1"}"#).unwrap();
+    let done = machine.run(&["backup"]).unwrap();
+    assert!(done.code == Some(0) && !done.stderr.contains("renewed"), "{}", done.stderr);
 }
 
 #[test]
@@ -456,7 +465,9 @@ fn names_of_hosts_and_subjects_beside_certificates_of_ours() {
     }
     scene.site.janus_settings().unwrap().set("ca", ours.as_str());
     let enroll = &mut scene.site.server(A).unwrap().settings;
-    enroll.set("enroll.listen", format!("127.0.0.1:{}", free_ports(1).unwrap()[0]));
+    let address = format!("127.0.0.1:{}", free_ports(1).unwrap()[0]);
+    let enroll_url = format!("https://{address}");
+    enroll.set("enroll.listen", address);
     enroll.set("enroll.ca", Path::new(&ours).parent().unwrap().to_string_lossy());
     scene.site.start_all().unwrap();
     let names = "DNS:PC-1.alice.clients.example.org, DNS:pc-1.local";
@@ -482,6 +493,15 @@ fn names_of_hosts_and_subjects_beside_certificates_of_ours() {
     let token = scene.admin(A, &["enroll", "token", "--machine", "x", "--user", "alice"]);
     let error = token["error"].as_str().unwrap();
     assert!(error.contains("isn't of an authority in `ca`"), "{error}");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let renewed = runtime.block_on(async {
+        let options = ConnectOptions::expecting(Expect::Server);
+        let known = identity(&authority, "pc-1", HOSTS);
+        let channel = channel::connect(&enroll_url, &known, options).await.unwrap().channel;
+        let asked = pb::RenewRequest { signing_request: vec![1].into() };
+        EnrollmentServiceClient::new(channel).renew(asked).await
+    });
+    refused(renewed, ErrorReason::NotAllowed);
 
     // One authority in both files would count in two ways.
     let both = scene.site.folder().join("both.pem");

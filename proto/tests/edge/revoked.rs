@@ -108,7 +108,7 @@ async fn they_are_kept_and_one_server_leaves_places_to_the_others() {
     assert!(text.len() < 400 * all.len());
     let kept: Kept = serde_json::from_str(&text).unwrap();
     assert_eq!(kept.into_revocations(), all);
-    let hostile = text.replace("\"signer\": 1,", "\"signer\": 7,");
+    let hostile = text.replace("\"signer\": 0,", "\"signer\": 7,");
     let kept: Kept = serde_json::from_str(&hostile).unwrap();
     assert_eq!(kept.into_revocations().len(), all.len() - 1);
 }
