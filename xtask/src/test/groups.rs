@@ -107,8 +107,6 @@ struct Waiting {
     about_speed: &'static [&'static str],
 }
 
-/// Whole-system tests on virtual time: nothing in them depends on how fast they run.
-const VIRTUAL: &[&str] = &["simulation"];
 /// Whole-system tests that `--quick` leaves out.
 const SLOW: &[&str] =
     &["kills", "links", "foreign_clients", "page", "simulation", "thinning_kills"];
@@ -251,8 +249,7 @@ fn whole_system(runner: &mut Runner, name: &str) {
         let arguments = [&cargo.split(' ').collect::<Vec<_>>(), &arguments[..]].concat();
         runner.cargo(When::Now, name, &arguments, &[]);
     } else {
-        let when = if VIRTUAL.contains(&name) { When::Idle } else { When::Now };
-        runner.tests(when, "client", target, &arguments);
+        runner.tests(When::Now, "client", target, &arguments);
     }
 }
 
