@@ -159,10 +159,25 @@ impl Catalog {
         )
         .await;
         let (mut entries, mut unreachable) = (Vec::new(), Vec::new());
-        for part in parts {
-            let (part, down) = part?;
-            entries.extend(part);
-            unreachable.extend(down);
+        let (mut has_answered, mut refused) = (false, None);
+        for (upstream, part) in servers.iter().zip(parts) {
+            match part {
+                Ok((part, down)) => {
+                    has_answered |= down.is_none();
+                    entries.extend(part);
+                    unreachable.extend(down);
+                }
+                // Servers may have different policies, for a moment or by mistake.
+                Err(status) if status.code() == Code::PermissionDenied => {
+                    let (server_id, reason) = (upstream.name(), status.message().to_owned());
+                    unreachable.push(pb::UnreachableServer { server_id, reason, since_ms: 0 });
+                    refused.get_or_insert(status);
+                }
+                Err(status) => return Err(status),
+            }
+        }
+        if let Some(refused) = refused.filter(|_| !has_answered) {
+            return Err(refused);
         }
         for server in self.strangers(&servers) {
             unreachable.push(self.stranger(&server));
