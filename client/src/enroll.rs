@@ -24,6 +24,7 @@ use janus_proto::{
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Status};
+use zeroize::Zeroizing;
 
 use crate::files::{new_private, private_folder};
 
@@ -138,7 +139,7 @@ pub async fn enroll(
     }
     // A key without a certificate is that of an enrolment whose answer was lost.
     let pending = files.key.with_extension("new");
-    let kept = fs::read_to_string(&pending).map(|text| KeyPair::from_pem(&text));
+    let kept = fs::read_to_string(&pending).map(|text| KeyPair::from_pem(&Zeroizing::new(text)));
     let key = match kept {
         Ok(Ok(key)) => key,
         kept => {
@@ -204,7 +205,7 @@ pub async fn renew_if_due(
     let text = fs::read(&path).map_err(of(&path))?;
     let enrolled: Enrolled =
         serde_json::from_slice(&text).map_err(|error| of(&path)(io::Error::other(error)))?;
-    let key = fs::read_to_string(&files.key).map_err(of(&files.key))?;
+    let key = Zeroizing::new(fs::read_to_string(&files.key).map_err(of(&files.key))?);
     let key = KeyPair::from_pem(&key)?;
     let dialer = Arc::new(Proxied { identity: identity.clone(), proxies });
     let options = ConnectOptions::expecting(Expect::Server);
@@ -255,7 +256,8 @@ fn write_key(path: &Path, key: &KeyPair) -> Result<(), EnrollError> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         private_folder(folder).map_err(of(folder))?;
     }
-    new_private(path, &[key.serialize_pem().as_bytes()]).map_err(of(path))
+    let text = Zeroizing::new(key.serialize_pem());
+    new_private(path, &[text.as_bytes()]).map_err(of(path))
 }
 
 /// Replaces a file by one that is whole and synced.

@@ -30,6 +30,7 @@ use rustls::{
     version::TLS13,
 };
 use x509_parser::prelude::{FromDer, X509Certificate};
+use zeroize::Zeroizing;
 
 use self::{
     believed::{Believed, Site, verifier},
@@ -243,7 +244,7 @@ impl Files {
         let open_chain = chain.iter().chain(&believed.authorities).cloned().collect();
         let open =
             server_config(open_verifier, open_chain, private.clone_key()).map_err(mismatch)?.into();
-        let client = client_config(&believed, chain, private).map_err(mismatch)?.into();
+        let client = client_config(&believed, chain, private.clone_key()).map_err(mismatch)?.into();
         let principal = Arc::new(principal);
         Ok(Keys { principal, server, open, client, believed, signing, stamps })
     }
@@ -537,10 +538,11 @@ fn certificates(
     }
 }
 
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+fn private_key(path: &Path) -> Result<Zeroizing<PrivateKeyDer<'static>>, TlsError> {
     let what = "private key";
-    PrivateKeyDer::from_pem_slice(&read("key", what, path)?)
-        .map_err(|error| format_error(what, path, error))
+    let text = Zeroizing::new(read("key", what, path)?);
+    let key = PrivateKeyDer::from_pem_slice(&text);
+    key.map(Zeroizing::new).map_err(|error| format_error(what, path, error))
 }
 
 fn read(setting: &'static str, what: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {

@@ -22,6 +22,7 @@ use janus_proto::{
     tls::{Role, TlsError},
 };
 use rcgen::{BasicConstraints, IsCa, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256};
+use zeroize::Zeroizing;
 
 pub use self::authority::{Authority, Wanted};
 use self::{authority::params, rotation::CaCommand};
@@ -295,7 +296,7 @@ pub fn issue(ca: &Path, wanted: &Wanted, out: &Path) -> Result<(), PkiError> {
     let (key_path, cert_path) = (out.join("key.pem"), out.join("cert.pem"));
     refuse_existing(&[&key_path, &cert_path])?;
     copy_ca(authority.bundle(), &out.join("ca.pem"))?;
-    write_new(&key_path, &key.serialize_pem(), KEY_MODE)?;
+    write_new(&key_path, &Zeroizing::new(key.serialize_pem()), KEY_MODE)?;
     write_new(&cert_path, &cert, PUBLIC_MODE)
 }
 

@@ -13,6 +13,8 @@ use rcgen::{
 };
 use time::OffsetDateTime;
 
+use zeroize::Zeroizing;
+
 use super::PkiError;
 
 /// Certificates start this long before now, so that hosts whose clocks are a little late accept them at once.
@@ -56,7 +58,8 @@ impl Authority {
     pub fn open(folder: &Path) -> Result<Self, PkiError> {
         // The group is said better by its own error.
         ca_group(&folder.join("ca.pem"))?;
-        Self::of(&read(&folder.join("ca.pem"))?, &read(&folder.join("ca.key"))?)
+        let key = Zeroizing::new(read(&folder.join("ca.key"))?);
+        Self::of(&read(&folder.join("ca.pem"))?, &key)
     }
 
     /// Of a bundle and a key, both PEM.

@@ -12,6 +12,7 @@ use std::{
 
 use janus_proto::hash::hash_block;
 use serde::Deserialize;
+use zeroize::Zeroizing;
 
 use super::{Member, Rights};
 use crate::{config::replicate, seed::Which};
@@ -269,12 +270,14 @@ impl Ldap {
     ///
     /// # Errors
     /// When it can't be read, or everybody can read it.
-    pub fn password(&self) -> Result<String, PolicyError> {
-        if self.bind_dn.is_empty() {
-            return Ok(String::new());
+    pub fn password(&self) -> Result<Zeroizing<String>, PolicyError> {
+        let mut password = Zeroizing::new(String::new());
+        if !self.bind_dn.is_empty() {
+            *password = read_guarded(&self.password_file, 0o027, "others", "0640 or less")?;
+            let length = password.trim_end_matches(['\n', '\r']).len();
+            password.truncate(length);
         }
-        let text = read_guarded(&self.password_file, 0o027, "others", "0640 or less")?;
-        Ok(text.trim_end_matches(['\n', '\r']).to_owned())
+        Ok(password)
     }
 }
 
@@ -384,6 +387,6 @@ mod tests {
         assert!(password.password().unwrap_err().to_string().contains("chmod 0640"));
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         fs::write(&path, "secret\n").unwrap();
-        assert_eq!(password.password().unwrap(), "secret");
+        assert_eq!(password.password().unwrap().as_str(), "secret");
     }
 }
