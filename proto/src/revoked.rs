@@ -309,7 +309,7 @@ impl Revocations {
     /// Those of servers and janus, whom clients connect to, as they travel; the latest, if there are too many for a message.
     pub fn of_peers(&self) -> Vec<pb::Revocation> {
         let is_peer = |one: &Revocation| {
-            let role = one.principal.splitn(5, '/').nth(3);
+            let role = one.principal.split('/').nth(3);
             matches!(role, Some("server" | "janus"))
         };
         let mut peers = self.all();

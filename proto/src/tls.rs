@@ -165,6 +165,9 @@ pub enum TlsError {
     },
 }
 
+/// Certificates that are valid for no longer, in seconds, aren't renewed by hand.
+const RENEWED_BY_PROGRAMS: i64 = 2 * 24 * 60 * 60;
+
 /// Our certificate with its key, and the CA that peers are checked against. Cheap to clone; all clones change together
 /// by [`Identity::reload`].
 #[derive(Clone)]
@@ -353,10 +356,13 @@ impl Identity {
         self.keys().principal.expires()
     }
 
-    /// How long that certificate is valid in all, in seconds.
+    /// How long that certificate is valid in all, in seconds, where nobody but a program renews it: it is of a PKI of one's own, or
+    /// ends within two days. 0: people do, who want to know earlier.
     pub fn valid_seconds(&self) -> i64 {
-        let (from, until) = self.keys().principal.validity();
-        until.saturating_sub(from)
+        let principal = self.keys().principal;
+        let (from, until) = principal.validity();
+        let valid = until.saturating_sub(from);
+        if principal.is_mapped() || valid <= RENEWED_BY_PROGRAMS { valid } else { 0 }
     }
 
     /// Who we are, with the certificate of the start.

@@ -40,7 +40,8 @@ fn list(person: &Client, machine: &str) -> Result<Vec<Value>, String> {
 fn a_group_reads_what_its_policy_names_until_it_does_not() {
     let mut scene = Scene::with_policy(Some(&helpdesk("\"carol\"")));
     let machine = scene.enrolled("web1");
-    let [owner, carol, mallory] = [USER, "carol", "mallory"].map(|name| scene.person(name));
+    let [owner, carol, dave, mallory] =
+        [USER, "carol", "dave", "mallory"].map(|name| scene.person(name));
     scene.works(&machine, "web1");
     scene.works(&machine, "web1");
     let name = format!("{USER}/web1");
@@ -77,12 +78,12 @@ fn a_group_reads_what_its_policy_names_until_it_does_not() {
     println!("carol was refused {took:?} after the policy had changed on the second server");
     let said = list(&carol, &name).unwrap_err();
     assert!(said.contains("user carol may not"), "{said}");
-    assert_eq!(list(&scene.person("dave"), &name).unwrap().len(), 2);
+    assert_eq!(list(&dave, &name).unwrap().len(), 2);
 
     // A policy that can't be read takes nothing away, and is told of.
     scene.set_policy(A, "[groups.helpdesk]\nmembres = []\n");
     until("it is told of", SOON, || scene.site.log(A).contains("unknown field `membres`"));
-    assert_eq!(list(&scene.person("dave"), &name).unwrap().len(), 2);
+    assert_eq!(list(&dave, &name).unwrap().len(), 2);
     // But nobody begins with it.
     scene.site.stop_server(A).unwrap();
     let failed = format!("{:#}", scene.site.start_server(A).unwrap_err());

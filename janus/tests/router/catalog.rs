@@ -191,6 +191,7 @@ async fn nobody_reads_another_machines_catalog() {
     let keys = Keys::new();
     let a = Backend::new(&keys, "a").await;
     let janus = janus(&keys, &[a.address()]).await;
+    let _a = report(&keys, &janus, "a", vec![], 0).await;
     let request = pb::ListSnapshotsRequest { machine: "bob/web".into(), ..Default::default() };
     let refused = catalog(&keys, &janus).await.list_snapshots(request).await.unwrap_err();
     assert_eq!(reason(&refused), Some(ErrorReason::NotAllowed));

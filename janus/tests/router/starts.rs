@@ -8,6 +8,7 @@ use tonic::{Code, Request, Response, Status, transport::Channel};
 
 use crate::{
     backend::{Backend, Mood},
+    catalog::report,
     site::{Keys, client, janus, nobody, reason, until},
 };
 
@@ -251,6 +252,7 @@ async fn a_caller_speaks_for_itself_only() {
     let keys = Keys::new();
     let a = Backend::new(&keys, "a").await;
     let janus = janus(&keys, &[a.address()]).await;
+    let _a = report(&keys, &janus, "a", vec![], 0).await;
     let mut other = start_request();
     other.metadata_mut().insert(metadata::MACHINE, "alice/db".parse().unwrap());
     let refused = client(&keys, &janus.url).await.start_backup(other).await.unwrap_err();

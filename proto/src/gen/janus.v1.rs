@@ -2562,7 +2562,7 @@ pub struct Vitals {
     /// older server.
     #[prost(string, tag = "5")]
     pub revocations_digest: ::prost::alloc::string::String,
-    /// How long that certificate is valid in all, in milliseconds: what is short is renewed late. 0: unknown, or from an older server.
+    /// How long that certificate is valid in all, in milliseconds, where programs renew it, late. 0: people do, or unknown, or from an older server.
     #[prost(int64, tag = "6")]
     pub certificate_valid_ms: i64,
 }
@@ -3109,7 +3109,7 @@ pub struct ServerStatus {
     /// Of all revocations it knows, as it has reported; empty: unknown, or an older janus or server.
     #[prost(string, tag = "18")]
     pub revocations_digest: ::prost::alloc::string::String,
-    /// How long that certificate is valid in all, in milliseconds: what is short is renewed late. 0: unknown, or from an older janus or server.
+    /// How long that certificate is valid in all, in milliseconds, where programs renew it, late. 0: people do, or unknown, or from an older janus or server.
     #[prost(int64, tag = "19")]
     pub certificate_valid_ms: i64,
 }
@@ -3180,7 +3180,7 @@ pub struct GetRouterStatusResponse {
     /// Unix milliseconds at which this janus' own certificate expires; 0: from an older janus.
     #[prost(int64, tag = "6")]
     pub certificate_expires_ms: i64,
-    /// How long that certificate is valid in all, in milliseconds: what is short is renewed late. 0: unknown, or from an older janus.
+    /// How long that certificate is valid in all, in milliseconds, where programs renew it, late. 0: people do, or unknown, or from an older janus.
     #[prost(int64, tag = "7")]
     pub certificate_valid_ms: i64,
 }

@@ -120,7 +120,7 @@ async fn what_a_server_had_signed_is_signed_anew_once_it_is_believed_no_more() {
     let judge = ca.identity("g/janus/j", "127.0.0.1");
     let of_a = a.revoke(WEB1.into()).unwrap().to_wire();
     for knows in [&b, &judge] {
-        knows.revocations().insert(knows.news(&[of_a.clone()], |_| panic!())).unwrap();
+        knows.revocations().insert(knows.news(std::slice::from_ref(&of_a), |_| panic!())).unwrap();
     }
     assert!(b.signed_anew().is_empty());
     let gone = b.revoke("janus://g/server/a".into()).unwrap();
