@@ -70,8 +70,11 @@ impl Caller {
             since_snapshot_id: since.to_owned(),
             first_segment: 0,
         };
+        let statement = Statement::table(&message);
+        let mut request = pinned(server, message);
+        add_proof(&mut request, &self.identity, &statement, Some(&server.parse().unwrap()));
         self.wait(async {
-            let answers = self.tables().read_table(pinned(server, message)).await?;
+            let answers = self.tables().read_table(request).await?;
             let (mut answers, mut start, mut segments) = (answers.into_inner(), None, Vec::new());
             while let Some(answer) = answers.message().await? {
                 start = start.or(answer.start);
