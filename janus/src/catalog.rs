@@ -73,12 +73,7 @@ impl Asker {
     }
 
     /// The machine that a list is about: as named in the message or in the metadata.
-    fn machine<T>(
-        &self,
-        request: &Request<T>,
-        named: &str,
-        registry: &Registry,
-    ) -> Result<MachineKey, Status> {
+    fn machine<T>(&self, request: &Request<T>, named: &str) -> Result<MachineKey, Status> {
         let header =
             request.metadata().get(metadata::MACHINE).and_then(|value| value.to_str().ok());
         let named = if named.is_empty() { header.unwrap_or_default() } else { named };
@@ -87,7 +82,7 @@ impl Asker {
             (None, "") => Err(WireError::Missing { field: "machine" }.into()),
             (_, named) => {
                 let machine: MachineKey = named.parse()?;
-                if self.sight.sees(&machine) || !registry.is_told_of_grants() {
+                if self.sight.may_name(&machine) {
                     return Ok(machine);
                 }
                 let message = format!("{} may not read machine {machine}", self.principal);
@@ -393,11 +388,7 @@ impl CatalogService for Catalog {
     ) -> Result<Response<pb::ListDisksResponse>, Status> {
         let asker = Asker::of(&request, self.fleet.registry())?;
         let query = Query {
-            machine: Some(asker.machine(
-                &request,
-                &request.get_ref().machine,
-                self.fleet.registry(),
-            )?),
+            machine: Some(asker.machine(&request, &request.get_ref().machine)?),
             disk: None,
         };
         let asked = request.into_inner();
@@ -411,8 +402,7 @@ impl CatalogService for Catalog {
         request: Request<pb::ListSnapshotsRequest>,
     ) -> Result<Response<pb::ListSnapshotsResponse>, Status> {
         let asker = Asker::of(&request, self.fleet.registry())?;
-        let machine =
-            Some(asker.machine(&request, &request.get_ref().machine, self.fleet.registry())?);
+        let machine = Some(asker.machine(&request, &request.get_ref().machine)?);
         let asked = request.into_inner();
         let disk = if asked.disk_id.is_empty() { None } else { Some(asked.disk_id.parse()?) };
         let merged =

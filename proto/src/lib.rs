@@ -26,6 +26,7 @@ pub mod clock;
 pub mod direct;
 pub mod enroll;
 pub mod error;
+pub mod grants;
 pub mod hash;
 pub mod health;
 pub mod ids;

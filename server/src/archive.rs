@@ -23,6 +23,7 @@ use janus_proto::{
         names::MachinePlace,
         runs::{self as archived_runs, Listed},
     },
+    grants::Which,
     ids::{BackupId, DiskId, MachineKey, ServerId},
     table::TableStack,
 };
@@ -38,7 +39,7 @@ use crate::{
     chain::{Held, Run},
     config::Archive as Rule,
     runs::Runs,
-    seed::{SeedError, Which},
+    seed::SeedError,
 };
 
 /// Places of archives at work: two at one place could take each other's parts for what a killed one left.

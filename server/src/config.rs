@@ -11,6 +11,7 @@ pub mod size;
 use std::{collections::BTreeMap, path::PathBuf};
 
 use janus_proto::{
+    grants::Which,
     ids::check_name,
     listener::STALL,
     log::{LogFormat, LogPlan},
@@ -23,7 +24,7 @@ pub use self::{
     archive::Archive, enroll::Enroll, fill::Fill, prove::Prove, replicate::Replicate,
     retention::Retention, size::Size,
 };
-use crate::{audit, caller::RequireProof, image::Format, seed::Which};
+use crate::{audit, caller::RequireProof, image::Format};
 
 /// Settings of one server. Every key is also an environment variable and a flag.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,15 +13,10 @@ use std::{
     sync::{Arc, PoisonError, RwLock},
 };
 
-use janus_proto::{
-    ids::{MachineKey, check_name},
-    pb,
-    tls::Role,
-};
+pub use janus_proto::grants::{Member, Which};
+use janus_proto::{ids::MachineKey, pb, tls::Role};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-
-use crate::seed::Which;
 
 /// Members in one message to janus.
 const A_MESSAGE: usize = 1000;
@@ -49,48 +44,6 @@ impl fmt::Display for Right {
 
 impl Right {
     const ALL: [Self; 3] = [Self::Backup, Self::Restore, Self::Admin];
-}
-
-/// A member of groups.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Member {
-    /// A user by name, in small letters: directories don't tell them apart.
-    User(String),
-    /// A machine that also acts for others.
-    Machine(MachineKey),
-}
-
-impl Member {
-    /// Whom the rights of groups may be given to.
-    pub fn of(role: &Role) -> Option<Self> {
-        match role {
-            Role::User(name) => Some(Self::User(name.to_ascii_lowercase())),
-            Role::Client(machine) => Some(Self::Machine(machine.clone())),
-            Role::Restore(_) | Role::Server(_) | Role::Janus(_) | Role::Operator(_) => None,
-        }
-    }
-}
-
-impl fmt::Display for Member {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::User(name) => f.write_str(name),
-            Self::Machine(machine) => machine.fmt(f),
-        }
-    }
-}
-
-impl std::str::FromStr for Member {
-    type Err = janus_proto::error::WireError;
-
-    /// `USER`, or `USER/MACHINE`.
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text.contains('/') {
-            return Ok(Self::Machine(text.parse()?));
-        }
-        check_name("user", text)?;
-        Ok(Self::User(text.to_ascii_lowercase()))
-    }
 }
 
 /// What the members of a group may do.

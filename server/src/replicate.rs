@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use janus_proto::{channel::Dialer, ids::ServerId};
+use janus_proto::{channel::Dialer, grants::Which, ids::ServerId};
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -17,7 +17,7 @@ use crate::{
     carry::CarryError,
     config::{ConfigError, Replicate, replicate::Hours},
     runs::{Runs, now_ms},
-    seed::{Event, Seeder, Which},
+    seed::{Event, Seeder},
 };
 
 /// How often the clock is looked at outside of a rule's hours.

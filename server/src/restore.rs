@@ -13,6 +13,7 @@ use std::{
 use janus_proto::{
     asked,
     error::{ErrorReason, WireError, status},
+    grants::Which,
     ids::{
         BlockHash, HandleId, MachineKey, ServerId, SessionId, SnapshotId, block_count,
         segment_count,
@@ -39,7 +40,6 @@ use crate::{
     },
     mirror::{Mirror, MirrorError, OpenedTable, record::Description},
     runs::{RunError, Runs},
-    seed::Which,
     session::Session,
 };
 

@@ -4,16 +4,16 @@
 //! import (`remote`), only what its heads here don't hold travels, and a seeding that ends early is gone on with. Everything
 //! here blocks, on a runtime of its own for the calls.
 
-use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use janus_proto::{
     channel::{Dialer, Expect},
     error::{self, ErrorReason, WireError},
-    ids::{BackupId, DiskId, MachineKey, ServerId, check_name},
+    grants::Which,
+    ids::{BackupId, DiskId, MachineKey, ServerId},
     pb,
     tls::Role,
 };
-use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -84,69 +84,6 @@ pub enum SeedError {
     /// The calls need threads.
     #[error("no threads for calls: {0}")]
     Threads(std::io::Error),
-}
-
-/// Which machines.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Which {
-    /// One, with all its disks or one of them.
-    Machine(MachineKey, Option<DiskId>),
-    /// Those of a user.
-    User(String),
-    /// All.
-    All,
-}
-
-impl Which {
-    pub(crate) fn takes(&self, machine: &MachineKey) -> bool {
-        match self {
-            Self::Machine(wanted, _) => wanted == machine,
-            Self::User(user) => machine.user() == user,
-            Self::All => true,
-        }
-    }
-
-    pub(crate) fn takes_disk(&self, disk: &DiskId) -> bool {
-        self.alone().is_none_or(|wanted| wanted == disk)
-    }
-
-    /// The one disk that is meant, where it is one.
-    pub(crate) fn alone(&self) -> Option<&DiskId> {
-        match self {
-            Self::Machine(_, disk) => disk.as_ref(),
-            _ => None,
-        }
-    }
-}
-
-impl fmt::Display for Which {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Machine(machine, None) => write!(f, "{machine}"),
-            Self::Machine(machine, Some(disk)) => write!(f, "{machine}/{disk}"),
-            Self::User(user) => write!(f, "{user}/*"),
-            Self::All => f.write_str("*"),
-        }
-    }
-}
-
-impl std::str::FromStr for Which {
-    type Err = WireError;
-
-    /// `*`, `USER/*`, `USER/MACHINE` or `USER/MACHINE/DISK`.
-    fn from_str(text: &str) -> Result<Self, WireError> {
-        if text == "*" {
-            return Ok(Self::All);
-        }
-        if let Some(user) = text.strip_suffix("/*") {
-            return check_name("user", user).map(|()| Self::User(user.to_owned()));
-        }
-        let (machine, disk) = match text.match_indices('/').nth(1) {
-            Some((at, _)) => (&text[..at], Some(text[at + 1..].parse()?)),
-            None => (text, None),
-        };
-        Ok(Self::Machine(machine.parse()?, disk))
-    }
 }
 
 /// What comes of a machine.
@@ -509,25 +446,6 @@ impl Link {
                 () = self.stop.cancelled() => return Err(CarryError::Stopped),
                 () = sleep(PAUSE) => {}
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn machines_are_named_one_by_one_by_user_or_all() {
-        let which = |text: &str| text.parse::<Which>();
-        assert_eq!(which("*").unwrap(), Which::All);
-        assert_eq!(which("alice/*").unwrap(), Which::User("alice".into()));
-        let web1 = || "alice/web1".parse().unwrap();
-        assert_eq!(which("alice/web1").unwrap(), Which::Machine(web1(), None));
-        let sda = Some("sda".parse().unwrap());
-        assert_eq!(which("alice/web1/sda").unwrap(), Which::Machine(web1(), sda));
-        for wrong in ["", "alice", "alice/", "alice/web1/", "a/b/../c", "/*", "*/web1"] {
-            assert!(which(wrong).is_err(), "{wrong}");
         }
     }
 }

@@ -3,7 +3,10 @@
 //! Servers decide themselves about each call. This is for what janus answers from memory, and so that nobody moves the turn of a
 //! machine that isn't his.
 
+use std::collections::HashSet;
+
 use janus_proto::{
+    grants::{Member, Which},
     ids::{MachineKey, ServerId},
     pb,
     tls::{Principal, Role},
@@ -17,23 +20,47 @@ const MAX_NAMES: usize = 100_000;
 /// What groups may do on one server, as it has reported.
 #[derive(Debug, Default)]
 pub(super) struct Granted {
-    groups: Vec<pb::Grant>,
+    groups: Vec<Group>,
     /// `None`: the first list isn't whole yet.
     digest: Option<String>,
     /// The list that is under way.
-    staged: Vec<pb::Grant>,
+    staged: Vec<Group>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Group {
+    members: HashSet<Member>,
+    backup: Vec<Which>,
+    restore: Vec<Which>,
+}
+
+impl Group {
+    /// What can't be read stands for nobody, and for no machine.
+    fn of(told: &pb::Grant) -> Self {
+        let machines = |texts: &[String]| {
+            let all = texts.iter().filter_map(|text| text.parse::<Which>().ok());
+            all.filter(|which| which.alone().is_none()).collect()
+        };
+        Self {
+            members: told.members.iter().filter_map(|name| name.parse().ok()).collect(),
+            backup: machines(&told.backup),
+            restore: machines(&told.restore),
+        }
+    }
+
+    fn names(&self) -> usize {
+        1 + self.members.len() + self.backup.len() + self.restore.len()
+    }
 }
 
 impl Granted {
     /// Takes a part of the list in.
     pub fn take(&mut self, told: pb::Grants) {
-        let names =
-            |grant: &pb::Grant| 1 + grant.members.len() + grant.backup.len() + grant.restore.len();
-        let mut kept: usize = self.staged.iter().map(names).sum();
-        for grant in told.grants {
-            kept += names(&grant);
+        let mut kept: usize = self.staged.iter().map(Group::names).sum();
+        for group in told.grants.iter().map(Group::of) {
+            kept += group.names();
             if kept <= MAX_NAMES {
-                self.staged.push(grant);
+                self.staged.push(group);
             }
         }
         if !told.more {
@@ -49,8 +76,10 @@ pub struct Sight {
     is_all: bool,
     own: Option<MachineKey>,
     user: Option<String>,
-    backup: Vec<String>,
-    restore: Vec<String>,
+    backup: Vec<Which>,
+    restore: Vec<Which>,
+    /// No server reports, so what groups give isn't known.
+    is_untold: bool,
 }
 
 impl Sight {
@@ -69,7 +98,7 @@ impl Sight {
         self.is_all
             || self.own.as_ref() == Some(machine)
             || self.user.as_deref() == Some(machine.user())
-            || self.backup.iter().chain(&self.restore).any(|which| takes(which, machine))
+            || self.backup.iter().chain(&self.restore).any(|which| which.takes(machine))
     }
 
     /// True when it may see the machine of this name.
@@ -77,23 +106,24 @@ impl Sight {
         self.is_all || machine.parse().is_ok_and(|machine| self.sees(&machine))
     }
 
-    /// True when it may make backups of this machine.
-    pub fn writes(&self, machine: &MachineKey) -> bool {
-        self.own.as_ref() == Some(machine) || self.backup.iter().any(|which| takes(which, machine))
+    /// True when it may name this machine in a call, or might: before any server reports, the one that gets the call decides alone.
+    pub fn may_name(&self, machine: &MachineKey) -> bool {
+        self.is_untold || self.sees(machine)
     }
-}
 
-/// `*`, `<user>/*` or `<user>/<machine>`.
-fn takes(which: &str, machine: &MachineKey) -> bool {
-    match which.strip_suffix('*') {
-        Some("") => true,
-        Some(user) => user.strip_suffix('/') == Some(machine.user()),
-        None => which == machine.as_str(),
+    /// True when it may name it in a call that writes, or might.
+    pub fn may_write(&self, machine: &MachineKey) -> bool {
+        self.is_untold || self.is_all || self.writes(machine)
+    }
+
+    /// True when it may make backups of this machine.
+    fn writes(&self, machine: &MachineKey) -> bool {
+        self.own.as_ref() == Some(machine) || self.backup.iter().any(|which| which.takes(machine))
     }
 }
 
 impl Inner {
-    fn groups(&self) -> impl Iterator<Item = &pb::Grant> {
+    fn groups(&self) -> impl Iterator<Item = &Group> {
         self.servers.values().filter_map(|state| state.granted.as_ref()).flat_map(|g| &g.groups)
     }
 }
@@ -101,26 +131,23 @@ impl Inner {
 impl Registry {
     /// What a caller may see.
     pub fn sight(&self, caller: &Principal) -> Sight {
-        let (own, user, member) = match &caller.role {
-            Role::Operator(_) | Role::Server(_) | Role::Janus(_) => return Sight::all(),
-            Role::Restore(machine) => {
-                return Sight { own: Some(machine.clone()), ..Sight::default() };
-            }
-            Role::Client(machine) => (Some(machine.clone()), None, machine.to_string()),
-            Role::User(name) => (None, Some(name.clone()), name.to_ascii_lowercase()),
+        let role = &caller.role;
+        if matches!(role, Role::Operator(_) | Role::Server(_) | Role::Janus(_)) {
+            return Sight::all();
+        }
+        let user = match role {
+            Role::User(name) => Some(name.clone()),
+            _ => None,
         };
-        let mut sight = Sight { own, user, ..Sight::default() };
+        let mut sight = Sight { own: role.machine().cloned(), user, ..Sight::default() };
         let inner = self.lock();
+        sight.is_untold = inner.servers.values().all(|state| state.last_message.is_none());
+        let Some(member) = Member::of(role) else { return sight };
         for group in inner.groups().filter(|group| group.members.contains(&member)) {
             sight.backup.extend(group.backup.iter().cloned());
             sight.restore.extend(group.restore.iter().cloned());
         }
         sight
-    }
-
-    /// True when some server reports: what none of them gives isn't given.
-    pub fn is_told_of_grants(&self) -> bool {
-        self.lock().servers.values().any(|state| state.last_message.is_some())
     }
 
     /// Digest of each server's policy, of those that have told; empty: it has none.
@@ -141,11 +168,15 @@ mod tests {
     #[test]
     fn names_of_machines_are_whole() {
         let machine: MachineKey = "alice/web1".parse().unwrap();
+        let takes = |which: &str| {
+            let grant = pb::Grant { restore: vec![which.into()], ..Default::default() };
+            Group::of(&grant).restore.iter().any(|which| which.takes(&machine))
+        };
         for which in ["*", "alice/*", "alice/web1"] {
-            assert!(takes(which, &machine), "{which}");
+            assert!(takes(which), "{which}");
         }
         for which in ["", "alice", "alic*", "alice/we*", "alice/web", "bob/*", "*/web1", "/*"] {
-            assert!(!takes(which, &machine), "{which}");
+            assert!(!takes(which), "{which}");
         }
     }
 
@@ -165,7 +196,7 @@ mod tests {
         granted.take(message("carol", true));
         assert!(granted.groups.is_empty() && granted.digest.is_none());
         granted.take(message("dave", false));
-        assert_eq!(granted.groups, [grant("carol"), grant("dave")]);
+        assert_eq!(granted.groups, [Group::of(&grant("carol")), Group::of(&grant("dave"))]);
         granted.take(message("erin", false));
         assert_eq!((granted.groups.len(), granted.digest.as_deref()), (1, Some("digest")));
         let names = (0..MAX_NAMES).map(|number| number.to_string()).collect();

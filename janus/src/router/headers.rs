@@ -61,11 +61,8 @@ impl Caller {
             return Ok(());
         }
         let sight = registry.sight(&self.principal);
-        let is_given = match is_write {
-            true => sight.is_all() || sight.writes(machine),
-            false => sight.sees(machine),
-        };
-        if is_given || !registry.is_told_of_grants() {
+        let is_given = if is_write { sight.may_write(machine) } else { sight.may_name(machine) };
+        if is_given {
             return Ok(());
         }
         let message = match self.principal.machine() {

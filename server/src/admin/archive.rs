@@ -5,6 +5,7 @@ use std::time::Instant;
 use clap::{Args, Subcommand};
 use janus_proto::{
     archive::Manifest,
+    grants::Which,
     ids::{BackupId, MachineKey, ServerId, check_name},
     show::{amount, date},
 };
@@ -16,7 +17,6 @@ use crate::{
     archive::{Alone, Archive, Event, Wish},
     carry::CarryError,
     config::Archive as Rule,
-    seed::Which,
 };
 
 /// What to archive, and where.

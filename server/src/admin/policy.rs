@@ -6,10 +6,11 @@ use std::{collections::BTreeSet, path::PathBuf};
 use serde_json::{Value, json};
 
 use super::{Answer, ask::AskError, table::table};
+use janus_proto::grants::Which;
+
 use crate::{
     config::Settings,
     policy::{Member, Members, Right, directory, file::File, follow::members},
-    seed::Which,
 };
 
 /// Members that are named in one line.

@@ -8,6 +8,7 @@ use std::{
 use clap::{Args, Subcommand};
 use janus_proto::{
     channel::Dialer,
+    grants::Which,
     ids::{BLOCK_BYTES, DiskId, MachineKey},
     show::{amount, date},
     tls::Identity,
@@ -25,7 +26,7 @@ use crate::{
     chain::ranges::BlockRanges,
     config::replicate::Hours,
     runs::now_ms,
-    seed::{self, Event, Seeder, Which},
+    seed::{self, Event, Seeder},
     serve,
 };
 

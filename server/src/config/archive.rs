@@ -7,12 +7,13 @@ use std::{
     time::Duration,
 };
 
-use janus_proto::archive::{Place, manifest::MAX_LINKS};
+use janus_proto::{
+    archive::{Place, manifest::MAX_LINKS},
+    grants::Which,
+};
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
-use crate::seed::Which;
-
 /// Longest file with credentials.
 const MAX_CREDENTIALS_BYTES: u64 = 64 << 10;
 

@@ -6,7 +6,7 @@ use super::{
     ConfigError,
     replicate::{Hours, which},
 };
-use crate::seed::Which;
+use janus_proto::grants::Which;
 
 /// What is proven by itself, and what a proof is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

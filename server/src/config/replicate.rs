@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use time::{Time, macros::format_description};
 
 use super::ConfigError;
-use crate::seed::Which;
+use janus_proto::grants::Which;
 
 const MINUTE_MS: i64 = 60_000;
 const DAY_MS: i64 = 24 * 60 * MINUTE_MS;

@@ -10,12 +10,12 @@ use std::{
     sync::Arc,
 };
 
-use janus_proto::hash::hash_block;
+use janus_proto::{grants::Which, hash::hash_block};
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use super::{Member, Rights};
-use crate::{config::replicate, seed::Which};
+use crate::config::replicate;
 
 /// Larger files aren't read.
 const MAX_BYTES: u64 = 1 << 20;

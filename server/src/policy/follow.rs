@@ -10,7 +10,7 @@ use super::{
     directory::{self, Users},
     file::{File, Group, PolicyError},
 };
-use crate::seed::Which;
+use janus_proto::grants::Which;
 
 /// A policy without a directory is read again after so long.
 const AGAIN: Duration = Duration::from_secs(10);

@@ -9,11 +9,12 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::{ProveError, Prover, Target, boot::Wish, record::Proof};
+use janus_proto::grants::Which;
+
 use crate::{
     background,
     config::{ConfigError, Prove, replicate::Hours},
     runs::{Runs, now_ms},
-    seed::Which,
     verify::pace::{Limit, seldom},
 };
 
