@@ -19,12 +19,11 @@ use prost::Message;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::{
     clock::unix_ms,
     metadata, pb, proof,
-    tls::{Identity, Principal, Role, TlsError},
+    tls::{Identity, Principal, Role, TlsError, validity},
 };
 
 /// A revocation may lie this far ahead: that of a server whose clock is early.
@@ -138,6 +137,16 @@ impl Kept {
 impl Revocation {
     fn text(principal: &str, until: i64) -> String {
         format!("janus-revocation 1\n{principal}\n{until}\n")
+    }
+
+    /// Role of the principal, as its URI names it.
+    fn role(&self) -> &str {
+        self.principal.split('/').nth(3).unwrap_or_default()
+    }
+
+    /// True when a server was revoked, so that what it had signed is to be [signed anew](Identity::signed_anew).
+    pub fn is_of_server(&self) -> bool {
+        self.role() == "server"
     }
 
     /// Until when certificates are refused.
@@ -273,11 +282,7 @@ fn is_newer(signer: &[u8], known: &str) -> bool {
     if known == signer || signer.len() > MAX_SIGNER {
         return false;
     }
-    let begins = |der: &[u8]| {
-        let parsed = X509Certificate::from_der(der);
-        parsed.map_or(0, |(_, certificate)| certificate.validity().not_before.timestamp())
-    };
-    begins(signer) > begins(&known)
+    validity(signer).0 > validity(&known).0
 }
 
 /// All that are known. Cheap to clone; clones share them.
@@ -308,12 +313,8 @@ impl Revocations {
 
     /// Those of servers and janus, whom clients connect to, as they travel; the latest, if there are too many for a message.
     pub fn of_peers(&self) -> Vec<pb::Revocation> {
-        let is_peer = |one: &Revocation| {
-            let role = one.principal.split('/').nth(3);
-            matches!(role, Some("server" | "janus"))
-        };
         let mut peers = self.all();
-        peers.retain(is_peer);
+        peers.retain(|one| matches!(one.role(), "server" | "janus"));
         peers.sort_by_key(|one| std::cmp::Reverse(one.until));
         peers.iter().take(A_MESSAGE).map(Revocation::to_wire).collect()
     }
@@ -390,10 +391,12 @@ impl Revocations {
         let mut ended = Vec::new();
         let mut is_signed_anew = false;
         let mut known = self.0.known.write().unwrap_or_else(PoisonError::into_inner);
-        let mut signers: HashMap<Arc<Signer>, (Arc<Signer>, usize)> = HashMap::new();
+        // Those of one signer share it: few of them, with how many each has signed.
+        let mut signers: HashMap<*const Signer, (Arc<Signer>, usize)> = HashMap::new();
         for Revocation { signer, .. } in known.values() {
-            signers.entry(signer.clone()).or_insert_with(|| (signer.clone(), 0)).1 += 1;
+            signers.entry(Arc::as_ptr(signer)).or_insert_with(|| (signer.clone(), 0)).1 += 1;
         }
+        let mut signers: Vec<_> = signers.into_values().collect();
         let mut is_full = false;
         for mut one in more {
             let before = known.get(&one.principal);
@@ -402,8 +405,12 @@ impl Revocations {
             if before.is_some_and(|before| before.until > one.until || *before == one) {
                 continue;
             }
-            let signer = signers.entry(one.signer.clone());
-            let (signer, count) = signer.or_insert_with(|| (one.signer.clone(), 0));
+            let place = signers.iter().position(|(signer, _)| *signer == one.signer);
+            let place = place.unwrap_or_else(|| {
+                signers.push((one.signer.clone(), 0));
+                signers.len() - 1
+            });
+            let (signer, count) = &mut signers[place];
             if before.is_none() && (known.len() >= MOST || *count >= MOST_OF_ONE) {
                 is_full = true;
                 continue;

@@ -32,6 +32,7 @@ use rustls::{
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
+pub(crate) use self::principal::validity;
 use self::{
     believed::{Believed, Site, verifier},
     names::Names,

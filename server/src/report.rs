@@ -151,8 +151,6 @@ impl Reporter {
         let (revoked, runs, from) = (self.revoked.clone(), self.runs.clone(), url.to_owned());
         let merge = move || {
             let news = revoked.merge(&from, &revocations)?;
-            // What a server has signed that was revoked just now is still meant.
-            revoked.sign_anew();
             if !news.is_empty() {
                 let event = audit::Event::new(Action::Revoke).noting(news.join(", "));
                 runs.note(&Who::named(format!("through janus {from}")), event);

@@ -115,11 +115,9 @@ impl Revoked {
     /// gone. Others hear of it from us from now on. Blocks.
     pub fn sign_anew(&self) {
         let signed = self.identity.signed_anew();
-        if signed.is_empty() {
-            return;
-        }
-        tracing::info!(revocations = signed.len(), "signed anew");
-        if let Err(error) = self.take(signed) {
+        if !signed.is_empty()
+            && let Err(error) = self.take(signed)
+        {
             tracing::error!(%error, "revocations that were signed anew are not kept");
         }
     }
@@ -132,9 +130,13 @@ impl Revoked {
         }
     }
 
-    /// They count first: a full disk is no reason to let somebody in.
+    /// They count first: a full disk is no reason to let somebody in. What a server had signed that is among them is still meant.
     fn take(&self, more: Vec<Revocation>) -> Result<(), RevokeError> {
-        let taken = self.known().insert(more);
+        let has_server = more.iter().any(Revocation::is_of_server);
+        let mut taken = self.known().insert(more);
+        if has_server {
+            taken = taken.and(self.known().insert(self.identity.signed_anew()));
+        }
         let mut unkept = self.unkept.lock().unwrap_or_else(PoisonError::into_inner);
         self.write(&mut unkept).map_err(RevokeError::Unkept)?;
         Ok(taken?)

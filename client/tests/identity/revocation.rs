@@ -104,7 +104,14 @@ fn servers_and_janus_are_revoked_too_and_nobody_makes_revocations_but_servers() 
     assert!(own["error"].as_str().unwrap().contains("own certificate"), "{own}");
     let nobody = scene.site.admin(A, &["pki", "revoke"]).unwrap();
     assert_eq!(nobody.status.code(), Some(2));
+    // What a server has signed that is revoked then is told on by others, in their own names.
+    scene.admin(B, &["pki", "revoke", "--machine", "alice/early"]);
+    let kept = scene.site.server(A).unwrap().images().join(".revoked.json");
+    let signers = || std::fs::read_to_string(&kept).unwrap().matches("\"certificate\"").count();
+    until("the revocation of B's", MINUTE, || kept.exists() && signers() == 1);
     scene.admin(A, &["pki", "revoke", "--server", B]);
+    let kept_text = std::fs::read_to_string(&kept).unwrap();
+    assert!(kept_text.contains("client/alice/early") && signers() == 1, "{kept_text}");
     until("the end of B", MINUTE, || {
         let status = machine.status().unwrap();
         status.servers.iter().any(|line| line.server == B && !line.ready)

@@ -147,11 +147,7 @@ impl Principal {
 
     /// First and last moment of the certificate's validity, Unix seconds.
     pub fn validity(&self) -> (i64, i64) {
-        // It was parsed when the principal was made, so it parses.
-        X509Certificate::from_der(&self.der).map_or((0, 0), |(_, certificate)| {
-            let validity = certificate.validity();
-            (validity.not_before.timestamp(), validity.not_after.timestamp())
-        })
+        validity(&self.der)
     }
 
     /// Unix seconds at which the certificate was issued, or, of one that was renewed, the first of them: see
@@ -285,6 +281,14 @@ fn parse_uri(uri: &str) -> Option<(&str, Role)> {
     };
     check_name("group", parts[0]).ok()?;
     Some((parts[0], role))
+}
+
+/// First and last moment of a certificate's validity, Unix seconds; 0 and 0 of what is none.
+pub(crate) fn validity(der: &[u8]) -> (i64, i64) {
+    X509Certificate::from_der(der).map_or((0, 0), |(_, certificate)| {
+        let validity = certificate.validity();
+        (validity.not_before.timestamp(), validity.not_after.timestamp())
+    })
 }
 
 /// True when a certificate is for this key: the bits of its SubjectPublicKeyInfo.
