@@ -3,9 +3,13 @@
 //! Nobody reports to a client, so each backup asks all URLs beside its work: one that was stolen tells nothing, the others do. What
 //! was heard is signed by servers of the group and kept in the cache folder; it counts from the next connection on.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use futures::future::join_all;
+use futures::{StreamExt, stream::FuturesUnordered};
 use janus_proto::{
     channel::{self, ConnectOptions, Dialer, Expect},
     pb::{self, GetServerInfoRequest, server_info_service_client::ServerInfoServiceClient},
@@ -33,26 +37,38 @@ pub fn recall(identity: &Identity, folder: &Path) {
     take(identity, &told);
 }
 
-/// Asks all URLs for news. Answers how many there were.
-pub async fn learn(urls: &[String], dialer: Dialer, identity: &Identity, folder: &Path) -> usize {
-    let asking = urls.iter().map(|url| timeout(ANSWER, ask(url, dialer.clone())));
-    let told: Vec<_> = join_all(asking).await.into_iter().flatten().flatten().flatten().collect();
-    if told.is_empty() {
-        return 0;
-    }
-    let (identity, folder) = (identity.clone(), folder.to_owned());
-    let taking = move || {
-        let news = take(&identity, &told);
-        if news > 0 {
-            let kept = Kept::of(&identity.revocations().all());
-            let text = serde_json::to_vec_pretty(&kept).unwrap_or_default();
-            if let Err(error) = Disk::default().replace(&folder.join(FILE), &text) {
-                tracing::warn!(%error, "what was revoked isn't remembered");
-            }
+/// Asks all URLs for news, and takes each answer in as it comes.
+pub async fn learn(urls: Vec<String>, dialer: Dialer, identity: Identity, folder: PathBuf) {
+    let asking = urls.into_iter().map(|url| timeout(ANSWER, ask(url, dialer.clone())));
+    let mut asking: FuturesUnordered<_> = asking.collect();
+    while let Some(answer) = asking.next().await {
+        let told = answer.ok().flatten().unwrap_or_default();
+        if told.is_empty() {
+            continue;
         }
-        news
-    };
-    tokio::task::spawn_blocking(taking).await.unwrap_or(0)
+        let (identity, folder) = (identity.clone(), folder.clone());
+        let taking = tokio::task::spawn_blocking(move || take_and_keep(&identity, &folder, &told));
+        if let Err(error) = taking.await {
+            tracing::error!(%error, "what was revoked isn't taken in");
+        }
+    }
+}
+
+/// Blocks.
+fn take_and_keep(identity: &Identity, folder: &Path, told: &[pb::Revocation]) {
+    let news = take(identity, told);
+    if news == 0 {
+        return;
+    }
+    tracing::warn!(
+        news,
+        "certificates of servers or janus were revoked: they aren't believed from now on"
+    );
+    let kept = Kept::of(&identity.revocations().all());
+    let text = serde_json::to_vec_pretty(&kept).unwrap_or_default();
+    if let Err(error) = Disk::default().replace(&folder.join(FILE), &text) {
+        tracing::warn!(%error, "what was revoked isn't remembered");
+    }
 }
 
 /// Blocks: signatures are checked.
@@ -63,9 +79,9 @@ fn take(identity: &Identity, told: &[pb::Revocation]) -> usize {
     count
 }
 
-async fn ask(url: &str, dialer: Dialer) -> Option<Vec<pb::Revocation>> {
+async fn ask(url: String, dialer: Dialer) -> Option<Vec<pb::Revocation>> {
     let options = ConnectOptions::expecting(Expect::ServerOrJanus);
-    let connection = channel::connect_through(url, dialer, options).await.ok()?;
+    let connection = channel::connect_through(&url, dialer, options).await.ok()?;
     let mut request = Request::new(GetServerInfoRequest {});
     request.set_timeout(ANSWER);
     let info = ServerInfoServiceClient::new(connection.channel).get_server_info(request).await;

@@ -7,7 +7,6 @@ use janus_proto::{
     ids::{MachineKey, ServerId},
     pb::Encoding,
     show::{amount, date},
-    tls::Identity,
 };
 use serde_json::{Value, json};
 
@@ -18,7 +17,7 @@ use super::{
 };
 use crate::{
     backup::{Backup, BackupReport, Disk, DiskReport},
-    config::{Encryption, Settings},
+    config::Encryption,
     enroll,
     hooks::Hook,
     nbd::bitmap::Announced,
@@ -29,7 +28,6 @@ use crate::{
     seal::KeyId,
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
-    ways::Ways,
 };
 
 /// Longest time that the renewal of a certificate may take.
@@ -203,11 +201,13 @@ async fn read(
     let scan = ScanSettings { threads: settings.threads(), packing };
     let stop = context.stop.clone();
     let (state, taken_ms) = state;
-    let learning = learn(settings, &ways, context.identity()?);
-    let learning = tokio::spawn(learning);
+    let (urls, dialer) = (ways.urls().to_vec(), ways.dialer().clone());
+    let (identity, folder) = (context.identity()?.clone(), settings.cache_path.clone());
+    let learning = tokio::spawn(revoked::learn(urls, dialer, identity, folder));
     let mut backup = Backup { gate, server, disks, state, taken_ms, scan, progress, stop };
     let made = backup.run().await;
-    // It has a deadline of its own.
+    // A URL that leads nowhere just now costs the backup no time.
+    learning.abort();
     let _ = learning.await;
     // Also of a failed one: which URL worked counts for the next.
     let remembering = tokio::task::spawn_blocking(move || ways.memory().write());
@@ -216,25 +216,6 @@ async fn read(
     drop(display);
     let made = Outcome { json: report_json(&report), text: report_text(&report) };
     Ok(say_sealed(made, sealed_by))
-}
-
-/// Hears beside the backup which servers and janus aren't believed any more.
-fn learn(
-    settings: &Settings,
-    ways: &Ways,
-    identity: &Identity,
-) -> impl Future<Output = ()> + use<> {
-    let (urls, dialer, identity) = (ways.urls().to_vec(), ways.dialer().clone(), identity.clone());
-    let folder = settings.cache_path.clone();
-    async move {
-        let news = revoked::learn(&urls, dialer, &identity, &folder).await;
-        if news > 0 {
-            tracing::warn!(
-                news,
-                "certificates of servers or janus were revoked: they aren't believed from now on"
-            );
-        }
-    }
 }
 
 /// The key that a run's disks are sealed with.
