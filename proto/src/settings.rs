@@ -17,6 +17,7 @@ use serde_json::Value;
 
 mod keys;
 
+pub use keys::toml_problem;
 use keys::{Key, Kind, known_keys, nearest, place};
 
 /// Why settings can't be used. Each text is one line that names the place, the key and the way out.

@@ -184,47 +184,36 @@ impl Reporter {
         let mut sequence = 0;
         let mut told = self.vitals().await;
         let mut due = Instant::now() + self.refresh;
-        let mut opening = vec![Event::Hello(self.hello(number, told.clone()))];
-        opening.extend(self.full_state().into_iter().map(Event::Full));
-        opening.push(Event::FullEnd(pb::FullEnd {}));
+        let mut events = vec![Event::Hello(self.hello(number, told.clone()))];
+        events.extend(self.full_state().into_iter().map(Event::Full));
+        events.push(Event::FullEnd(pb::FullEnd {}));
         let mut revoked = self.revoked.known().changes();
-        opening.extend(self.revocations());
+        events.extend(self.revocations());
         let mut granted = self.policy.changes();
-        granted.mark_unchanged();
-        opening.extend(self.grants());
-        for event in opening {
-            if let Err(why) = push(&send, &mut sequence, event).await {
-                return why;
-            }
-        }
+        events.extend(self.grants());
         loop {
-            let event = tokio::select! {
+            for event in events {
+                if let Err(why) = push(&send, &mut sequence, event).await {
+                    return why;
+                }
+            }
+            events = tokio::select! {
                 biased;
                 Ok(()) = revoked.changed() => {
-                    for event in self.revocations() {
-                        if let Err(why) = push(&send, &mut sequence, event).await {
-                            return why;
-                        }
-                    }
+                    let mut events = self.revocations();
                     // With the digest of what is known now.
                     told = self.vitals().await;
-                    Event::Heartbeat(pb::Heartbeat { vitals: Some(told.clone()) })
+                    events.push(Event::Heartbeat(pb::Heartbeat { vitals: Some(told.clone()) }));
+                    events
                 }
-                Ok(()) = granted.changed() => {
-                    for event in self.grants() {
-                        if let Err(why) = push(&send, &mut sequence, event).await {
-                            return why;
-                        }
-                    }
-                    continue;
-                }
+                Ok(()) = granted.changed() => self.grants(),
                 vitals = self.worth_telling(&told, due) => {
                     told = vitals.clone();
                     due = Instant::now() + self.refresh;
-                    Event::Heartbeat(pb::Heartbeat { vitals: Some(vitals) })
+                    vec![Event::Heartbeat(pb::Heartbeat { vitals: Some(vitals) })]
                 }
                 change = changes.recv() => match change {
-                    Ok(change) => Event::Change(self.change(&change)),
+                    Ok(change) => vec![Event::Change(self.change(&change))],
                     Err(broadcast::error::RecvError::Lagged(_)) => {
                         return "janus took changes too slowly".to_owned();
                     }
@@ -233,9 +222,6 @@ impl Reporter {
                     }
                 },
             };
-            if let Err(why) = push(&send, &mut sequence, event).await {
-                return why;
-            }
         }
     }
 

@@ -194,24 +194,28 @@ pub(super) fn nearest(name: &str, prefix: &str, known: impl Iterator<Item = Stri
 /// A value of a TOML file: dotted name, line, value.
 pub(super) type TomlValue = (String, usize, Value);
 
+fn line_at(text: &str, offset: usize) -> usize {
+    1 + text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count()
+}
+
+/// What is wrong with a TOML text, as one line: its line, where that is known, and why.
+pub fn toml_problem(text: &str, error: &toml::de::Error) -> (Option<usize>, String) {
+    let line = error.span().map(|span| line_at(text, span.start));
+    (line, error.message().split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
 /// All values of a TOML file in its order, sections flattened but for those that `is_table` names; or the line and text of
 /// what is wrong.
 pub(super) fn toml_values(
     text: &str,
     is_table: &dyn Fn(&str) -> bool,
 ) -> Result<Vec<TomlValue>, (Option<usize>, String)> {
-    let line_at = |offset: usize| {
-        1 + text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count()
-    };
-    let syntax = |error: toml::de::Error| {
-        let line = error.span().map(|span| line_at(span.start));
-        (line, error.message().split_whitespace().collect::<Vec<_>>().join(" "))
-    };
+    let syntax = |error: toml::de::Error| toml_problem(text, &error);
     let spans = DeTable::parse(text).map_err(syntax)?;
     let values: Value = toml::from_str(text).map_err(syntax)?;
     let mut found = Vec::new();
     collect_values(spans.get_ref(), &values, "", is_table, &mut |name, offset, value| {
-        found.push((name, line_at(offset), value));
+        found.push((name, line_at(text, offset), value));
     });
     Ok(found)
 }

@@ -34,16 +34,10 @@ pub(super) fn run(settings: &Settings, arguments: &Arguments) -> Result<Answer, 
     }
     let only: Option<Member> = arguments.member.as_deref().map(str::parse).transpose()?;
     let file = File::read(path)?;
-    let wanted: BTreeSet<String> =
-        file.groups.values().flat_map(|group| group.ldap.iter().cloned()).collect();
-    let asked = match &file.ldap {
-        Some(ldap) if !wanted.is_empty() => Some(ask(ldap, &wanted)),
-        _ => None,
-    };
-    let (users, problem) = match asked {
-        Some(Ok(users)) => (Some(users), None),
-        Some(Err(problem)) => (None, Some(problem)),
-        None => (None, None),
+    let asked = file.directory().map(|(ldap, groups)| ask(ldap, &groups));
+    let (users, problem) = match asked.transpose() {
+        Ok(users) => (users, None),
+        Err(problem) => (None, Some(problem)),
     };
     let groups: Vec<_> = file.groups.keys().zip(members(&file, users.as_ref())).collect();
     let mut rows =

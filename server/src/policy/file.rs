@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use janus_proto::{grants::Which, hash::hash_block};
+use janus_proto::{grants::Which, hash::hash_block, settings::toml_problem};
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
@@ -145,11 +145,10 @@ impl File {
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        // The library's texts have several lines; the first says where, the last what.
         let written: Written = toml::from_str(text).map_err(|error| {
-            let line = error.span().map(|span| text[..span.start].matches('\n').count() + 1);
+            let (line, reason) = toml_problem(text, &error);
             let line = line.map(|line| format!("line {line}: ")).unwrap_or_default();
-            format!("{line}{}", error.message().replace('\n', " "))
+            format!("{line}{reason}")
         })?;
         if let Some(ldap) = &written.ldap {
             ldap.check()?;
@@ -166,6 +165,13 @@ impl File {
             true => Err(format!("more than {MAX_MEMBERS} members")),
             false => Ok(Self { groups, ldap: written.ldap }),
         }
+    }
+
+    /// The directory, and the groups there whose members are to be asked for; `None`: there is nothing to ask.
+    pub fn directory(&self) -> Option<(&Ldap, BTreeSet<String>)> {
+        let groups = self.groups.values().flat_map(|group| group.ldap.iter().cloned());
+        let groups: BTreeSet<_> = groups.collect();
+        self.ldap.as_ref().filter(|_| !groups.is_empty()).map(|ldap| (ldap, groups))
     }
 
     /// BLAKE3 (hexadecimal) over all that gives rights: equal on all servers if they give the same.

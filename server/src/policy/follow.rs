@@ -1,7 +1,8 @@
 //! Keeps the rights up to date: the file is read, and the directory asked, again and again.
 
-use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use janus_proto::grants::Which;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -10,7 +11,6 @@ use super::{
     directory::{self, Users},
     file::{File, Group, PolicyError},
 };
-use janus_proto::grants::Which;
 
 /// A policy without a directory is read again after so long.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -76,12 +76,9 @@ impl Follow {
             Ok(Err(error)) => problems.push(format!("{error}; the old rights stay in use")),
             Err(_) => return,
         }
-        let groups: BTreeSet<String> =
-            self.file.groups.values().flat_map(|group| group.ldap.iter().cloned()).collect();
-        let ldap = self.file.ldap.clone().filter(|_| !groups.is_empty());
-        match &ldap {
+        match self.file.directory() {
             None => self.users = None,
-            Some(ldap) => match directory::users(ldap, &groups).await {
+            Some((ldap, groups)) => match directory::users(ldap, &groups).await {
                 Ok(users) => self.users = Some((users, Instant::now())),
                 Err(error) => {
                     let kept = Duration::from_secs(ldap.keep_seconds);
