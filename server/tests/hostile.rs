@@ -19,6 +19,7 @@ xtask::hostile!(
     table_message,
     archive_manifest,
     archive_index,
+    report,
     services
 );
 
