@@ -43,6 +43,7 @@ use crate::{
     fill::Filler,
     info::Info,
     mirror::{self, Mirror},
+    pki::Authority,
     policy::{Policy, file::PolicyError, follow::Follow},
     probe::Probe,
     prove::follow::Schedule,
@@ -174,6 +175,12 @@ impl Server {
         let listener = bind("listen", &settings.listen).await?;
         let plain_health = bind_unless_empty("health_listen", &settings.health_listen).await?;
         let enroll = bind_unless_empty("enroll.listen", &settings.enroll.listen).await?;
+        if enroll.is_some()
+            && let Err(error) = Authority::open(&settings.enroll.ca)
+        {
+            // It is read again for each machine: no reason to take no backups.
+            tracing::error!(%error, "no machine can enrol or renew its certificate here until this is mended");
+        }
         let stored = settings.clone();
         let opened = tokio::task::spawn_blocking(move || open_store(&stored)).await;
         let store = opened.map_err(|error| ServeError::Wiring(error.to_string()))??;

@@ -18,6 +18,9 @@ pub const KEYS: &[(&str, &str)] = &[
     ("urls", "Where machines find janus and servers; empty: janus_urls, else urls"),
 ];
 
+/// An authority of ours is valid for ten years.
+const MOST_DAYS: u32 = 3650;
+
 /// Settings of the section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -56,8 +59,9 @@ impl Enroll {
                 reason: "is empty: it names the folder with ca.pem and ca.key".into(),
             });
         }
-        if self.days == 0 {
-            return Err(ConfigError::Invalid { key: "enroll.days", reason: "is 0".into() });
+        if !(1..=MOST_DAYS).contains(&self.days) {
+            let reason = format!("is {}: 1 to {MOST_DAYS}", self.days);
+            return Err(ConfigError::Invalid { key: "enroll.days", reason });
         }
         Ok(())
     }
