@@ -8,7 +8,7 @@ use std::{
 };
 
 use janus_proto::{
-    direct::DirectFile,
+    direct::{DirectFile, forget_cached},
     ids::{BLOCK_BYTES, DiskId, MAX_DISK_BYTES},
     pb::Consistency,
 };
@@ -22,6 +22,7 @@ use crate::{
 };
 
 pub mod gpt;
+mod in_use;
 pub mod medium;
 pub mod mounts;
 pub mod qcow2;
@@ -30,6 +31,7 @@ pub mod view;
 
 pub use self::medium::Stretch;
 use self::{
+    in_use::Use,
     medium::{FileMedium, Medium},
     qcow2::{Qcow2, Qcow2Error},
     view::ReadAt,
@@ -83,6 +85,14 @@ pub enum SourceError {
         path: PathBuf,
         /// Where it is mounted.
         mount: String,
+    },
+    /// Something may write to it that can't be seen from here.
+    #[error("{}: {} is in use by something that isn't seen here, as a container, ZFS or an iSCSI target; stop that, back up a snapshot, or set allow_live = true to accept a smeared copy", path.display(), part.display())]
+    InUse {
+        /// Path of the disk.
+        path: PathBuf,
+        /// What of it.
+        part: PathBuf,
     },
     /// The URI says nothing that can be reached.
     #[error("{}: {reason}", path.display())]
@@ -380,10 +390,12 @@ impl ReadAt for Bytes<'_> {
     }
 }
 
-/// Opens a file or device for reading. A pipe without a writer would keep a plain open for ever; these don't mind.
+/// Opens a file or device for reading, as it is now. A pipe without a writer would keep a plain open for ever; these don't mind.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
     let flags = OFlags::NONBLOCK.bits().cast_signed();
-    OpenOptions::new().read(true).custom_flags(flags).open(path)
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    forget_cached(&file);
+    Ok(file)
 }
 
 /// Opens a snapshot's device, which must be as large as the disk.
@@ -434,23 +446,16 @@ fn consistency(
 ) -> Result<Consistency, SourceError> {
     // Nobody can tell whether a file is in use.
     let Some(device) = device else { return Ok(Consistency::Crash) };
-    let family = device.family();
-    let Some(mount) = mounts::writable_mount(&family) else {
-        let is_quiet = mounts::any_mount(&family).is_some() || is_unused(path);
-        return Ok(if is_quiet { Consistency::Frozen } else { Consistency::Crash });
+    let refused = match in_use::of(path, device) {
+        Use::Nobody => return Ok(Consistency::Frozen),
+        Use::Mounted(mount) => SourceError::Mounted { path: path.to_path_buf(), mount },
+        Use::Unseen(part) => SourceError::InUse { path: path.to_path_buf(), part },
     };
     if !allow_live {
-        return Err(SourceError::Mounted { path: path.to_path_buf(), mount });
+        return Err(refused);
     }
-    tracing::warn!(path = %path.display(), mount, "read while mounted writable: parts will be from different times");
+    tracing::warn!(path = %path.display(), why = %refused, "read all the same: parts will be from different times");
     Ok(Consistency::Smeared)
-}
-
-/// No file system of any container, and nothing stacked on it, has this device. Programs that write to it by themselves,
-/// as virtual machines do, are not seen.
-fn is_unused(device: &Path) -> bool {
-    let flags = (OFlags::EXCL | OFlags::NONBLOCK).bits().cast_signed();
-    OpenOptions::new().read(true).custom_flags(flags).open(device).is_ok()
 }
 
 #[cfg(test)]

@@ -1,13 +1,17 @@
 //! Large reads and writes past the page cache.
 //!
 //! Backup data is not used again soon, and moving it through fresh pages of the cache costs more CPU time than receiving
-//! and hashing it; it would also push out what other programs keep there. What is there already is read from it, and
+//! and hashing it; it would also push out what other programs keep there. What a file has there already is read from it, and
 //! small writes go there, where the system gathers them. Linux keeps both views of a file the same.
+//!
+//! Not so of a block device: what is cached of a disk, of a partition of it, and of the files on that is kept apart, so the first
+//! of them stays as it was when something is written through another (`block/bdev.c`: each device has its own mapping). What the
+//! cache has of a device when it is opened is therefore forgotten, and data is always read from the device.
 
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt},
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -29,12 +33,14 @@ pub struct DirectFile {
     direct: Option<File>,
     /// A direct call was refused: the next ones would be, too.
     refused: AtomicBool,
+    /// Its cache may be out of date.
+    is_device: bool,
 }
 
 impl DirectFile {
     /// `file` was opened at `path` for reading.
     pub fn for_reading(file: File, path: &Path) -> Self {
-        if cached_bytes(&file, 0, ALIGN as u64).is_none() {
+        if !is_device(&file) && cached_bytes(&file, 0, ALIGN as u64).is_none() {
             let _ = fadvise(&file, 0, None, Advice::Sequential);
             return file.into();
         }
@@ -51,7 +57,9 @@ impl DirectFile {
     fn new(file: File, options: &mut OpenOptions, path: &Path) -> Self {
         let direct = options.custom_flags(OFlags::DIRECT.bits().cast_signed()).open(path);
         let direct = direct.ok().filter(|direct| is_same(&file, direct));
-        Self { file, direct, refused: AtomicBool::new(false) }
+        let is_device = is_device(&file);
+        forget_cached(&file);
+        Self { file, direct, refused: AtomicBool::new(false), is_device }
     }
 
     /// The file, for all but data.
@@ -101,10 +109,11 @@ impl DirectFile {
         self.direct.as_ref().filter(|_| is_suitable && !self.refused.load(Ordering::Relaxed))
     }
 
-    /// True when the cache holds most of these bytes, or can't say.
+    /// True when the cache holds most of these bytes as they are, or can't say.
     fn is_cached(&self, offset: u64, len: usize) -> bool {
         let len = len as u64;
-        cached_bytes(&self.file, offset, len).is_none_or(|cached| cached > len / 2)
+        !self.is_device
+            && cached_bytes(&self.file, offset, len).is_none_or(|cached| cached > len / 2)
     }
 
     fn read_direct(&self, direct: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
@@ -141,8 +150,21 @@ impl DirectFile {
 impl From<File> for DirectFile {
     /// All goes through the cache.
     fn from(file: File) -> Self {
-        Self { file, direct: None, refused: AtomicBool::new(false) }
+        Self { file, direct: None, refused: AtomicBool::new(false), is_device: false }
     }
+}
+
+/// Forgets what the page cache has of a block device, after it was written; of anything else nothing. Pages that a file system
+/// on this very device uses stay: they are its own.
+pub fn forget_cached(file: &File) {
+    if is_device(file) {
+        let _ = rustix::fs::fsync(file);
+        let _ = fadvise(file, 0, None, Advice::DontNeed);
+    }
+}
+
+fn is_device(file: &File) -> bool {
+    file.metadata().is_ok_and(|meta| meta.file_type().is_block_device())
 }
 
 fn is_same(a: &File, b: &File) -> bool {

@@ -1,13 +1,20 @@
 //! What Linux says about a block device under /sys/dev/block.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
 
 use janus_proto::ids::DiskId;
 
 use crate::sources::Stillness;
 
+/// Devices on devices on devices: as deep as is looked.
+const MAX_DEPTH: u32 = 8;
+
 /// A block device by number.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Device {
     folder: PathBuf,
     number: String,
@@ -16,27 +23,68 @@ pub struct Device {
 impl Device {
     /// The device with this number (`st_rdev`).
     pub fn of(rdev: u64) -> Self {
-        let number = format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
+        let number = number(rdev);
         Self { folder: PathBuf::from("/sys/dev/block").join(&number), number }
     }
 
-    /// Numbers (`major:minor`) of this device, its partitions, and what is stacked on any of them (dm, md).
+    /// `major:minor`.
+    pub fn number(&self) -> &str {
+        &self.number
+    }
+
+    /// Its file below /dev.
+    pub fn node(&self) -> Option<PathBuf> {
+        let folder = fs::canonicalize(&self.folder).ok()?;
+        // `cciss/c0d0` is a folder named `cciss!c0d0` there.
+        let node = Path::new("/dev").join(folder.file_name()?.to_str()?.replace('!', "/"));
+        let is_it = fs::metadata(&node).is_ok_and(|meta| number(meta.rdev()) == self.number);
+        is_it.then_some(node)
+    }
+
+    /// Numbers of this device, its partitions, what is stacked on any of them (dm, md), and what shares a btrfs with one.
     pub fn family(&self) -> Vec<String> {
         let mut found = vec![self.number.clone()];
-        collect(&self.folder, &mut found, 0);
+        collect(self, &mut found, 0);
+        add_members(&mut found);
         found
+    }
+
+    /// Numbers of this device and of those that share a btrfs with it.
+    pub fn with_members(&self) -> Vec<String> {
+        let mut found = vec![self.number.clone()];
+        add_members(&mut found);
+        found
+    }
+
+    /// What somebody may own by itself: what is stacked on this device, else its partitions, else itself.
+    pub fn leaves(&self) -> Vec<Self> {
+        let mut found = Vec::new();
+        leaves(self.clone(), &mut found, 0);
+        found
+    }
+
+    fn child(entry: &fs::DirEntry) -> Option<Self> {
+        let folder = entry.path();
+        let number = fs::read_to_string(folder.join("dev")).ok()?;
+        Some(Self { number: number.trim().to_owned(), folder })
+    }
+
+    fn partitions(&self) -> Vec<Self> {
+        let inside = entries(&self.folder);
+        let is_one = |entry: &fs::DirEntry| entry.path().join("partition").exists();
+        inside.filter(is_one).filter_map(|entry| Self::child(&entry)).collect()
+    }
+
+    /// Devices stacked on this one.
+    fn holders(&self) -> Vec<Self> {
+        entries(&self.folder.join("holders")).filter_map(|entry| Self::child(&entry)).collect()
     }
 
     /// Its partition with this number, as the kernel has it.
     pub fn partition(&self, number: u32) -> Option<Self> {
-        let inside = fs::read_dir(&self.folder).ok()?.flatten();
-        let is_it = |entry: &fs::DirEntry| {
-            let text = fs::read_to_string(entry.path().join("partition"));
-            text.is_ok_and(|text| text.trim() == number.to_string())
-        };
-        let folder = inside.filter(is_it).map(|entry| entry.path()).next()?;
-        let device = fs::read_to_string(folder.join("dev")).ok()?;
-        Some(Self { number: device.trim().to_owned(), folder })
+        let is_it =
+            |one: &Self| one.read("partition").is_some_and(|text| text == number.to_string());
+        self.partitions().into_iter().find(is_it)
     }
 
     /// Snapshots that could be made of it.
@@ -82,23 +130,47 @@ impl Device {
     }
 }
 
-/// Partitions are folders with a `dev` file; holders are links to devices stacked on this one.
-fn collect(folder: &std::path::Path, found: &mut Vec<String>, depth: u32) {
-    if depth > 8 {
+/// `major:minor` of a device.
+pub fn number(rdev: u64) -> String {
+    format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev))
+}
+
+fn entries(folder: &Path) -> impl Iterator<Item = fs::DirEntry> {
+    fs::read_dir(folder).into_iter().flatten().flatten()
+}
+
+fn collect(device: &Device, found: &mut Vec<String>, depth: u32) {
+    if depth > MAX_DEPTH {
         return;
     }
-    let inside = fs::read_dir(folder)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter(|e| e.path().join("partition").exists());
-    let holders = fs::read_dir(folder.join("holders")).into_iter().flatten().flatten();
-    for entry in inside.chain(holders) {
-        let Ok(number) = fs::read_to_string(entry.path().join("dev")) else { continue };
-        let number = number.trim().to_owned();
-        if !found.contains(&number) {
-            found.push(number);
-            collect(&entry.path(), found, depth + 1);
+    for child in device.partitions().into_iter().chain(device.holders()) {
+        if !found.contains(&child.number) {
+            found.push(child.number.clone());
+            collect(&child, found, depth + 1);
+        }
+    }
+}
+
+fn leaves(device: Device, found: &mut Vec<Device>, depth: u32) {
+    let stacked = device.holders();
+    let below = if stacked.is_empty() { device.partitions() } else { stacked };
+    if below.is_empty() || depth > MAX_DEPTH {
+        return found.push(device);
+    }
+    below.into_iter().for_each(|below| leaves(below, found, depth + 1));
+}
+
+/// Adds what shares a btrfs with one of these: only one of its devices is named where it is mounted.
+fn add_members(numbers: &mut Vec<String>) {
+    for system in entries(Path::new("/sys/fs/btrfs")) {
+        let members: Vec<String> = entries(&system.path().join("devices"))
+            .filter_map(|entry| Device::child(&entry))
+            .map(|device| device.number)
+            .collect();
+        if members.iter().any(|member| numbers.contains(member)) {
+            numbers.extend(
+                members.into_iter().filter(|member| !numbers.contains(member)).collect::<Vec<_>>(),
+            );
         }
     }
 }

@@ -4,7 +4,7 @@ use std::{
     ffi::OsStr,
     fs,
     io::{BufRead, BufReader, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::Path,
     process::{Command, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
@@ -17,9 +17,9 @@ use janus_client::{
     frozen::freeze::{End, Freeze, Outcome, Target},
     source::{Source, mounts},
 };
-use janus_proto::pb::Consistency;
+use janus_proto::{buffers::Buffer, pb::Consistency};
 use rustix::process::{Pid, Signal, kill_process};
-use xtask::loopback::{Kind, SmallFileSystem};
+use xtask::loopback::{Kind, LoopDevice, SmallFileSystem};
 
 const CLIENT: &str = env!("CARGO_BIN_EXE_janus-client");
 /// A write that takes longer waits for something.
@@ -115,25 +115,96 @@ fn as_root_several_are_frozen_and_one_that_cannot_be_is_named() {
     writes.iter().for_each(|write| write.recv_timeout(LONG).unwrap());
 }
 
+fn source(path: &Path, allow_live: bool) -> Result<Source, String> {
+    let spec = DiskSpec { name: Some("disk".parse().unwrap()), path: path.to_owned() };
+    Source::open(&spec, None, allow_live).map_err(|error| error.to_string())
+}
+
+fn consistency(path: &Path) -> Consistency {
+    source(path, true).unwrap().consistency()
+}
+
+fn run(program: &str, arguments: &[&OsStr]) {
+    assert!(Command::new(program).args(arguments).status().unwrap().success(), "{program}");
+}
+
 #[test]
 fn as_root_a_device_that_nobody_can_write_to_counts_as_frozen() {
-    let consistency = |path: &Path| {
-        let spec = DiskSpec { name: Some("disk".parse().unwrap()), path: path.to_owned() };
-        Source::open(&spec, None, true).unwrap().consistency()
-    };
     let mounted = small(Kind::Ext4);
     assert_eq!(consistency(mounted.device()), Consistency::Smeared);
-    let remount = ["-o", "remount,ro"];
-    assert!(Command::new("mount").args(remount).arg(mounted.folder()).status().unwrap().success());
+    run("mount", &["-o".as_ref(), "remount,ro".as_ref(), mounted.folder().as_os_str()]);
     assert_eq!(consistency(mounted.device()), Consistency::Frozen);
-    assert!(Command::new("umount").arg(mounted.folder()).status().unwrap().success());
+    run("umount", &[mounted.folder().as_os_str()]);
     assert_eq!(consistency(mounted.device()), Consistency::Frozen);
     // Something that isn't mounted here has it.
     let flags = rustix::fs::OFlags::EXCL.bits().cast_signed();
     let taken = fs::File::options().read(true).custom_flags(flags).open(mounted.device()).unwrap();
-    assert_eq!(consistency(mounted.device()), Consistency::Crash);
+    let refused = source(mounted.device(), false).unwrap_err();
+    assert!(refused.contains("is in use by something that isn't seen here"), "{refused}");
+    assert_eq!(consistency(mounted.device()), Consistency::Smeared);
     drop(taken);
     assert_eq!(consistency(mounted.device()), Consistency::Frozen);
+}
+
+#[test]
+fn as_root_every_device_of_a_mounted_btrfs_is_in_use() {
+    let folder = tempfile::tempdir().unwrap();
+    let devices: Vec<LoopDevice> = ["one", "two"]
+        .map(|name| {
+            let file = folder.path().join(name);
+            fs::File::create(&file).unwrap().set_len(200 << 20).unwrap();
+            LoopDevice::attach(&file).unwrap()
+        })
+        .into();
+    let both: Vec<&OsStr> = devices.iter().map(|device| device.path().as_os_str()).collect();
+    let raid = ["-q", "-d", "raid1", "-m", "raid1"].map(OsStr::new);
+    run("mkfs.btrfs", &[&raid, &*both].concat());
+    let at = folder.path().join("at");
+    fs::create_dir(&at).unwrap();
+    run("mount", &[both[0], at.as_os_str()]);
+    let refused = devices.iter().map(|device| source(device.path(), false));
+    let refused: Vec<_> = refused.map(|opened| opened.map(|source| source.consistency())).collect();
+    run("mount", &["-o".as_ref(), "remount,ro".as_ref(), at.as_os_str()]);
+    let frozen: Vec<_> = devices.iter().map(|device| consistency(device.path())).collect();
+    run("umount", &[at.as_os_str()]);
+    for answer in refused {
+        let words = answer.unwrap_err();
+        assert!(words.contains(&format!("is mounted writable at {}", at.display())), "{words}");
+    }
+    assert_eq!(frozen, [Consistency::Frozen; 2]);
+}
+
+#[test]
+fn as_root_what_the_cache_has_of_a_disk_is_not_believed() {
+    const MIB: u64 = 1 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("disk");
+    fs::write(&file, vec![1; 8 << 20]).unwrap();
+    let disk = LoopDevice::attach(&file).unwrap();
+    // From its second mebibyte on, in sectors; as the kernel does when it reads a partition table.
+    run("addpart", &[disk.path().as_os_str(), "1".as_ref(), "2048".as_ref(), "8192".as_ref()]);
+    let part = disk
+        .path()
+        .with_file_name(format!("{}p1", disk.path().file_name().unwrap().to_str().unwrap()));
+    // Who keeps the disk open, as a mounted partition does, keeps its cache.
+    let whole = fs::File::open(disk.path()).unwrap();
+    let mut cached = vec![0; 8 << 20];
+    whole.read_exact_at(&mut cached, 0).unwrap();
+    let written = fs::File::options().write(true).open(&part).unwrap();
+    written.write_all_at(&vec![2; MIB as usize], 0).unwrap();
+    written.sync_all().unwrap();
+    drop(written);
+    // Otherwise there is nothing to be seen.
+    whole.read_exact_at(&mut cached[..4096], MIB).unwrap();
+    assert_eq!(cached[..4096], [1; 4096]);
+    let source = source(disk.path(), false).unwrap();
+    let mut buffer = Buffer::take();
+    source.read_at(MIB, &mut buffer).unwrap();
+    let mut few = [0; 512];
+    source.read_at(MIB + 512, &mut few).unwrap();
+    run("delpart", &[disk.path().as_os_str(), "1".as_ref()]);
+    assert!(buffer.iter().all(|byte| *byte == 2));
+    assert_eq!(few, [2; 512]);
 }
 
 #[test]
