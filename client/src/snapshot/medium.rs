@@ -12,10 +12,7 @@ use janus_proto::{
     ids::{BLOCK_BYTES, SEGMENT_BLOCKS, block_count},
     pb::{Encoding, Snapshot},
 };
-use tokio::{
-    runtime::Handle,
-    sync::{Notify, Semaphore},
-};
+use tokio::runtime::Handle;
 
 use super::{Opened, ReadError};
 use crate::{
@@ -31,21 +28,23 @@ mod ahead;
 mod cache;
 mod filling;
 mod proof;
+mod queue;
 mod zeros;
 
 use self::{
     ahead::Streams,
-    cache::{Cache, Chunk, State},
+    cache::{Cache, Chunk},
     filling::Filling,
     proof::Proof,
+    queue::Queue,
     zeros::Zeros,
 };
 
 /// What is fetched and kept as one.
 const CHUNK_BLOCKS: u64 = 16;
 const CHUNK_BYTES: u64 = CHUNK_BLOCKS * BLOCK_BYTES;
-/// Fetches at the same time; each is one stream.
-const FETCHES: usize = 8;
+/// Chunks of a large read that are waited for together: 2 MiB.
+const TOGETHER: usize = 32;
 
 /// A snapshot as a disk. Clones share everything.
 #[derive(Clone)]
@@ -61,9 +60,7 @@ struct Inner {
     encoding: Encoding,
     cache: Mutex<Cache>,
     streams: Mutex<Streams>,
-    /// A chunk has arrived, or failed.
-    arrived: Notify,
-    fetches: Semaphore,
+    queue: Mutex<Queue>,
     zeros: Zeros,
 }
 
@@ -96,8 +93,7 @@ impl SnapshotMedium {
             encoding,
             cache: Mutex::new(Cache::new(memory_bytes / CHUNK_BYTES)),
             streams: Mutex::default(),
-            arrived: Notify::new(),
-            fetches: Semaphore::new(FETCHES),
+            queue: Mutex::default(),
             zeros,
         };
         Self { inner: Arc::new(inner), runtime }
@@ -132,23 +128,38 @@ impl SnapshotMedium {
         let size_bytes = self.snapshot().size_bytes;
         let end = offset.checked_add(buffer.len() as u64).filter(|end| *end <= size_bytes);
         let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
-        let mut rest = buffer;
-        let mut at = offset;
-        if at < end {
-            // All of it is asked for at once.
-            self.ask_for(&(at / CHUNK_BYTES..(end - 1) / CHUNK_BYTES + 1));
+        if offset == end {
+            return Ok(());
         }
-        while at < end {
-            let chunk = at / CHUNK_BYTES;
-            let content = self.chunk(chunk).await?;
-            let within = (at % CHUNK_BYTES) as usize;
-            let take = rest.len().min(CHUNK_BYTES as usize - within);
-            let (now, later) = rest.split_at_mut(take);
-            let copied = content.copy_to(now, within);
-            copied.map_err(|lost| self.inner.lost_error(chunk, lost))?;
-            (rest, at) = (later, at + take as u64);
+        // All of it is asked for at once.
+        let chunks = offset / CHUNK_BYTES..(end - 1) / CHUNK_BYTES + 1;
+        self.ask_for(&chunks);
+        let (mut rest, mut at) = (buffer, offset);
+        for first in chunks.clone().step_by(TOGETHER) {
+            let some = first..(first + TOGETHER as u64).min(chunks.end);
+            for (chunk, content) in some.clone().zip(self.arrived(some).await?) {
+                let within = (at % CHUNK_BYTES) as usize;
+                let take = rest.len().min(CHUNK_BYTES as usize - within);
+                let (now, later) = rest.split_at_mut(take);
+                let copied = content.copy_to(now, within);
+                copied.map_err(|lost| self.inner.lost_error(chunk, lost))?;
+                (rest, at) = (later, at + take as u64);
+            }
         }
         Ok(())
+    }
+
+    /// All of these chunks, once they are here.
+    async fn arrived(&self, chunks: Range<u64>) -> io::Result<Vec<Arc<Chunk>>> {
+        let (wanted, missing) = lock(&self.inner.cache).want(chunks);
+        self.fetch(missing);
+        let mut here = Vec::with_capacity(wanted.len());
+        // The last one first: when it is here, most of the others are, and nobody is woken for each.
+        for one in wanted.into_iter().rev() {
+            here.push(one.arrive().await?);
+        }
+        here.reverse();
+        Ok(here)
     }
 
     /// What needs no waiting is answered without the runtime.
@@ -165,38 +176,6 @@ impl SnapshotMedium {
         }
     }
 
-    async fn chunk(&self, chunk: u64) -> io::Result<Arc<Chunk>> {
-        loop {
-            let arrived = self.inner.arrived.notified();
-            let mut arrived = std::pin::pin!(arrived);
-            // Before the cache is looked at: what arrives in between is not missed.
-            arrived.as_mut().enable();
-            if let Some(found) = self.look(chunk) {
-                return found;
-            }
-            arrived.await;
-        }
-    }
-
-    /// The chunk if it is there; it is fetched if nobody has asked for it, or it has gone again.
-    fn look(&self, chunk: u64) -> Option<io::Result<Arc<Chunk>>> {
-        let mut cache = lock(&self.inner.cache);
-        let found = match cache.get(chunk) {
-            Some(State::Ready(content)) => return Some(Ok(content.clone())),
-            Some(State::Failed(kind, text)) => Some(Err(io::Error::new(*kind, text.clone()))),
-            Some(State::Coming) => return None,
-            None => None,
-        };
-        if found.is_some() {
-            cache.forget(chunk);
-            return found;
-        }
-        let missing = cache.take_missing(chunk..chunk + 1, chunk + 1);
-        drop(cache);
-        self.fetch(missing);
-        None
-    }
-
     /// Has chunks fetched that are not there, and what a reader in order asks for next.
     fn ask_for(&self, wanted: &Range<u64>) {
         let chunks = self.snapshot().size_bytes.div_ceil(CHUNK_BYTES);
@@ -206,42 +185,55 @@ impl SnapshotMedium {
     }
 
     fn fetch(&self, missing: Vec<Range<u64>>) {
-        for run in missing {
-            self.runtime.spawn(Inner::fetch(self.inner.clone(), run));
+        let fetchers = lock(&self.inner.queue).add(missing);
+        for _ in 0..fetchers {
+            self.runtime.spawn(Inner::fetch_all(self.inner.clone()));
         }
     }
 }
 
 impl Inner {
-    async fn fetch(self: Arc<Self>, chunks: Range<u64>) {
-        // Nobody closes it.
-        let _permit = self.fetches.acquire().await;
+    /// Fetches until nothing waits for it.
+    async fn fetch_all(self: Arc<Self>) {
+        while let Some(runs) = self.next() {
+            self.fetch(&runs).await;
+        }
+    }
+
+    fn next(&self) -> Option<Vec<Range<u64>>> {
+        lock(&self.queue).take()
+    }
+
+    /// Fetches runs of chunks, ascending, by one call.
+    async fn fetch(&self, runs: &[Range<u64>]) {
         let blocks = block_count(self.opened.snapshot().size_bytes);
-        let range = chunks.start * CHUNK_BLOCKS..(chunks.end * CHUNK_BLOCKS).min(blocks);
-        let mut filling = Filling::new(chunks, blocks, |chunk, content| {
+        let ranges: Vec<_> = runs
+            .iter()
+            .map(|run| run.start * CHUNK_BLOCKS..(run.end * CHUNK_BLOCKS).min(blocks))
+            .collect();
+        let mut filling = Filling::new(runs.iter().cloned().flatten(), blocks, |chunk, content| {
             lock(&self.cache).put(chunk, content);
-            self.arrived.notify_waiters();
         });
         let read = async {
             if let Some((seal, proof)) = &self.seal {
-                let segments = range.start / SEGMENT_BLOCKS..range.end.div_ceil(SEGMENT_BLOCKS);
-                let segments: Vec<u64> = segments.collect();
+                let mut segments: Vec<u64> = ranges
+                    .iter()
+                    .flat_map(|range| {
+                        range.start / SEGMENT_BLOCKS..range.end.div_ceil(SEGMENT_BLOCKS)
+                    })
+                    .collect();
+                segments.dedup();
                 filling.sealed(seal.clone(), proof.of(&self.opened, &segments).await?);
             }
-            self.opened.read_blocks(&[range], self.encoding, &mut filling).await
+            self.opened.read_blocks(&ranges, self.encoding, &mut filling).await
         };
         let read = read.await;
         let result = read.map_err(|error| (io_kind(&error), error.to_string()));
-        match result.and_then(|()| filling.finish().map_err(|e| (io::ErrorKind::InvalidData, e))) {
-            Ok(()) => {}
-            Err((kind, text)) => {
-                let mut cache = lock(&self.cache);
-                for chunk in filling.left() {
-                    cache.fail(chunk, kind, &text);
-                }
-                drop(cache);
-                self.arrived.notify_waiters();
-            }
+        let filled =
+            result.and_then(|()| filling.finish().map_err(|e| (io::ErrorKind::InvalidData, e)));
+        if let Err((kind, text)) = filled {
+            let mut cache = lock(&self.cache);
+            filling.left().for_each(|chunk| cache.fail(chunk, kind, &text));
         }
     }
 

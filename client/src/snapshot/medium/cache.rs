@@ -8,6 +8,7 @@ use std::{
 };
 
 use janus_proto::ids::BLOCK_BYTES;
+use tokio::sync::oneshot;
 
 use super::CHUNK_BLOCKS;
 
@@ -49,19 +50,53 @@ impl Chunk {
     }
 }
 
-/// What is known of a chunk.
+/// What came of a chunk that was waited for.
+type Outcome = Result<Arc<Chunk>, (io::ErrorKind, String)>;
+
+/// A chunk that somebody wants.
 #[derive(Debug)]
-pub(super) enum State {
-    /// It is on its way.
-    Coming,
+pub(super) enum Wanted {
+    Here(Arc<Chunk>),
+    Coming(oneshot::Receiver<Outcome>),
+}
+
+impl Wanted {
+    /// The chunk, once it is here.
+    pub(super) async fn arrive(self) -> io::Result<Arc<Chunk>> {
+        let coming = match self {
+            Self::Here(content) => return Ok(content),
+            Self::Coming(coming) => coming,
+        };
+        match coming.await {
+            Ok(outcome) => outcome.map_err(|(kind, text)| io::Error::new(kind, text)),
+            Err(_) => Err(io::Error::other("reading was stopped")),
+        }
+    }
+}
+
+enum State {
+    /// On its way to those who wait for it.
+    Coming(Vec<oneshot::Sender<Outcome>>),
     Ready(Arc<Chunk>),
-    /// It could not be read.
-    Failed(io::ErrorKind, String),
 }
 
 struct Slot {
     state: State,
     is_used: bool,
+}
+
+impl Slot {
+    fn wanted(&mut self) -> Wanted {
+        self.is_used = true;
+        match &mut self.state {
+            State::Ready(content) => Wanted::Here(content.clone()),
+            State::Coming(waiting) => {
+                let (tell, told) = oneshot::channel();
+                waiting.push(tell);
+                Wanted::Coming(told)
+            }
+        }
+    }
 }
 
 pub(super) struct Cache {
@@ -77,10 +112,17 @@ impl Cache {
         Self { slots: HashMap::new(), order: VecDeque::new(), most }
     }
 
-    pub(super) fn get(&mut self, chunk: u64) -> Option<&State> {
-        let slot = self.slots.get_mut(&chunk)?;
-        slot.is_used = true;
-        Some(&slot.state)
+    /// All of these, and the runs of them that are to be fetched now, since nobody has asked for them yet.
+    pub(super) fn want(&mut self, chunks: Range<u64>) -> (Vec<Wanted>, Vec<Range<u64>>) {
+        let mut runs = Vec::new();
+        let wanted = chunks.map(|chunk| {
+            if let Some(slot) = self.slots.get_mut(&chunk) {
+                return slot.wanted();
+            }
+            add(&mut runs, chunk);
+            self.insert(chunk).wanted()
+        });
+        (wanted.collect(), runs)
     }
 
     /// True when all of them are here.
@@ -94,38 +136,42 @@ impl Cache {
     pub(super) fn take_missing(&mut self, range: Range<u64>, ahead: u64) -> Vec<Range<u64>> {
         let enough = range.end.saturating_sub(ahead) / 2;
         let mut runs: Vec<Range<u64>> = Vec::new();
-        for chunk in range.filter(|chunk| !self.slots.contains_key(chunk)) {
-            match runs.last_mut() {
-                Some(run) if run.end == chunk => run.end += 1,
-                _ => runs.push(chunk..chunk + 1),
-            }
-        }
+        range
+            .filter(|chunk| !self.slots.contains_key(chunk))
+            .for_each(|chunk| add(&mut runs, chunk));
         runs.retain(|run| run.start < ahead || run.end - run.start > enough);
         for chunk in runs.iter().cloned().flatten() {
-            self.make_room();
-            self.order.push_back(chunk);
-            // What is fetched ahead must not be the first to go, among others that were used before.
-            self.slots.insert(chunk, Slot { state: State::Coming, is_used: true });
+            self.insert(chunk);
         }
         runs
     }
 
+    /// It is coming now.
+    fn insert(&mut self, chunk: u64) -> &mut Slot {
+        self.make_room();
+        self.order.push_back(chunk);
+        // What is fetched ahead must not be the first to go, among others that were used before.
+        let slot = Slot { state: State::Coming(Vec::new()), is_used: true };
+        self.slots.entry(chunk).insert_entry(slot).into_mut()
+    }
+
     pub(super) fn put(&mut self, chunk: u64, content: Chunk) {
-        if let Some(slot) = self.slots.get_mut(&chunk) {
-            slot.state = State::Ready(Arc::new(content));
+        let Some(slot) = self.slots.get_mut(&chunk) else { return };
+        let content = Arc::new(content);
+        if let State::Coming(waiting) =
+            std::mem::replace(&mut slot.state, State::Ready(content.clone()))
+        {
+            waiting.into_iter().for_each(|one| drop(one.send(Ok(content.clone()))));
         }
     }
 
+    /// All who wait for it are told; the next one who asks has it fetched again.
     pub(super) fn fail(&mut self, chunk: u64, kind: io::ErrorKind, text: &str) {
-        if let Some(slot) = self.slots.get_mut(&chunk) {
-            slot.state = State::Failed(kind, text.to_owned());
-        }
-    }
-
-    /// The next one who asks has it fetched again.
-    pub(super) fn forget(&mut self, chunk: u64) {
-        self.slots.remove(&chunk);
+        let Some(slot) = self.slots.remove(&chunk) else { return };
         self.order.retain(|other| *other != chunk);
+        if let State::Coming(waiting) = slot.state {
+            waiting.into_iter().for_each(|one| drop(one.send(Err((kind, text.to_owned())))));
+        }
     }
 
     /// Lets chunks go until there is room for one more; those that are coming stay.
@@ -135,7 +181,7 @@ impl Cache {
             looks -= 1;
             let Some(chunk) = self.order.pop_front() else { return };
             match self.slots.get_mut(&chunk) {
-                Some(slot) if slot.is_used || matches!(slot.state, State::Coming) => {
+                Some(slot) if slot.is_used || matches!(slot.state, State::Coming(_)) => {
                     slot.is_used = false;
                     self.order.push_back(chunk);
                 }
@@ -147,9 +193,20 @@ impl Cache {
     }
 }
 
+fn add(runs: &mut Vec<Range<u64>>, chunk: u64) {
+    match runs.last_mut() {
+        Some(run) if run.end == chunk => run.end += 1,
+        _ => runs.push(chunk..chunk + 1),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn is_here(cache: &mut Cache, chunk: u64) -> bool {
+        cache.slots.get_mut(&chunk).is_some_and(|slot| matches!(slot.wanted(), Wanted::Here(_)))
+    }
 
     fn missing(cache: &mut Cache, range: Range<u64>, ahead: u64) -> Vec<(u64, u64)> {
         cache.take_missing(range, ahead).into_iter().map(|run| (run.start, run.end)).collect()
@@ -167,10 +224,10 @@ mod tests {
         let mut cache = Cache::new(0);
         ready(&mut cache, 0..FEWEST);
         assert_eq!(missing(&mut cache, 5000..5001, 5001), [(5000, 5001)]);
-        assert!(matches!(cache.get(3), Some(State::Ready(_))));
+        assert!(is_here(&mut cache, 3));
         ready(&mut cache, 6000..6100);
-        assert!(cache.get(3).is_some() && cache.get(0).is_none() && cache.get(4).is_none());
-        assert!(matches!(cache.get(5000), Some(State::Coming)));
+        assert!(is_here(&mut cache, 3) && !is_here(&mut cache, 0) && !is_here(&mut cache, 4));
+        assert!(matches!(cache.slots[&5000].state, State::Coming(_)));
         assert!(cache.slots.len() <= FEWEST as usize && cache.order.len() == cache.slots.len());
     }
 
@@ -181,7 +238,35 @@ mod tests {
             ready(&mut cache, chunk..chunk + 1);
             // One that is always 128 chunks behind.
             let behind = chunk.saturating_sub(128);
-            assert!(cache.get(behind).is_some(), "{behind} went before it was used");
+            assert!(is_here(&mut cache, behind), "{behind} went before it was used");
+        }
+    }
+
+    #[tokio::test]
+    async fn all_who_wait_are_told_and_what_failed_is_fetched_again() {
+        let mut cache = Cache::new(0);
+        cache.take_missing(0..4, 4);
+        let (first, fetched) = cache.want(2..5);
+        assert_eq!(fetched, [4..5]);
+        let (second, fetched) = cache.want(3..4);
+        assert_eq!(fetched, []);
+        cache.put(2, Chunk::new(None, 0));
+        cache.fail(3, io::ErrorKind::NotConnected, "gone");
+        cache.put(4, Chunk::new(None, 0));
+        let mut kinds = Vec::new();
+        for one in first.into_iter().chain(second) {
+            kinds.push(one.arrive().await.err().map(|error| error.kind()));
+        }
+        let failed = Some(io::ErrorKind::NotConnected);
+        assert_eq!(kinds, [None, failed, None, failed]);
+        // Nobody waited for this one: no error is kept for whoever comes later.
+        cache.fail(0, io::ErrorKind::NotConnected, "gone");
+        let (wanted, fetched) = cache.want(0..5);
+        assert_eq!(fetched, [0..1, 3..4]);
+        // As when the program ends.
+        drop(cache);
+        for one in wanted {
+            let _ = one.arrive().await;
         }
     }
 

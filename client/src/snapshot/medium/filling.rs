@@ -1,6 +1,6 @@
 //! Blocks as they come, put together to chunks.
 
-use std::{ops::Range, sync::Arc};
+use std::{collections::VecDeque, ops::Range, sync::Arc};
 
 use janus_proto::{
     ids::{BLOCK_BYTES, BlockHash},
@@ -15,10 +15,13 @@ use crate::{
 
 const CHUNK_BYTES: usize = (CHUNK_BLOCKS * BLOCK_BYTES) as usize;
 
-/// Fills a run of chunks in order and hands on each that is complete.
+/// Batches of so few blocks are compared with their hashes at once: that takes less time than to hand them on.
+const FEW_BLOCKS: u64 = 16;
+
+/// Fills chunks in order and hands on each that is complete.
 pub(super) struct Filling<F> {
-    /// Chunks that are not complete.
-    left: Range<u64>,
+    /// Chunks that are not complete, ascending.
+    left: VecDeque<u64>,
     /// Of the disk.
     blocks: u64,
     /// What opens blocks, and what they must be.
@@ -34,10 +37,10 @@ pub(super) struct Filling<F> {
 }
 
 impl<F: FnMut(u64, Chunk) + Send> Filling<F> {
-    /// Of a disk of so many blocks.
-    pub(super) fn new(chunks: Range<u64>, blocks: u64, done: F) -> Self {
-        let (data, seal, wrong) = (None, None, None);
-        Self { left: chunks, blocks, seal, data, lost: 0, filled: 0, wrong, done }
+    /// Ascending chunks of a disk of so many blocks.
+    pub(super) fn new(chunks: impl IntoIterator<Item = u64>, blocks: u64, done: F) -> Self {
+        let (left, data, seal, wrong) = (chunks.into_iter().collect(), None, None, None);
+        Self { left, blocks, seal, data, lost: 0, filled: 0, wrong, done }
     }
 
     /// What comes is sealed, and must be this.
@@ -46,26 +49,25 @@ impl<F: FnMut(u64, Chunk) + Send> Filling<F> {
     }
 
     /// Chunks that have not been handed on.
-    pub(super) fn left(&self) -> Range<u64> {
-        self.left.clone()
+    pub(super) fn left(&self) -> impl Iterator<Item = u64> {
+        self.left.iter().copied()
     }
 
     /// Nothing more comes: the rest is zeros.
     pub(super) fn finish(&mut self) -> Result<(), String> {
         if self.wrong.is_none() {
-            self.advance(self.left.end);
+            self.advance(u64::MAX);
         }
         self.wrong.take().map_or(Ok(()), Err)
     }
 
     /// All chunks before this one are complete.
     fn advance(&mut self, chunk: u64) {
-        while self.left.start < chunk.min(self.left.end) && self.wrong.is_none() {
-            let complete = self.left.start;
+        while let Some(complete) = self.left.front().copied().filter(|first| *first < chunk) {
             let (lost, filled) = (std::mem::take(&mut self.lost), std::mem::take(&mut self.filled));
             if let Some((_, proven)) = &self.seal {
-                let first = complete * CHUNK_BLOCKS;
-                let blocks = first..(first + CHUNK_BLOCKS).min(self.blocks);
+                let blocks = self.blocks_of(complete);
+                let first = blocks.start;
                 let mut left_out =
                     blocks.filter(|block| (filled | lost) >> (block - first) & 1 == 0);
                 if let Some(block) = left_out.find(|block| !proven.is_zeros(*block)) {
@@ -73,10 +75,18 @@ impl<F: FnMut(u64, Chunk) + Send> Filling<F> {
                     return;
                 }
             }
-            let content = Chunk::new(self.data.take(), lost);
-            self.left.start += 1;
-            (self.done)(complete, content);
+            let mut data = self.data.take();
+            if let Some(data) = &mut data {
+                data.resize(CHUNK_BYTES, 0);
+            }
+            self.left.pop_front();
+            (self.done)(complete, Chunk::new(data, lost));
         }
+    }
+
+    fn blocks_of(&self, chunk: u64) -> Range<u64> {
+        let first = chunk * CHUNK_BLOCKS;
+        first..(first + CHUNK_BLOCKS).min(self.blocks)
     }
 
     fn blocks(&mut self, batch: &Batch) {
@@ -84,25 +94,56 @@ impl<F: FnMut(u64, Chunk) + Send> Filling<F> {
             let mut data = piece.data;
             for block in piece.extent.first..piece.extent.end() {
                 let (now, later) = data.split_at(data.len().min(BLOCK_BYTES as usize));
-                self.advance(block / CHUNK_BLOCKS);
                 data = later;
-                if block / CHUNK_BLOCKS == self.left.start && !self.left.is_empty() {
-                    let chunk = self.data.get_or_insert_with(|| vec![0; CHUNK_BYTES]);
-                    let at = (block % CHUNK_BLOCKS * BLOCK_BYTES) as usize;
-                    chunk[at..at + now.len()].copy_from_slice(now);
-                    self.filled |= 1 << (block % CHUNK_BLOCKS);
+                self.block(block, now);
+                if self.wrong.is_some() {
+                    return;
                 }
             }
         }
     }
 
-    fn lose(&mut self, blocks: Range<u64>) {
-        let all = self.left.start * CHUNK_BLOCKS..self.left.end * CHUNK_BLOCKS;
-        for block in blocks.start.max(all.start)..blocks.end.min(all.end) {
-            self.advance(block / CHUNK_BLOCKS);
-            self.lost |= 1 << (block % CHUNK_BLOCKS);
+    fn block(&mut self, block: u64, bytes: &[u8]) {
+        let chunk = block / CHUNK_BLOCKS;
+        self.advance(chunk);
+        if self.left.front() != Some(&chunk) {
+            return;
+        }
+        let data = self.data.get_or_insert_with(|| Vec::with_capacity(CHUNK_BYTES));
+        let at = (block % CHUNK_BLOCKS * BLOCK_BYTES) as usize;
+        match data.get_mut(at..at + bytes.len()) {
+            Some(place) => place.copy_from_slice(bytes),
+            None => {
+                data.resize(at, 0);
+                data.extend_from_slice(bytes);
+            }
+        }
+        self.filled |= 1 << (block % CHUNK_BLOCKS);
+        let blocks = self.blocks_of(chunk);
+        if u64::from((self.filled | self.lost).count_ones()) == blocks.end - blocks.start {
+            self.advance(chunk + 1);
         }
     }
+
+    fn lose(&mut self, blocks: Range<u64>) {
+        let Some((first, last)) = self.left.front().zip(self.left.back()) else { return };
+        let all = first * CHUNK_BLOCKS..(last + 1) * CHUNK_BLOCKS;
+        for block in blocks.start.max(all.start)..blocks.end.min(all.end) {
+            let chunk = block / CHUNK_BLOCKS;
+            self.advance(chunk);
+            if self.left.front() == Some(&chunk) {
+                self.lost |= 1 << (block % CHUNK_BLOCKS);
+            }
+        }
+    }
+}
+
+/// A batch whose blocks have their hashes, opened where it is sealed.
+fn checked(batch: Batch, seal: Option<(Arc<DiskSeal>, Arc<Proven>)>) -> Result<Batch, String> {
+    batch.verify().map_err(|error| format!("the server sent wrong data: {error}"))?;
+    let Some((seal, proven)) = seal else { return Ok(batch) };
+    compare(&batch, &proven)?;
+    Ok(batch.changed(|first, data| seal.open(first * BLOCK_BYTES, data)))
 }
 
 /// Whether all blocks of a batch are those of the snapshot.
@@ -127,18 +168,16 @@ impl<F: FnMut(u64, Chunk) + Send> Sink for Filling<F> {
             Part::Lost(blocks) => self.lose(blocks),
             Part::Blocks(batch) => {
                 let seal = self.seal.clone();
-                let checking = tokio::task::spawn_blocking(move || {
-                    batch
-                        .verify()
-                        .map_err(|error| format!("the server sent wrong data: {error}"))?;
-                    let Some((seal, proven)) = seal else { return Ok(batch) };
-                    compare(&batch, &proven)?;
-                    Ok(batch.changed(|first, data| seal.open(first * BLOCK_BYTES, data)))
-                });
-                match checking.await {
-                    Ok(Ok(batch)) => self.blocks(&batch),
-                    Ok(Err(wrong)) => self.wrong = Some(wrong),
-                    Err(_) => self.wrong = Some("interrupted".into()),
+                let blocks: u64 = batch.extents().iter().map(|extent| extent.count).sum();
+                let checked = if blocks <= FEW_BLOCKS {
+                    checked(batch, seal)
+                } else {
+                    let checking = tokio::task::spawn_blocking(move || checked(batch, seal));
+                    checking.await.unwrap_or_else(|_| Err("interrupted".into()))
+                };
+                match checked {
+                    Ok(batch) => self.blocks(&batch),
+                    Err(wrong) => self.wrong = Some(wrong),
                 }
             }
         }
@@ -224,7 +263,7 @@ mod tests {
         assert!(filling.take(Part::Lost(18..19)).await);
         assert!(filling.take(Part::Blocks(batch(64, &[9; 512]))).await);
         filling.finish().unwrap();
-        assert!(filling.left().is_empty());
+        assert_eq!(filling.left().count(), 0);
         drop(filling);
         let read = |chunk: &Chunk, within| {
             let mut byte = [0];

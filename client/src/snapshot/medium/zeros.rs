@@ -23,6 +23,8 @@ use super::proof::Proof;
 const TOGETHER: usize = 32;
 /// Segments of which is known which blocks are zeros: 16 MiB.
 const MOST: usize = 1 << 16;
+/// As far as is looked for the end of a stretch: 1 GiB. Who wants to know more asks on from there.
+const FARTHEST: u64 = 256 * SEGMENT_BLOCKS;
 
 /// What is known.
 pub(super) struct Zeros {
@@ -31,11 +33,14 @@ pub(super) struct Zeros {
     empty: OnceCell<Vec<bool>>,
     /// Of some of the others which blocks are not zeros.
     known: Mutex<HashMap<u64, SegmentBits>>,
+    /// Held while hashes are read, which all who ask meanwhile want as well.
+    learning: tokio::sync::Mutex<()>,
 }
 
 impl Zeros {
     pub(super) fn new(size_bytes: u64) -> Self {
-        Self { size_bytes, empty: OnceCell::new(), known: Mutex::default() }
+        let (known, learning) = (Mutex::default(), tokio::sync::Mutex::default());
+        Self { size_bytes, empty: OnceCell::new(), known, learning }
     }
 
     /// The stretch at `offset`. What can't be told is data.
@@ -71,7 +76,7 @@ impl Zeros {
             Ok::<_, ReadError>((0..).zip(digests).map(is_empty).collect())
         };
         let empty = self.empty.get_or_try_init(digests).await?;
-        let total = block_count(self.size_bytes);
+        let total = block_count(self.size_bytes).min(first.saturating_add(FARTHEST));
         self.learn(opened, proof, empty, first / SEGMENT_BLOCKS).await?;
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut end, mut hole) = (first, None);
@@ -102,21 +107,14 @@ impl Zeros {
         empty: &[bool],
         segment: u64,
     ) -> Result<(), ReadError> {
-        let wanted: Vec<u64> = {
-            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-            let is_known = |segment: &u64| {
-                known.contains_key(segment) || empty.get(*segment as usize).copied().unwrap_or(true)
-            };
-            if is_known(&segment) {
-                return Ok(());
-            }
-            let next = segment..(segment + TOGETHER as u64).min(empty.len() as u64);
-            let wanted = next.filter(|segment| !is_known(segment)).collect();
-            if known.len() + TOGETHER > MOST {
-                known.clear();
-            }
-            wanted
-        };
+        if self.unknown(empty, segment).is_empty() {
+            return Ok(());
+        }
+        let _learning = self.learning.lock().await;
+        let wanted = self.unknown(empty, segment);
+        if wanted.is_empty() {
+            return Ok(());
+        }
         if let Some(proof) = proof {
             let proven = proof.of(opened, &wanted).await?;
             let total = block_count(self.size_bytes);
@@ -140,5 +138,22 @@ impl Zeros {
             known.insert(segment, segment_bits::of(hashes.len(), is_data));
         }
         Ok(())
+    }
+
+    /// What is to be read so that a segment is known: nothing, or it and those after it.
+    fn unknown(&self, empty: &[bool], segment: u64) -> Vec<u64> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_known = |segment: &u64| {
+            known.contains_key(segment) || empty.get(*segment as usize).copied().unwrap_or(true)
+        };
+        if is_known(&segment) {
+            return Vec::new();
+        }
+        let next = segment..(segment + TOGETHER as u64).min(empty.len() as u64);
+        let wanted = next.filter(|segment| !is_known(segment)).collect();
+        if known.len() + TOGETHER > MOST {
+            known.clear();
+        }
+        wanted
     }
 }
