@@ -22,8 +22,10 @@ use crate::{buffers::Buffer, cached::cached_bytes};
 
 /// What offsets, lengths and memory must be multiples of: no disk has larger sectors.
 pub const ALIGN: usize = 4096;
-/// Shorter reads and writes go through the cache.
-const LEAST: usize = 64 << 10;
+/// Shorter writes go through the cache.
+const LEAST_WRITTEN: usize = 64 << 10;
+/// Shorter reads, too: who reads so little here and there may come again.
+const LEAST_READ: usize = 128 << 10;
 
 /// A file that is read and written past the page cache where that pays. Threads may use it at the same time.
 #[derive(Debug)]
@@ -73,7 +75,7 @@ impl DirectFile {
     /// As the file system says, and when the file is shorter.
     pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let is_aligned = buffer.as_ptr().addr().is_multiple_of(ALIGN);
-        let done = match self.direct(offset, buffer.len()) {
+        let done = match self.direct(offset, buffer.len(), LEAST_READ) {
             Some(direct) if is_aligned && !self.is_cached(offset, buffer.len()) => {
                 let whole = buffer.len() - buffer.len() % ALIGN;
                 self.read_direct(direct, &mut buffer[..whole], offset)?
@@ -89,7 +91,7 @@ impl DirectFile {
     /// As the file system says; part of the data may then be written.
     pub fn write_all_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
         let mut done = 0;
-        if let Some(direct) = self.direct(offset, data.len()) {
+        if let Some(direct) = self.direct(offset, data.len(), LEAST_WRITTEN) {
             let mut buffer = Buffer::take();
             for piece in data[..data.len() - data.len() % ALIGN].chunks(buffer.len()) {
                 let copy = &mut buffer[..piece.len()];
@@ -104,8 +106,8 @@ impl DirectFile {
         self.file.write_all_at(&data[done..], offset + done as u64)
     }
 
-    fn direct(&self, offset: u64, len: usize) -> Option<&File> {
-        let is_suitable = len >= LEAST && offset.is_multiple_of(ALIGN as u64);
+    fn direct(&self, offset: u64, len: usize, least: usize) -> Option<&File> {
+        let is_suitable = len >= least && offset.is_multiple_of(ALIGN as u64);
         self.direct.as_ref().filter(|_| is_suitable && !self.refused.load(Ordering::Relaxed))
     }
 
@@ -191,21 +193,21 @@ mod tests {
     fn direct_and_cached_calls_see_one_file() {
         let folder = tempfile::tempdir().unwrap();
         let written = file(&folder);
-        let data: Vec<u8> = (0..LEAST * 6 + 777).map(|i| (i / 99 + i / 4096) as u8).collect();
+        let data: Vec<u8> = (0..LEAST_READ * 6 + 777).map(|i| (i / 99 + i / 4096) as u8).collect();
         let mut expected = vec![0; 3 << 20];
         // Over each other, off their places, with a short end, and behind the end of the file.
         for (at, from, len) in [
-            (0, 0, LEAST * 6 + 777),
-            (4096, 5, LEAST + 4096),
+            (0, 0, LEAST_READ * 6 + 777),
+            (4096, 5, LEAST_READ + 4096),
             (12_288, 7, 4096),
-            (513, 0, LEAST),
-            (2 << 20, 3, LEAST + 1),
+            (513, 0, LEAST_READ),
+            (2 << 20, 3, LEAST_READ + 1),
         ] {
             written.write_all_at(&data[from..from + len], at as u64).unwrap();
             expected[at..at + len].copy_from_slice(&data[from..from + len]);
         }
         let len = written.file().metadata().unwrap().len() as usize;
-        assert_eq!(len, (2 << 20) + LEAST + 1);
+        assert_eq!(len, (2 << 20) + LEAST_READ + 1);
         let whole = written.file().try_clone().unwrap();
         let mut found = vec![0; len];
         whole.read_exact_at(&mut found, 0).unwrap();
@@ -219,15 +221,15 @@ mod tests {
                 whole.read_exact_at(&mut found[..ALIGN], 1 << 20).unwrap();
             }
             for (at, into) in
-                [(0, 0..LEAST), (1 << 20, 0..1 << 20), (4096, 3..99_999), (1, 0..LEAST)]
+                [(0, 0..LEAST_READ), (1 << 20, 0..1 << 20), (4096, 3..99_999), (1, 0..LEAST_READ)]
             {
                 let len = into.len();
                 written.read_exact_at(&mut buffer[into.clone()], at as u64).unwrap();
                 assert!(buffer[into] == expected[at..at + len], "{len} bytes at {at}");
             }
         }
-        let end = len as u64 - LEAST as u64;
-        assert!(written.read_exact_at(&mut buffer[..2 * LEAST], end - end % 4096).is_err());
+        let end = len as u64 - LEAST_READ as u64;
+        assert!(written.read_exact_at(&mut buffer[..2 * LEAST_READ], end - end % 4096).is_err());
     }
 
     #[test]
@@ -239,7 +241,7 @@ mod tests {
         std::fs::write(&path, "other").unwrap();
         let written = DirectFile::for_writing(opened, &path);
         assert!(written.direct.is_none());
-        written.write_all_at(&vec![1; LEAST], 0).unwrap();
+        written.write_all_at(&vec![1; LEAST_READ], 0).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"other");
     }
 }

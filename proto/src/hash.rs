@@ -88,9 +88,13 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 
 /// Digest of a segment: BLAKE3 of its block hashes, concatenated.
 pub fn segment_digest(hashes: &[BlockHash]) -> BlockHash {
+    // One piece after the other would be hashed by itself; together they are as wide as the processor is.
+    let mut bytes = [0; SEGMENT_BLOCKS as usize * BlockHash::LEN];
     let mut hasher = blake3::Hasher::new();
-    for hash in hashes {
-        hasher.update(&hash.0);
+    for some in hashes.chunks(SEGMENT_BLOCKS as usize) {
+        let places = bytes.chunks_exact_mut(BlockHash::LEN).zip(some);
+        places.for_each(|(place, hash)| place.copy_from_slice(&hash.0));
+        hasher.update(&bytes[..some.len() * BlockHash::LEN]);
     }
     BlockHash(*hasher.finalize().as_bytes())
 }
