@@ -31,12 +31,22 @@ pub struct Forecast {
     pub changed_bytes: u64,
     /// Data for a server that has nothing of this disk; `None` when some server has.
     pub first_bytes: Option<u64>,
-    /// Bytes of the blocks that servers lack; zeros among them don't travel.
-    pub servers: Vec<(ServerId, u64)>,
+    /// What servers lack.
+    pub servers: Vec<(ServerId, Lacking)>,
     /// What was read and why.
     pub reading: Arc<Reading>,
     /// The same for each volume; what is in none, as the partition table, comes last. Empty when the disk has no volumes.
     pub parts: Vec<Part>,
+}
+
+/// What a server lacks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lacking {
+    /// Bytes of the blocks that it lacks; zeros among them don't travel.
+    pub bytes: u64,
+    /// Of these, bytes that a backup to it reads beyond what was read here: no journal says that they have changed, but the server doesn't
+    /// have what they changed to earlier.
+    pub unread_bytes: u64,
 }
 
 /// A part of the disk.
@@ -146,21 +156,23 @@ fn read(
     };
     let blocks = block_count(disk.source.size_bytes());
     let parts = parts_of(&reading, disk.source.size_bytes());
-    let mut sums = Sums { servers: vec![0; servers.len()], parts, ..Sums::default() };
+    let servers_sums = vec![Lacking::default(); servers.len()];
+    let mut sums = Sums { servers: servers_sums, parts, ..Sums::default() };
     let ended = scan(&job, |event| {
         if let Event::Scanned(scanned) = event {
-            sums.add(&scanned, &musts, blocks);
+            let size_bytes = disk.source.size_bytes();
+            let unread = reading.segment(scanned.segment, size_bytes).known;
+            sums.add(&scanned, &musts, &unread, blocks);
         }
         if stop.is_cancelled() { Err(DryRunError::Interrupted) } else { Ok(()) }
     });
     ended??;
     let bytes = |count: &u64| count * BLOCK_BYTES;
-    let each = sums.servers.iter().map(bytes);
     Ok(Forecast {
         read_bytes: sums.read_bytes,
         changed_bytes: bytes(&sums.changed),
         first_bytes: servers.is_empty().then_some(sums.data_bytes),
-        servers: servers.iter().cloned().zip(each).collect(),
+        servers: servers.iter().cloned().zip(sums.servers).collect(),
         reading,
         parts: sums.parts,
     })
@@ -173,12 +185,11 @@ struct Sums {
     data_bytes: u64,
     /// Blocks.
     changed: u64,
-    /// Blocks, for each server.
-    servers: Vec<u64>,
+    servers: Vec<Lacking>,
 }
 
 impl Sums {
-    fn add(&mut self, scanned: &Scanned, musts: &[MustSend], blocks: u64) {
+    fn add(&mut self, scanned: &Scanned, musts: &[MustSend], unread: &SegmentBits, blocks: u64) {
         self.read_bytes += scanned.read.total();
         self.add_to_parts(scanned);
         self.data_bytes += scanned.messages.iter().map(|message| message.raw_bytes).sum::<u64>();
@@ -189,8 +200,11 @@ impl Sums {
         }
         for (sum, must) in self.servers.iter_mut().zip(musts) {
             let mut bits = must.segment_bits(scanned.segment);
+            let mut again = bits;
+            again.iter_mut().zip(unread).for_each(|(word, unread)| *word &= unread);
+            sum.unread_bytes += count_below(scanned.segment, &again, blocks) * BLOCK_BYTES;
             bits.iter_mut().zip(changed).for_each(|(word, changed)| *word |= changed);
-            *sum += count_below(scanned.segment, &bits, blocks);
+            sum.bytes += count_below(scanned.segment, &bits, blocks) * BLOCK_BYTES;
         }
     }
 

@@ -285,7 +285,8 @@ impl Planned {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SegmentReading {
     zeros: SegmentBits,
-    known: SegmentBits,
+    /// Keep their known hash, unless the server lacks them.
+    pub known: SegmentBits,
     promised: SegmentBits,
     doubts_zeros: bool,
 }

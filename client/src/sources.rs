@@ -86,6 +86,8 @@ pub struct DiskFound {
     pub mount: Option<Mount>,
     /// How it can be held still; `None`: it is not there.
     pub stillness: Option<Stillness>,
+    /// The change journal of the disk as a whole.
+    pub journal: Option<JournalKind>,
     /// Its table and volumes, or why they can't be told.
     pub layout: Result<(TableKind, Vec<VolumeFound>), String>,
 }
@@ -147,6 +149,7 @@ fn look_at(path: &Path, configured: &[DiskSpec]) -> DiskFound {
         size_bytes: 0,
         mount: None,
         stillness: None,
+        journal: None,
         layout: Ok((TableKind::None, Vec::new())),
     };
     let text = path.to_string_lossy();
@@ -202,13 +205,15 @@ fn look_into_export(found: &mut DiskFound, text: &str) -> Result<(), String> {
     let medium = NbdMedium::open(uri, nbd::Limits::default()).map_err(|error| error.to_string())?;
     let stillness = if medium.is_read_only() { Stillness::ReadOnly } else { Stillness::None };
     found.stillness = Some(stillness);
+    found.journal = medium.bitmaps().next().map(|_| JournalKind::QemuBitmap);
     look_into_medium(found, &medium)
 }
 
 /// An image that no machine uses, as a backup would read it.
 fn look_into_qcow2(found: &mut DiskFound, image: &Path) -> Result<(), String> {
-    let (_served, medium) = Qcow2::look(image).map_err(|error| error.to_string())?;
+    let (_served, medium, keeps_bitmap) = Qcow2::look(image).map_err(|error| error.to_string())?;
     found.stillness = Some(Stillness::Unmounted);
+    found.journal = keeps_bitmap.then_some(JournalKind::QemuBitmap);
     look_into_medium(found, &medium)
 }
 

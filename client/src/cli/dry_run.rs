@@ -19,7 +19,7 @@ use super::{
 use crate::{
     backup::Disk,
     config::{Encryption, Settings},
-    dry_run::{DryRunError, Forecast, Part, forecast},
+    dry_run::{DryRunError, Forecast, Lacking, Part, forecast},
 };
 
 /// Reads all disks, and sends nothing. Needs no server, and a certificate only where backups are sealed.
@@ -67,7 +67,10 @@ async fn machine(settings: &Settings) -> Result<Option<MachineKey>, Failure> {
 
 fn disk_json(disk: &DiskId, forecast: &Forecast) -> Value {
     let servers = forecast.servers.iter();
-    let servers = servers.map(|(server, bytes)| json!({ "server": server, "bytes": bytes }));
+    let servers = servers.map(|(server, lacking)| {
+        let Lacking { bytes, unread_bytes } = lacking;
+        json!({ "server": server, "bytes": bytes, "unread_bytes": unread_bytes })
+    });
     json!({
         "disk_id": disk,
         "read_bytes": forecast.read_bytes,
@@ -121,8 +124,13 @@ fn disk_text(text: &mut String, disk: &DiskId, forecast: &Forecast) {
     if let Some(bytes) = forecast.first_bytes {
         let _ = writeln!(text, "    first backup: {} to send", amount(bytes));
     }
-    for (server, bytes) in &forecast.servers {
-        let _ = writeln!(text, "    to {server}: up to {}", amount(*bytes));
+    for (server, lacking) in &forecast.servers {
+        let _ = write!(text, "    to {server}: up to {}", amount(lacking.bytes));
+        if lacking.unread_bytes > 0 {
+            let more = amount(lacking.unread_bytes);
+            let _ = write!(text, ", {more} of it read again, since this server lacks it");
+        }
+        text.push('\n');
     }
 }
 

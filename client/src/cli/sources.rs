@@ -38,6 +38,7 @@ fn disk_json(disk: &DiskFound) -> Value {
         "frozen": disk.stillness,
         "table": layout.ok().map(|(table, _)| table),
         "error": layout.err(),
+        "journal": disk.journal,
         "setting": disk.setting(),
         "volumes": volumes.unwrap_or_default(),
     })
@@ -85,7 +86,8 @@ fn disk_text(text: &mut String, disk: &DiskFound) {
     let (path, size) = (disk.path.to_string_lossy(), amount(disk.size_bytes));
     let stillness = disk.stillness.map_or("?", Stillness::as_str);
     let mount = if volumes.is_empty() { mounted(disk.mount.as_ref()) } else { String::new() };
-    let _ = writeln!(text, "{path:<23} {size:>10}  {table:<26}{mount:<22}{stillness}");
+    let journal = disk.journal.map(|journal| format!(", {journal}")).unwrap_or_default();
+    let _ = writeln!(text, "{path:<23} {size:>10}  {table:<26}{mount:<22}{stillness}{journal}");
     if let Err(error) = &disk.layout {
         let _ = writeln!(text, "  {error}");
     }

@@ -140,13 +140,15 @@ impl Qcow2 {
         Ok((image, medium))
     }
 
-    /// Serves the image as it is, and begins nothing: only to look into it.
+    /// Serves the image as it is, and begins nothing: only to look into it. The last answer is whether a backup would begin a bitmap that
+    /// tells all changes.
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn look(path: &Path) -> Result<(Self, NbdMedium), Qcow2Error> {
+    pub fn look(path: &Path) -> Result<(Self, NbdMedium, bool), Qcow2Error> {
         let path = &std::fs::canonicalize(path).map_err(Qcow2Error::Open)?;
-        Info::of(path)?;
+        let is_tracked = Info::of(path)?.untracked.is_none();
+        let is_writable = rustix::fs::access(path, rustix::fs::Access::WRITE_OK).is_ok();
         let (serving, medium) = Serving::start(path, &[])?;
         let image = Self {
             path: path.clone(),
@@ -156,7 +158,7 @@ impl Qcow2 {
             serving: Mutex::new(Some(serving)),
             is_committed: AtomicBool::new(false),
         };
-        Ok((image, medium))
+        Ok((image, medium, is_tracked && is_writable))
     }
 
     /// The bitmap that began for this run.
