@@ -546,7 +546,10 @@ impl Live {
     }
 
     fn compact_if_due(&mut self, place: &Place) {
-        if !self.state.is_compaction_due(self.engine.allocated_bytes()) {
+        if !self
+            .state
+            .is_compaction_due(self.engine.allocated_bytes(), self.engine.first_opening_took())
+        {
             return;
         }
         if let Err(error) = compact::compact(place, &mut self.engine, &mut self.state) {
