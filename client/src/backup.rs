@@ -7,7 +7,7 @@ use std::{
 
 use janus_proto::{
     error::WireError,
-    ids::{BackupId, BlockHash, SEGMENT_BLOCKS, ServerId},
+    ids::{BLOCK_BYTES, BackupId, BlockHash, SEGMENT_BLOCKS, ServerId},
     pb::{self, CommitBackupResponse, DiskStart, ErrorReason},
     trace,
 };
@@ -400,7 +400,10 @@ impl Backup {
                     continue;
                 }
                 TransferError::Link(error) if error.remedy() == Remedy::Reconnect => {
-                    let received = self.take_over(run, session, error).await? / SEGMENT_BLOCKS;
+                    let received = self.take_over(run, session, error).await?;
+                    let unacknowledged_bytes = disk.unacknowledged_blocks() * BLOCK_BYTES;
+                    tracing::info!(server = %run.server, disk = %session.disk_id, received_block = received, unacknowledged_bytes, "took the run over; what had not been acknowledged may be sent again");
+                    let received = received / SEGMENT_BLOCKS;
                     // The server's mark may be older than this process: only what was also read here needs no second look.
                     let reached = received.min(disk.scanned());
                     breaks = if reached > best { 1 } else { breaks + 1 };

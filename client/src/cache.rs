@@ -12,7 +12,7 @@
 //!                        CURRENT       sum + manifest (JSON): layers, heads, changed sets, the cursors' digest
 //!                        cursor-…      where the change journals stood; may be lost
 //!                        db-<n>/       sled; compaction builds n+1 and switches by CURRENT
-//!                        quarantine-…/ the last damaged database, for whoever wants to know why
+//!                        quarantine-…/ the last damaged database, for whoever wants to know why; it goes with the next backup but one
 //! ```
 //!
 //! All calls block (disk): keep them off async threads.
@@ -131,17 +131,30 @@ pub enum CacheError {
 }
 
 impl CacheError {
-    /// True when its folder takes nothing, so that an empty cache would fare no better.
+    /// True when its folder takes nothing, or the system has nothing left, so that an empty cache would fare no better.
     pub fn is_no_room(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if crate::files::takes_nothing(source))
+        use io::ErrorKind as Kind;
+        let Self::Io { source, .. } = self else { return false };
+        crate::files::takes_nothing(source)
+            || matches!(source.kind(), Kind::OutOfMemory | Kind::WouldBlock)
+    }
+
+    /// With what the system said.
+    fn in_full(&self) -> String {
+        let cause = std::error::Error::source(self).map(|cause| format!(": {cause}"));
+        format!("{self}{}", cause.unwrap_or_default())
+    }
+
+    /// True when the disk has lost what is there, so that an empty cache beside it may fare better.
+    fn is_unreadable(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if crate::files::is_unreadable(source))
     }
 }
 
 /// Says that a backup goes on without a cache, and what to do.
 pub fn warn_no_cache(disk: &DiskId, why: &CacheError) {
-    let cause = std::error::Error::source(why).map(|cause| format!(": {cause}"));
-    let cause = cause.unwrap_or_default();
-    tracing::warn!(%disk, "{why}{cause}; going on without remembering hashes: the next backup compares with its server; make room there, or set cache_path to another disk");
+    let why = why.in_full();
+    tracing::warn!(%disk, "{why}; going on without remembering hashes: the next backup compares with its server; make room there, or set cache_path to another disk");
 }
 
 /// The hash cache of one disk. Cloning shares it; all methods may be called by several threads at once.
@@ -183,14 +196,17 @@ impl DiskCache {
     /// # Errors
     /// As [`DiskCache::open`].
     pub fn peek_cursor(dir: &Path, disk: &DiskId) -> Result<Vec<u8>, CacheError> {
-        let folder = dir.join(disk.as_str());
+        match Self::read_cursor(dir.join(disk.as_str())) {
+            Err(error) if error.is_no_room() => Ok(Vec::new()),
+            read => read,
+        }
+    }
+
+    fn read_cursor(folder: PathBuf) -> Result<Vec<u8>, CacheError> {
         if !folder.exists() {
             return Ok(Vec::new());
         }
-        let place = match Place::lock(folder) {
-            Err(error) if error.is_no_room() => return Ok(Vec::new()),
-            locked => locked?,
-        };
+        let place = Place::lock(folder)?;
         let current = place.read_current()?.and_then(|bytes| manifest::parse(&bytes).ok());
         let name = current.map(|manifest| manifest.cursor).unwrap_or_default();
         Ok(Cursor::load(&place, &name)?.bytes().to_vec())
@@ -436,6 +452,10 @@ impl Shared {
         next.persist(&self.place, &live.engine)?;
         let old = std::mem::replace(&mut live.state, next);
         live.sweep(&old, &self.place);
+        // Not by the process that moved it aside: until the backup after that one it can be looked at.
+        if matches!(server, Some((_, Some(_)))) && live.fresh.is_none() {
+            self.place.remove_quarantine();
+        }
         live.compact_if_due(&self.place);
         Ok(())
     }
@@ -465,9 +485,13 @@ impl Shared {
 impl Live {
     /// The stored state, or a fresh one when it can't be trusted.
     fn load(place: &Place, size_bytes: u64) -> Result<Self, CacheError> {
-        let bytes = match place.read_current()? {
-            Some(bytes) => bytes,
-            None => return Self::fresh(place, size_bytes, FreshReason::New),
+        let bytes = match place.read_current() {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Self::fresh(place, size_bytes, FreshReason::New),
+            Err(error) if error.is_unreadable() => {
+                return Self::fresh(place, size_bytes, FreshReason::Damaged(error.in_full()));
+            }
+            Err(error) => return Err(error),
         };
         let stored = match manifest::parse(&bytes) {
             Ok(stored) => stored,
@@ -477,6 +501,9 @@ impl Live {
             Ok(live) => Ok(live),
             Err(CacheError::Damaged { what, .. }) => {
                 Self::fresh(place, size_bytes, FreshReason::Damaged(what))
+            }
+            Err(error) if error.is_unreadable() => {
+                Self::fresh(place, size_bytes, FreshReason::Damaged(error.in_full()))
             }
             Err(other) => Err(other),
         }
@@ -519,7 +546,10 @@ impl Live {
     }
 
     fn compact_if_due(&mut self, place: &Place) {
-        if !self.state.is_compaction_due(self.engine.allocated_bytes()) {
+        if !self
+            .state
+            .is_compaction_due(self.engine.allocated_bytes(), self.engine.first_opening_took())
+        {
             return;
         }
         if let Err(error) = compact::compact(place, &mut self.engine, &mut self.state) {

@@ -1,8 +1,12 @@
 //! Whether each URL of the settings is good for a backup: found, reached, of our group, of a version and a clock that fit, with
 //! space, and how fast. Nothing is stored on any server.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
+use futures::future::join_all;
 use janus_proto::{
     channel::{self, ConnectError, ConnectOptions, Connection, Dialer},
     clock::unix_ms,
@@ -26,6 +30,8 @@ pub use throughput::Throughput;
 const EXPIRES_SOON: Duration = Duration::from_secs(14 * 86_400);
 /// Clocks that are further apart are worth a warning: times of snapshots then mislead.
 const APART_MS: i64 = 30_000;
+/// So many servers behind one janus are looked for on local links.
+const MAX_SEEN: usize = 64;
 /// A file system with less of it free is worth a warning, in percent.
 const LITTLE_FREE: u64 = 5;
 
@@ -78,9 +84,16 @@ pub struct Checked {
     pub throughput: Option<Throughput>,
     /// Hardware address of its host, where that is on a local link.
     pub mac: Option<String>,
+    /// Those of the servers behind a janus, by their names, where these are on a local link.
+    pub behind: BTreeMap<String, String>,
 }
 
 impl Checked {
+    fn new(url: &str) -> Self {
+        let (rows, behind) = (Vec::new(), BTreeMap::new());
+        Self { url: url.to_owned(), peer: None, rows, throughput: None, mac: None, behind }
+    }
+
     fn add(&mut self, check: &'static str, state: State, text: impl Into<String>) {
         self.rows.push(Row { check, state, text: text.into() });
     }
@@ -93,8 +106,7 @@ impl Checked {
 
 /// Checks a URL.
 pub async fn check(url: &str, dialer: &Dialer) -> Checked {
-    let mut checked =
-        Checked { url: url.to_owned(), peer: None, rows: Vec::new(), throughput: None, mac: None };
+    let mut checked = Checked::new(url);
     let began = Instant::now();
     let options = ConnectOptions::default();
     match channel::connect_through(url, dialer.clone(), options).await {
@@ -264,6 +276,11 @@ async fn servers(
         let (state, text) = space(server.free_bytes, server.total_bytes);
         checked.add("space", state, format!("{}: {text}", name(server)));
     }
+    let seen = servers.iter().take(MAX_SEEN).map(|server| async move {
+        let mac = neighbours::reached(&server.url).await?;
+        Some((name(server).to_owned(), mac))
+    });
+    checked.behind = join_all(seen).await.into_iter().flatten().collect();
 }
 
 fn name(server: &ServerStatus) -> &str {
@@ -275,8 +292,7 @@ mod tests {
     use super::*;
 
     fn row(info: &GetServerInfoResponse, check: &str) -> Row {
-        let mut checked =
-            Checked { url: String::new(), peer: None, rows: vec![], throughput: None, mac: None };
+        let mut checked = Checked::new("");
         about(&mut checked, info, 1_000_000);
         checked.rows.into_iter().find(|row| row.check == check).unwrap()
     }

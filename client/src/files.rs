@@ -7,14 +7,31 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Whether the place is to blame, and not us: it is full, mounted read-only, or its disk fails. Who only wants to remember
-/// something there goes on without that.
+use rustix::io::Errno;
+
+/// Whether the place is to blame, and not us: it is full, mounted read-only, its disk fails, or it is gone. Who only wants to
+/// remember something there goes on without that.
 pub(crate) fn takes_nothing(error: &io::Error) -> bool {
     use io::ErrorKind as Kind;
-    const EIO: i32 = 5;
-    let kind = error.kind();
-    matches!(kind, Kind::StorageFull | Kind::QuotaExceeded | Kind::ReadOnlyFilesystem)
-        || error.raw_os_error() == Some(EIO)
+    const GONE: [Errno; 6] = [
+        Errno::NODEV,
+        Errno::NXIO,
+        Errno::NOMEDIUM,
+        // Of a server of files, or of a program that serves them.
+        Errno::STALE,
+        Errno::REMOTEIO,
+        Errno::NOTCONN,
+    ];
+    let is_gone = Errno::from_io_error(error).is_some_and(|errno| GONE.contains(&errno));
+    let is_full =
+        matches!(error.kind(), Kind::StorageFull | Kind::QuotaExceeded | Kind::ReadOnlyFilesystem);
+    is_full || is_gone || is_unreadable(error)
+}
+
+/// Whether the disk has lost what is there: it can't be read, or the file system's own sums are wrong.
+pub(crate) fn is_unreadable(error: &io::Error) -> bool {
+    const LOST: [Errno; 3] = [Errno::IO, Errno::UCLEAN, Errno::BADMSG];
+    Errno::from_io_error(error).is_some_and(|errno| LOST.contains(&errno))
 }
 
 /// Opens a file whose only use is to be locked, and makes it when it is missing.
@@ -55,4 +72,21 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()?;
     fs::rename(&new, path)?;
     sync_folder(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_failing_disk_says_is_told_from_what_we_may_not() {
+        let of = |errno: Errno| io::Error::from(errno);
+        let lost = [Errno::IO, Errno::UCLEAN, Errno::BADMSG];
+        assert!(lost.map(of).iter().all(|error| is_unreadable(error) && takes_nothing(error)));
+        let away =
+            [Errno::NODEV, Errno::NXIO, Errno::STALE, Errno::NOSPC, Errno::DQUOT, Errno::ROFS];
+        assert!(away.map(of).iter().all(|error| !is_unreadable(error) && takes_nothing(error)));
+        let ours = [Errno::ACCESS, Errno::PERM, Errno::NOENT, Errno::NOTDIR, Errno::NOMEM];
+        assert!(ours.map(of).iter().all(|error| !takes_nothing(error)));
+    }
 }

@@ -61,7 +61,9 @@ pub enum LinkError {
         status: Box<Status>,
     },
     /// An answer that makes no sense.
-    #[error("{doing}: the server's answer is invalid: {source}")]
+    #[error(
+        "{doing}: the server's answer is invalid: {source}; it may be of another version: update the older one of it and this client (`janus-client test` tells versions)"
+    )]
     Answer {
         /// What was wanted.
         doing: &'static str,
@@ -517,5 +519,9 @@ mod tests {
             "no space on a",
         ));
         assert_eq!(text.to_string(), "starting the backup: no space on a (STORE_FULL)");
+        let missing = error::WireError::Missing { field: "snapshots" };
+        let text = LinkError::answer("listing")(missing).to_string();
+        assert!(text.contains("listing: ") && text.contains("snapshots"), "{text}");
+        assert!(text.contains("update the older one"), "{text}");
     }
 }

@@ -108,7 +108,7 @@ pub struct MachineState {
 
 impl MachineState {
     /// Takes the lock in `folder`, which is made when it is missing, and reads the state. Where nothing can be written, the
-    /// folder that is there is locked, and nothing is remembered.
+    /// folder that is there is locked, and nothing is remembered; nor is what the disk can't read any more.
     ///
     /// # Errors
     /// `Busy` when another process holds it, `Io` when the folder can't be used.
@@ -135,7 +135,14 @@ impl MachineState {
             Err(error) => return Err(failed(&lock_path)(error.into())),
         }
         let path = folder.join("state.json");
-        let stored = read(&path).map_err(failed(&path))?;
+        let stored = match read(&path) {
+            Err(error) if takes_nothing(&error) => {
+                warn_forgetful(&path, &error);
+                is_forgetful = true;
+                Stored::default()
+            }
+            read => read.map_err(failed(&path))?,
+        };
         Ok(Self { path, stored, is_forgetful, _lock: lock })
     }
 
@@ -328,5 +335,19 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("state.json"), "{\"use_coun").unwrap();
         assert_eq!(MachineState::lock(dir.path()).unwrap().use_counter(), 0);
+    }
+
+    #[test]
+    fn a_state_that_the_disk_cannot_read_any_more_is_no_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        // Reading the first page of our own memory is an error like one of a disk.
+        std::os::unix::fs::symlink("/proc/self/mem", dir.path().join("state.json")).unwrap();
+        assert_eq!(look(dir.path()).unwrap_err().raw_os_error(), Some(5));
+        let mut state = MachineState::lock(dir.path()).unwrap();
+        assert_eq!(state.use_counter(), 0);
+        // What can be written is remembered again.
+        state.raise_use_counter(3).unwrap();
+        drop(state);
+        assert_eq!(MachineState::lock(dir.path()).unwrap().use_counter(), 3);
     }
 }

@@ -61,7 +61,7 @@ pub enum TransferError {
     },
     /// The server's content kept differing from the disk's.
     #[error(
-        "server {server} still has other content after everything was compared again: {source}"
+        "server {server} still has other content after everything was compared again: {source}; its disk or a memory is faulty: run `janus-server verify` there, test the memory of both, and back up again"
     )]
     Differs {
         /// The server.
@@ -373,6 +373,14 @@ fn values<'a>(headers: &'a MetadataMap, name: &str) -> impl Iterator<Item = &'a 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn content_that_stays_other_is_told_with_what_to_do() {
+        let source = Box::new(LinkError::call("committing")(tonic::Status::aborted("differs")));
+        let error = TransferError::Differs { server: "north".parse().unwrap(), source };
+        let text = error.to_string();
+        assert!(text.contains("north") && text.contains("`janus-server verify`"), "{text}");
+    }
 
     #[test]
     fn the_longer_a_run_has_taken_the_longer_its_server_is_waited_for() {

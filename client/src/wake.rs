@@ -1,24 +1,24 @@
 //! Servers that sleep: a magic packet before the first probe, and then patience, but no longer than they take to boot.
 
-use std::time::{Duration, Instant};
+use std::{collections::BTreeSet, time::Duration};
 
 use janus_proto::{
     pb::WakeServersRequest,
     tls::Role,
     wake::{EVERYBODY, Mac, Sleeper, WakeError, place, wake_and_tell},
 };
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Response};
 
 use crate::{
     link::{Address, QUICK},
-    ways::Ways,
+    ways::{Known, Ways},
 };
 
 /// How often it is looked whether one answers.
 const LOOK: Duration = Duration::from_secs(1);
-/// How long a look takes at most where this machine knows of no server to wake.
+/// How long a look takes at most where this machine knows of no server to wake, or has waited long enough for one.
 const GLANCE: Duration = Duration::from_secs(2);
 /// How often the packets are sent again.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -64,7 +64,9 @@ pub async fn wake_up(wishes: &[Wish], boot: Duration, ways: &Ways, stop: &Cancel
             sent = Some(Instant::now());
         }
         // Where nobody may be asleep a way that hangs is not to cost its time twice.
-        let longest = if sleepers.is_empty() && began.elapsed() < GLANCE { GLANCE } else { QUICK };
+        let is_first = sleepers.is_empty() && began.elapsed() < GLANCE;
+        let left = boot.saturating_sub(began.elapsed());
+        let longest = if is_first { GLANCE } else { QUICK.min(left.max(GLANCE)) };
         match timeout(longest, look(ways)).await.unwrap_or(Found::Asleep { woken: 0 }) {
             Found::Awake => {
                 tracing::debug!(seconds = began.elapsed().as_secs(), "somebody answers");
@@ -118,8 +120,8 @@ fn sleepers(wishes: &[Wish], ways: &Ways) -> Vec<Sleeper> {
             Wish::Host(sleeper) => sleepers.push(*sleeper),
             Wish::Remembered(to) => {
                 let memory = ways.memory();
-                let known = memory.urls.values().filter_map(|known| known.mac.as_ref());
-                let known: Vec<Mac> = known.filter_map(|mac| mac.parse().ok()).collect();
+                let known = memory.urls.values().flat_map(Known::macs);
+                let known: BTreeSet<Mac> = known.filter_map(|mac| mac.parse().ok()).collect();
                 if known.is_empty() {
                     tracing::warn!(
                         "wake: no hardware address is remembered; run `janus-client test` in the servers' network while they are on"
@@ -134,7 +136,44 @@ fn sleepers(wishes: &[Wish], ways: &Ways) -> Vec<Sleeper> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use janus_proto::{
+        channel::{ConnectOptions, Dial, Dialing, Target},
+        ids::ServerId,
+        proof::Statement,
+    };
+
     use super::*;
+
+    /// A host that never answers.
+    struct Silent;
+
+    impl Dial for Silent {
+        fn dial<'a>(&'a self, _: &'a Target, _: &'a ConnectOptions) -> Dialing<'a> {
+            Box::pin(std::future::pending())
+        }
+
+        fn prove(&self, _: &Statement, _: Option<&ServerId>) -> Option<String> {
+            None
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_that_hangs_takes_no_longer_than_a_server_may_to_boot() {
+        let ways = Ways::new(vec!["https://silent:1".into()], Arc::new(Silent));
+        let sleeper = [Wish::Host("00:11:22:33:44:55@127.0.0.1".parse().unwrap())];
+        for (wishes, boot, longest) in
+            [(&sleeper[..], 3, 5), (&sleeper, 30, 32), (&sleeper, 0, 2), (&[], 30, 2)]
+        {
+            let began = Instant::now();
+            let boot = Duration::from_secs(boot);
+            wake_up(wishes, boot, &ways, &CancellationToken::new()).await;
+            let took = began.elapsed();
+            assert!(took <= Duration::from_secs(longest), "{boot:?}: {took:?}");
+            assert!(took >= boot || wishes.is_empty(), "{boot:?}: {took:?}");
+        }
+    }
 
     #[test]
     fn a_wish_is_an_address_or_what_is_remembered() {

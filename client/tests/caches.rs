@@ -11,11 +11,13 @@ use std::{
     time::Duration,
 };
 
+use janus_proto::{hash::hash_block, ids::BlockHash};
 use serde_json::Value;
 use xtask::{
     disk,
+    loopback::SmallFileSystem,
     noise::Noise,
-    site::{Client, Plan, Programs, Site},
+    site::{Client, Finished, Plan, Programs, Site, answers},
 };
 
 const MIB: u64 = 1 << 20;
@@ -95,6 +97,45 @@ fn a_cache_is_shown_checked_made_anew_and_forgotten() {
     }
 }
 
+/// Backs up, and restores what was.
+fn backs_up(site: &Site, path: &Path, client: &Client) -> Finished {
+    let finished = client.run(&["backup", "--json"]).unwrap();
+    assert_eq!(finished.code, Some(0), "{finished:?}");
+    let backup: answers::Backup = finished.answer().unwrap();
+    let to = site.folder().join("restored");
+    client.restore(&backup.disks[0].snapshot_id, &to).unwrap();
+    disk::compare(path, &to).unwrap();
+    fs::remove_file(to).unwrap();
+    finished
+}
+
+/// The disk that it is on loses what is there: first single files, of which reading the own memory's first page stands for one, then
+/// all of it.
+#[test]
+fn as_root_a_cache_on_a_failing_disk_stops_no_backup() {
+    let (site, path, mut client) = scene(&Plan::default());
+    client.backup().unwrap();
+    for name in ["state.json", "disk/CURRENT", "ways.json"] {
+        let file = client.cache().join(name);
+        fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink("/proc/self/mem", file).unwrap();
+    }
+    let finished = backs_up(&site, &path, &client);
+    assert!(finished.stderr.contains("going on without remembering"), "{finished:?}");
+    assert!(finished.stderr.contains("damaged and moved aside"), "{finished:?}");
+    let finished = backs_up(&site, &path, &client);
+    assert!(!finished.stderr.contains("going on without"), "{finished:?}");
+
+    let store = SmallFileSystem::mount(64 * MIB).unwrap();
+    client.settings.set("cache_path", store.folder().join("cache").to_string_lossy());
+    client.backup().unwrap();
+    store.lose_content().unwrap();
+    for round in 0..3 {
+        disk::change(&path, MIB, round).unwrap();
+        println!("{}", backs_up(&site, &path, &client).stderr);
+    }
+}
+
 /// Files that a cache is made of.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
@@ -111,35 +152,72 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Damages one file; says how.
-fn damage(path: &Path, noise: &mut Noise) -> &'static str {
+/// Damages one file at these places, all of which have the same; says how.
+fn damage(path: &Path, places: &[u64], noise: &mut Noise) -> &'static str {
     let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
     let length = file.metadata().unwrap().len();
-    let place = noise.below(length.max(1));
-    match noise.below(4) {
-        _ if length == 0 => "left empty",
-        0 => {
-            let mut byte = [0];
-            file.read_exact_at(&mut byte, place).unwrap();
-            byte[0] ^= 1 << noise.below(8);
-            file.write_all_at(&byte, place).unwrap();
-            "one bit flipped"
-        }
-        1 => {
-            let sector = place / 4096 * 4096;
-            let zeros = vec![0; 4096.min(length - sector) as usize];
-            file.write_all_at(&zeros, sector).unwrap();
-            "4 KiB zeroed"
-        }
-        2 => {
-            file.set_len(place).unwrap();
-            "cut"
-        }
-        _ => {
-            fs::remove_file(path).unwrap();
-            "deleted"
+    let (kind, bit) = (noise.below(4), 1 << noise.below(8));
+    if kind == 3 || length == 0 {
+        fs::remove_file(path).unwrap();
+        return "deleted";
+    }
+    for place in places {
+        match kind {
+            0 => {
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, *place).unwrap();
+                file.write_all_at(&[byte[0] ^ bit], *place).unwrap();
+            }
+            1 => {
+                let sector = place / 4096 * 4096;
+                let zeros = vec![0; 4096.min(length - sector) as usize];
+                file.write_all_at(&zeros, sector).unwrap();
+            }
+            _ => file.set_len(*places.iter().min().unwrap()).unwrap(),
         }
     }
+    ["one bit flipped", "4 KiB zeroed", "cut"][kind as usize]
+}
+
+/// Damages what the next backup can't do without: `CURRENT`, or wherever the database has the hash of one block that is still the
+/// same. Says what.
+fn damage_what_counts(folder: &Path, same: &[[u8; 4096]], noise: &mut Noise) -> String {
+    if noise.below(3) == 0 {
+        let current = folder.join("CURRENT");
+        let place = noise.below(fs::metadata(&current).unwrap().len());
+        return format!("CURRENT {}", damage(&current, &[place], noise));
+    }
+    let hash = hash_block(&same[noise.below(same.len() as u64) as usize]);
+    let byte = noise.below(BlockHash::LEN as u64);
+    let mut done = Vec::new();
+    // Two, where a compaction was killed.
+    for database in files(folder).iter().filter(|path| path.ends_with("db")) {
+        let bytes = fs::read(database).unwrap();
+        let found = bytes.windows(BlockHash::LEN).enumerate().filter(|(_, part)| *part == hash.0);
+        let places: Vec<_> = found.map(|(at, _)| at as u64 + byte).collect();
+        if !places.is_empty() {
+            let how = damage(database, &places, noise);
+            done.push(format!("a hash, {} times in db, {how}", places.len()));
+        }
+    }
+    assert!(!done.is_empty(), "no database has it");
+    done.join(", ")
+}
+
+/// Damages any file anywhere, be it of use or not. Says what.
+fn damage_anything(folder: &Path, noise: &mut Noise) -> String {
+    let all = files(folder);
+    let victim = &all[noise.below(all.len() as u64) as usize];
+    let place = noise.below(fs::metadata(victim).unwrap().len().max(1));
+    let how = damage(victim, &[place], noise);
+    format!("{} {how}", victim.strip_prefix(folder).unwrap().display())
+}
+
+/// Blocks of the disk with data.
+fn blocks(path: &Path) -> Vec<[u8; 4096]> {
+    let bytes = fs::read(path).unwrap();
+    let (blocks, _) = bytes[..(DISK_BYTES - 4 * MIB) as usize].as_chunks();
+    blocks.to_vec()
 }
 
 #[test]
@@ -150,11 +228,15 @@ fn damage_and_kills_cost_time_and_no_backup_is_wrong() {
     println!("seed {seed} (JANUS_CACHE_SEED={seed} repeats it), {rounds} rounds");
     let mut noise = Noise::new(seed);
     let plan = Plan { servers: vec!["server-a".into()], ..Plan::default() };
-    let (site, path, client) = scene(&plan);
+    let (site, path, mut client) = scene(&plan);
+    client.settings.set("log", "warn,janus_client=debug");
     client.backup().unwrap();
-    let (mut noticed, mut harmless) = (0, 0);
-    for round in 0..rounds {
-        disk::change(&path, MIB, seed.wrapping_add(round)).unwrap();
+    let (mut noticed, mut others, mut others_noticed) = (0, 0, 0);
+    for round in 0..rounds + rounds / 5 {
+        let changed = disk::change(&path, MIB, seed.wrapping_add(round)).unwrap();
+        let all = (0..).zip(blocks(&path));
+        let same: Vec<_> =
+            all.filter(|(at, _)| !changed.contains(at)).map(|(_, block)| block).collect();
         // Every other time it is killed before, so that there is an open run and a half-written generation.
         if round % 2 == 1 {
             let running = client.start(&["backup", "--json"]).unwrap();
@@ -162,27 +244,29 @@ fn damage_and_kills_cost_time_and_no_backup_is_wrong() {
             running.kill();
             running.wait().unwrap();
         }
-        let all = files(&client.cache().join("disk"));
-        let victim = &all[noise.below(all.len() as u64) as usize];
-        let how = damage(victim, &mut noise);
-        let backup = client.backup().unwrap();
-        let taken = &backup.disks[0];
-        let to = site.folder().join("restored");
-        client.restore(&taken.snapshot_id, &to).unwrap();
-        disk::compare(&path, &to).unwrap();
-        fs::remove_file(to).unwrap();
+        let (folder, counts) = (client.cache().join("disk"), round < rounds);
+        let what = match counts {
+            true => damage_what_counts(&folder, &same, &mut noise),
+            false => damage_anything(&folder, &mut noise),
+        };
+        let finished = backs_up(&site, &path, &client);
+        let compare = finished.answer::<answers::Backup>().unwrap().disks[0].compare.clone();
         // What is remembered now is exactly what the server has, whether the damage was noticed or hit nothing that counts.
         let verified = cache(&client, &["verify"]);
         assert_eq!(verified["disks"][0]["proven_by"], 1, "{verified}");
-        match taken.compare.as_str() {
-            "cache" => harmless += 1,
-            _ => noticed += 1,
+        let said = ["the hash cache starts empty", "the hash cache is damaged"];
+        let is_noticed = said.iter().any(|said| finished.stderr.contains(said));
+        println!("round {round}: {what}: noticed {is_noticed}, by {compare}");
+        match counts {
+            true => noticed += u64::from(is_noticed),
+            false => {
+                (others, others_noticed) = (others + 1, others_noticed + u64::from(is_noticed))
+            }
         }
-        let victim = victim.strip_prefix(client.cache()).unwrap().display();
-        println!("round {round}: {victim} {how}: found by {}", taken.compare);
+        assert!(is_noticed || !counts, "{}", finished.stderr);
     }
     println!(
-        "{rounds} of {rounds} backups right; {noticed} damages noticed, {harmless} hit nothing that counts"
+        "{noticed} of {rounds} damages found; of {others} anywhere {others_noticed}, the others hit nothing that counts; all backups right"
     );
-    assert_eq!(noticed + harmless, rounds);
+    assert_eq!(noticed, rounds);
 }

@@ -39,6 +39,8 @@ fn as_root_packages_are_installed_upgraded_and_removed_and_nothing_of_the_user_g
         ] {
             assert!(at(&file).metadata().is_ok_and(|found| found.len() > 50), "{file}");
         }
+        let completions = at(&format!("/usr/share/bash-completion/completions/{program}"));
+        packages::output(Command::new("bash").arg("-n").arg(completions)).unwrap();
     }
     // The page is one that man can show.
     let page = packages::output(

@@ -8,7 +8,7 @@ use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
@@ -345,9 +345,16 @@ fn two_runs_of_one_machine_exclude_each_other() {
     let site = one_server();
     let (_, client) = disk_of(&site, 256 * MIB);
     let first = client.start(&["backup", "--json"]).unwrap();
-    std::thread::sleep(Duration::from_millis(150));
+    let (state, until) =
+        (client.cache().join("state.json"), Instant::now() + Duration::from_secs(30));
+    while !fs::read_to_string(&state).is_ok_and(|text| text.contains("\"backup_id\"")) {
+        assert!(Instant::now() < until, "{}", first.log());
+        std::thread::sleep(Duration::from_millis(2));
+    }
     let failure = client.failure(&["backup"]).unwrap();
     assert_eq!(failure.exit_code, 6, "{failure:?}");
+    let lock = client.cache().join("machine.lock").display().to_string();
+    assert_says(&failure, &["another backup of this machine is running", &lock, "wait for it"]);
     assert_eq!(first.wait().unwrap().code, Some(0));
 }
 

@@ -144,10 +144,25 @@ fn a_unit_depends_on_a_folder_only_where_the_settings_do() {
     for relative in ["", "cert = \"/c\"\nkey = \"/k\"\nca = \"/a\"\ncache_path = \"cache\"\n"] {
         assert_eq!(line(&unit(relative)), here);
     }
-    for relative in ["post_backup = [\"./thaw\"]", "[notify]\nca = \"hook.pem\""] {
+    let paths = [
+        "post_backup = [\"./thaw\"]",
+        "[notify]\nca = \"hook.pem\"",
+        "seal_key = \"keys/seal.key\"",
+        "[pki]\nca = \"own.pem\"",
+    ];
+    for relative in paths {
         assert_eq!(line(&unit(&format!("{absolute}{relative}"))), here, "{relative}");
     }
-    assert_eq!(line(&unit(&absolute.replace("x=/dev/x", "x=disk.raw"))), here);
+    for disk in ["x=disk.raw", "x=image:1.raw", "x=qcow2:d.qcow2", "x=nbd+unix:///e?socket=s"] {
+        assert_eq!(line(&unit(&absolute.replace("x=/dev/x", disk))), here, "{disk}");
+    }
+    for disk in ["x=/d:1.raw", "x=qcow2:/d.qcow2", "x=nbd://host/e"] {
+        assert_eq!(
+            line(&unit(&absolute.replace("x=/dev/x", disk))),
+            "WorkingDirectory=/",
+            "{disk}"
+        );
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Loop devices and small file systems for tests of failing disks. Both need root.
 
 use std::{
-    fs,
+    fs::{self, OpenOptions},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -54,6 +54,7 @@ pub struct SmallFileSystem {
     // In the order in which they must go: first the mount, then the device under it, then the files.
     mount: Mount,
     device: LoopDevice,
+    image: PathBuf,
     _folder: TempDir,
 }
 
@@ -95,7 +96,7 @@ impl SmallFileSystem {
         packages::output(packages::command(program).args(arguments.split(' ')).arg(&image))?;
         let device = LoopDevice::attach(&image)?;
         packages::output(Command::new("mount").arg(device.path()).arg(&mount))?;
-        Ok(Self { mount: Mount(mount), device, _folder: folder })
+        Ok(Self { mount: Mount(mount), device, image, _folder: folder })
     }
 
     /// Where it is mounted.
@@ -112,10 +113,35 @@ impl SmallFileSystem {
         packages::output(command.args(["-o", "remount,ro"]).arg(self.folder())).map(drop)
     }
 
+    /// The disk loses all of it: what isn't in memory can't be read any more. Of what programs have written there nothing stays in
+    /// memory.
+    ///
+    /// # Errors
+    /// When a file can't be opened.
+    pub fn lose_content(&self) -> Result<()> {
+        rustix::fs::sync();
+        forget(self.folder())?;
+        Ok(OpenOptions::new().write(true).open(&self.image)?.set_len(0)?)
+    }
+
     /// Its block device, which is mounted.
     pub fn device(&self) -> &Path {
         self.device.path()
     }
+}
+
+/// Takes the content of all files below out of memory.
+fn forget(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            forget(&path)?;
+        } else {
+            let file = fs::File::open(&path)?;
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Mount {

@@ -5,6 +5,8 @@ use std::{fs, sync::Arc};
 
 use janus_proto::{hash::zero_block, ids::BlockHash};
 
+#[cfg(test)]
+use super::tests::kill::reached;
 use super::{
     CacheError,
     engine::Engine,
@@ -23,6 +25,7 @@ pub(super) fn compact(
     let number = engine.number() + 1;
     let folder = place.database(number);
     let mut target = Engine::open(folder.clone(), number)?;
+    reached("opened");
     match rewrite(place, engine, &mut target, state) {
         Ok(compacted) => {
             *state = compacted;
@@ -61,6 +64,7 @@ fn rewrite(
             layer.segments.insert(segment);
             layer.hashes += changes.hashes.len() as u64;
         }
+        reached("rewriting");
         for engine in [&mut *source, &mut *target] {
             if engine.is_swollen() {
                 engine.reopen()?;
@@ -72,9 +76,15 @@ fn rewrite(
         vec![PlacedLayer { layer: Arc::new(layer), limit_blocks: u64::MAX, chunks: None }];
     next.servers.values_mut().for_each(|known| known.stored = None);
     verify(target, &next)?;
+    reached("written");
     next.persist(place, target)?;
+    reached("persisted");
     Ok(next)
 }
+
+/// Tests kill a process here.
+#[cfg(not(test))]
+fn reached(_: &str) {}
 
 /// Reads all of it once: the old database goes, so the new one must be good.
 fn verify(target: &mut Engine, state: &State) -> Result<(), CacheError> {

@@ -26,7 +26,10 @@ impl Cursor {
         if name.is_empty() {
             return Ok(Self::default());
         }
-        let bytes = place.read_cursor(name)?.unwrap_or_default();
+        let bytes = match place.read_cursor(name) {
+            Err(error) if error.is_unreadable() => Vec::new(),
+            read => read?.unwrap_or_default(),
+        };
         let mut cursor = Self::new(bytes);
         if cursor.name() != name {
             tracing::warn!(cache = %place.path().display(), "the change journals' cursors are lost; everything is compared");

@@ -92,6 +92,8 @@ pub(super) struct Engine {
     touched_bytes: AtomicU64,
     opened: Instant,
     opening_took: Duration,
+    /// Of the first opening by this process: the system has read little of it before.
+    first_opening_took: Duration,
 }
 
 impl Engine {
@@ -104,8 +106,10 @@ impl Engine {
             touched_bytes: AtomicU64::new(0),
             opened: Instant::now(),
             opening_took: Duration::ZERO,
+            first_opening_took: Duration::ZERO,
         };
         engine.connect()?;
+        engine.first_opening_took = engine.opening_took;
         Ok(engine)
     }
 
@@ -205,6 +209,11 @@ impl Engine {
     /// Bytes that the database takes on disk.
     pub(super) fn allocated_bytes(&self) -> u64 {
         allocated(&self.folder).unwrap_or(0)
+    }
+
+    /// How long it took to open it at first.
+    pub(super) fn first_opening_took(&self) -> Duration {
+        self.first_opening_took
     }
 
     /// So much was read and written since the last opening that sled's memory is worth giving back.

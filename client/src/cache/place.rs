@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File, TryLockError},
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -73,13 +73,7 @@ impl Place {
     /// Keeps the change journals' cursors under this name. Durable when it returns.
     pub(super) fn write_cursor(&self, name: &str, bytes: &[u8]) -> Result<(), CacheError> {
         let path = self.path.join(format!("{CURSOR}{name}"));
-        let write = || {
-            let mut file = File::create(&path)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            File::open(&self.path)?.sync_all()
-        };
-        write().map_err(at(&path))
+        replace(&path, bytes).map_err(at(&path))
     }
 
     /// Deletes the cursors that `CURRENT` doesn't name.
@@ -122,6 +116,16 @@ impl Place {
             fs::remove_dir_all(&path).map_err(at(&path))?;
         }
         Ok(())
+    }
+
+    /// Deletes what was moved aside. That it stays costs space only, so it is tried again by the next who comes here.
+    pub(super) fn remove_quarantine(&self) {
+        let removed = self.entries(QUARANTINE).and_then(|found| {
+            found.iter().try_for_each(|path| fs::remove_dir_all(path).map_err(at(path)))
+        });
+        if let Err(error) = removed {
+            tracing::warn!(%error, "a damaged hash cache that was moved aside stays");
+        }
     }
 
     /// The time in the name is for people; nothing reads it.

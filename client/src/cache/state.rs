@@ -1,7 +1,7 @@
 //! What a manifest stands for, in memory, and how it changes. A state is changed as a copy and replaces the old one
 //! only after it was persisted.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use janus_proto::{
     hash::{zero_block, zero_hash},
@@ -29,6 +29,10 @@ const SMALL_HASHES: u64 = 1 << 15;
 /// Space on disk for each byte of hashes before it is worth writing anew; sled settles at 1.7 after bulk writes.
 const MAX_SPACE_TIMES_TEN: u64 = 25;
 const SMALL_SPACE_BYTES: u64 = 64 << 20;
+/// sled opens ever more slowly as it grows in pieces: more than this is worth writing anew ...
+const SLOW_OPENING: Duration = Duration::from_secs(2);
+/// ... but not at once, since the first opening after that is slow too.
+const SLOW_LAYERS: usize = 4;
 
 /// T, heads and changed sets at one moment.
 #[derive(Clone)]
@@ -223,11 +227,12 @@ impl State {
         Ok(())
     }
 
-    pub(super) fn is_compaction_due(&self, allocated_bytes: u64) -> bool {
+    pub(super) fn is_compaction_due(&self, allocated_bytes: u64, opening_took: Duration) -> bool {
         let Some((first, later)) = self.layers.split_first() else { return false };
         let later_hashes: u64 = later.iter().map(|placed| placed.layer.hashes).sum();
         let payload_bytes = (first.layer.hashes + later_hashes) * BlockHash::LEN as u64;
         self.layers.len() > MAX_LAYERS
+            || (opening_took > SLOW_OPENING && self.layers.len() > SLOW_LAYERS)
             || later_hashes > SMALL_HASHES.max(first.layer.hashes / 10)
             || allocated_bytes > SMALL_SPACE_BYTES + payload_bytes * MAX_SPACE_TIMES_TEN / 10
     }
@@ -312,4 +317,30 @@ fn store_set(engine: &Engine, set: &BlockSet) -> Result<StoredSet, CacheError> {
         engine.put(Key::Blocks { set: id, part: part as u32 }, payload)?;
     }
     Ok(StoredSet { id, parts: parts.len() as u32, tail: set.tail() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_layers_much_space_and_slow_openings_are_worth_writing_anew() {
+        let quick = Duration::from_millis(200);
+        let with = |layers: usize| {
+            let layer = || PlacedLayer {
+                layer: Arc::new(Layer { hashes: 1 << 10, ..Layer::new() }),
+                limit_blocks: u64::MAX,
+                chunks: None,
+            };
+            State { layers: (0..layers).map(|_| layer()).collect(), ..State::empty(1 << 30) }
+        };
+        assert!(!with(0).is_compaction_due(u64::MAX, SLOW_OPENING * 2));
+        assert!(!with(MAX_LAYERS).is_compaction_due(0, quick));
+        assert!(with(MAX_LAYERS + 1).is_compaction_due(0, quick));
+        assert!(with(1).is_compaction_due(SMALL_SPACE_BYTES + (1 << 20), quick));
+        assert!(with(SLOW_LAYERS + 1).is_compaction_due(0, SLOW_OPENING * 2));
+        assert!(!with(SLOW_LAYERS + 1).is_compaction_due(0, SLOW_OPENING));
+        // The first opening after that may be slow for that very reason.
+        assert!(!with(SLOW_LAYERS).is_compaction_due(0, SLOW_OPENING * 2));
+    }
 }

@@ -2,6 +2,6 @@
 
 mod facts;
 mod invariant;
-mod kill;
+pub(in crate::cache) mod kill;
 mod model;
 mod size;

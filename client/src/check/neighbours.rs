@@ -1,9 +1,19 @@
 //! Hardware addresses of hosts on a local link, as the kernel has learnt them by talking to these hosts.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, time::Duration};
 
 use janus_proto::channel::Target;
-use tokio::process::Command;
+use tokio::{net::TcpStream, process::Command, time::timeout};
+
+/// How long a host on a local link may take to answer.
+const ANSWER: Duration = Duration::from_secs(1);
+
+/// As [`of`] a URL by which nobody has talked to its host yet: whatever comes of the attempt, the kernel has asked for its address.
+pub async fn reached(url: &str) -> Option<String> {
+    let target = Target::parse(url).ok()?;
+    let _ = timeout(ANSWER, TcpStream::connect((target.host(), target.port()))).await;
+    of(url).await
+}
 
 /// Hardware address of the host of a URL; `None` when it isn't on a local link, or nobody knows.
 pub async fn of(url: &str) -> Option<String> {

@@ -28,16 +28,14 @@ use crate::{
     seal::KeyId,
     state::MachineState,
     transfer::{Gate, stream::ScanSettings},
+    ways::Ways,
 };
 
 /// Longest time that the renewal of a certificate may take.
 const RENEWAL: Duration = Duration::from_secs(20);
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
-    let to = match matches.get_one::<PathBuf>("to-folder") {
-        Some(folder) => Destination::Folder(folder.clone()),
-        None => Destination::Server(server(matches)?),
-    };
+    let (folder, wanted) = (matches.get_one::<PathBuf>("to-folder"), server(matches)?);
     let settings = &context.settings;
     let machine = whose(settings, &context.identity()?.principal().role)?;
     let machine = machine.ok_or_else(|| {
@@ -48,7 +46,7 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
         ))
     })?;
     let machine = &machine;
-    if let Destination::Server(_) = to {
+    if folder.is_none() {
         settings.checked_urls()?;
         renew(context).await?;
     }
@@ -56,9 +54,10 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
     // Before any hook: what another backup has frozen is not ours to thaw.
     let state = lock(settings).await?;
     // Nor may anything be frozen while a server boots.
-    if let Destination::Server(_) = to {
-        context.ways_awake().await?;
-    }
+    let to = match folder {
+        Some(folder) => Destination::Folder(folder.clone()),
+        None => Destination::Server(wanted, context.ways_awake().await?),
+    };
     let bitmaps = match settings.pre_backup.is_empty() {
         true => None,
         false => {
@@ -98,8 +97,8 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
 
 /// Where a backup goes.
 enum Destination {
-    /// To this server; `None`: where janus sends it.
-    Server(Option<ServerId>),
+    /// To this server, by these ways; `None`: where janus sends it.
+    Server(Option<ServerId>, Ways),
     /// Into a folder.
     Folder(PathBuf),
 }
@@ -146,7 +145,9 @@ async fn between_hooks(
     still.bitmap = bitmaps.map(|announced| announced.new.clone());
     let still = Arc::new(still);
     let mut made = match to {
-        Destination::Server(server) => read(machine, server, state, still.clone(), context).await,
+        Destination::Server(server, ways) => {
+            read(machine, (server, ways), state, still.clone(), context).await
+        }
         Destination::Folder(folder) => {
             // Its lock is kept until the end.
             let (_state, taken_ms) = state;
@@ -173,13 +174,12 @@ async fn between_hooks(
 /// Opens the disks and backs them up.
 async fn read(
     machine: &MachineKey,
-    server: Option<ServerId>,
+    (server, ways): (Option<ServerId>, Ways),
     state: (MachineState, i64),
     still: Arc<Stillness>,
     context: &Context,
 ) -> Result<Outcome, Failure> {
     let settings = &context.settings;
-    let ways = context.ways().await?;
     let packing = match settings.encryption {
         Encryption::None => settings.encoding()?,
         // Nothing makes it any shorter.

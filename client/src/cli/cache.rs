@@ -93,7 +93,7 @@ fn show_one(text: &mut String, summary: &Summary) {
     if summary.was_damaged {
         let _ = writeln!(
             text,
-            "  a damaged one was moved aside (quarantine-*, removed by `cache forget {disk_id}`)"
+            "  a damaged one was moved aside (quarantine-*): the next backup removes it, or `cache forget {disk_id}`"
         );
     }
     for known in &summary.servers {

@@ -15,7 +15,9 @@ use super::{Failure, Outcome, loader};
 use crate::{
     config::Settings,
     files::replace,
+    nbd::uri::{self, Uri},
     service::{SERVICE, TIMER, Unit, units},
+    source::qcow2::SCHEME,
 };
 
 const FOLDER: &str = "etc/systemd/system";
@@ -95,15 +97,9 @@ fn planned(matches: &ArgMatches, place: &Place) -> Result<(Settings, [Unit; 2]),
 
 /// True where something in the settings counts from the folder that a program is started in.
 fn has_relative_paths(settings: &Settings) -> bool {
-    let Settings { cert, key, ca, cache_path, notify, .. } = settings;
+    let Settings { cert, key, ca, cache_path, seal_key, notify, pki, .. } = settings;
+    let files = [cert, key, ca, cache_path, seal_key, &notify.ca, &pki.ca];
     let disks = settings.disk_specs().unwrap_or_default();
-    let is_uri = |path: &Path| path.to_string_lossy().contains(':');
-    let files = [cert, key, ca, cache_path, &notify.ca].into_iter().map(PathBuf::as_path);
-    let disks = disks.iter().map(|disk| disk.path.as_path()).filter(|path| !is_uri(path));
-    let qcow2 = settings
-        .disks
-        .iter()
-        .any(|disk| disk.split_once("qcow2:").is_some_and(|(_, path)| !path.starts_with('/')));
     let words = settings.pre_backup.iter().chain(&settings.post_backup).chain(&notify.command);
     // Such as ./freeze, but not --socket=/run/x.
     let is_relative = |word: &String| {
@@ -111,10 +107,19 @@ fn has_relative_paths(settings: &Settings) -> bool {
             && !word.starts_with('-')
             && !word.contains([':', '='])
     };
-    let mut files = files.chain(disks);
-    qcow2
-        || files.any(|path| path.is_relative() && !path.as_os_str().is_empty())
+    // One that isn't set counts from nowhere.
+    files.iter().any(|path| path.is_relative() && !path.as_os_str().is_empty())
+        || disks.iter().any(|disk| is_relative_disk(&disk.path))
         || words.into_iter().any(is_relative)
+}
+
+fn is_relative_disk(path: &Path) -> bool {
+    let text = path.to_string_lossy();
+    if uri::is_uri(&text) {
+        let socket = |uri: Uri| matches!(uri.place, uri::Place::Unix(path) if path.is_relative());
+        return Uri::parse(&text).is_ok_and(socket);
+    }
+    Path::new(text.strip_prefix(SCHEME).unwrap_or(&text)).is_relative()
 }
 
 fn printed(units: &[Unit]) -> Outcome {

@@ -31,6 +31,9 @@ pub(super) async fn run(context: &Context) -> Result<Outcome, Failure> {
         if let Some(mac) = &checked.mac {
             memory.note_mac(&checked.url, mac.clone());
         }
+        if !checked.behind.is_empty() {
+            memory.note_behind(&checked.url, &checked.behind);
+        }
     }
     let remembering = tokio::task::spawn_blocking(move || ways.memory().write());
     remembering.await.map_err(Failure::failed)?;
@@ -65,6 +68,7 @@ fn url_json(checked: &Checked) -> Value {
         "upload_bytes_per_second": rate(|t| t.up),
         "download_bytes_per_second": rate(|t| t.down),
         "mac": checked.mac,
+        "behind": checked.behind,
     })
 }
 
@@ -75,7 +79,8 @@ fn text(all: &[Checked]) -> String {
         for row in &checked.rows {
             let _ = writeln!(text, "  {:<8} {:<15} {}", row.state.as_str(), row.check, row.text);
         }
-        if let Some(mac) = &checked.mac {
+        let behind = checked.behind.iter().map(|(server, mac)| format!("{server}: {mac}"));
+        for mac in checked.mac.iter().cloned().chain(behind) {
             let _ =
                 writeln!(text, "  {:<8} {:<15} {mac}, remembered for waking it up", "", "hardware");
         }

@@ -89,6 +89,8 @@ pub struct DiskTransfer {
     shown: u64,
     /// Segments from the first on that were compared with what the session holds.
     scanned: u64,
+    /// The server has told this process that blocks below this one are settled.
+    acknowledged: u64,
 }
 
 impl DiskTransfer {
@@ -117,6 +119,7 @@ impl DiskTransfer {
             figures: DiskFigures::default(),
             shown: 0,
             scanned: 0,
+            acknowledged: 0,
             planned: disk.reading.clone(),
             reading: Arc::new(Reading::everything()),
             seal: disk.seal.clone(),
@@ -261,6 +264,28 @@ impl DiskTransfer {
     /// Segments from the first on that this process has read and compared.
     pub fn scanned(&self) -> u64 {
         self.scanned
+    }
+
+    /// The server has told that blocks below this one are settled.
+    pub fn acknowledge(&mut self, block: u64) {
+        self.acknowledged = self.acknowledged.max(block);
+    }
+
+    /// Blocks sent in this run of which the server has not told this process that it has them.
+    pub fn unacknowledged_blocks(&self) -> u64 {
+        let blocks = block_count(self.source.size_bytes());
+        let first = self.acknowledged / SEGMENT_BLOCKS;
+        let below = |segment: u64| self.acknowledged.saturating_sub(segment * SEGMENT_BLOCKS);
+        let sent = self.sent.range(first..);
+        sent.map(|(segment, bits)| {
+            let all = count_below(*segment, bits, blocks);
+            all - count_below(
+                *segment,
+                bits,
+                blocks.min(segment * SEGMENT_BLOCKS + below(*segment)),
+            )
+        })
+        .sum()
     }
 
     /// Blocks sent in this run, zero blocks included.

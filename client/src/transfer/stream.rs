@@ -79,9 +79,10 @@ pub async fn send(
     };
     // Whatever the call came to, the scan must not wait for it.
     ended.cancel();
-    let Ok((disk, scanned)) = scanning.await else {
+    let Ok((mut disk, scanned)) = scanning.await else {
         return (None, Err(TransferError::Interrupted));
     };
+    disk.acknowledge(life.acknowledged.load(Ordering::Relaxed));
     let result = match (scanned, call) {
         // The stream ended first, and the scan for its sake.
         (Ok(()) | Err(ScanError::Stopped), Err(call)) => Err(call),
@@ -111,6 +112,7 @@ async fn write(
     life.note();
     while let Some(answer) = answers.message().await.map_err(LinkError::call(WRITING))? {
         life.note();
+        life.acknowledged.fetch_max(answer.received_block, Ordering::Relaxed);
         tracing::trace!(
             received = answer.received_block,
             durable = answer.durable_block,
@@ -226,15 +228,19 @@ impl Writer {
     }
 }
 
-/// When something moved last, in milliseconds since the stream began.
+/// What has come of a stream.
 struct Life {
     began: Instant,
+    /// When something moved last, in milliseconds since the stream began.
     moved_ms: AtomicU64,
+    /// The server has told that blocks below this one are settled.
+    acknowledged: AtomicU64,
 }
 
 impl Life {
     fn new() -> Self {
-        Self { began: Instant::now(), moved_ms: AtomicU64::new(0) }
+        let (moved_ms, acknowledged) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { began: Instant::now(), moved_ms, acknowledged }
     }
 
     fn note(&self) {

@@ -29,9 +29,19 @@ pub struct Known {
     pub peer: String,
     /// Hardware address of its host, where that is on a local link: `00:11:22:33:44:55`.
     pub mac: Option<String>,
+    /// Those of the servers behind a janus, by their names.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub behind: BTreeMap<String, String>,
     /// Unix milliseconds since when the settings don't name it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub left_ms: Option<i64>,
+}
+
+impl Known {
+    /// All hardware addresses, as they are written.
+    pub fn macs(&self) -> impl Iterator<Item = &String> {
+        self.mac.iter().chain(self.behind.values())
+    }
 }
 
 #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -98,6 +108,15 @@ impl Memory {
         if known.mac.as_ref() != Some(&mac) {
             known.mac = Some(mac);
             self.is_new = true;
+        }
+    }
+
+    /// The hardware addresses of the servers behind the janus that answers at a URL. Those that it didn't see this time stay: they
+    /// may be asleep.
+    pub fn note_behind(&mut self, url: &str, macs: &BTreeMap<String, String>) {
+        let known = self.urls.entry(url.to_owned()).or_default();
+        for (server, mac) in macs {
+            self.is_new |= known.behind.insert(server.clone(), mac.clone()).as_ref() != Some(mac);
         }
     }
 
@@ -176,10 +195,18 @@ mod tests {
         memory.note("https://a:1", &server("x"));
         memory.note_mac("https://a:1", "00:11:22:33:44:55".into());
         memory.note("https://b:1", &server("y"));
+        let behind = |mac: &str| BTreeMap::from([("s".to_owned(), mac.to_owned())]);
+        memory.note_behind("https://b:1", &behind("00:11:22:33:44:66"));
+        memory.write();
+        memory.note_behind("https://b:1", &behind("00:11:22:33:44:66"));
+        assert!(!memory.is_new, "the same addresses are no news");
+        memory.note_behind("https://b:1", &behind("00:11:22:33:44:77"));
+        memory.note_behind("https://b:1", &BTreeMap::new());
         memory.write();
 
         let mut same = Memory::read(folder.path(), &urls(&["a", "b"]));
         assert_eq!((&same.last, &same.urls), (&memory.last, &memory.urls));
+        assert!(same.urls["https://b:1"].macs().eq(["00:11:22:33:44:77"]));
         same.note("https://a:1", &server("x"));
         assert!(same.urls["https://a:1"].mac.is_some(), "the same host keeps its address");
         same.note("https://a:1", &server("z"));

@@ -15,7 +15,9 @@ use xtask::{
     },
 };
 
-use crate::scene::{FAILOVER_SECONDS, Fault, MIB, NORTH, OFFICE, Scene, await_that};
+use crate::scene::{
+    FAILOVER_SECONDS, Fault, MIB, NORTH, OFFICE, Scene, await_that, may_be_sent_again,
+};
 
 const DISK_BYTES: u64 = 64 * MIB;
 /// A first backup takes six seconds.
@@ -31,6 +33,8 @@ const SILENCE: Duration = Duration::from_secs(15);
 enum Strike {
     /// The machine's line is cut for two seconds.
     Line,
+    /// It is cut for so long that its connections die.
+    LongLine,
     /// The server is killed and started again.
     Server,
     /// The janus that the run goes through is killed.
@@ -46,17 +50,21 @@ struct Row {
     strike: Strike,
     percent: u64,
     again: u64,
+    /// What may be sent again, by what the client had heard of.
+    unacknowledged: u64,
     flowing: Duration,
     ended: f64,
 }
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { strike, percent, again, flowing, ended } = self;
-        let (again, flowing) = (*again as f64 / MIB as f64, flowing.as_secs_f64());
+        let Self { strike, percent, again, unacknowledged, flowing, ended } = self;
+        let mib = |bytes: &u64| *bytes as f64 / MIB as f64;
+        let (again, unacknowledged, flowing) =
+            (mib(again), mib(unacknowledged), flowing.as_secs_f64());
         write!(
             f,
-            "{strike:?} at {percent} %: {again:.1} MiB sent again, bytes flow after {flowing:.1} s, ended after {ended:.1} s"
+            "{strike:?} at {percent} %: {again:.1} MiB sent again (at most {unacknowledged:.1} by what was acknowledged), bytes flow after {flowing:.1} s, ended after {ended:.1} s"
         )
     }
 }
@@ -80,19 +88,19 @@ fn begin(client: &Client) -> Running {
     client.start(&["backup", "--json"]).unwrap()
 }
 
-fn strike(strike: Strike) {
+fn strike(strike: Strike, percents: &[u64]) {
     let mut scene = Scene::new();
     for place in SITES.into_iter().chain([OFFICE]) {
         scene.sites.network().slow(place, LINE_KBIT).unwrap();
     }
-    for percent in [10, 50, 90] {
-        let row = struck(&mut scene, strike, percent);
+    for percent in percents {
+        let row = struck(&mut scene, strike, *percent);
         println!("{row}");
         let limit = match strike {
             // What the server had not received yet is no repetition.
             Strike::Client => DISK_BYTES / 100,
             Strike::ServerForGood => DISK_BYTES + UNDER_WAY,
-            _ => UNDER_WAY,
+            _ => UNDER_WAY.min(row.unacknowledged),
         };
         assert!(row.again <= limit, "{row}");
         let waited = SILENCE + Duration::from_secs(FAILOVER_SECONDS + 10);
@@ -113,11 +121,8 @@ fn struck(scene: &mut Scene, strike: Strike, percent: u64) -> Row {
     let (site, other) = (SITES[at], SITES[1 - at]);
     let mut lost = 0;
     match strike {
-        Strike::Line => {
-            scene.inject(&[Fault::Line(OFFICE, Cut::Down)]);
-            thread::sleep(Duration::from_secs(2));
-            scene.heal_lines(LINE_KBIT);
-        }
+        Strike::Line => cut_for(scene, Duration::from_secs(2)),
+        Strike::LongLine => cut_for(scene, SILENCE + Duration::from_secs(3)),
         Strike::Server => {
             scene.sites.kill(site, Server).unwrap();
             scene.sites.start_part(site, Server).unwrap();
@@ -160,7 +165,17 @@ fn struck(scene: &mut Scene, strike: Strike, percent: u64) -> Row {
         Strike::ServerForGood => now[at],
         _ => sent.saturating_sub(DISK_BYTES),
     };
-    Row { strike, percent, again, flowing, ended: since.elapsed().as_secs_f64() }
+    let unacknowledged = may_be_sent_again(&finished);
+    if strike == Strike::LongLine {
+        assert!(unacknowledged > 0, "its connections have outlived it: {}", finished.stderr);
+    }
+    Row { strike, percent, again, unacknowledged, flowing, ended: since.elapsed().as_secs_f64() }
+}
+
+fn cut_for(scene: &mut Scene, time: Duration) {
+    scene.inject(&[Fault::Line(OFFICE, Cut::Down)]);
+    thread::sleep(time);
+    scene.heal_lines(LINE_KBIT);
 }
 
 /// All of it is there already.
@@ -170,25 +185,30 @@ fn is_over(grown: &[u64; 2]) -> bool {
 
 #[test]
 fn as_root_a_line_that_is_cut_for_a_while() {
-    strike(Strike::Line);
+    strike(Strike::Line, &[10, 50, 90]);
+}
+
+#[test]
+fn as_root_a_line_that_is_cut_until_connections_die() {
+    strike(Strike::LongLine, &[50]);
 }
 
 #[test]
 fn as_root_a_server_that_is_killed_and_started() {
-    strike(Strike::Server);
+    strike(Strike::Server, &[10, 50, 90]);
 }
 
 #[test]
 fn as_root_a_janus_that_is_killed() {
-    strike(Strike::Janus);
+    strike(Strike::Janus, &[10, 50, 90]);
 }
 
 #[test]
 fn as_root_a_machine_that_is_killed_and_begins_again() {
-    strike(Strike::Client);
+    strike(Strike::Client, &[10, 50, 90]);
 }
 
 #[test]
 fn as_root_a_server_that_is_gone_for_good() {
-    strike(Strike::ServerForGood);
+    strike(Strike::ServerForGood, &[10, 50, 90]);
 }

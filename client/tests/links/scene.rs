@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use janus_proto::ids::SEGMENT_BYTES;
 use xtask::{
     disk,
     loopback::SmallFileSystem,
@@ -257,6 +258,14 @@ pub fn await_that(running: &Running, mut is_so: impl FnMut() -> bool) {
         assert!(Instant::now() < until, "it does not get there: {}", running.log());
         thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Bytes that may be sent again at most, by what the client says of each time it took its run over: what it had sent and had
+/// not been acknowledged. Of these it begins with a whole segment.
+pub fn may_be_sent_again(finished: &Finished) -> u64 {
+    let told = finished.stderr.split_whitespace();
+    let told = told.filter_map(|word| word.strip_prefix("unacknowledged_bytes="));
+    told.map(|bytes| bytes.parse::<u64>().unwrap() + SEGMENT_BYTES).sum()
 }
 
 fn said(finished: &Finished) -> String {

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod ipv6;
+mod limits;
 mod packing;
 mod proxy;
 mod test_command;

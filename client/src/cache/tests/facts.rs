@@ -1,6 +1,9 @@
 //! Single facts about the cache.
 
-use std::fs;
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use janus_proto::{
     hash::{hash_block, zero_hash},
@@ -207,11 +210,75 @@ fn a_newer_cache_is_moved_aside_and_only_the_last_one_is_kept() {
         assert_eq!(cache.fresh_reason(), Some(FreshReason::Newer(FORMAT + 1)));
         assert_eq!(cache.head(&server(0)), None);
         drop(cache);
-        let aside = fs::read_dir(folder.path().join("disk")).unwrap().filter(|entry| {
-            entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("quarantine-")
-        });
-        assert_eq!(aside.count(), 1);
+        assert_eq!(aside(folder.path()), 1);
     }
+    // It stays for who wants to know why, until the second backup after it.
+    for left in [1, 0] {
+        let cache = DiskCache::open(folder.path(), &disk_id(), disk.size_bytes).unwrap();
+        back_up(&cache, &mut world, &server(0), &disk, Until::Done).unwrap();
+        assert_eq!(aside(folder.path()), left);
+    }
+}
+
+fn aside(folder: &Path) -> usize {
+    let names = fs::read_dir(folder.join("disk")).unwrap();
+    names
+        .filter(|name| {
+            name.as_ref().unwrap().file_name().to_string_lossy().starts_with("quarantine-")
+        })
+        .count()
+}
+
+/// From now on reading it is an error of its disk, as is reading the first page of our own memory.
+fn make_unreadable(path: &Path) {
+    fs::remove_file(path).unwrap();
+    std::os::unix::fs::symlink("/proc/self/mem", path).unwrap();
+    assert_eq!(fs::read(path).unwrap_err().raw_os_error(), Some(5));
+}
+
+#[test]
+fn what_the_disk_cannot_read_any_more_costs_time_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = disk(1);
+    let mut world = World::default();
+    let place = folder.path().join("disk");
+    let open = || DiskCache::open(folder.path(), &disk_id(), disk.size_bytes).unwrap();
+    back_up(&open(), &mut world, &server(0), &disk, Until::Done).unwrap();
+    assert_eq!(DiskCache::peek_cursor(folder.path(), &disk_id()).unwrap(), b"cursor");
+
+    let is_cursor = |path: &PathBuf| path.to_string_lossy().contains("/cursor-");
+    let mut all = fs::read_dir(&place).unwrap().map(|entry| entry.unwrap().path());
+    make_unreadable(&all.find(is_cursor).unwrap());
+    assert_eq!(DiskCache::peek_cursor(folder.path(), &disk_id()).unwrap(), b"");
+    let cache = open();
+    assert_eq!((cache.fresh_reason(), cache.cursor()), (None, Vec::new()));
+    assert_eq!(cache.segment_digests().unwrap(), disk.digests());
+    back_up(&cache, &mut world, &server(0), &disk, Until::Done).unwrap();
+    drop(cache);
+    assert_eq!(open().cursor(), b"cursor");
+
+    make_unreadable(&place.join("CURRENT"));
+    assert_eq!(DiskCache::peek_cursor(folder.path(), &disk_id()).unwrap(), b"");
+    let cache = open();
+    let reason = cache.fresh_reason();
+    assert!(
+        matches!(&reason, Some(FreshReason::Damaged(what)) if what.contains("os error 5")),
+        "{reason:?}"
+    );
+    assert_eq!((cache.head(&server(0)), aside(folder.path())), (None, 1));
+    back_up(&cache, &mut world, &server(0), &disk, Until::Done).unwrap();
+    drop(cache);
+    let cache = open();
+    assert_eq!(cache.fresh_reason(), None);
+    world.check(&cache).unwrap();
+}
+
+#[test]
+fn what_a_system_without_memory_refuses_is_no_failure_of_a_backup() {
+    let error = |kind: io::ErrorKind| CacheError::Io { path: "db".into(), source: kind.into() };
+    assert!(error(io::ErrorKind::OutOfMemory).is_no_room());
+    assert!(error(io::ErrorKind::WouldBlock).is_no_room());
+    assert!(!error(io::ErrorKind::PermissionDenied).is_no_room());
 }
 
 #[test]

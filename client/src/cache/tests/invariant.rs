@@ -323,7 +323,7 @@ fn harm(folder: &Path, file: usize, at: u64, how: Harm) -> bool {
 
 proptest! {
     #![proptest_config(ProptestConfig {
-        cases: std::env::var("JANUS_CACHE_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(24),
+        cases: if std::env::var_os("JANUS_SOAK").is_some() { 500 } else { 24 },
         max_shrink_iters: 200,
         failure_persistence: None,
         ..ProptestConfig::default()

@@ -4,7 +4,7 @@ use std::{
     collections::hash_map::RandomState,
     hash::BuildHasher,
     io::{BufRead, BufReader},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::Duration,
 };
 
@@ -16,6 +16,8 @@ use crate::cache::{
 };
 
 const FOLDER: &str = "JANUS_CACHE_KILL_FOLDER";
+/// The place in a compaction where the process waits to be killed.
+const STOP: &str = "JANUS_CACHE_KILL_AT";
 const SIZE: u64 = 6 * SEGMENT_BYTES + 1536;
 
 /// The disk after `generation` changes: the same in the process that is killed and the one that looks.
@@ -87,8 +89,7 @@ fn killed_process() {
 
 #[test]
 fn a_kill_at_any_moment_leaves_the_old_state_or_the_new_one() {
-    let kills: u32 =
-        std::env::var("JANUS_CACHE_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(10);
+    let kills: u32 = if std::env::var_os("JANUS_SOAK").is_some() { 100 } else { 10 };
     let seed = RandomState::new().hash_one(0u8);
     println!("seed {seed}");
     let folder = tempfile::tempdir().unwrap();
@@ -102,17 +103,72 @@ fn a_kill_at_any_moment_leaves_the_old_state_or_the_new_one() {
     assert!(reported > 0, "no commit in {kills} rounds");
 }
 
+/// Called where a compaction gets to; waits there to be killed, if it is to be there.
+pub(in crate::cache) fn reached(place: &str) {
+    if std::env::var(STOP).is_ok_and(|wanted| wanted == place) {
+        println!("\nreached {place}");
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
+#[test]
+fn a_kill_anywhere_in_a_compaction_leaves_the_old_database_or_the_new_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let databases = || {
+        let names = std::fs::read_dir(folder.path().join("disk")).unwrap();
+        let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let numbers = names.filter_map(|name| name.strip_prefix("db-")?.parse().ok());
+        let mut numbers: Vec<u64> = numbers.collect();
+        numbers.sort_unstable();
+        numbers
+    };
+    let (mut reported, mut number) = (0, 1);
+    for (place, is_switched) in
+        [("opened", false), ("rewriting", false), ("written", false), ("persisted", true)]
+    {
+        let mut child = start(folder.path(), Some(place));
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let waits = format!("reached {place}");
+        let told = lines.by_ref().take_while(|line| *line != waits);
+        reported = told.filter_map(committed).last().unwrap_or(reported);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(databases(), [number, number + 1], "killed at {place}");
+        look(folder.path(), reported, 0);
+        number += u64::from(is_switched);
+        assert_eq!(databases(), [number], "killed at {place}");
+        println!("killed at {place}: database {number}, commit {reported}");
+    }
+    // With nobody who kills it compacts.
+    let mut child = start(folder.path(), None);
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    reported = lines.filter_map(committed).nth(20).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    look(folder.path(), reported, 0);
+    assert!(databases()[0] > number);
+}
+
+fn start(folder: &std::path::Path, stop: Option<&str>) -> Child {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "cache::tests::kill::killed_process", "--nocapture"]);
+    command.env(FOLDER, folder).envs(stop.map(|place| (STOP, place)));
+    command.stdout(Stdio::piped()).spawn().unwrap()
+}
+
+/// The commit that a line tells of.
+fn committed(line: String) -> Option<u64> {
+    line.strip_prefix("committed ")?.parse().ok()
+}
+
 fn run_and_kill(folder: &std::path::Path, wait: Duration) -> Option<u64> {
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "cache::tests::kill::killed_process", "--nocapture"])
-        .env(FOLDER, folder)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = start(folder, None);
     std::thread::sleep(wait);
     child.kill().unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
-    let last = lines.filter_map(|line| line.strip_prefix("committed ")?.parse().ok()).last();
+    let last = lines.filter_map(committed).last();
     child.wait().unwrap();
     last
 }
