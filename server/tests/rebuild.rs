@@ -160,6 +160,28 @@ fn an_open_run_ends_and_its_files_are_kept() {
 }
 
 #[test]
+fn the_damaged_record_of_an_open_run_is_kept_beside() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, runs) = chain(folder.path(), 2);
+    let content = model.contents[&runs[1].snapshots[0].id].clone();
+    let (run, _) = model.send(&[("sda", changed(&content, &[(5, 5, 55)]))]);
+    let record = machine(&model).join(format!(".open/{}.json", run.backup));
+    drop(run);
+    model.close();
+    fs::write(&record, "{").unwrap();
+    model.reopen();
+    let files = model.files();
+    let is_record = |name: &&String| name.starts_with(".open/") && name.ends_with(".damaged");
+    let aside = files.iter().find(is_record).unwrap_or_else(|| panic!("{files:?}"));
+    assert_eq!(fs::read(machine(&model).join(aside)).unwrap(), b"{");
+    let partial = |name: &&String| name.starts_with("sda/set-aside/") && name.contains(".partial");
+    assert!(files.iter().any(|name| partial(&name)), "{files:?}");
+    model.backup(&[("sda", content)]);
+    model.reopen();
+    model.check();
+}
+
+#[test]
 fn two_folders_of_one_machine_are_not_mixed() {
     let folder = tempfile::tempdir().unwrap();
     let (mut model, _) = chain(folder.path(), 3);

@@ -629,8 +629,8 @@ impl Store {
                     unread = true;
                 }
                 Err(error) => {
-                    tracing::error!(%error, "an open run can't be read and is given up");
-                    self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
+                    tracing::error!(%error, "an open run can't be read: it is given up, its file is put aside");
+                    put_aside(&self.storage, &path)?;
                 }
             }
         }
