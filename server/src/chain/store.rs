@@ -328,7 +328,17 @@ pub struct Store {
     pub start_epoch: u64,
     /// What can't be read and belongs to no machine that is known.
     faults: Vec<Fault>,
-    _lock: StoreLock,
+    /// What nobody but a rebuild takes from it.
+    lock: StoreLock,
+}
+
+/// What becomes of files that nothing names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unknown {
+    /// They are moved to `set-aside`.
+    SetAside,
+    /// They stay, for whoever wants to tell of them.
+    Stays,
 }
 
 /// Keeps other processes away from a store.
@@ -383,7 +393,7 @@ impl Store {
         storage.make_folder(root).map_err(StoreError::io("make the image path", root))?;
         let lock = StoreLock::of_store(&storage, root)?;
         check_layout(&storage, root, separate_folders_by_user)?;
-        Self::open_locked(storage, root, separate_folders_by_user, lock)
+        Self::open_locked(storage, root, separate_folders_by_user, lock, Unknown::SetAside)
     }
 
     /// The same with a lock that was taken before.
@@ -392,6 +402,7 @@ impl Store {
         root: &Path,
         separate_folders_by_user: bool,
         lock: StoreLock,
+        unknown: Unknown,
     ) -> Result<(Self, HashMap<MachineKey, MachineState>), StoreError> {
         let file_path = root.join(STORE);
         let mut file = match read_or_put_aside::<StoreFile>(&storage, &file_path)? {
@@ -407,11 +418,11 @@ impl Store {
             generation: file.generation,
             start_epoch: file.starts,
             faults: Vec::new(),
-            _lock: lock,
+            lock,
         };
         let mut machines = HashMap::new();
         for folder in store.machine_folders()? {
-            let loaded = store.load_machine(&folder);
+            let loaded = store.load_machine(&folder, unknown);
             if let Some((key, state)) = loaded.or_else(|error| store.without(&folder, error))? {
                 machines.insert(key, state);
             }
@@ -548,6 +559,7 @@ impl Store {
     fn load_machine(
         &self,
         folder: &Path,
+        unknown: Unknown,
     ) -> Result<Option<(MachineKey, MachineState)>, StoreError> {
         let path = folder.join(MACHINE);
         let mut file = match read_or_put_aside::<MachineFile>(&self.storage, &path)? {
@@ -637,6 +649,7 @@ impl Store {
         // What a damaged or lost manifest names may be whole: it stays, for whoever brings the manifest back.
         let is_complete = !state.incomplete && !state.history.lacks_links();
         if is_complete
+            && unknown == Unknown::SetAside
             && state.unfinished.is_empty()
             && let Err(error) = set_aside_unknown(&self.storage, folder, &state)
         {
