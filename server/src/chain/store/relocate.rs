@@ -391,17 +391,23 @@ impl Copy {
     }
 
     fn copy_from(&self, start: u64) -> io::Result<u64> {
-        // What was written last may not have got there.
-        let mut at = start.saturating_sub(1) / PIECE * PIECE;
+        // Of the last span nobody knows how much got there.
+        let mut at = start.saturating_sub(1) / SPAN * SPAN;
         self.to.set_len(at)?;
-        let mut copied = 0;
+        let (mut copied, mut span) = (0, at / SPAN);
         while let Some(data) = self.from.next_data(at)?.filter(|data| data.start < self.len) {
             let start = data.start.max(at);
+            if start / SPAN != span {
+                self.to.sync_data()?;
+                span = start / SPAN;
+            }
             let end = data.end.min((start / PIECE + 1) * PIECE).min(self.len);
             self.to.copy_range(start, &self.from, start, end - start)?;
             copied += end - start;
             at = end;
         }
+        self.to.sync_data()?;
+        // Only now: the length says which span was the last.
         self.to.set_len(self.len)?;
         self.to.sync_data()?;
         Ok(copied)
@@ -428,5 +434,8 @@ impl Copy {
     }
 }
 
+/// A copy is synced before more than this is written behind it, and a move that goes on writes the last of these again: what a
+/// failed sync was to write may be lost although it reads well from memory.
+const SPAN: u64 = 64 * PIECE;
 /// Bytes copied and compared at once: a buffer.
 const PIECE: u64 = janus_proto::model::MAX_BATCH_BYTES as u64;
