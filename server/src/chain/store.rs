@@ -26,6 +26,7 @@
 pub mod faults;
 mod folders;
 mod guard;
+mod lock;
 mod merges;
 mod pins;
 mod publish;
@@ -50,6 +51,7 @@ pub(super) use self::records::read;
 use self::{
     faults::{Fault, Faults},
     folders::{check_layout, exists, files_in, folders_in, free_name, is_folder, list},
+    lock::StoreLock,
     publish::take_back,
     records::{DAMAGED, put_aside},
 };
@@ -64,7 +66,7 @@ use crate::{
     guard::{Changes, Guarded},
     image::Format,
     prove::record::Proofs,
-    storage::{Access, Disk, File},
+    storage::Disk,
 };
 
 const STORE: &str = ".store.json";
@@ -339,33 +341,6 @@ enum Unknown {
     SetAside,
     /// They stay, for whoever wants to tell of them.
     Stays,
-}
-
-/// Keeps other processes away from a store.
-#[derive(Debug)]
-struct StoreLock {
-    _file: File,
-}
-
-impl StoreLock {
-    fn take(storage: &Disk, root: &Path) -> Result<Self, StoreError> {
-        let file = storage.open(&root.join(".store.lock"), Access::Create);
-        let file = file.map_err(|source| match source.kind() {
-            io::ErrorKind::ReadOnlyFilesystem => StoreError::ReadOnly { path: root.to_owned() },
-            _ => StoreError::io("write to the image path", root)(source),
-        })?;
-        if !file.try_lock().map_err(StoreError::io("lock", root))? {
-            return Err(StoreError::Locked { path: root.to_owned() });
-        }
-        Ok(Self { _file: file })
-    }
-
-    /// The same of a store that is to be opened.
-    fn of_store(storage: &Disk, root: &Path) -> Result<Self, StoreError> {
-        let lock = Self::take(storage, root)?;
-        relocate::check_not_moved(storage, root)?;
-        Ok(lock)
-    }
 }
 
 impl Store {
