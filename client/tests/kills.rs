@@ -1,5 +1,5 @@
 //! SIGKILL of client, janus or a server at random moments: what was committed stays whole, what wasn't isn't listed,
-//! and the next backup succeeds. Rounds: 6, or 30 with `JANUS_SOAK=1`; `JANUS_KILL_SEED` repeats a run.
+//! and the next backup succeeds. Rounds: 6, or 100 with `JANUS_SOAK=1`; `JANUS_KILL_SEED` repeats a run.
 
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
@@ -27,7 +27,7 @@ fn committed_snapshots_survive_kills_at_random_moments() {
         .ok()
         .and_then(|text| text.parse().ok())
         .unwrap_or_else(Noise::fresh_seed);
-    let rounds = if std::env::var_os("JANUS_SOAK").is_some() { 30 } else { 6 };
+    let rounds = if std::env::var_os("JANUS_SOAK").is_some() { 100 } else { 6 };
     println!("seed {seed} (JANUS_KILL_SEED={seed} repeats it), {rounds} rounds");
     let mut noise = Noise::new(seed);
     let mut site = Site::start(Programs::for_tests().unwrap(), &Plan::default()).unwrap();

@@ -63,7 +63,8 @@ pub(crate) async fn blocking<T: Send + 'static>(
     })
 }
 
-/// Runs long work of low priority on a thread of its own: CPU goes to whoever serves first. Ends with the work, also when it
+/// Runs long work of low priority on a thread of its own: CPU goes to whoever serves first, and so does the disk where its scheduler
+/// knows priorities, since a thread without one of its own has that of its CPU (ioprio_set(2)). Ends with the work, also when it
 /// panicked, which is a bug and logged. On a runtime with a single thread see [`blocking`].
 pub(crate) async fn background(work: impl FnOnce() + Send + 'static) {
     if is_single_threaded() {

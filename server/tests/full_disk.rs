@@ -135,6 +135,23 @@ fn a_run_on_a_full_disk_goes_on_where_it_was_once_there_is_space() {
     }
 }
 
+#[test]
+fn what_an_open_run_holds_counts_before_anybody_takes_it_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let (full, backup) = (Arc::new(Full::default()), BackupId::new());
+    let runs = open(&full, folder.path());
+    send(&runs, backup, |_| {}).1.unwrap();
+    let held = runs.used_by("alice");
+    assert_eq!(held, BLOCKS * BLOCK as u64);
+    drop(runs);
+    let runs = open(&full, folder.path());
+    let left = runs.used_by("alice");
+    assert!(left >= held && left < held + (8 << 20), "{left} of {held}");
+    send(&runs, backup, |_| {}).1.unwrap();
+    assert_eq!(runs.used_by("alice"), held);
+    commit(&runs, backup);
+}
+
 fn commit(runs: &Runs, backup: BackupId) {
     let key: MachineKey = "alice/web".parse().unwrap();
     let mut hashes = Vec::new();

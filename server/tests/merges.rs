@@ -11,6 +11,7 @@ use janus_server::{
         merge::{Intent, Pair, Way},
     },
     runs::{PurgeOptions, RunError, Wait},
+    verify::{self, check_image, pace::Limit},
 };
 use proptest::prelude::*;
 use tokio_util::sync::CancellationToken;
@@ -246,10 +247,21 @@ fn damage_stops_a_merge_and_is_not_spread() {
     let report = model.purge(true);
     let said = report.waiting[0].1.to_string();
     assert!(said.contains(&format!("block 31 of snapshot {} is damaged", child.id)), "{said}");
+    // It is known from then on: nothing is tried in vain again, whoever looks at the trash hears why.
+    let again = model.purge(true);
+    assert_eq!(again.waiting, [(runs[0].snapshots[0].id, Wait::Damaged { child: child.id })]);
+    model.reopen();
+    let machine = model.runs.machine(&model.key).unwrap();
+    let trashed = model.runs.trashed(&model.key);
+    assert_eq!(model.runs.damage_above(&machine, &trashed[0]), again.waiting);
     // What can be read reads as before.
     bytes[at + 17] ^= 1;
     std::fs::write(&path, &bytes).unwrap();
     model.check();
+    assert_eq!(model.purge(true).waiting, again.waiting);
+    let limit = Limit::new(0, CancellationToken::new(), || false);
+    let held = model.runs.snapshot(child.id).unwrap();
+    check_image(&model.runs, &held, verify::Way::Anew(1), &limit).unwrap();
     model.purge_all(true);
     model.check();
 }

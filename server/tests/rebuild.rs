@@ -4,14 +4,19 @@
 
 use std::fs;
 
-use chains::{Model, chain, changed};
+use chains::{
+    Model, chain, changed,
+    faults::{Fault, Spoiler},
+};
 use janus_server::{
     chain::store::{
         StoreError,
         rebuild::{self, Rebuilt, Step},
     },
     storage::Disk,
+    verify::{Way, check_image, pace::Limit},
 };
+use tokio_util::sync::CancellationToken;
 
 mod chains;
 
@@ -156,6 +161,68 @@ fn an_open_run_ends_and_its_files_are_kept() {
     assert!(files.iter().any(|name| partial(&name)), "{files:?}");
     assert!(files.iter().any(|name| name.ends_with(".ended")), "{files:?}");
     model.backup(&[("sda", content)]);
+    model.check();
+}
+
+#[test]
+fn where_a_merge_is_pending_open_runs_end_too_and_what_was_proven_counts_no_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, runs) = chain(folder.path(), 4);
+    model.trash(&runs[1]);
+    let content = model.contents[&runs[3].snapshots[0].id].clone();
+    let limit = Limit::new(0, CancellationToken::new(), || false);
+    let stopped = (1..).find_map(|at| {
+        let copied = tempfile::tempdir().unwrap();
+        let spoiler = Spoiler::new(Fault::Kill, at);
+        let mut model = model.copy(copied.path(), spoiler.disk());
+        for held in model.runs.machine(&model.key).unwrap().snapshots() {
+            check_image(&model.runs, &held, Way::Anew(1), &limit).unwrap();
+        }
+        model.runs.save_health();
+        drop(model.send(&[("sda", changed(&content, &[(5, 5, 55)]))]));
+        spoiler.arm(true);
+        model.purge(true);
+        spoiler.arm(false);
+        model.close();
+        let is_pending = fs::read_dir(machine(&model).join(".merge")).is_ok_and(|mut intents| {
+            intents.any(|intent| intent.unwrap().path().extension().is_some_and(|it| it == "json"))
+        });
+        is_pending.then_some((copied, model))
+    });
+    let (_copied, mut model) = stopped.unwrap();
+    fs::write(machine(&model).join("sda/stray.vhdx"), "stray").unwrap();
+    let plan = rebuilt(&mut model);
+    assert!(plan.steps.iter().any(|step| matches!(step, Step::ForgetProofs { .. })));
+    assert_eq!(plan.images_of_nobody(), 1, "{:?}", plan.steps);
+    let rebuilt = model.runs.machine(&model.key).unwrap();
+    assert!(rebuilt.active().is_empty(), "the run was open");
+    let health = rebuilt.health();
+    assert!(!health.images.is_empty() && health.images.values().all(|image| image.proven_ms == 0));
+    let files = model.files();
+    assert!(files.iter().any(|name| name.ends_with(".ended")), "{files:?}");
+    assert!(!files.iter().any(|name| name.starts_with(".merge/")), "{files:?}");
+    model.check();
+}
+
+#[test]
+fn the_damaged_record_of_an_open_run_is_kept_beside() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, runs) = chain(folder.path(), 2);
+    let content = model.contents[&runs[1].snapshots[0].id].clone();
+    let (run, _) = model.send(&[("sda", changed(&content, &[(5, 5, 55)]))]);
+    let record = machine(&model).join(format!(".open/{}.json", run.backup));
+    drop(run);
+    model.close();
+    fs::write(&record, "{").unwrap();
+    model.reopen();
+    let files = model.files();
+    let is_record = |name: &&String| name.starts_with(".open/") && name.ends_with(".damaged");
+    let aside = files.iter().find(is_record).unwrap_or_else(|| panic!("{files:?}"));
+    assert_eq!(fs::read(machine(&model).join(aside)).unwrap(), b"{");
+    let partial = |name: &&String| name.starts_with("sda/set-aside/") && name.contains(".partial");
+    assert!(files.iter().any(|name| partial(&name)), "{files:?}");
+    model.backup(&[("sda", content)]);
+    model.reopen();
     model.check();
 }
 

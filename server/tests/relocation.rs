@@ -18,6 +18,7 @@ use janus_server::{
         Store, StoreError,
         relocate::{MoveError, Moved, relocate},
     },
+    image::Format,
     storage::Disk,
 };
 
@@ -153,6 +154,42 @@ fn a_move_goes_on_where_it_was_killed_and_takes_in_what_changed_meanwhile() {
     check(&mut model, &to);
     model.reopen();
     model.assert_clean();
+}
+
+/// The image that a merge makes has the name of the child's, may be as long, and the time of a VHD is what its id says.
+#[test]
+fn an_image_that_only_looks_like_what_was_copied_before_is_copied_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let [from, to] = ["old", "new"].map(|name| folder.path().join(name));
+    fs::create_dir(&from).unwrap();
+    let mut model = Model::of(Format::Vhd, &from);
+    // Link and child have blocks in the same payload block.
+    let mut content = changed(&vec![0; 8 << 20], &[(0, 300, 1)]);
+    let mut runs = Vec::new();
+    for link in 0..3 {
+        content = changed(&content, &[(link * 50, 40, link + 2)]);
+        runs.push(model.backup(&[("sda", content.clone())]));
+    }
+    model.close();
+    let image = |place: &Path| place.join("user/machine").join(&runs[2].snapshots[0].image);
+    let has_copied_it = |at: &u64| {
+        let _ = fs::remove_dir_all(&to);
+        let killed = Spoiler::new(Fault::Kill, *at);
+        killed.arm(true);
+        moved(&killed.disk(), &from, &to).unwrap_err();
+        image(&to).exists()
+    };
+    (1..).step_by(3).find(has_copied_it);
+    model.reopen();
+    model.trash(&runs[1]);
+    assert_eq!(model.purge_all(true).merged, 1);
+    model.close();
+    let [ours, copied] = [&from, &to].map(|place| fs::metadata(image(place)).unwrap());
+    assert_eq!(ours.len(), copied.len());
+    assert_eq!(ours.modified().unwrap(), copied.modified().unwrap());
+    let done = moved(&Disk::default(), &from, &to).unwrap();
+    assert!(done.found_files > 0, "{done:?}");
+    check(&mut model, &to);
 }
 
 #[test]

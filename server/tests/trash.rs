@@ -5,7 +5,12 @@
 use std::{fs, sync::Arc};
 
 use chains::{Content, Model, changed};
-use janus_server::runs::{Change, RunError};
+use janus_server::{
+    admin::{Command, ask::ask},
+    config::Settings,
+    runs::{Change, RunError},
+};
+use serde_json::json;
 
 mod chains;
 
@@ -40,6 +45,24 @@ fn a_dropped_run_is_gone_and_its_images_stay_links() {
     assert_eq!(trashed[0].run, runs[1]);
     assert_eq!(trashed[0].record.reason, "test");
     assert!(!model.files().iter().any(|name| name.contains("set-aside")), "{:?}", model.files());
+}
+
+#[test]
+fn what_builds_on_a_snapshot_from_the_trash_still_needs_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, runs) = chain_of(folder.path(), 3);
+    model.trash(&runs[1]);
+    model.close();
+    let settings = Settings { image_path: folder.path().to_owned(), ..Settings::default() };
+    let command: Command =
+        serde_json::from_value(json!({ "usage": { "machine": null, "snapshots": true } })).unwrap();
+    let usage = ask(&settings, command, &|_| ()).unwrap().json;
+    let newest_first = usage["machines"][0]["disks"][0]["snapshots"].as_array().unwrap();
+    let of = |place: usize, what: &str| newest_first[place][what].as_u64().unwrap();
+    assert_eq!(newest_first.len(), 2);
+    // The dropped run has 43 of the base's blocks anew.
+    assert_eq!(of(1, "unique_bytes"), 43 * 4096, "{usage}");
+    assert_eq!(of(0, "unique_bytes"), of(0, "allocated_bytes"), "the head");
 }
 
 #[test]

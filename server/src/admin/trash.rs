@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::{Admin, AdminError, Answer, Task, purges, table::table};
 use crate::{
     chain::{Held, Run, TrashedRun},
-    runs::now_ms,
+    runs::{Wait, now_ms},
 };
 
 /// A snapshot or a whole machine.
@@ -167,16 +167,20 @@ pub(super) fn trash(
 fn list(admin: &Admin) -> Result<Answer, AdminError> {
     let head = ["MACHINE", "COMMITTED", "DROPPED", "BY", "STAYS UNTIL", "SNAPSHOTS"];
     let mut rows = vec![head.map(String::from).to_vec()];
-    let mut all = Vec::new();
+    let (mut all, mut waits) = (Vec::new(), String::new());
     for machine in admin.machines(None)? {
         for trashed in admin.runs().trashed(&machine.key) {
+            let waiting = admin.runs().damage_above(&machine, &trashed);
+            for (snapshot, why) in &waiting {
+                waits.push_str(&format!("snapshot {snapshot} waits for its purge: {why}\n"));
+            }
             rows.push(row(&trashed));
-            all.push(trashed_json(&trashed));
+            all.push(trashed_json(&trashed, &waiting));
         }
     }
     let mut text = match all.is_empty() {
         true => "the trash is empty\n".to_owned(),
-        false => table(&rows),
+        false => table(&rows) + &waits,
     };
     let requests = purges::all(admin)?;
     for request in &requests {
@@ -209,12 +213,16 @@ fn row(trashed: &TrashedRun) -> Vec<String> {
     ]
 }
 
-fn trashed_json(trashed: &TrashedRun) -> Value {
+fn trashed_json(trashed: &TrashedRun, waiting: &[(SnapshotId, Wait)]) -> Value {
     let (run, record) = (&trashed.run, &trashed.record);
     let snapshots: Vec<Value> = run
         .snapshots
         .iter()
         .map(|s| json!({ "snapshot": s.id.to_string(), "disk": s.disk }))
+        .collect();
+    let waiting: Vec<Value> = waiting
+        .iter()
+        .map(|(id, why)| json!({ "id": id.to_string(), "why": why.to_string() }))
         .collect();
     json!({
         "machine": run.machine,
@@ -225,6 +233,7 @@ fn trashed_json(trashed: &TrashedRun) -> Value {
         "purge_not_before_ms": record.purge_not_before_ms,
         "purging": record.purging,
         "snapshots": snapshots,
+        "waiting": waiting,
     })
 }
 

@@ -2,7 +2,8 @@
 //!
 //! *Logical* is the size of the disk. *Allocated* is what images and tables occupy. *Unique* is what would come free if
 //! this alone was dropped: all of a machine or disk, since nothing is shared between disks; of a snapshot what no other
-//! needs, which are the blocks that its children hold anew, or all when it has no child.
+//! needs, which are the blocks that its children hold anew, or all when it has no child. Children in the trash count: they can
+//! come back, and what builds on them can be read.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -169,19 +170,23 @@ fn of_machine(
         let logical_bytes = newest_first.first().map_or(0, |held| held.snapshot().size_bytes);
         let bytes = Bytes { logical_bytes, allocated_bytes, unique_bytes: allocated_bytes };
         usage.bytes.add(bytes);
-        let snapshots = each.then(|| of_snapshots(&files, &newest_first, task)).transpose()?;
+        let dropped = trashed.iter().flat_map(|trashed| &trashed.run.snapshots);
+        let of_this = dropped.filter(|dropped| dropped.disk == disk);
+        let snapshots =
+            each.then(|| of_snapshots(&files, &newest_first, of_this, task)).transpose()?;
         usage.disks.push(DiskUsage { disk, snapshot_count: newest_first.len(), bytes, snapshots });
     }
     Ok(usage)
 }
 
-fn of_snapshots(
+fn of_snapshots<'a>(
     files: &Files<'_>,
-    newest_first: &[Held],
+    newest_first: &'a [Held],
+    dropped: impl Iterator<Item = &'a Snapshot>,
     task: &Task<'_>,
 ) -> Result<Vec<SnapshotUsage>, AdminError> {
     let mut children: HashMap<SnapshotId, Vec<&Snapshot>> = HashMap::new();
-    for child in newest_first.iter().map(Held::snapshot) {
+    for child in newest_first.iter().map(Held::snapshot).chain(dropped) {
         if let Some(parent) = child.parent {
             children.entry(parent).or_default().push(child);
         }

@@ -11,7 +11,8 @@
 //!
 //! A run is dropped whole, so it stays while any of its disks wants it. Runs with damaged content go first: in a day
 //! (week …) with a good run they are never the one that stays, and they use up no count.
-//! A chain longer than `max_chain_length` loses the runs that only the weakest rules hold, oldest first.
+//! A chain longer than `max_chain_length` loses the runs that only the weakest rules hold: of those that are held alike the ones
+//! in which the chain's disk is damaged, then the oldest.
 //!
 //! A plan that looks like an accident has a [`Stop`]: whoever carries plans out asks for confirmation then.
 
@@ -339,7 +340,8 @@ fn verdict((point, kept): (&Point, BTreeMap<Reason, BTreeSet<DiskId>>)) -> Verdi
     Verdict::Keep(reasons.map(|(reason, disks)| (reason, disks.into_iter().collect())).collect())
 }
 
-/// Drops more while a chain is too long: weakest reason first, oldest first. Pins and the newest stay whatever the length.
+/// Drops more while a chain is too long: weakest reason first, damaged content first, oldest first. Pins and the newest stay
+/// whatever the length.
 fn shorten(points: &[Point], verdicts: &mut [Verdict], policy: &Policy<'_>) {
     let mut chains: HashMap<(&DiskId, SnapshotId), Vec<usize>> = HashMap::new();
     for (index, point) in points.iter().enumerate() {
@@ -353,9 +355,12 @@ fn shorten(points: &[Point], verdicts: &mut [Verdict], policy: &Policy<'_>) {
         let most = (policy.rules)(disk).max_chain_length as usize;
         links.retain(|index| matches!(verdicts[*index], Verdict::Keep(_)));
         let excess = links.len().saturating_sub(most);
-        // Sorted by strength; a stable sort of the oldest first.
+        let is_good = |index: usize| {
+            points[index].disks.iter().all(|held| held.disk != *disk || !held.is_faulty)
+        };
+        // A stable sort of the oldest first.
         links.reverse();
-        links.sort_by_key(|index| strength(&verdicts[*index]));
+        links.sort_by_key(|index| (strength(&verdicts[*index]), is_good(*index)));
         for index in links.into_iter().take(excess) {
             if strength(&verdicts[index]) < Some(Reason::AtLeast) {
                 verdicts[index] = Verdict::Drop(DropReason::ChainLength);

@@ -26,6 +26,7 @@
 pub mod faults;
 mod folders;
 mod guard;
+mod lock;
 mod merges;
 mod pins;
 mod publish;
@@ -50,6 +51,7 @@ pub(super) use self::records::read;
 use self::{
     faults::{Fault, Faults},
     folders::{check_layout, exists, files_in, folders_in, free_name, is_folder, list},
+    lock::StoreLock,
     publish::take_back,
     records::{DAMAGED, put_aside},
 };
@@ -64,7 +66,7 @@ use crate::{
     guard::{Changes, Guarded},
     image::Format,
     prove::record::Proofs,
-    storage::{Access, Disk, File},
+    storage::Disk,
 };
 
 const STORE: &str = ".store.json";
@@ -328,34 +330,17 @@ pub struct Store {
     pub start_epoch: u64,
     /// What can't be read and belongs to no machine that is known.
     faults: Vec<Fault>,
-    _lock: StoreLock,
+    /// What nobody but a rebuild takes from it.
+    lock: StoreLock,
 }
 
-/// Keeps other processes away from a store.
-#[derive(Debug)]
-struct StoreLock {
-    _file: File,
-}
-
-impl StoreLock {
-    fn take(storage: &Disk, root: &Path) -> Result<Self, StoreError> {
-        let file = storage.open(&root.join(".store.lock"), Access::Create);
-        let file = file.map_err(|source| match source.kind() {
-            io::ErrorKind::ReadOnlyFilesystem => StoreError::ReadOnly { path: root.to_owned() },
-            _ => StoreError::io("write to the image path", root)(source),
-        })?;
-        if !file.try_lock().map_err(StoreError::io("lock", root))? {
-            return Err(StoreError::Locked { path: root.to_owned() });
-        }
-        Ok(Self { _file: file })
-    }
-
-    /// The same of a store that is to be opened.
-    fn of_store(storage: &Disk, root: &Path) -> Result<Self, StoreError> {
-        let lock = Self::take(storage, root)?;
-        relocate::check_not_moved(storage, root)?;
-        Ok(lock)
-    }
+/// What becomes of files that nothing names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unknown {
+    /// They are moved to `set-aside`.
+    SetAside,
+    /// They stay, for whoever wants to tell of them.
+    Stays,
 }
 
 impl Store {
@@ -383,7 +368,7 @@ impl Store {
         storage.make_folder(root).map_err(StoreError::io("make the image path", root))?;
         let lock = StoreLock::of_store(&storage, root)?;
         check_layout(&storage, root, separate_folders_by_user)?;
-        Self::open_locked(storage, root, separate_folders_by_user, lock)
+        Self::open_locked(storage, root, separate_folders_by_user, lock, Unknown::SetAside)
     }
 
     /// The same with a lock that was taken before.
@@ -392,6 +377,7 @@ impl Store {
         root: &Path,
         separate_folders_by_user: bool,
         lock: StoreLock,
+        unknown: Unknown,
     ) -> Result<(Self, HashMap<MachineKey, MachineState>), StoreError> {
         let file_path = root.join(STORE);
         let mut file = match read_or_put_aside::<StoreFile>(&storage, &file_path)? {
@@ -407,11 +393,11 @@ impl Store {
             generation: file.generation,
             start_epoch: file.starts,
             faults: Vec::new(),
-            _lock: lock,
+            lock,
         };
         let mut machines = HashMap::new();
         for folder in store.machine_folders()? {
-            let loaded = store.load_machine(&folder);
+            let loaded = store.load_machine(&folder, unknown);
             if let Some((key, state)) = loaded.or_else(|error| store.without(&folder, error))? {
                 machines.insert(key, state);
             }
@@ -548,6 +534,7 @@ impl Store {
     fn load_machine(
         &self,
         folder: &Path,
+        unknown: Unknown,
     ) -> Result<Option<(MachineKey, MachineState)>, StoreError> {
         let path = folder.join(MACHINE);
         let mut file = match read_or_put_aside::<MachineFile>(&self.storage, &path)? {
@@ -629,14 +616,15 @@ impl Store {
                     unread = true;
                 }
                 Err(error) => {
-                    tracing::error!(%error, "an open run can't be read and is given up");
-                    self.storage.remove(&path).map_err(StoreError::io("remove", &path))?;
+                    tracing::error!(%error, "an open run can't be read: it is given up, its file is put aside");
+                    put_aside(&self.storage, &path)?;
                 }
             }
         }
         // What a damaged or lost manifest names may be whole: it stays, for whoever brings the manifest back.
         let is_complete = !state.incomplete && !state.history.lacks_links();
         if is_complete
+            && unknown == Unknown::SetAside
             && state.unfinished.is_empty()
             && let Err(error) = set_aside_unknown(&self.storage, folder, &state)
         {

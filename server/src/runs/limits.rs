@@ -11,8 +11,9 @@ use std::{
 
 use janus_proto::ids::MachineKey;
 
-use super::{RunError, Runs, WantedDisk, lock};
+use super::{ActiveRun, RunError, Runs, WantedDisk, lock};
 use crate::{
+    chain::store::OpenDisk,
     config::{Settings, Size},
     space::{self, Space},
 };
@@ -80,11 +81,27 @@ impl Runs {
             let trashed = machine.trashed();
             let dropped = trashed.iter().flat_map(|trashed| &trashed.run.snapshots);
             let dropped = dropped.map(|snapshot| snapshot.image_allocated_bytes);
-            let sessions = machine.active().into_iter().flat_map(|run| run.sessions());
-            let open = sessions.map(|session| session.stored_bytes());
+            let active = machine.active();
+            let open = active.iter().map(|run| self.held_by(run));
             kept.chain(dropped).chain(open).fold(0, u64::saturating_add)
         };
         own.map(|machine| of_machine(machine)).fold(0, u64::saturating_add)
+    }
+
+    /// Bytes that an open run takes.
+    fn held_by(&self, run: &ActiveRun) -> u64 {
+        let sessions = run.sessions();
+        if !sessions.is_empty() {
+            return sessions.iter().map(|session| session.stored_bytes()).sum();
+        }
+        // Nobody has taken it over since this server started: what its images occupy.
+        let folder = self.store.machine_folder(&run.machine);
+        let image = |disk: &OpenDisk| {
+            let path = folder.join(disk.partial(disk.format.extension()));
+            self.store.storage().metadata(&path).ok().flatten()
+        };
+        let record = run.record();
+        record.disks.iter().filter_map(image).map(|image| image.allocated_bytes).sum()
     }
 
     fn check_quota(&self, user: &str) -> Result<(), RunError> {

@@ -1,7 +1,7 @@
 //! One machine on this server: its committed runs, the trash, and the open ones.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak},
     time::Duration,
 };
@@ -55,6 +55,8 @@ struct State {
     unfinished: Vec<(Intent, bool)>,
     /// Links of the chains that somebody has open.
     opened: Vec<Weak<[SnapshotId]>>,
+    /// Links whose purge damage hinders, as far as the log has them.
+    hindered: BTreeSet<SnapshotId>,
     /// What is known of the images.
     health: Health,
     /// Something of that is not in its file yet.
@@ -86,6 +88,7 @@ impl Machine {
             incomplete: state.incomplete,
             unfinished: state.unfinished.into_iter().map(|intent| (intent, false)).collect(),
             opened: Vec::new(),
+            hindered: BTreeSet::new(),
             health: state.health,
             health_unsaved: false,
             proofs: state.proofs,
@@ -285,8 +288,14 @@ impl Machine {
         lock(&self.state).unfinished.first().map(|(intent, _)| intent.clone())
     }
 
+    /// Damage hinders the purge of this link: true when that is heard of for the first time.
+    pub(super) fn is_new_hindrance(&self, link: SnapshotId) -> bool {
+        lock(&self.state).hindered.insert(link)
+    }
+
     pub(super) fn finished_now(&self, intent: &Intent) {
         let mut state = lock(&self.state);
+        state.hindered.remove(&intent.link.id);
         state.history.clear_away(intent);
         state.unfinished.retain(|(known, _)| known != intent);
     }

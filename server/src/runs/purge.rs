@@ -16,11 +16,12 @@ use janus_proto::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Change, Machine, RunError, Runs};
+use super::{Change, Machine, RunError, Runs, now_ms};
 use crate::{
     audit::{Action, Event, Who},
     chain::{
-        Held, TrashedRun,
+        Held, Snapshot, TrashedRun,
+        health::Damage,
         merge::{Intent, MergeError, Moved, Pair, Way},
     },
 };
@@ -71,6 +72,11 @@ pub enum Wait {
     Children(usize),
     /// It is a stub, and the image that builds on it lacks something too.
     Stub,
+    /// The image that builds on it is damaged: merging would lose which of its blocks are.
+    Damaged {
+        /// Whose image that is.
+        child: SnapshotId,
+    },
     /// Somebody reads it.
     Opened,
     /// Merging would leave less than the reserve.
@@ -92,6 +98,10 @@ impl fmt::Display for Wait {
             ),
             Self::Children(count) => write!(f, "{count} images build on it: all but one must go first"),
             Self::Stub => f.write_str("it is a stub that isn't full, and what builds on it needs the rest"),
+            Self::Damaged { child } => write!(
+                f,
+                "the image of snapshot {child}, which builds on it, is damaged: until that is whole or gone they can't be merged"
+            ),
             Self::Opened => f.write_str("a restore still reads it"),
             Self::Space { needed_bytes, free_bytes } => write!(
                 f,
@@ -139,6 +149,18 @@ impl Runs {
         report
     }
 
+    /// What damage keeps of a dropped run from its purge, however often that is tried; empty while its time hasn't come.
+    pub fn damage_above(&self, machine: &Machine, trashed: &TrashedRun) -> Vec<(SnapshotId, Wait)> {
+        if !trashed.record.purging && trashed.record.purge_not_before_ms > now_ms() {
+            return Vec::new();
+        }
+        let waits = |snapshot: &Snapshot| {
+            let children = machine.history(|history| history.children(snapshot.id));
+            Some((snapshot.id, damaged(machine, taker(&children)?)?))
+        };
+        trashed.run.snapshots.iter().filter_map(waits).collect()
+    }
+
     /// Lets decided merges happen that are not finished: nobody can open their chains before.
     pub(super) fn finish_switches(&self, machine: &Machine) -> Result<(), RunError> {
         while let Some(intent) = machine.unswitched() {
@@ -178,6 +200,17 @@ impl Runs {
     }
 }
 
+/// Which of a link's children takes it in.
+fn taker(children: &[Held]) -> Option<&Held> {
+    children.iter().min_by_key(|held| held.run.sequence)
+}
+
+/// Whether what is known of the image that would take a link in keeps it from that.
+fn damaged(machine: &Machine, child: &Held) -> Option<Wait> {
+    let child = child.snapshot();
+    machine.health().damage(child).map(|_| Wait::Damaged { child: child.id })
+}
+
 /// One purge of one machine.
 struct Purge<'a> {
     runs: &'a Runs,
@@ -215,7 +248,15 @@ impl Purge<'_> {
                 self.report.waiting.retain(|(_, wait)| !matches!(wait, Wait::Space { .. }));
             }
             if let Err(wait) = taken {
-                tracing::info!(machine = %self.machine.key, image = snapshot.image, %wait, "a dropped image stays for now");
+                // It stays so until somebody acts: whoever reads the log hears of it, but once.
+                match wait {
+                    Wait::Damaged { .. } if self.machine.is_new_hindrance(snapshot.id) => {
+                        tracing::warn!(machine = %self.machine.key, image = snapshot.image, %wait, "a dropped image can't be purged: see `janus-server trash list`");
+                    }
+                    _ => {
+                        tracing::info!(machine = %self.machine.key, image = snapshot.image, %wait, "a dropped image stays for now");
+                    }
+                }
                 self.report.waiting.push((snapshot.id, wait));
                 // What is decided comes first: the links above it are not what they will be.
                 if self.machine.unfinished().is_some() {
@@ -256,7 +297,7 @@ impl Purge<'_> {
         for held in children.iter().chain([link]).filter(|_| self.has_locks()) {
             self.runs.set_immutable(self.machine, held, false);
         }
-        let Some(child_held) = children.iter().min_by_key(|held| held.run.sequence) else {
+        let Some(child_held) = taker(children) else {
             self.begin(link)?;
             return self.conclude(link, Intent::remove(link.snapshot().clone()));
         };
@@ -268,9 +309,16 @@ impl Purge<'_> {
         let (link_snapshot, child) = (link.snapshot(), child_held.snapshot());
         let pair = Pair { storage, folder: &folder, link: link_snapshot, child };
         let way = self.way(&pair, children.len())?;
+        // All that is copied is compared first, so that it would end at the damage each time. What is shared isn't read.
+        if way == Way::InPlace
+            && let Some(wait) = damaged(self.machine, child_held)
+        {
+            return Err(wait);
+        }
         self.begin(link)?;
         let stop = || self.stop.is_cancelled();
-        let (switch, moved) = pair.prepare(way, &stop)?;
+        let prepared = pair.prepare(way, &stop);
+        let (switch, moved) = prepared.inspect_err(|error| self.note_met(child_held, error))?;
         self.runs.note_merge(self.machine, link, child_held);
         let intent = Intent::switch(link.snapshot().clone(), switch, children.len() > 1);
         self.conclude(link, intent)?;
@@ -281,6 +329,15 @@ impl Purge<'_> {
         self.report.merged += 1;
         self.report.moved += moved;
         Ok(())
+    }
+
+    /// Damage that a merge has met is known from then on.
+    fn note_met(&self, child: &Held, error: &MergeError) {
+        if let MergeError::BlockDamaged { block, .. } = error {
+            let mut damage = Damage::default();
+            damage.blocks.insert(*block..*block + 1);
+            self.runs.note_damage(child, &damage);
+        }
     }
 
     fn has_locks(&self) -> bool {

@@ -11,7 +11,7 @@ use crate::{
     recorder::{Act, Entry, Recorder},
     rounds,
     shadow::{Kept, Shadow},
-    world::{Survives, World},
+    world::{Survives, World, bring_home},
 };
 
 /// What kind of crash.
@@ -141,6 +141,7 @@ impl Point<'_> {
         };
         let base = folder();
         self.shadow.save(kept, base.path()).unwrap();
+        bring_home(base.path());
         let recovered = match crash {
             Crash::KeptSomeTwice => {
                 let shadow = Shadow::of(base.path()).unwrap();
@@ -193,6 +194,7 @@ impl Point<'_> {
         let base = folder();
         let kept = if chance.random_bool(0.3) { Kept::Nothing } else { Kept::Some(chance) };
         shadow.save(kept, base.path()).unwrap();
+        bring_home(base.path());
         recover(base.path(), "third", promised, Survives::Durable)
     }
 }
@@ -222,6 +224,9 @@ pub fn recover(
     }
     world.change(77);
     world.backup().map_err(told("a further backup"))?;
+    if world.is_half_moved() {
+        world.relocate().map_err(told("the move goes on"))?;
+    }
     world.restart()?;
     world.check().map_err(told("after a backup and a restart"))
 }

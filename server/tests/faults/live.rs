@@ -14,7 +14,7 @@ use crate::{
     recorder::{Entry, Fault, Recorder},
     rounds,
     shadow::{Kept, Shadow},
-    world::{Survives, World},
+    world::{Survives, World, bring_home},
 };
 
 /// Lets every operation fail in every way, and prints how many that were.
@@ -73,6 +73,7 @@ fn cut_power(log: Vec<Entry>, promised: &Promised, fault: Fault) -> Result<(), S
         let base = folder();
         let kept = if round == 0 { Kept::Nothing } else { Kept::Some(&mut chance) };
         shadow.save(kept, base.path()).unwrap();
+        bring_home(base.path());
         recover(base.path(), "second", promised.clone(), Survives::Durable)
             .map_err(|error| format!("after a power cut at the end: {error}"))?;
     }

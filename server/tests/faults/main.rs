@@ -28,6 +28,7 @@ mod world;
 
 use std::path::Path;
 
+use janus_server::image::Format;
 use world::World;
 
 /// What a machine does.
@@ -87,6 +88,44 @@ fn thinned(world: &mut World) -> Result<(), String> {
     world.purge()?;
     world.change(8);
     world.backup()
+}
+
+/// A base of VHDs goes out of a chain.
+fn vhds(world: &mut World) -> Result<(), String> {
+    world.prefer(Format::Vhd);
+    world.disk("root", (256 << 10) + 512);
+    world.backup()?;
+    world.change(5);
+    world.backup()?;
+    world.drop_oldest(1)?;
+    world.purge()
+}
+
+#[test]
+fn a_chain_of_vhds_survives_every_crash() {
+    crashes::every("vhds", vhds);
+}
+
+#[test]
+fn a_chain_of_vhds_survives_every_failure() {
+    live::every("vhds", vhds);
+}
+
+/// A store that is moved.
+fn moved(world: &mut World) -> Result<(), String> {
+    world.disk("root", (64 << 10) + 512);
+    world.backup()?;
+    world.relocate()
+}
+
+#[test]
+fn a_moved_store_survives_every_crash() {
+    crashes::every("moved", moved);
+}
+
+#[test]
+fn a_moved_store_survives_every_failure() {
+    live::every("moved", moved);
 }
 
 /// A store that is rebuilt while a run was open, and backups that go on.

@@ -6,6 +6,7 @@
 mod carrying;
 mod damage;
 mod keeping;
+mod moving;
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
@@ -13,8 +14,9 @@ use janus_proto::ids::{BackupId, DiskId, MachineKey, SEGMENT_BLOCKS};
 use janus_server::{
     chain::{
         Run,
-        store::{Store, rebuild},
+        store::{Store, StoreError, rebuild},
     },
+    image::Format,
     runs::{ActiveRun, CommitDisk, PurgeOptions, RunError, RunState, Runs, WantedDisk, Writer},
     session::{Marks, Session},
     storage::Disk,
@@ -22,6 +24,7 @@ use janus_server::{
 
 use tokio_util::sync::CancellationToken;
 
+pub use self::moving::bring_home;
 use crate::{
     content::Content,
     promises::{Contents, Promise, Promised},
@@ -49,6 +52,8 @@ pub struct World {
     recorder: Option<Arc<Recorder>>,
     runs: Option<Arc<Runs>>,
     machine: MachineKey,
+    /// Of new chains.
+    format: Format,
     contents: Contents,
     promised: Promised,
     /// After a crash: what the next takeover must find.
@@ -68,6 +73,7 @@ impl World {
             recorder,
             runs: None,
             machine,
+            format: Format::Vhdx,
             contents,
             promised,
             survives: None,
@@ -95,6 +101,11 @@ impl World {
     /// What the store has acknowledged so far.
     pub fn promised(&self) -> Promised {
         self.promised.clone()
+    }
+
+    /// New chains are in this format from now on.
+    pub fn prefer(&mut self, format: Format) {
+        self.format = format;
     }
 
     /// A new disk, or another size of an old one.
@@ -207,9 +218,14 @@ impl World {
     /// The store, opened if it is not.
     pub fn runs(&mut self) -> Result<&Runs, String> {
         if self.runs.is_none() {
-            let opened = Store::open_on(self.storage.clone(), &self.folder, true);
+            let mut opened = Store::open_on(self.storage.clone(), &self.folder, true);
+            if matches!(opened, Err(StoreError::Moved { .. })) {
+                self.follow()?;
+                opened = Store::open_on(self.storage.clone(), &self.folder, true);
+            }
             let (store, machines) = opened.map_err(|e| format!("open the store: {e}"))?;
-            self.runs = Some(usable(Runs::new(store, machines, Duration::from_secs(60)))?);
+            let runs = Runs::new(store, machines, Duration::from_secs(60));
+            self.runs = Some(usable(runs.with_new_chains(self.format))?);
         }
         Ok(self.runs.as_ref().unwrap())
     }

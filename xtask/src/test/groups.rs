@@ -174,7 +174,8 @@ fn client(runner: &mut Runner) {
 }
 
 fn restore(runner: &mut Runner) {
-    runner.tests(When::Now, "client", Target::Lib, RESTORE_MODULES);
+    let arguments = [RESTORE_MODULES, &["--show-output"]].concat();
+    runner.tests(When::Now, "client", Target::Lib, &arguments);
     placed(runner, "restore");
 }
 

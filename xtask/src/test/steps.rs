@@ -20,6 +20,18 @@ use xtask::{
 /// How many steps the table of the longest has.
 const LONGEST: usize = 15;
 
+/// Packages and test programs whose lines are shown at their end: so many faults were tried, so fast was it.
+const SAYING: &[(&str, &str)] = &[
+    ("server", "/faults"),
+    ("server", "/merge_faults"),
+    ("server", "/vhd_merge_faults"),
+    ("server", "/relocation"),
+    ("server", "/histories"),
+    ("client", "/caches"),
+    ("client", "/links"),
+    ("client", "/networks"),
+];
+
 /// When a step runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum When {
@@ -63,7 +75,7 @@ impl Runner {
         }
     }
 
-    /// True for tests that print a seed or figures worth a log line.
+    /// True for tests whose lines are shown while they come: they print a seed or figures worth a log line.
     pub fn shows_figures(&self, name: &str) -> bool {
         self.soak || matches!(name, "kills" | "simulation" | "redteam" | "hardening")
     }
@@ -118,6 +130,10 @@ impl Runner {
         }
         for (name, mut command) in commands {
             command.args(arguments);
+            // Libtest keeps what tests say that pass.
+            if SAYING.iter().any(|(of, test)| *of == package && name.ends_with(test)) {
+                command.arg("--show-output");
+            }
             self.run(when, name, &arguments.join(" "), command);
         }
     }

@@ -236,6 +236,18 @@ fn long_chains_lose_their_oldest_recent_runs() {
     assert_eq!(kept(&plan).len(), 15, "the other chain is whole");
 }
 
+#[test]
+fn long_chains_lose_their_damaged_runs_before_older_ones() {
+    let chain = SnapshotId::new();
+    let rules =
+        Rules { daily: 0, weekly: 0, monthly: 0, at_least: 1, max_chain_length: 4, ..DEFAULT };
+    let is_faulty = |hour: i64| [3, 5].contains(&hour);
+    let points: Vec<_> =
+        (0..7).map(|hour| point(hour * 3_600_000, &[("disk", is_faulty(hour))], chain)).collect();
+    let wanted: Vec<_> = [6, 4, 2, 1].map(|hour: usize| points[hour].backup).into();
+    assert_eq!(kept(&plan_with(&points, rules)), wanted);
+}
+
 /// What the module's text says, rule by rule, without any cleverness: does a rule of `disk` keep run `index`?
 fn model_keeps(points: &[Point], index: usize, name: &DiskId, rules: &Rules) -> bool {
     let of = |point: &Point| point.disks.iter().find(|disk| disk.disk == *name).cloned();
@@ -333,6 +345,31 @@ proptest! {
             prop_assert_eq!(kept.contains(&point.backup), wanted, "{:?}", point);
         }
         prop_assert_eq!(kept.len() + plan.drops().count(), points.len());
+    }
+
+    #[test]
+    fn a_long_chain_loses_the_weakest_of_them_the_damaged_of_them_the_oldest(
+        mut points in any_points(),
+        rules in any_rules(),
+        most in 1u32..10,
+    ) {
+        // What several disks want of one run is another matter.
+        points.iter_mut().for_each(|point| point.disks.retain(|held| held.disk.as_str() == "a"));
+        points.retain(|point| !point.disks.is_empty());
+        let mut left = plan_with(&points, rules).runs;
+        left.retain(|planned| matches!(planned.verdict, Verdict::Keep(_)));
+        while left.len() > most as usize {
+            let may_go = left.iter().filter(|p| strength(&p.verdict) < Some(Reason::AtLeast));
+            let goes = may_go.min_by_key(|planned| {
+                let is_good = !planned.point.disks[0].is_faulty;
+                (strength(&planned.verdict), is_good, planned.point.committed_ms)
+            });
+            let Some(goes) = goes.map(|planned| planned.point.backup) else { break };
+            left.retain(|planned| planned.point.backup != goes);
+        }
+        let left: Vec<_> = left.iter().map(|planned| planned.point.backup).collect();
+        let plan = plan_with(&points, Rules { max_chain_length: most, ..rules });
+        prop_assert_eq!(kept(&plan), left);
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! Each is one rename or one replaced file, and a step that was done is not in the next survey, so that a rebuild that was
 //! killed is begun again. Nothing is removed: what belongs nowhere is moved to a `set-aside` folder.
 //!
+//! Where merges are pending there are two surveys: files have the names that manifests say once the merges are finished.
+//!
 //! The new generation comes first: whatever else was done, clients and janus then take the store for a new one and compare.
 //! Open runs end: nobody knows when their files were copied, and all that it costs is that their client begins again.
 
@@ -19,7 +21,7 @@ use janus_proto::ids::{MachineKey, StoreGeneration};
 
 pub use self::steps::Step;
 use self::survey::{Folders, NOBODYS};
-use super::{FORMAT, MachineState, Store, StoreError, StoreFile, StoreLock, read, write};
+use super::{FORMAT, MachineState, Store, StoreError, StoreFile, StoreLock, Unknown, read, write};
 use crate::{image::Format, storage::Disk};
 
 /// What was or would be done.
@@ -80,14 +82,20 @@ pub fn rebuild(storage: &Disk, root: &Path, separate: bool) -> Result<Rebuilt, S
     steps::carry_out(storage, &folders.steps)?;
     let mut plan = Plan::of(root, &folders);
     // Where they are now.
-    for (folder, key) in survey::folders(storage, root, separate)?.machines {
-        let mut own = Plan::default();
-        survey::machine(storage, &folder, &key, &mut own)?;
-        steps::carry_out(storage, &own.steps)?;
-        plan.steps.extend(own.steps);
-        plan.unread.extend(own.unread);
-    }
-    let (store, machines) = Store::open_locked(storage.clone(), root, separate, lock)?;
+    let machines = survey::folders(storage, root, separate)?.machines;
+    let merging = carry_out(storage, machines, &mut plan)?;
+    let lock = match merging.is_empty() {
+        true => lock,
+        false => {
+            // This finishes the merges. What nothing names is for the second survey.
+            let opened = Store::open_locked(storage.clone(), root, separate, lock, Unknown::Stays);
+            let (store, _) = opened?;
+            carry_out(storage, merging, &mut plan)?;
+            store.lock
+        }
+    };
+    let (store, machines) =
+        Store::open_locked(storage.clone(), root, separate, lock, Unknown::SetAside)?;
     for key in machines.iter().filter(|(_, state)| state.incomplete).map(|(key, _)| key) {
         let folder = store.machine_folder(key);
         // A disk that fails now and then: the survey could read what opening the store could not.
@@ -96,6 +104,27 @@ pub fn rebuild(storage: &Disk, root: &Path, separate: bool) -> Result<Rebuilt, S
         }
     }
     Ok(Rebuilt { store, machines, plan })
+}
+
+/// Looks at machines and does what is to be done there. Returns those that are to be looked at again, once their merges are finished.
+fn carry_out(
+    storage: &Disk,
+    machines: Vec<(PathBuf, MachineKey)>,
+    plan: &mut Plan,
+) -> Result<Vec<(PathBuf, MachineKey)>, StoreError> {
+    let mut merging = Vec::new();
+    for (folder, key) in machines {
+        let mut own = Plan::default();
+        let is_all = survey::machine(storage, &folder, &key, &mut own)?;
+        steps::carry_out(storage, &own.steps)?;
+        plan.steps.extend(own.steps);
+        own.unread.retain(|found| !plan.unread.contains(found));
+        plan.unread.extend(own.unread);
+        if !is_all {
+            merging.push((folder, key));
+        }
+    }
+    Ok(merging)
 }
 
 /// What the survey finds, and the lock. A mistyped path must not become a store, and gets no lock's file either.

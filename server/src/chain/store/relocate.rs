@@ -3,7 +3,9 @@
 //! While `<new>/.moving.json` is there no server opens the new place, and with `<old>/.moved.json` none opens the old one. The
 //! second is written when everything is copied and synced, then the first is removed: at each moment one of the two can be
 //! opened, or the move goes on. A file gets its name at the new place when it has been compared, with the time of its
-//! original: with equal time and length it was copied before. What was copied of a file that is not whole is kept too.
+//! original. With equal time and length an earlier move may have copied it, and it is compared again: a merge can give an image
+//! the name, the length and, of a VHD, the time of the one that was copied. What was copied of a file that is not whole is kept
+//! too.
 //!
 //! Nothing of the old place is removed.
 
@@ -100,7 +102,7 @@ impl MoveError {
 pub struct Moved {
     /// Files of the store.
     pub files: u64,
-    /// Of them those that an earlier move had copied.
+    /// Of them those that an earlier move had copied, as a comparison of all their bytes has shown.
     pub found_files: u64,
     /// Bytes that were copied, holes left out.
     pub copied_bytes: u64,
@@ -294,13 +296,21 @@ impl Move<'_> {
         Ok(())
     }
 
+    /// Whether an earlier move has copied a file as it is now. Length and time alone don't tell.
     fn is_copied(&self, file: &Entry) -> Result<bool, MoveError> {
-        let path = self.to.join(&file.path);
-        let there = self.storage.metadata(&path).map_err(MoveError::io("look at", &path))?;
-        Ok(there.is_some_and(|there| {
-            there.length_bytes == file.metadata.length_bytes
-                && there.modified == file.metadata.modified
-        }))
+        let (from_path, to_path) = (self.from.join(&file.path), self.to.join(&file.path));
+        let there = self.storage.metadata(&to_path).map_err(MoveError::io("look at", &to_path))?;
+        let len = file.metadata.length_bytes;
+        let seems_equal =
+            |there: Metadata| there.length_bytes == len && there.modified == file.metadata.modified;
+        if !there.is_some_and(seems_equal) {
+            return Ok(false);
+        }
+        let open = |path: &Path| {
+            self.storage.open_data(path, Access::Read).map_err(MoveError::io("open", path))
+        };
+        let copy = Copy { from: open(&from_path)?, to: open(&to_path)?, len };
+        copy.is_equal().map_err(MoveError::io("compare", &from_path))
     }
 
     /// `left_bytes`: what this file and those after it take.
@@ -381,17 +391,23 @@ impl Copy {
     }
 
     fn copy_from(&self, start: u64) -> io::Result<u64> {
-        // What was written last may not have got there.
-        let mut at = start.saturating_sub(1) / PIECE * PIECE;
+        // Of the last span nobody knows how much got there.
+        let mut at = start.saturating_sub(1) / SPAN * SPAN;
         self.to.set_len(at)?;
-        let mut copied = 0;
+        let (mut copied, mut span) = (0, at / SPAN);
         while let Some(data) = self.from.next_data(at)?.filter(|data| data.start < self.len) {
             let start = data.start.max(at);
+            if start / SPAN != span {
+                self.to.sync_data()?;
+                span = start / SPAN;
+            }
             let end = data.end.min((start / PIECE + 1) * PIECE).min(self.len);
             self.to.copy_range(start, &self.from, start, end - start)?;
             copied += end - start;
             at = end;
         }
+        self.to.sync_data()?;
+        // Only now: the length says which span was the last.
         self.to.set_len(self.len)?;
         self.to.sync_data()?;
         Ok(copied)
@@ -418,5 +434,8 @@ impl Copy {
     }
 }
 
+/// A copy is synced before more than this is written behind it, and a move that goes on writes the last of these again: what a
+/// failed sync was to write may be lost although it reads well from memory.
+const SPAN: u64 = 64 * PIECE;
 /// Bytes copied and compared at once: a buffer.
 const PIECE: u64 = janus_proto::model::MAX_BATCH_BYTES as u64;

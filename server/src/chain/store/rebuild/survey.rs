@@ -113,13 +113,14 @@ fn readable<T: serde::de::DeserializeOwned>(
     }
 }
 
-/// Adds what is to be done in one machine's folder.
+/// Adds what is to be done in one machine's folder. False when merges must be finished before all of that can be said: there is
+/// more to be done then.
 pub(super) fn machine(
     storage: &Disk,
     folder: &Path,
     key: &MachineKey,
     plan: &mut Plan,
-) -> Result<(), StoreError> {
+) -> Result<bool, StoreError> {
     let mut survey =
         Survey { storage, folder, key, history: History::default(), incomplete: false };
     survey.manifests(RUNS, plan)?;
@@ -127,11 +128,14 @@ pub(super) fn machine(
     survey.own_file(plan)?;
     // Until merges are finished, which opening the store does, files have other names than manifests say.
     if !files_in(storage, &folder.join(MERGES), "json")?.is_empty() {
-        return Ok(());
+        survey.forget_proofs(Vec::new(), plan)?;
+        survey.open_runs(plan)?;
+        return Ok(false);
     }
     let returning = survey.returning(plan)?;
     survey.open_runs(plan)?;
-    survey.orphans(&returning, plan)
+    survey.orphans(&returning, plan)?;
+    Ok(true)
 }
 
 struct Survey<'a> {
