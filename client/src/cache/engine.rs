@@ -18,9 +18,9 @@ use super::CacheError;
 const CACHE_BYTES: u64 = 16 << 20;
 const SUM_BYTES: usize = 16;
 /// sled queues thousands of accesses before it evicts a page (measured: memory grows to the size of the payload), so
-/// the database is reopened after this much, unless opening is so slow that it would be felt ...
+/// the database is reopened after this much, unless opening is so slow that it would be felt: all who scan wait for it ...
 const WINDOW_BYTES: u64 = 8 << 20;
-const WINDOW_PER_OPEN: u32 = 10;
+const WINDOW_PER_OPEN: u32 = 50;
 /// ... but then at the latest.
 const MAX_WINDOW_BYTES: u64 = 8 * WINDOW_BYTES;
 /// A closed database's lock may outlive it for a moment in sled's own threads.
