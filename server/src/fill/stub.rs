@@ -242,3 +242,6 @@ impl<'a> Stub<'a> {
 fn own(error: impl std::fmt::Display) -> FillError {
     FillError::Own(error.to_string())
 }
+        // All of it is durable before others may take it for what it will be.
+        self.image.file().sync_all().map_err(own)?;
+        image::set_hidden(self.image.file(), false).map_err(own)?;
