@@ -55,6 +55,8 @@ struct State {
     unfinished: Vec<(Intent, bool)>,
     /// Links of the chains that somebody has open.
     opened: Vec<Weak<[SnapshotId]>>,
+    /// The same of those that restores and other servers have open.
+    read: Vec<Weak<[SnapshotId]>>,
     /// What is known of the images.
     health: Health,
     /// Something of that is not in its file yet.
@@ -86,6 +88,7 @@ impl Machine {
             incomplete: state.incomplete,
             unfinished: state.unfinished.into_iter().map(|intent| (intent, false)).collect(),
             opened: Vec::new(),
+            read: Vec::new(),
             health: state.health,
             health_unsaved: false,
             proofs: state.proofs,
@@ -295,6 +298,19 @@ impl Machine {
         let mut state = lock(&self.state);
         state.opened.retain(|opened| opened.strong_count() > 0);
         state.opened.push(Arc::downgrade(links));
+    }
+
+    /// A restore, or another server, reads these links until it closes them.
+    pub(crate) fn note_read(&self, links: &Arc<[SnapshotId]>) {
+        let mut state = lock(&self.state);
+        state.read.retain(|read| read.strong_count() > 0);
+        state.read.push(Arc::downgrade(links));
+    }
+
+    /// Whether a restore or another server reads a link.
+    pub(super) fn is_read(&self, link: SnapshotId) -> bool {
+        let read = lock(&self.state).read.clone();
+        read.iter().filter_map(Weak::upgrade).any(|links| links.contains(&link))
     }
 
     /// Whether somebody reads a link, and not through its child.
