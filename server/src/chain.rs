@@ -101,13 +101,6 @@ pub struct Origin {
     pub from: Option<String>,
 }
 
-impl Origin {
-    /// True when both are of the same content.
-    pub fn is_same(&self, other: &Self) -> bool {
-        self.run == other.run && (self.run.is_some() || self.taken_ms == other.taken_ms)
-    }
-}
-
 impl Run {
     /// True when it was made of a carried run, or is that one itself.
     pub fn is_made_of(&self, run: BackupId) -> bool {

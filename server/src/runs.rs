@@ -272,7 +272,7 @@ impl Runs {
                 machine.refuse_ended(backup)?;
             }
             self.end_doubt(&run)?;
-            run.take_over(self, wanted)?;
+            run.take_over(self, wanted, origin)?;
             return Ok(run);
         }
         names::check_disks(&machine, wanted)?;
@@ -302,6 +302,13 @@ impl Runs {
             // Whose turn it is is not for an import to change.
             Maker::Import { origin, .. } => {
                 let disks = wanted.iter().map(|wanted| &wanted.disk);
+            let origin = match maker {
+                Maker::Client { .. } => None,
+                Maker::Import { origin, .. } => {
+                    import::check_place(&machine, &origin, wanted.iter().map(|disk| &disk.disk))?;
+                    Some(origin)
+                }
+            };
                 import::check_place(&machine, &origin, disks)?;
                 (machine.use_counter(), Some(origin))
             }
