@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use janus_proto::{
     channel::Dialer,
     grants::Which,
-    ids::{BLOCK_BYTES, DiskId, MachineKey},
+    ids::{BLOCK_BYTES, BackupId, DiskId, MachineKey},
     show::{amount, date},
     tls::Identity,
 };
@@ -47,6 +47,9 @@ pub struct Arguments {
         conflicts_with_all = ["user", "all"])]
     target: Option<Which>,
     /// All machines of a user
+    /// The run to fetch, as `janus-client list` shows it; without it the newest of each disk
+    #[arg(long, value_name = "ID", requires = "target", conflicts_with_all = ["user", "all"])]
+    run: Option<BackupId>,
     #[arg(long, conflicts_with = "all")]
     user: Option<String>,
     /// All machines
@@ -88,6 +91,9 @@ pub(super) struct Order {
     /// Which machines.
     pub which: Which,
     /// Stubs where no chain is.
+    /// The run; none: the newest of each disk.
+    #[serde(default)]
+    pub run: Option<BackupId>,
     pub hashes_only: bool,
     pub hours: Option<Hours>,
     pub mib_per_second: Option<u32>,
@@ -99,7 +105,8 @@ impl Order {
         let hashes = self.hashes_only.then(|| "hashes only".to_owned());
         let hours = self.hours.map(|hours| hours.to_string());
         let rate = self.mib_per_second.map(|rate| format!("{rate} MiB/s"));
-        let all: Vec<_> = [hashes, hours, rate].into_iter().flatten().collect();
+        let run = self.run.map(|run| format!("run {run}"));
+        let all: Vec<_> = [run, hashes, hours, rate].into_iter().flatten().collect();
         if all.is_empty() { "whole".to_owned() } else { all.join(", ") }
     }
 
@@ -132,8 +139,8 @@ impl Arguments {
             (None, Some(user)) => Which::User(user.clone()),
             (None, None) => Which::All,
         };
-        let Self { hashes_only, hours, mib_per_second, .. } = *self;
-        Some(Order { from, which, hashes_only, hours, mib_per_second })
+        let Self { run, hashes_only, hours, mib_per_second, .. } = *self;
+        Some(Order { from, which, run, hashes_only, hours, mib_per_second })
     }
 }
 
@@ -181,7 +188,8 @@ pub(super) fn seed(
         bytes_per_second,
         task.token(),
     )?
-    .hashes_only(order.hashes_only);
+    .hashes_only(order.hashes_only)
+    .only(order.run);
     let machines = seeder.machines(std::slice::from_ref(&order.which))?;
     let server = seeder.server().to_string();
     let (mut text, mut listed, mut failed, mut written_bytes) = (String::new(), vec![], 0, 0);
@@ -280,7 +288,7 @@ fn stubs(admin: &Admin) -> (Vec<Vec<String>>, Vec<Value>) {
             let bytes = |blocks: &BlockRanges| (blocks.blocks() * BLOCK_BYTES).min(size);
             let missing = health.missing(snapshot).map_or(0, bytes);
             let asked = health.damage(snapshot).map_or(0, |damage| bytes(&damage.blocks));
-            let taken_ms = run.origin.as_ref().map_or(run.committed_ms, |origin| origin.taken_ms);
+            let taken_ms = run.taken_ms();
             rows.push(vec![
                 machine.key.to_string(),
                 snapshot.disk.to_string(),

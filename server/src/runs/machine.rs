@@ -492,7 +492,11 @@ impl Machine {
             |run: &Run| Some(self.time_of(run)).filter(|ms| !clocks::is_future(*ms, now));
         for disk in disks {
             let newest = here.iter().find(|held| held.snapshot().disk == *disk);
-            let newest_ms = newest.and_then(|held| believed(&held.run));
+            let newest_ms = newest.and_then(|held| match &held.run.origin {
+                // Of the time of its content, not of its place.
+                Some(origin) => Some(origin.taken_ms).filter(|ms| !clocks::is_future(*ms, now)),
+                None => believed(&held.run),
+            });
             if let Some(newest_ms) = newest_ms.filter(|newest_ms| *newest_ms >= taken_ms) {
                 return Err((disk.clone(), newest_ms));
             }
