@@ -27,6 +27,7 @@ use std::{
 };
 
 use janus_proto::{
+    grants::Which,
     ids::{BLOCK_BYTES, BackupId, BlockHash, DiskId, MachineKey, SessionId, SnapshotId},
     model::{Batch, Extent},
     show::amount,
@@ -114,6 +115,8 @@ pub enum Change {
     Removed(MachineKey, Vec<SnapshotId>),
     /// Other things are known of the images of these snapshots.
     Health(MachineKey, Vec<SnapshotId>),
+    /// First backups of other machines are to be seeded.
+    Awaited,
 }
 
 /// All runs of one server.
@@ -127,6 +130,8 @@ pub struct Runs {
     changes: broadcast::Sender<Change>,
     limits: Limits,
     wanted: Wanted,
+    /// Machines that seedings are to bring here.
+    awaited: Mutex<Vec<Which>>,
     audit: Option<Audit>,
     clock: Clock,
     /// New runs are locked for so long.
@@ -156,6 +161,7 @@ impl Runs {
             changes,
             limits: Limits::NONE,
             wanted: Wanted::default(),
+            awaited: Mutex::default(),
             audit: None,
             clock,
             lock_days: 0,
@@ -196,6 +202,23 @@ impl Runs {
     /// What readers of stubs wait for.
     pub fn wanted(&self) -> &Wanted {
         &self.wanted
+    }
+
+    /// Seedings that wait are to bring these machines here, and no others.
+    pub fn set_awaited(&self, machines: Vec<Which>) {
+        *lock(&self.awaited) = machines;
+        let _ = self.changes.send(Change::Awaited);
+    }
+
+    /// Machines whose first backup is to come from another server: those that wait for it, and those of which it has begun to come.
+    pub fn seeding(&self) -> Vec<Which> {
+        let mut seeding = lock(&self.awaited).clone();
+        let is_seeded = |run: &Arc<ActiveRun>| run.origin().is_some_and(|it| it.from.is_some());
+        let begun =
+            |machine: &Arc<Machine>| !machine.has_chain() && machine.active().iter().any(is_seeded);
+        let machines = self.machines().into_iter().filter(begun);
+        seeding.extend(machines.map(|machine| Which::Machine(machine.key.clone(), None)));
+        seeding
     }
 
     /// All stubs.
@@ -271,6 +294,13 @@ impl Runs {
                 self.give_up(&machine, &run)?;
                 machine.refuse_ended(backup)?;
             }
+            let origin = match maker {
+                Maker::Client { .. } => None,
+                Maker::Import { origin, .. } => {
+                    import::check_place(&machine, &origin, wanted.iter().map(|disk| &disk.disk))?;
+                    Some(origin)
+                }
+            };
             self.end_doubt(&run)?;
             run.take_over(self, wanted, origin)?;
             return Ok(run);
@@ -302,13 +332,6 @@ impl Runs {
             // Whose turn it is is not for an import to change.
             Maker::Import { origin, .. } => {
                 let disks = wanted.iter().map(|wanted| &wanted.disk);
-            let origin = match maker {
-                Maker::Client { .. } => None,
-                Maker::Import { origin, .. } => {
-                    import::check_place(&machine, &origin, wanted.iter().map(|disk| &disk.disk))?;
-                    Some(origin)
-                }
-            };
                 import::check_place(&machine, &origin, disks)?;
                 (machine.use_counter(), Some(origin))
             }

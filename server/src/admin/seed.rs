@@ -150,7 +150,7 @@ pub(super) fn run(
     task: &Task<'_>,
 ) -> Result<Answer, AdminError> {
     if let Some(Action::Cancel { number }) = arguments.action {
-        admin.queue().cancel(number)?;
+        admin.queue().cancel(admin.runs(), number)?;
         return Ok(Answer::new(
             format!("seeding {number} is out of the queue\n"),
             json!({ "cancelled": number }),
@@ -161,7 +161,7 @@ pub(super) fn run(
         return seed(admin, &order, true, task);
     }
     seed::check_from(&order.from, &admin.server()?, &admin.settings().janus_urls)?;
-    let number = admin.queue().add(order)?;
+    let number = admin.queue().add(admin.runs(), order)?;
     let text = format!(
         "seeding {number} is in the queue of this server: `janus-server seed status` tells how far it is, `seed cancel {number}` takes it out\n"
     );
