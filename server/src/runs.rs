@@ -53,6 +53,7 @@ use crate::{
     fill::Wanted,
     guard::clock::Clock,
     image::Format,
+    replicate::Turns,
     session::{Marks, Session, SessionError},
     space::WHAT_HELPS,
 };
@@ -132,6 +133,7 @@ pub struct Runs {
     wanted: Wanted,
     /// Machines that seedings are to bring here.
     awaited: Mutex<Vec<Which>>,
+    turns: Turns,
     audit: Option<Audit>,
     clock: Clock,
     /// New runs are locked for so long.
@@ -162,6 +164,7 @@ impl Runs {
             limits: Limits::NONE,
             wanted: Wanted::default(),
             awaited: Mutex::default(),
+            turns: Turns::default(),
             audit: None,
             clock,
             lock_days: 0,
@@ -219,6 +222,11 @@ impl Runs {
         let machines = self.machines().into_iter().filter(begun);
         seeding.extend(machines.map(|machine| Which::Machine(machine.key.clone(), None)));
         seeding
+    }
+
+    /// What came of the rules that bring backups here.
+    pub fn turns(&self) -> &Turns {
+        &self.turns
     }
 
     /// All stubs.

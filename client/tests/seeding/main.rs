@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::Value;
 use xtask::{disk, site::answers};
 
 use self::scene::{MACHINE, MIB, NEW, OLD, Scene, another_hour, done, json};
@@ -96,6 +97,8 @@ fn a_rule_brings_the_newest_backups_by_itself() {
     // One that has no backup there keeps no other away.
     settings.set(&format!("replicate.{OLD}.machines"), vec!["bob/*", "alice/*"]);
     settings.set(&format!("replicate.{OLD}.every_seconds"), 1);
+    settings.set("replicate.nowhere.machines", vec!["*"]);
+    settings.set("replicate.nowhere.from", "https://127.0.0.1:1");
     scene.site.start_server(NEW).unwrap();
     scene.await_replicated(40 * MIB);
     for (at, seed) in [(20, 3), (22, 4)] {
@@ -104,6 +107,18 @@ fn a_rule_brings_the_newest_backups_by_itself() {
         assert_eq!(backup.disks[0].sent_bytes, MIB);
         scene.await_replicated(MIB);
     }
+    let rules = || {
+        let status = done(&scene.site.admin(NEW, &["seed", "status", "--json"]).unwrap());
+        (status["rules"][0].clone(), status["rules"][1].clone())
+    };
+    let until = Instant::now() + Duration::from_secs(60);
+    while rules().0["ended_ms"].is_null() {
+        assert!(Instant::now() < until, "{}", scene.site.log(NEW));
+        thread::sleep(Duration::from_millis(100));
+    }
+    let (nowhere, old) = rules();
+    assert!(nowhere["failed"].as_str().unwrap().contains("can't be reached"), "{nowhere}");
+    assert_eq!((&old["rule"], &old["failed"]), (&OLD.into(), &Value::Null), "{old}");
     scene.site.kill_server(OLD).unwrap();
     scene.assert_restored("disk");
     // Its next own one is a delta of what changed since.

@@ -25,6 +25,7 @@ use crate::{
     carry::{CarryError, Imported},
     chain::ranges::BlockRanges,
     config::replicate::Hours,
+    replicate::Turn,
     runs::now_ms,
     seed::{self, Event, Seeder},
     serve,
@@ -46,10 +47,10 @@ pub struct Arguments {
     #[arg(value_name = "USER/MACHINE[/DISK]", required_unless_present_any = ["user", "all"],
         conflicts_with_all = ["user", "all"])]
     target: Option<Which>,
-    /// All machines of a user
     /// The run to fetch, as `janus-client list` shows it; without it the newest of each disk
     #[arg(long, value_name = "ID", requires = "target", conflicts_with_all = ["user", "all"])]
     run: Option<BackupId>,
+    /// All machines of a user
     #[arg(long, conflicts_with = "all")]
     user: Option<String>,
     /// All machines
@@ -90,10 +91,10 @@ pub(super) struct Order {
     pub from: String,
     /// Which machines.
     pub which: Which,
-    /// Stubs where no chain is.
     /// The run; none: the newest of each disk.
     #[serde(default)]
     pub run: Option<BackupId>,
+    /// Stubs where no chain is.
     pub hashes_only: bool,
     pub hours: Option<Hours>,
     pub mib_per_second: Option<u32>,
@@ -264,6 +265,10 @@ fn status(admin: &Admin) -> Result<Answer, AdminError> {
         }
     }
     let (stub_rows, stubs) = stubs(admin);
+    let (rule_rows, rules) = rules(admin);
+    if !rules.is_empty() {
+        text.push_str(&table(&rule_rows));
+    }
     if queue.is_empty() && listed.is_empty() && stubs.is_empty() {
         text.push_str("nothing is being seeded or imported here\n");
     }
@@ -273,7 +278,30 @@ fn status(admin: &Admin) -> Result<Answer, AdminError> {
     if !stubs.is_empty() {
         text.push_str(&table(&stub_rows));
     }
-    Ok(Answer::new(text, json!({ "queue": queue, "open": listed, "stubs": stubs })))
+    Ok(Answer::new(text, json!({ "queue": queue, "open": listed, "stubs": stubs, "rules": rules })))
+}
+
+/// Rules of `[replicate]`, and what came of their last turns. Without the server that follows them nobody knows.
+fn rules(admin: &Admin) -> (Vec<Vec<String>>, Vec<Value>) {
+    let head = ["rule", "last turn", "brought", "failed"];
+    let (mut rows, mut listed) = (vec![head.map(str::to_owned).to_vec()], Vec::new());
+    for name in admin.settings().replicate.keys() {
+        let turn = admin.runs().turns().of(name);
+        let of_turn = |show: fn(&Turn) -> String| turn.as_ref().map_or_else(|| "-".into(), show);
+        rows.push(vec![
+            name.clone(),
+            of_turn(|turn| date(turn.ended_ms)),
+            of_turn(|turn| turn.brought.to_string()),
+            of_turn(|turn| turn.failed.clone().unwrap_or_else(|| "-".to_owned())),
+        ]);
+        listed.push(json!({
+            "rule": name,
+            "ended_ms": turn.as_ref().map(|turn| turn.ended_ms),
+            "brought": turn.as_ref().map(|turn| turn.brought),
+            "failed": turn.as_ref().and_then(|turn| turn.failed.as_ref()),
+        }));
+    }
+    (rows, listed)
 }
 
 /// Stubs, and what they lack.
