@@ -49,6 +49,10 @@ fn the_page_shows_what_an_administrator_wants_to_know() {
             client.backup().unwrap();
         }
     }
+    for server in ["server-a", "server-b"] {
+        let proven = site.admin(server, &["prove", "--now"]).unwrap();
+        assert_eq!(proven.status.code(), Some(0), "{proven:?}");
+    }
     site.kill_server("server-c").unwrap();
 
     // A backup that goes on while we look.
@@ -85,6 +89,8 @@ fn the_page_shows_what_an_administrator_wants_to_know() {
         "ready",
         "round trip",
         "last report",
+        "last proven",
+        "proven just now",
         "days",
         "server-b none",
     ] {

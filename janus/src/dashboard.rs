@@ -202,6 +202,11 @@ fn server_card(server: &ServerStatus, facts: &[ServerFacts], now_ms: i64) -> Mar
                     dt { "damaged" }
                     dd.bad { (machine.machine) ": " (machine.snapshots) " snapshots" }
                 }
+                dt { "last proven" }
+                dd title=[(server.proven_ms > 0).then(|| date(server.proven_ms))] {
+                    @if server.proven_ms > 0 { (ago(server.proven_ms, now_ms)) }
+                    @else { "never" }
+                }
                 @if server.since_ms > 0 {
                     dt { @if server.ready { "ready for" } @else { "not ready for" } }
                     dd { (span_ms(now_ms.saturating_sub(server.since_ms))) }
@@ -267,12 +272,17 @@ fn machine_row(
     let has = |server: &ServerStatus| {
         machine.uses.iter().any(|at| at.server_id == server.server_id && at.last_backup_ms > 0)
     };
+    let proofs = machine.uses.iter().filter_map(|at| at.proof.as_ref());
+    let proven_ms = proofs.map(|proof| proof.proven_ms).max().unwrap_or(0);
     html! {
         li {
             span.name { (machine.machine) }
             span class={ "pill " (if is_overdue { "bad" } else { "good" }) }
                 title=(date(machine.last_backup_ms)) {
                 (ago(machine.last_backup_ms, now_ms))
+            }
+            @if proven_ms > 0 {
+                span.soft.small title=(date(proven_ms)) { "proven " (ago(proven_ms, now_ms)) }
             }
             span.chips {
                 @for at in machine.uses.iter().filter(|at| at.last_backup_ms > 0) {
@@ -363,6 +373,24 @@ mod tests {
         let page = render(&status, &[], &[], Duration::from_secs(60), 101_000).into_string();
         let place = |name: &str| page.rfind(&format!(">{name}<")).unwrap();
         assert!(place("u/z") < place("u/a"), "{page}");
+    }
+
+    #[test]
+    fn what_was_proven_is_told_of_servers_and_machines() {
+        let server = |name: &str, proven_ms| ServerStatus {
+            server_id: name.into(),
+            proven_ms,
+            ..Default::default()
+        };
+        let proof = Some(janus_proto::pb::Proof { proven_ms: 61_000, ..Default::default() });
+        let uses = vec![MachineUse { proof, ..Default::default() }, MachineUse::default()];
+        let machines = vec![MachineStatus { machine: "u/a".into(), uses, ..Default::default() }];
+        let servers = vec![server("a", 1000), server("b", 0)];
+        let status = GetRouterStatusResponse { servers, machines, ..Default::default() };
+        let page = render(&status, &[], &[], Duration::from_secs(60), 121_000).into_string();
+        let places = ["last proven</dt>", ">2 min ago<", ">never<", ">proven 1 min ago<"];
+        let at: Vec<usize> = places.iter().filter_map(|text| page.find(text)).collect();
+        assert!(at.len() == places.len() && at.is_sorted(), "{page}");
     }
 
     #[test]

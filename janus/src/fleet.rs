@@ -239,6 +239,7 @@ impl Fleet {
                 has_chain: known.has_chain,
                 last_starts: known.last_starts,
                 initial_runs: known.initial_runs,
+                is_seeded: known.is_seeded,
                 contradicts: self.contradiction(upstream.server().as_ref()),
             });
         candidates.collect()

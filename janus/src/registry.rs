@@ -17,6 +17,7 @@ use std::{
 
 use janus_proto::{
     clock::unix_ms,
+    grants::Which,
     ids::{BackupId, DiskId, MachineKey, ServerId, SnapshotId},
     pb,
 };
@@ -116,6 +117,8 @@ pub struct Known {
     pub last_starts: usize,
     /// First backups that run there now.
     pub initial_runs: u32,
+    /// The machine's first backup is to come there from another server.
+    pub is_seeded: bool,
 }
 
 #[derive(Debug, Default)]
@@ -159,6 +162,7 @@ impl Registry {
                     has_chain: used.chain != Chain::Absent,
                     last_starts: last_starts.get(server).copied().unwrap_or(0),
                     initial_runs: inner.initial_runs(server, now),
+                    is_seeded: machine.is_some_and(|machine| inner.is_seeded(machine, server)),
                 }
             })
             .collect()
@@ -482,6 +486,12 @@ impl Inner {
             *counts.entry(server.clone()).or_insert(0) += 1;
         }
         counts
+    }
+
+    fn is_seeded(&self, machine: &MachineKey, server: &ServerId) -> bool {
+        let vitals = self.servers.get(server).and_then(|state| state.vitals.as_ref());
+        let seeding = vitals.map_or(&[][..], |vitals| &vitals.seeding);
+        seeding.iter().any(|text| text.parse().is_ok_and(|which: Which| which.takes(machine)))
     }
 
     fn initial_runs(&self, server: &ServerId, now: Instant) -> u32 {

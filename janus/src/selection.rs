@@ -50,6 +50,8 @@ pub struct Candidate {
     pub initial_runs: u32,
     /// Setting in which it differs though all servers must be equal.
     pub contradicts: Option<&'static str>,
+    /// The machine's first backup is to come there from another server.
+    pub is_seeded: bool,
 }
 
 impl Candidate {
@@ -65,6 +67,8 @@ pub enum Hold {
     InitialBackupsHeld,
     /// It holds no chain of the machine and takes this many first backups already.
     InitialRunsFull(u32),
+    /// It holds no chain of the machine, and gets one from another server.
+    BeingSeeded,
     /// This setting isn't as all servers must have it.
     SettingDiffers(&'static str),
 }
@@ -74,7 +78,8 @@ impl Hold {
     fn rank(self) -> u8 {
         match self {
             Self::InitialBackupsHeld | Self::InitialRunsFull(_) => 1,
-            Self::SettingDiffers(_) => 2,
+            Self::BeingSeeded => 2,
+            Self::SettingDiffers(_) => 3,
         }
     }
 }
@@ -88,6 +93,9 @@ impl fmt::Display for Hold {
             Self::InitialRunsFull(runs) => {
                 write!(f, "takes {runs} first backups already (max_initial_runs)")
             }
+            Self::BeingSeeded => f.write_str(
+                "gets this machine's first backup from another server (`janus-server seed status` there)",
+            ),
             Self::SettingDiffers(key) => {
                 write!(f, "its {key} differs from this janus' (require_equal_settings)")
             }
@@ -145,6 +153,9 @@ fn hold(policy: Policy, candidate: &Candidate) -> Option<Hold> {
     if candidate.has_chain {
         return None;
     }
+    if candidate.is_seeded {
+        return Some(Hold::BeingSeeded);
+    }
     if initial_backups == InitialBackups::Hold {
         return Some(Hold::InitialBackupsHeld);
     }
@@ -172,6 +183,7 @@ mod tests {
             last_starts: 0,
             initial_runs: 0,
             contradicts: None,
+            is_seeded: false,
         }
     }
 
@@ -229,6 +241,18 @@ mod tests {
         assert_eq!(names(Policy::MostRecent, &servers), ["used", "differs", "new"]);
     }
 
+    #[test]
+    fn a_server_that_is_being_seeded_comes_after_those_that_may_take_a_first_backup() {
+        let mut servers =
+            [candidate("seeded", 0, 0), candidate("new", 1, 0), candidate("old", 2, 4)];
+        servers[0].is_seeded = true;
+        assert_eq!(names(ALLOW, &servers), ["new", "old", "seeded"]);
+        assert_eq!(names(HOLD, &servers), ["old", "new", "seeded"]);
+        assert_eq!(names(ALLOW, &servers[..1]), ["seeded"], "never the last one");
+        servers[0].has_chain = true;
+        assert_eq!(names(ALLOW, &servers), ["seeded", "new", "old"], "it has it now");
+    }
+
     /// The rules of the design, one question after the other.
     fn model_before(policy: Policy, a: &Candidate, b: &Candidate) -> bool {
         let used = |c: &Candidate| if c.has_chain { c.use_counter } else { 0 };
@@ -239,10 +263,14 @@ mod tests {
             !c.has_chain
                 && (initial_backups == InitialBackups::Hold || c.initial_runs >= max_initial_runs)
         };
+        let seeded = |c: &Candidate| !c.has_chain && c.is_seeded;
         if a.contradicts.is_some() != b.contradicts.is_some() {
             return b.contradicts.is_some();
         }
-        if a.contradicts.is_none() && held(a) != held(b) {
+        if a.contradicts.is_none() && seeded(a) != seeded(b) {
+            return seeded(b);
+        }
+        if a.contradicts.is_none() && !seeded(a) && held(a) != held(b) {
             return held(b);
         }
         if used(a) != used(b) {
@@ -275,13 +303,13 @@ mod tests {
 
     prop_compose! {
         fn servers()(
-            facts in prop::collection::vec((0..4u64, any::<bool>(), 0..3usize, 0..4u32, 0..4u8), 1..7),
+            facts in prop::collection::vec((0..4u64, any::<bool>(), 0..3usize, 0..4u32, 0..4u8, any::<bool>()), 1..7),
             shift in 0..7usize,
         ) -> Vec<Candidate> {
             let count = facts.len();
-            facts.into_iter().enumerate().map(|(i, (use_counter, has_chain, last_starts, initial_runs, differs))| Candidate {
+            facts.into_iter().enumerate().map(|(i, (use_counter, has_chain, last_starts, initial_runs, differs, is_seeded))| Candidate {
                 name: format!("s{i}"), position: (i + shift) % count, use_counter, has_chain, last_starts, initial_runs,
-                contradicts: (differs == 0).then_some("prefer_vhdx"),
+                contradicts: (differs == 0).then_some("prefer_vhdx"), is_seeded,
             }).collect()
         }
     }

@@ -5,6 +5,8 @@
 //! renames: until the caller has published the file, a crash leaves something nobody reads. Once it has a child, an image
 //! never changes again, because the child names its parent's data write id.
 //!
+//! What isn't to be read by other programs yet can be hidden from them ([`set_hidden`]): it is opened by [`Image::open`] alone.
+//!
 //! Reading accepts files of other programs too ([`Image`]), so every byte is checked before it is used. No bytes of a
 //! file make this module panic or allocate by a length that was not checked.
 
@@ -26,7 +28,7 @@ mod stretches;
 pub mod vhd;
 pub mod vhdx;
 
-pub use any::{Absorber, Format, Image, Layout, set_identity};
+pub use any::{Absorber, Format, Image, Layout, set_hidden, set_identity};
 pub use layers::{Layers, Places};
 pub use payload::{PAYLOAD_BYTES, Payload, UNIT_BYTES};
 

@@ -410,7 +410,7 @@ fn run_id(run: &Run) -> BackupId {
 }
 
 fn taken_ms(run: &Run) -> i64 {
-    run.origin.as_ref().map_or(run.committed_ms, |origin| origin.taken_ms)
+    run.taken_ms()
 }
 
 /// True when all that is meant of a run is in a manifest.

@@ -12,6 +12,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     caller::Caller,
+    chain::Held,
     restore::RestoreError,
     runs::{Machine, Runs},
 };
@@ -55,7 +56,9 @@ impl Catalog {
 
     fn machine_info(&self, machine: &Machine) -> pb::MachineInfo {
         let snapshots = machine.snapshots();
-        let last_committed_ms = snapshots.first().map_or(0, |held| machine.time_of(&held.run));
+        let is_complete = |held: &&Held| machine.missing_blocks(held.snapshot().id) == 0;
+        let newest = snapshots.iter().find(is_complete);
+        let last_committed_ms = newest.map_or(0, |held| machine.time_of(&held.run));
         let here = pb::MachineServer {
             server_id: self.here.server_id.clone(),
             use_counter: machine.use_counter(),
@@ -132,10 +135,14 @@ impl CatalogService for Catalog {
             let info = disks.entry(snapshot.disk.clone()).or_insert_with(|| pb::DiskInfo {
                 disk_id: snapshot.disk.to_string(),
                 size_bytes: snapshot.size_bytes,
-                last_committed_ms: machine.as_ref().map_or(0, |one| one.time_of(&held.run)),
+                last_committed_ms: 0,
                 snapshot_count: 0,
             });
             info.snapshot_count += 1;
+            let complete = machine.as_ref().filter(|one| one.missing_blocks(snapshot.id) == 0);
+            if let Some(machine) = complete.filter(|_| info.last_committed_ms == 0) {
+                info.last_committed_ms = machine.time_of(&held.run);
+            }
         }
         let items = disks.into_values().map(|info| (info.disk_id.clone(), info));
         let (disks, next_page_token) = page(items, request.page_size, &request.page_token)?;

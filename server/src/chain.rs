@@ -101,17 +101,15 @@ pub struct Origin {
     pub from: Option<String>,
 }
 
-impl Origin {
-    /// True when both are of the same content.
-    pub fn is_same(&self, other: &Self) -> bool {
-        self.run == other.run && (self.run.is_some() || self.taken_ms == other.taken_ms)
-    }
-}
-
 impl Run {
     /// True when it was made of a carried run, or is that one itself.
     pub fn is_made_of(&self, run: BackupId) -> bool {
         self.backup == run || self.origin.as_ref().and_then(|origin| origin.run) == Some(run)
+    }
+
+    /// Of what time its content is: that of an import may have come later.
+    pub fn taken_ms(&self) -> i64 {
+        self.origin.as_ref().map_or(self.committed_ms, |origin| origin.taken_ms)
     }
 }
 
@@ -165,7 +163,8 @@ impl Held {
     ///
     /// `folder` is the machine's, below the image path; `committed_ms` the time that its place among the runs gives it.
     pub fn to_wire(&self, server_id: &str, folder: &str, committed_ms: i64) -> pb::Snapshot {
-        let snapshot = self.snapshot();
+        let (snapshot, origin) = (self.snapshot(), self.run.origin.as_ref());
+        let copied = origin.and_then(|origin| origin.run);
         pb::Snapshot {
             snapshot_id: snapshot.id.to_string(),
             server_id: server_id.to_owned(),
@@ -185,6 +184,8 @@ impl Held {
             skipped_bytes: snapshot.skipped_bytes,
             reachable: true,
             client_seal: self.run.client_seal.clone().into(),
+            origin_backup_id: copied.map(|run| run.to_string()).unwrap_or_default(),
+            taken_ms: origin.map_or(0, |origin| origin.taken_ms),
             ..Default::default()
         }
     }

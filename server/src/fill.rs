@@ -5,7 +5,8 @@
 //! reads comes first ([`Wanted`]). Its sources are tried one after another: newer snapshots here, which clients have sent again;
 //! the snapshot that the hashes came from; others of the disk, the nearest in time first. What none has for some time is noted as
 //! damage: the machine's next backup sends it again, and is complete. While a source is used it is open there, so that no
-//! merge changes it. Everything here blocks, on one thread, with a runtime of its own for the calls.
+//! merge changes it; outside of the hours of the settings, too, when only what readers wait for is fetched. Everything here blocks,
+//! on one thread, with a runtime of its own for the calls.
 
 mod sources;
 mod stub;
@@ -32,7 +33,7 @@ use self::{
 use crate::{
     background,
     carry::CarryError,
-    chain::Held,
+    chain::{Held, ranges::BlockRanges},
     config::{Fill, replicate::Hours},
     runs::{Runs, now_ms},
     seed::{SeedError, Seeder},
@@ -172,8 +173,12 @@ impl<'a> Work<'a> {
     fn is_awake(&self, held: &Held) -> bool {
         let known = self.known.get(&held.snapshot().id);
         let is_rested = known.and_then(|known| known.rests_until);
-        // One that only needs its name can have that at any time.
-        (self.is_time() || self.missing_blocks(held) == 0)
+        // Sources are looked for and kept at any time, and what none of them has is asked for. One that only needs its name can
+        // have that at any time, too.
+        let is_looked_after = known.is_some_and(|known| {
+            known.sources.is_some() && (known.stuck_since.is_none() || known.is_asked)
+        });
+        (self.is_time() || !is_looked_after || self.missing_blocks(held) == 0)
             && is_rested.is_none_or(|until| until <= Instant::now())
     }
 
@@ -189,9 +194,8 @@ impl<'a> Work<'a> {
         }
         self.touched = Instant::now();
         for known in self.known.values_mut() {
-            if let Some(sources) = &mut known.sources {
-                sources.touch();
-            }
+            // One that is lost meanwhile can't be relied on when the hours come: all are looked for anew.
+            known.sources.take_if(|sources| !sources.touch());
         }
     }
 
@@ -245,11 +249,14 @@ impl<'a> Work<'a> {
             // What came stays, whatever ended it.
             stub.keep()?;
             if has_more? {
+                if !self.is_time() {
+                    return self.look_after(&mut stub, held, sources, known);
+                }
                 known.sources = Some(sources).filter(|sources| !sources.has_failed());
                 return Ok(());
             }
             if !stub.missing.is_empty() {
-                self.ask_clients(held, known);
+                self.ask_clients(held, known, &stub.missing);
                 return sources.failed.map_or(Ok(()), |error| Err(error.into()));
             }
         }
@@ -295,8 +302,33 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// No source has the rest: after some time the machine's next backup is asked for it.
-    fn ask_clients(&self, held: &Held, known: &mut Known) {
+    /// Outside of the hours: the sources are opened, so that they stay, and what none of them has is asked of clients.
+    fn look_after(
+        &self,
+        stub: &mut Stub<'_>,
+        held: &Held,
+        mut sources: Sources,
+        known: &mut Known,
+    ) -> Result<(), FillError> {
+        let nobodys = sources.nobodys(stub)?;
+        if !nobodys.is_empty() {
+            self.ask_clients(held, known, &nobodys);
+            let failed = sources.failed.take();
+            known.sources = Some(sources).filter(|it| failed.is_none() && !it.has_failed());
+            return failed.map_or(Ok(()), |error| Err(error.into()));
+        }
+        (known.stuck_since, known.is_asked) = (None, false);
+        if stub.is_asked_for() {
+            // The sources are back: it needn't be sent again.
+            self.filler.runs.note_nobodys(held, nobodys, MOST_ASKED);
+        }
+        // Others that are away aren't needed.
+        known.sources = Some(sources).filter(|sources| !sources.has_lost());
+        Ok(())
+    }
+
+    /// No source has these blocks: after some time the machine's next backup is asked for them.
+    fn ask_clients(&self, held: &Held, known: &mut Known, nobodys: &BlockRanges) {
         let since = *known.stuck_since.get_or_insert_with(Instant::now);
         let ask_after = Duration::from_secs(self.filler.settings.ask_clients_after_seconds);
         if since.elapsed() < ask_after || self.stop.is_cancelled() {
@@ -306,7 +338,7 @@ impl<'a> Work<'a> {
             let (machine, disk) = (&held.run.machine, &held.snapshot().disk);
             tracing::warn!(%machine, %disk, "no server has the rest of a stub: the machine's next backup is asked for it");
         }
-        self.filler.runs.note_nobodys(held, MOST_ASKED);
+        self.filler.runs.note_nobodys(held, nobodys.clone(), MOST_ASKED);
     }
 
     /// Looks who has blocks of the disk.
@@ -354,8 +386,7 @@ fn fill_segment(stub: &mut Stub<'_>, segment: u64, source: &mut Source) -> Resul
     match stub.fill_segment(segment, source) {
         Err(FillError::Source(CarryError::Stopped)) => Err(CarryError::Stopped.into()),
         Err(FillError::Source(error)) => {
-            tracing::debug!(%error, "a source of a stub fails");
-            source.has_failed = true;
+            source.fail(&error);
             Ok(())
         }
         done => done,

@@ -4,6 +4,7 @@
 //! own. What a rule's hours end in the middle of is gone on with in the next ones.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -36,8 +37,35 @@ pub struct Replication {
     pub janus_urls: watch::Receiver<Vec<String>>,
 }
 
+/// What came of a rule's last turn.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Turn {
+    /// Unix milliseconds at which it ended.
+    pub ended_ms: i64,
+    /// Backups that it brought.
+    pub brought: u64,
+    /// What kept others away, of the first of them.
+    pub failed: Option<String>,
+}
+
+/// Last turns, by the names of the rules, since this server runs.
+#[derive(Debug, Default)]
+pub struct Turns(Mutex<BTreeMap<String, Turn>>);
+
+impl Turns {
+    /// That of a rule, if it had any.
+    pub fn of(&self, rule: &str) -> Option<Turn> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(rule).cloned()
+    }
+
+    fn note(&self, rule: &str, turn: Turn) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(rule.to_owned(), turn);
+    }
+}
+
 /// A rule, checked.
 struct Rule {
+    name: String,
     from: String,
     which: Vec<Which>,
     hours: Hours,
@@ -50,6 +78,7 @@ struct Rule {
 impl Rule {
     fn new(name: &str, rule: &Replicate) -> Result<Self, String> {
         Ok(Self {
+            name: name.to_owned(),
             from: if rule.from.is_empty() { name.to_owned() } else { rule.from.clone() },
             which: rule.which()?,
             hours: rule.hours()?,
@@ -113,11 +142,17 @@ impl Replication {
             rule.bytes_per_second,
             stop,
         );
-        let done = connected.and_then(|seeder| self.seed(&seeder, &rule.which, stop));
+        let mut turn = Turn::default();
+        let done = connected.and_then(|seeder| self.seed(&seeder, &rule.which, &mut turn, stop));
         let failed = match done {
             Ok(()) | Err(CarryError::Stopped) => String::new(),
             Err(error) => error.to_string(),
         };
+        if !failed.is_empty() {
+            turn.failed = Some(failed.clone());
+        }
+        turn.ended_ms = now_ms();
+        self.runs.turns().note(&rule.name, turn);
         let mut said = rule.said.lock().unwrap_or_else(PoisonError::into_inner);
         if !failed.is_empty() && *said != failed {
             tracing::warn!(
@@ -133,6 +168,7 @@ impl Replication {
         &self,
         seeder: &Seeder,
         which: &[Which],
+        turn: &mut Turn,
         stop: &CancellationToken,
     ) -> Result<(), CarryError> {
         let from = seeder.server();
@@ -141,9 +177,11 @@ impl Replication {
                 Event::Seeded(imported) if !imported.was_here => {
                     let (backup_id, bytes) = (imported.run.backup, imported.written_bytes);
                     tracing::info!(%from, %machine, %backup_id, bytes, "replicated");
+                    turn.brought += 1;
                 }
                 Event::Failed(error) => {
                     tracing::warn!(%from, %machine, %error, "a backup is not replicated");
+                    turn.failed.get_or_insert_with(|| format!("{machine}: {error}"));
                 }
                 Event::Seeded(_) | Event::Here(..) | Event::PassedOver(_) => {}
             };
@@ -154,6 +192,7 @@ impl Replication {
                 // The others come all the same.
                 Err(error) => {
                     tracing::warn!(%from, %machine, %error, "a machine is not replicated");
+                    turn.failed.get_or_insert_with(|| format!("{machine}: {error}"));
                 }
             }
         }

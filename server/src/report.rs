@@ -213,6 +213,10 @@ impl Reporter {
                     vec![Event::Heartbeat(pb::Heartbeat { vitals: Some(vitals) })]
                 }
                 change = changes.recv() => match change {
+                    Ok(Change::Awaited) => {
+                        told = self.vitals().await;
+                        vec![Event::Heartbeat(pb::Heartbeat { vitals: Some(told.clone()) })]
+                    }
                     Ok(change) => vec![Event::Change(self.change(&change))],
                     Err(broadcast::error::RecvError::Lagged(_)) => {
                         return "janus took changes too slowly".to_owned();
@@ -240,10 +244,11 @@ impl Reporter {
         let (runs, revoked) = (self.runs.clone(), self.revoked.clone());
         let look = move || {
             revoked.keep();
-            (runs.store().space(), runs.warnings())
+            (runs.store().space(), runs.warnings(), runs.seeding())
         };
         let asked = crate::blocking(look).await;
-        let (space, mut warnings) = asked.unwrap_or_else(|_| (Ok((0, 0)), Vec::new()));
+        let (space, mut warnings, seeding) =
+            asked.unwrap_or_else(|_| (Ok((0, 0)), Vec::new(), Vec::new()));
         warnings.extend(self.policy.problems());
         let (free_bytes, total_bytes) = space.unwrap_or_else(|error| {
             tracing::warn!(%error, "free space of the image path can't be asked");
@@ -258,6 +263,7 @@ impl Reporter {
             warnings,
             revocations_digest,
             certificate_valid_ms: self.identity.valid_seconds().saturating_mul(1000),
+            seeding: seeding.iter().map(ToString::to_string).collect(),
         }
     }
 
@@ -309,6 +315,8 @@ impl Reporter {
                 (&run.machine, Held::all(run).map(|held| self.snapshot(&held)).collect(), &[][..])
             }
             Change::Removed(key, removed) => (key, Vec::new(), &removed[..]),
+            // Told with the vitals.
+            Change::Awaited => return pb::StateChange::default(),
         };
         let removed_snapshots = removed.iter().map(ToString::to_string).collect();
         let machines =
@@ -326,6 +334,7 @@ fn has_changed_much(told: &pb::Vitals, now: &pb::Vitals) -> bool {
     now.free_bytes.abs_diff(told.free_bytes) > told.free_bytes / 10
         || now.certificate_expires_ms != told.certificate_expires_ms
         || now.warnings != told.warnings
+        || now.seeding != told.seeding
 }
 
 fn machine_report(machine: &Machine) -> pb::MachineReport {

@@ -310,6 +310,9 @@ impl RestoreService for Restore {
         let runs = self.runs.clone();
         let open = move || {
             let opened = runs.open_for_reading(&held)?;
+            if let Some(machine) = runs.machine(&held.run.machine) {
+                machine.note_read(opened.links());
+            }
             let (run, snapshot) = (&held.run, held.snapshot());
             let event = Event::new(Action::Open).of_run(&run.machine, run.backup);
             runs.note(&who, event.of_snapshot(&snapshot.disk, snapshot.id));

@@ -27,6 +27,7 @@ use std::{
 };
 
 use janus_proto::{
+    grants::Which,
     ids::{BLOCK_BYTES, BackupId, BlockHash, DiskId, MachineKey, SessionId, SnapshotId},
     model::{Batch, Extent},
     show::amount,
@@ -52,6 +53,7 @@ use crate::{
     fill::Wanted,
     guard::clock::Clock,
     image::Format,
+    replicate::Turns,
     session::{Marks, Session, SessionError},
     space::WHAT_HELPS,
 };
@@ -114,6 +116,8 @@ pub enum Change {
     Removed(MachineKey, Vec<SnapshotId>),
     /// Other things are known of the images of these snapshots.
     Health(MachineKey, Vec<SnapshotId>),
+    /// First backups of other machines are to be seeded.
+    Awaited,
 }
 
 /// All runs of one server.
@@ -127,6 +131,9 @@ pub struct Runs {
     changes: broadcast::Sender<Change>,
     limits: Limits,
     wanted: Wanted,
+    /// Machines that seedings are to bring here.
+    awaited: Mutex<Vec<Which>>,
+    turns: Turns,
     audit: Option<Audit>,
     clock: Clock,
     /// New runs are locked for so long.
@@ -156,6 +163,8 @@ impl Runs {
             changes,
             limits: Limits::NONE,
             wanted: Wanted::default(),
+            awaited: Mutex::default(),
+            turns: Turns::default(),
             audit: None,
             clock,
             lock_days: 0,
@@ -196,6 +205,28 @@ impl Runs {
     /// What readers of stubs wait for.
     pub fn wanted(&self) -> &Wanted {
         &self.wanted
+    }
+
+    /// Seedings that wait are to bring these machines here, and no others.
+    pub fn set_awaited(&self, machines: Vec<Which>) {
+        *lock(&self.awaited) = machines;
+        let _ = self.changes.send(Change::Awaited);
+    }
+
+    /// Machines whose first backup is to come from another server: those that wait for it, and those of which it has begun to come.
+    pub fn seeding(&self) -> Vec<Which> {
+        let mut seeding = lock(&self.awaited).clone();
+        let is_seeded = |run: &Arc<ActiveRun>| run.origin().is_some_and(|it| it.from.is_some());
+        let begun =
+            |machine: &Arc<Machine>| !machine.has_chain() && machine.active().iter().any(is_seeded);
+        let machines = self.machines().into_iter().filter(begun);
+        seeding.extend(machines.map(|machine| Which::Machine(machine.key.clone(), None)));
+        seeding
+    }
+
+    /// What came of the rules that bring backups here.
+    pub fn turns(&self) -> &Turns {
+        &self.turns
     }
 
     /// All stubs.
@@ -271,8 +302,15 @@ impl Runs {
                 self.give_up(&machine, &run)?;
                 machine.refuse_ended(backup)?;
             }
+            let origin = match maker {
+                Maker::Client { .. } => None,
+                Maker::Import { origin, .. } => {
+                    import::check_place(&machine, &origin, wanted.iter().map(|disk| &disk.disk))?;
+                    Some(origin)
+                }
+            };
             self.end_doubt(&run)?;
-            run.take_over(self, wanted)?;
+            run.take_over(self, wanted, origin)?;
             return Ok(run);
         }
         names::check_disks(&machine, wanted)?;

@@ -107,6 +107,8 @@ pub struct Seeder {
     /// The other server, as it was named.
     from: String,
     stubs: bool,
+    /// The run that is taken, where that needn't be the newest.
+    only: Option<BackupId>,
 }
 
 /// The server of this name.
@@ -179,13 +181,20 @@ impl Seeder {
         }
         let link = Link { peers, server, stop: stop.clone(), patience: PATIENCE };
         let pace = Arc::new(Pace::new(bytes_per_second, CREDIT));
-        Ok(Self { runtime, link, pace, from: from.to_owned(), stubs: false })
+        Ok(Self { runtime, link, pace, from: from.to_owned(), stubs: false, only: None })
     }
 
     /// Disks that have no chain here get only hashes: their blocks are fetched later (`fill`).
     #[must_use]
     pub fn hashes_only(mut self, stubs: bool) -> Self {
         self.stubs = stubs;
+        self
+    }
+
+    /// Takes this run, not the newest of each disk.
+    #[must_use]
+    pub fn only(mut self, run: Option<BackupId>) -> Self {
+        self.only = run;
         self
     }
 
@@ -283,11 +292,16 @@ impl Seeder {
         begun: Option<BackupId>,
     ) -> Result<Choice, CarryError> {
         let listed = self.snapshots_of(self.server(), machine)?;
-        let choice = choice::choose(&listed, here, begun, |disk| which.takes_disk(disk));
+        let choice = choice::choose(&listed, here, begun, self.only, |disk| which.takes_disk(disk));
         let choice = choice.map_err(|error| self.nonsense(&error))?;
-        match choice.runs.is_empty() && choice.here.is_empty() {
-            true => Err(self.link.error("it has no backup of such a disk of that machine".into())),
-            false => Ok(choice),
+        match (choice.runs.is_empty() && choice.here.is_empty(), self.only) {
+            (false, _) => Ok(choice),
+            (true, None) => {
+                Err(self.link.error("it has no backup of such a disk of that machine".into()))
+            }
+            (true, Some(run)) => {
+                Err(self.link.error(format!("it has no run {run} of such a disk of that machine")))
+            }
         }
     }
 
@@ -311,7 +325,7 @@ impl Seeder {
         Ok(NewRun {
             machine: machine.clone(),
             run: run.map_err(nonsense)?,
-            taken_ms: first.map_or(0, |snapshot| snapshot.committed_ms),
+            taken_ms: first.map_or(0, choice::taken_ms),
             seal: first.map(|snapshot| snapshot.client_seal.to_vec()).unwrap_or_default(),
             from: Some(self.from.clone()),
             stubs: self.stubs,
@@ -319,7 +333,7 @@ impl Seeder {
         })
     }
 
-    /// Takes in the newest backup of each disk that is meant of a machine. `hear` gets the bytes of a run that are done and
+    /// Takes in the newest backup, or the one that was named, of each disk that is meant of a machine. `hear` gets the bytes of a run that are done and
     /// all, and answers whether to go on; `tell` hears what comes of each.
     ///
     /// # Errors

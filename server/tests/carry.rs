@@ -245,6 +245,49 @@ fn an_import_that_was_stopped_goes_on_and_writes_the_rest_only() {
     other.assert_clean();
 }
 
+/// Its run may be gone where it came from: what was received isn't.
+#[test]
+fn a_stopped_import_goes_on_with_a_newer_run_of_the_same_disks() {
+    let scene = Scene::new();
+    let first = scene.model.runs.machine(&scene.model.key).unwrap().snapshots().pop().unwrap().run;
+    let (old, new) = (scene.base.path().join("old"), scene.folder());
+    carry::export(&scene.model.runs, &first, &old, &|_, _| true).unwrap();
+    scene.export();
+    let before = &scene.model.contents[&first.snapshots[0].id];
+    let (now, rest) = (&scene.contents[0].1, &scene.contents[1..]);
+    let blocks = before.chunks(4096).zip(now.chunks(4096)).enumerate();
+    let differs = |(index, (before, now)): &(usize, (&[u8], &[u8]))| {
+        before != now || *index >= 12 * MIB / 4096
+    };
+    let lacking: Vec<u8> = blocks.filter(differs).flat_map(|(_, (_, now))| now.to_vec()).collect();
+    let lacking = data_bytes(&[("sda", Arc::new(lacking))]) + data_bytes(rest);
+    for restarted in [false, true] {
+        let mut other = scene.other(&format!("to-{restarted}"), Format::Vhdx);
+        let some = |done, _| done < 9 * MIB as u64;
+        let stopped = carry::import(&other.runs, &carried(&old).unwrap(), &some);
+        assert!(matches!(stopped, Err(CarryError::Stopped)));
+        if restarted {
+            other.reopen();
+        }
+        let imported = import(&other, &new).unwrap();
+        assert!(imported.went_on);
+        assert_eq!(imported.written_bytes, lacking);
+        let origin = imported.run.origin.as_ref().unwrap();
+        let expected = (Some(scene.newest.backup), scene.newest.committed_ms);
+        assert_eq!((origin.run, origin.taken_ms), expected);
+        expect(&mut other, &imported.run, &scene.contents);
+        other.check();
+        assert!(import(&other, &new).unwrap().was_here);
+        assert!(matches!(
+            import(&other, &old).err().unwrap(),
+            CarryError::Run(RunError::Older { .. })
+        ));
+        other.reopen();
+        other.check();
+        other.assert_clean();
+    }
+}
+
 #[test]
 fn a_backup_is_told_of_an_import_at_work() {
     let scene = Scene::new();

@@ -17,6 +17,7 @@ use janus_server::{
         Format, Geometry, Identity, Image, ImageError, Kind, Layout, PAYLOAD_BYTES, Payload,
         UNIT_BYTES,
         foreign::{ForeignChain, ForeignError, open_chain},
+        set_hidden, set_identity,
     },
     storage,
 };
@@ -344,6 +345,31 @@ fn chains_are_found_by_names_in_their_folder() {
 
 fn expected_again(sample: &Sample) -> Vec<u8> {
     fs::read(sample.folder.join("expected.raw")).unwrap()
+}
+
+/// A stub looks like no image to others, and is one to its own server.
+#[test]
+fn a_hidden_image_is_opened_by_its_own_server_alone() {
+    for format in Format::ALL {
+        let folder = tempfile::tempdir().unwrap();
+        let sample = chain(format, folder.path(), 1);
+        let path = &sample.files[0];
+        let file = || storage::Disk::default().open(path, storage::Access::Write).unwrap();
+        let whole = fs::read(path).unwrap();
+        let id = Image::open(file()).unwrap().data_write();
+        set_hidden(&file(), true).unwrap();
+        let hidden = fs::read(path).unwrap();
+        assert!(!hidden.windows(8).any(|found| found == b"vhdxfile" || found == b"conectix"));
+        let image = Image::open(file()).unwrap();
+        assert!(image.is_hidden() && image.data_write() == id && image.format() == format);
+        assert!(open(path).unwrap_err().to_string().contains("a stub"));
+        set_hidden(&file(), false).unwrap();
+        assert_eq!(fs::read(path).unwrap(), whole, "{format:?}");
+        // A merge that gives it another id shows it, too.
+        set_hidden(&file(), true).unwrap();
+        set_identity(&file(), id).unwrap();
+        assert_same(&read(&open(path).unwrap()), &expected(&sample), "shown");
+    }
 }
 
 #[test]

@@ -12,9 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde_json::Value;
 use xtask::{disk, site::answers};
 
-use self::scene::{MACHINE, MIB, NEW, OLD, Scene, done, json};
+use self::scene::{MACHINE, MIB, NEW, OLD, Scene, another_hour, done, json};
 
 #[test]
 fn the_backup_after_seeding_is_a_delta_and_later_seedings_fetch_what_differs() {
@@ -73,6 +74,15 @@ fn each_disk_is_seeded_for_itself() {
     assert_eq!(one.disks.len(), 1);
     assert_eq!(written("alice/machine/disk"), 40 * MIB);
     assert_eq!(written(MACHINE), 3 * MIB);
+    // The older run has its place after the newer one here, and is no newer than what it was made of.
+    let known = scene.client.list().unwrap().snapshots.len();
+    let back = scene.site.admin(OLD, &["seed", "--json", "--from", NEW, MACHINE]).unwrap();
+    let back = done(&back);
+    assert!(back["runs"].as_array().unwrap().iter().all(|run| run["newest_here_ms"].is_i64()));
+    assert_eq!(
+        (&back["written_bytes"], scene.client.list().unwrap().snapshots.len()),
+        (&0.into(), known)
+    );
     let backup = both.answer::<answers::Backup>(&["backup", "--server", NEW]).unwrap();
     let sent = backup.disks.iter().map(|disk| disk.sent_bytes).sum::<u64>();
     assert_eq!(sent, 0, "{backup:?}");
@@ -87,6 +97,8 @@ fn a_rule_brings_the_newest_backups_by_itself() {
     // One that has no backup there keeps no other away.
     settings.set(&format!("replicate.{OLD}.machines"), vec!["bob/*", "alice/*"]);
     settings.set(&format!("replicate.{OLD}.every_seconds"), 1);
+    settings.set("replicate.nowhere.machines", vec!["*"]);
+    settings.set("replicate.nowhere.from", "https://127.0.0.1:1");
     scene.site.start_server(NEW).unwrap();
     scene.await_replicated(40 * MIB);
     for (at, seed) in [(20, 3), (22, 4)] {
@@ -95,6 +107,18 @@ fn a_rule_brings_the_newest_backups_by_itself() {
         assert_eq!(backup.disks[0].sent_bytes, MIB);
         scene.await_replicated(MIB);
     }
+    let rules = || {
+        let status = done(&scene.site.admin(NEW, &["seed", "status", "--json"]).unwrap());
+        (status["rules"][0].clone(), status["rules"][1].clone())
+    };
+    let until = Instant::now() + Duration::from_secs(60);
+    while rules().0["ended_ms"].is_null() {
+        assert!(Instant::now() < until, "{}", scene.site.log(NEW));
+        thread::sleep(Duration::from_millis(100));
+    }
+    let (nowhere, old) = rules();
+    assert!(nowhere["failed"].as_str().unwrap().contains("can't be reached"), "{nowhere}");
+    assert_eq!((&old["rule"], &old["failed"]), (&OLD.into(), &Value::Null), "{old}");
     scene.site.kill_server(OLD).unwrap();
     scene.assert_restored("disk");
     // Its next own one is a delta of what changed since.
@@ -127,6 +151,56 @@ fn what_cannot_be_seeded_is_told_with_the_way_out() {
     scene.site.start_server(NEW).unwrap();
     scene.site.await_ready(&scene.client).unwrap();
     scene.next_backup(NEW, 20..21, 1);
+}
+
+/// Only disks without a chain get stubs.
+#[test]
+fn a_run_that_is_named_is_seeded_and_with_hashes_only_its_chain_is_continued() {
+    let scene = Scene::new();
+    let listed = scene.client.list().unwrap().snapshots;
+    let older = &listed.last().unwrap().backup_id;
+    let unknown = scene.seed(&["--from", OLD, MACHINE, "--run", &listed[0].snapshot_id]);
+    let said = String::from_utf8_lossy(&unknown.stdout);
+    assert!(unknown.status.code() == Some(1) && said.contains("it has no run"), "{unknown:?}");
+    let usage = scene.seed(&["--from", OLD, "--all", "--run", older]);
+    assert_eq!(usage.status.code(), Some(2), "{usage:?}");
+    let seeded = done(&scene.seed(&["--from", OLD, MACHINE, "--run", older]));
+    assert_eq!(seeded["written_bytes"], 40 * MIB);
+    let here = || {
+        let listed = scene.client.list().unwrap().snapshots;
+        listed.into_iter().filter(|one| one.server == NEW).collect::<Vec<_>>()
+    };
+    assert_eq!(here()[0].committed_ms, listed.last().unwrap().committed_ms);
+
+    let newest = done(&scene.seed(&["--from", OLD, MACHINE, "--hashes-only"]));
+    let run = &newest["runs"][0];
+    assert_eq!((&run["written_bytes"], &run["promised_bytes"]), (&(3 * MIB).into(), &0.into()));
+    let delta = &here()[0];
+    assert!(delta.parent_snapshot_id.is_some() && delta.missing_blocks == 0, "{delta:?}");
+    scene.assert_restored(&delta.snapshot_id);
+    scene.next_backup(NEW, 20..21, 1);
+}
+
+/// A machine whose first backup is to come from another server gets no full one meanwhile, unless nobody else is there.
+#[test]
+fn what_waits_to_be_seeded_is_backed_up_elsewhere_first() {
+    let mut scene = Scene::new();
+    let hours = another_hour();
+    done(&scene.seed(&["--from", OLD, "--all", "--queue", "--hours", &hours]));
+    scene.backup_on(OLD, 20..21, 1);
+    // After a restart, too.
+    scene.site.stop_server(NEW).unwrap();
+    scene.site.start_server(NEW).unwrap();
+    scene.site.await_ready(&scene.client).unwrap();
+    disk::write_noise(&scene.disk, 21 * MIB..22 * MIB, 7).unwrap();
+    let backup = scene.client.backup().unwrap();
+    let skipped = format!("{:?}", backup.skipped);
+    assert!(backup.server == OLD && skipped.contains("from another server"), "{backup:?}");
+
+    scene.site.kill_server(OLD).unwrap();
+    let backup = scene.client.backup().unwrap();
+    assert_eq!((backup.server.as_str(), backup.disks[0].kind.as_str()), (NEW, "full"));
+    scene.assert_restored(&backup.disks[0].snapshot_id);
 }
 
 #[test]

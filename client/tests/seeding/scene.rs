@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     process::Output,
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use serde_json::Value;
@@ -63,15 +63,21 @@ impl Scene {
         self.site.admin(NEW, &arguments).unwrap()
     }
 
-    /// Some MiB are written, and the next backup goes to `server`, as a delta of so many MiB.
+    /// Some MiB are written, and the next backup goes to `server`, as a delta of so many MiB, and restores.
     pub fn next_backup(&self, server: &str, written: std::ops::Range<u64>, delta_mib: u64) {
+        let snapshot = self.backup_on(server, written, delta_mib);
+        self.assert_restored(&snapshot);
+    }
+
+    /// The same, and nothing is read.
+    pub fn backup_on(&self, server: &str, written: std::ops::Range<u64>, delta_mib: u64) -> String {
         let seed = xtask::noise::Noise::fresh_seed();
         disk::write_noise(&self.disk, written.start * MIB..written.end * MIB, seed).unwrap();
         let backup = self.client.backup().unwrap();
         assert_eq!(backup.server, server, "{backup:?}");
         let disk = &backup.disks[0];
         assert_eq!((disk.kind.as_str(), disk.sent_bytes), ("delta", delta_mib * MIB), "{backup:?}");
-        self.assert_restored(&disk.snapshot_id);
+        disk.snapshot_id.clone()
     }
 
     pub fn assert_restored(&self, snapshot: &str) {
@@ -112,4 +118,11 @@ impl Scene {
 /// Of backups, without the space that is kept for cleaning up.
 pub fn stored(images: &Path) -> u64 {
     disk::allocated_below(images).saturating_sub(16 * MIB)
+}
+
+/// Part of a day that isn't now.
+pub fn another_hour() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let hour = (now / 3600 + 12) % 24;
+    format!("{hour:02}:00-{hour:02}:59")
 }

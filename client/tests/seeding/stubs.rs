@@ -2,18 +2,32 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
+    process::Command,
     thread,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
 use xtask::{disk, packages, site::answers};
 
-use super::scene::{MACHINE, MIB, NEW, OLD, Scene, done};
+use super::scene::{MACHINE, MIB, NEW, OLD, Scene, another_hour, done};
 
 /// Fetched in a second, so that it takes a while.
 const SLOW: u32 = 4;
+const LIBVHDI: &str = "libvhdi-python==20260901";
+/// Reads the disk that the last of the files (oldest first) shows.
+const LIBVHDI_READER: &str = r#"
+import sys, pyvhdi
+parent = None
+for name in sys.argv[1:]:
+    image = pyvhdi.file()
+    image.open(name)
+    if parent is not None:
+        image.set_parent(parent)
+    parent = image
+image.read(1 << 20)
+"#;
 
 impl Scene {
     fn set(&mut self, key: &str, value: impl Into<Value>) {
@@ -57,6 +71,15 @@ impl Scene {
         }
     }
 
+    /// Until blocks of its stub are asked of the next backup.
+    fn await_asked(&self) {
+        let until = Instant::now() + Duration::from_secs(60);
+        while self.stubs()[0]["asked_bytes"] == 0 {
+            assert!(Instant::now() < until, "{:?}\n{}", self.stubs(), self.site.log(NEW));
+            thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     /// Snapshots on the new server, newest first.
     fn new_ones(&self) -> Vec<answers::Snapshot> {
         let list = self.client.list().unwrap();
@@ -67,10 +90,46 @@ impl Scene {
         self.images.join(&snapshot.image)
     }
 
+    /// The file of a snapshot while it is a stub.
+    fn stub_file(&self, snapshot: &answers::Snapshot) -> PathBuf {
+        self.images.join(format!("{}.stub", snapshot.image))
+    }
+
     /// The disk as another program sees it that finds the parents by itself.
     fn read_elsewhere(&self, snapshot: &answers::Snapshot) -> Option<Vec<u8>> {
-        assert!(packages::is_here("7z"));
-        packages::seven_zip(&self.image(snapshot), "VHDX").ok()
+        seven_zip(&self.image(snapshot))
+    }
+
+    /// No other program reads a stub, by whichever name, or what builds on it.
+    fn assert_nobody_reads(&self, stub: &answers::Snapshot, child: &answers::Snapshot) {
+        let (file, child) = (self.stub_file(stub), self.image(child));
+        assert!(file.exists() && child.exists() && !self.image(stub).exists());
+        for image in [&file, &child] {
+            assert_eq!(seven_zip(image), None, "7-Zip read {}", image.display());
+        }
+        // It doesn't know parents.
+        let mut qemu = Command::new("qemu-img");
+        let to = self.site.folder().join("qemu.raw");
+        let format = if stub.image.ends_with(".vhdx") { "vhdx" } else { "vpc" };
+        qemu.args(["convert", "-O", "raw"]).args(packages::for_qemu(&file, format)).arg(to);
+        let read = qemu.output().unwrap();
+        assert!(!read.status.success(), "qemu-img read {}", file.display());
+        for images in [&[&file][..], &[&child], &[&file, &child]] {
+            let python = packages::python("libvhdi", &[LIBVHDI]).unwrap();
+            let read = Command::new(python).args(["-c", LIBVHDI_READER]).args(images).output();
+            let read = read.unwrap();
+            let said = String::from_utf8_lossy(&read.stderr);
+            assert!(!read.status.success() && said.contains("pyvhdi"), "{images:?}: {read:?}");
+        }
+    }
+
+    /// Until a server has said something so often.
+    fn await_log(&self, server: &str, said: &str, count: usize) {
+        let until = Instant::now() + Duration::from_secs(60);
+        while self.site.log(server).matches(said).count() < count {
+            assert!(Instant::now() < until, "{}", self.site.log(server));
+            thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Only the new server is left, and has all of its newest snapshot.
@@ -119,9 +178,6 @@ fn the_backup_after_seeding_hashes_is_a_delta_and_the_rest_comes_in_the_backgrou
     scene.next_backup(NEW, 20..21, 1);
     let child = scene.new_ones().remove(0);
     assert!(child.parent_snapshot_id == Some(stub.snapshot_id.clone()), "{child:?}");
-    if scene.lacking() > 0 {
-        assert_eq!(scene.read_elsewhere(&child), None, "zeros were read");
-    }
     scene.await_filled(0);
     assert!(scene.image(&stub).exists());
     assert!(scene.read_elsewhere(&child).unwrap() == fs::read(&scene.disk).unwrap());
@@ -137,12 +193,12 @@ fn what_a_stub_lacks_is_read_from_elsewhere_and_never_as_zeros() {
     let verify = scene.site.admin(NEW, &["verify", MACHINE]).unwrap();
     let said = String::from_utf8_lossy(&verify.stdout);
     assert!(verify.status.code() == Some(1) && said.contains("it builds on a stub"), "{verify:?}");
-    assert!(scene.read_elsewhere(&stub).is_none());
+    assert_eq!(seven_zip(&scene.stub_file(&stub)), None);
     let folder = scene.site.folder().join("carried");
     let export = ["export", &stub.snapshot_id, "--to", folder.to_str().unwrap()];
     let exported = scene.site.admin(NEW, &export).unwrap();
     assert!(
-        exported.status.code() == Some(1) && !folder.join("janus.json").exists(),
+        exported.status.code() == Some(1) && !folder.join("janus-backup.json").exists(),
         "{exported:?}"
     );
 
@@ -175,14 +231,91 @@ fn a_stub_goes_on_after_its_server_or_its_source_was_killed() {
     thread::sleep(Duration::from_secs(1));
     scene.site.start_server(OLD).unwrap();
     scene.site.await_ready(&scene.client).unwrap();
-    // The source lets go of what was seeded, as far as it isn't read.
-    let delete = scene.site.admin(OLD, &["delete", MACHINE, "--purge"]).unwrap();
-    println!("{delete:?}");
-    scene.set("fill.mib_per_second", 0);
-    scene.restart_new();
     scene.await_filled(0);
     scene.next_backup(NEW, 20..21, 1);
     scene.assert_new_alone_has_it();
+}
+
+/// What is fetched by day is only what somebody reads; its source stays all the same.
+#[test]
+fn outside_of_its_hours_a_stub_keeps_its_source_and_no_other_program_reads_it() {
+    packages::require(packages::TEST_TOOLS).unwrap();
+    let mut scene = Scene::new();
+    scene.site.stop_server(OLD).unwrap();
+    let settings = &mut scene.site.server(OLD).unwrap().settings;
+    settings.set("retention.automatic", false);
+    for (rule, count) in [("keep_all_days", 0), ("daily", 1), ("weekly", 0), ("monthly", 0)] {
+        settings.set(&format!("retention.{rule}"), count);
+    }
+    settings.set("retention.at_least", 1);
+    scene.site.start_server(OLD).unwrap();
+    let seeded = scene.site.folder().join("seeded.raw");
+    disk::copy(&scene.disk, &seeded).unwrap();
+    let opened = scene.site.log(OLD).matches("snapshot opened").count();
+    scene.seed_hashes(0, &[("fill.hours", another_hour().into())]);
+    let lacking = scene.lacking();
+    assert!(lacking >= 40 * MIB);
+    // Once by the seeding.
+    scene.await_log(OLD, "snapshot opened", opened + 2);
+    for at in 36..38 {
+        disk::write_noise(&scene.disk, at * MIB..(at + 1) * MIB, at).unwrap();
+        let backup = scene.client.answer::<answers::Backup>(&["backup", "--server", OLD]).unwrap();
+        assert_eq!(backup.disks[0].sent_bytes, MIB);
+    }
+    scene.backup_on(NEW, 20..21, 3);
+    let (child, stub) = (scene.new_ones().remove(0), scene.new_ones().remove(1));
+    assert_eq!(child.parent_snapshot_id.as_ref(), Some(&stub.snapshot_id));
+    assert_eq!(scene.lacking(), lacking);
+    scene.assert_nobody_reads(&stub, &child);
+
+    // The source thins what was seeded with what is older and newer, merges what isn't read, and lets all of it go.
+    let clean = |scene: &Scene, how: &[&str]| {
+        let said = done(&scene.site.admin(OLD, &[how, &["--json"]].concat()).unwrap());
+        println!("{said}");
+        said["machines"][0].clone()
+    };
+    let thinned = clean(&scene, &["retention", "run", "--now"]);
+    assert_eq!(thinned["dropped"].as_array().unwrap().len(), 3, "{thinned}");
+    assert_ne!(thinned["purged"].as_array().unwrap().len(), 0, "{thinned}");
+    let delete = scene.site.admin(OLD, &["delete", MACHINE]).unwrap();
+    assert_eq!(delete.status.code(), Some(0), "{delete:?}");
+    let waiting = clean(&scene, &["trash", "purge"])["waiting"].to_string();
+    assert!(waiting.contains("another server still reads it"), "{waiting}");
+    assert_eq!(scene.lacking(), lacking);
+    scene.restore_from_new_alone(&child.snapshot_id);
+    // What was read came as whole segments, and that was all of it.
+    scene.await_filled(0);
+    scene.site.kill_server(OLD).unwrap();
+    let to = scene.site.folder().join("stub.raw");
+    scene.client.restore(&stub.snapshot_id, &to).unwrap();
+    disk::compare(&seeded, &to).unwrap();
+    assert!(scene.read_elsewhere(&child).unwrap() == fs::read(&scene.disk).unwrap());
+}
+
+/// A VHD has its signature at both ends. What nobody has is asked for by day, too.
+#[test]
+fn a_stub_of_a_server_that_is_gone_comes_with_the_next_backup_at_any_hour() {
+    packages::require(packages::TEST_TOOLS).unwrap();
+    let mut scene = Scene::new();
+    let settings = [
+        ("prefer_vhdx", false.into()),
+        ("fill.hours", another_hour().into()),
+        ("fill.ask_clients_after_seconds", 1.into()),
+    ];
+    scene.seed_hashes(0, &settings);
+    scene.backup_on(NEW, 20..21, 1);
+    let (child, stub) = (scene.new_ones().remove(0), scene.new_ones().remove(1));
+    assert!(child.image.ends_with(".vhd") && stub.image.ends_with(".vhd"), "{stub:?}");
+    scene.assert_nobody_reads(&stub, &child);
+    assert_eq!(scene.stubs()[0]["asked_bytes"], 0, "the old server has it");
+
+    scene.site.kill_server(OLD).unwrap();
+    scene.restart_new();
+    scene.await_asked();
+    // All but what the first one has sent.
+    scene.next_backup(NEW, 21..22, 39);
+    let newest = scene.new_ones().remove(0);
+    assert_eq!((newest.missing_blocks, newest.damaged_blocks), (0, 0), "{newest:?}");
 }
 
 #[test]
@@ -191,11 +324,7 @@ fn what_no_server_has_any_more_comes_with_the_next_backup() {
     scene.seed_hashes(4, &[("fill.ask_clients_after_seconds", 1.into())]);
     scene.await_filled(20 * MIB);
     scene.site.kill_server(OLD).unwrap();
-    let until = Instant::now() + Duration::from_secs(60);
-    while scene.stubs()[0]["asked_bytes"] == 0 {
-        assert!(Instant::now() < until, "{:?}\n{}", scene.stubs(), scene.site.log(NEW));
-        thread::sleep(Duration::from_millis(200));
-    }
+    scene.await_asked();
     let lacking = scene.lacking();
     disk::write_noise(&scene.disk, 38 * MIB..39 * MIB, 77).unwrap();
     let backup = scene.client.backup().unwrap();
@@ -266,9 +395,9 @@ fn a_stub_whose_file_is_lost_is_told_and_the_next_backup_is_whole() {
     scene.assert_restored(&backup.disks[0].snapshot_id);
 }
 
-/// Part of a day in which nothing is filled.
-fn another_hour() -> String {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
-    let hour = (now / 3600 + 12) % 24;
-    format!("{hour:02}:00-{hour:02}:59")
+/// The disk as 7-Zip sees it.
+fn seven_zip(image: &Path) -> Option<Vec<u8>> {
+    assert!(packages::is_here("7z"));
+    let kind = if image.to_string_lossy().contains(".vhdx") { "VHDX" } else { "VHD" };
+    packages::seven_zip(image, kind).ok()
 }

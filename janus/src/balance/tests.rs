@@ -57,6 +57,7 @@ impl Directory for Fake {
                 last_starts: 0,
                 initial_runs: 0,
                 contradicts: None,
+                is_seeded: false,
             })
             .collect();
         order(*policy, &candidates)

@@ -6,7 +6,7 @@ use futures::future::BoxFuture;
 use janus_proto::{
     ids::{DiskId, MachineKey, ServerId},
     pb::{
-        self, DiskInfo, ListDisksRequest, ListMachinesRequest, ListSnapshotsRequest, MachineInfo,
+        DiskInfo, ListDisksRequest, ListMachinesRequest, ListSnapshotsRequest, MachineInfo,
         MachineServer, Snapshot, catalog_service_client::CatalogServiceClient,
     },
 };
@@ -32,6 +32,11 @@ impl Query {
 
 /// A page of a server's own list, and the token of the next.
 pub(super) type ServerPage<E> = Result<(Vec<E>, String), Status>;
+
+/// When a snapshot became a success; 0: it lacks blocks, and is none.
+fn completed_ms(snapshot: &Snapshot) -> i64 {
+    if snapshot.missing_blocks == 0 { snapshot.committed_ms } else { 0 }
+}
 
 /// An entry that servers list and janus remembers.
 pub(super) trait Listed: Entry {
@@ -145,7 +150,7 @@ impl Listed for DiskInfo {
             let one = DiskInfo {
                 disk_id: snapshot.disk_id.clone(),
                 size_bytes: snapshot.size_bytes,
-                last_committed_ms: snapshot.committed_ms,
+                last_committed_ms: completed_ms(&snapshot),
                 snapshot_count: 1,
             };
             match disks.get_mut(&snapshot.disk_id) {
@@ -199,12 +204,11 @@ impl Listed for MachineInfo {
                 MachineServer { server_id: server.to_string(), use_counter, ..Default::default() };
             machines.insert(machine.to_string(), here);
         }
-        for pb::Snapshot { machine, committed_ms, .. } in
-            registry.snapshots(server, query.machine.as_ref(), None)
-        {
-            let here = machines.entry(machine).or_default();
+        for snapshot in registry.snapshots(server, query.machine.as_ref(), None) {
+            let last_committed_ms = completed_ms(&snapshot);
+            let here = machines.entry(snapshot.machine).or_default();
             here.server_id = server.to_string();
-            here.last_committed_ms = here.last_committed_ms.max(committed_ms);
+            here.last_committed_ms = here.last_committed_ms.max(last_committed_ms);
             here.snapshot_count += 1;
         }
         machines
@@ -215,5 +219,39 @@ impl Listed for MachineInfo {
                 servers: vec![here],
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use janus_proto::pb;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_snapshot_that_lacks_blocks_is_no_last_success() {
+        let (registry, server) = (Registry::new(), "a".parse::<ServerId>().unwrap());
+        let hello = pb::ReportHello { start_epoch: 1, stream: 1, ..Default::default() };
+        let slot = registry.open_report(&server, &hello).unwrap();
+        let snapshot = |disk: &str, committed_ms, missing_blocks| Snapshot {
+            snapshot_id: janus_proto::ids::SnapshotId::new().to_string(),
+            machine: "u/m".into(),
+            disk_id: disk.into(),
+            committed_ms,
+            missing_blocks,
+            ..Default::default()
+        };
+        let snapshots = vec![snapshot("x", 5, 0), snapshot("x", 9, 1), snapshot("y", 7, 3)];
+        let change = pb::StateChange { snapshots, ..Default::default() };
+        use pb::report_request::Event;
+        slot.take(2, Some(Event::Full(change))).unwrap();
+        slot.take(3, Some(Event::FullEnd(pb::FullEnd {}))).unwrap();
+        let query = Query { machine: Some("u/m".parse().unwrap()), disk: None };
+        let disks = DiskInfo::remembered(&registry, &server, &query);
+        let last = disks.iter().map(|disk| (disk.disk_id.as_str(), disk.last_committed_ms));
+        assert_eq!(last.collect::<Vec<_>>(), [("x", 5), ("y", 0)]);
+        let machines = MachineInfo::remembered(&registry, &server, &query);
+        assert_eq!((machines.len(), machines[0].last_committed_ms), (1, 5));
+        assert_eq!(machines[0].servers[0].snapshot_count, 3);
     }
 }

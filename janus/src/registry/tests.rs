@@ -40,7 +40,13 @@ async fn a_start_on_its_way_counts_at_once_and_not_at_all_when_it_fails() {
     let claim = registry.claim(&key("u/m"), &id("a"), 0);
     assert_eq!(
         known(&registry, "u/m", "a"),
-        Known { use_counter: 1, has_chain: true, last_starts: 1, initial_runs: 1 }
+        Known {
+            use_counter: 1,
+            has_chain: true,
+            last_starts: 1,
+            initial_runs: 1,
+            is_seeded: false
+        }
     );
     drop(claim);
     assert_eq!(known(&registry, "u/m", "a"), Known::default());
@@ -166,4 +172,21 @@ async fn two_servers_of_one_name_are_told_of_as_long_as_both_are_heard() {
     // The other one never came back.
     tokio::time::advance(RIVAL_KEPT / 2).await;
     assert_eq!(registry.warnings(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn machines_that_a_server_is_seeded_with_are_those_it_named_last() {
+    let registry = Registry::new();
+    let seeding = |names: &[&str]| {
+        let seeding = names.iter().map(|name| (*name).to_owned()).collect();
+        Some(pb::Vitals { seeding, ..Default::default() })
+    };
+    let mut hello = hello("g", 1);
+    hello.vitals = seeding(&["u/*", "nonsense"]);
+    let slot = registry.open_report(&id("a"), &hello).unwrap();
+    let is_seeded = |name: &str, server: &str| known(&registry, name, server).is_seeded;
+    assert!(is_seeded("u/m", "a") && !is_seeded("v/m", "a") && !is_seeded("u/m", "b"));
+    let heartbeat = pb::Heartbeat { vitals: seeding(&["v/m/disk"]) };
+    slot.take(2, Some(Event::Heartbeat(heartbeat))).unwrap();
+    assert!(!is_seeded("u/m", "a") && is_seeded("v/m", "a"));
 }

@@ -129,6 +129,13 @@ pub struct Snapshot {
     /// is newer, whatever their times. 0: none, as of imports, or an older server.
     #[prost(uint64, tag = "22")]
     pub use_counter: u64,
+    /// Of a snapshot that was imported or seeded: the run that it is a copy of, on whatever server. Empty: it is none, or an older server.
+    #[prost(string, tag = "23")]
+    pub origin_backup_id: ::prost::alloc::string::String,
+    /// Unix milliseconds: of what time its content is, where that is a copy's; `committed_ms` may be later. 0: it is none, or an
+    /// older server.
+    #[prost(int64, tag = "24")]
+    pub taken_ms: i64,
 }
 /// A server that is known but did not answer.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1876,7 +1883,7 @@ pub struct MachineInfo {
     /// `<user>/<machine>`.
     #[prost(string, tag = "1")]
     pub machine: ::prost::alloc::string::String,
-    /// Unix milliseconds of the newest snapshot; 0: none.
+    /// Unix milliseconds of the newest complete snapshot; 0: none.
     #[prost(int64, tag = "2")]
     pub last_committed_ms: i64,
     #[prost(message, repeated, tag = "3")]
@@ -1890,6 +1897,7 @@ pub struct MachineServer {
     /// Counter of the newest start there; 0: never used.
     #[prost(uint64, tag = "2")]
     pub use_counter: u64,
+    /// Unix milliseconds of the newest snapshot there that is complete, not one that lacks blocks since its base is a stub; 0: none.
     #[prost(int64, tag = "3")]
     pub last_committed_ms: i64,
     #[prost(uint64, tag = "4")]
@@ -1922,6 +1930,7 @@ pub struct DiskInfo {
     /// Of the newest snapshot.
     #[prost(uint64, tag = "2")]
     pub size_bytes: u64,
+    /// Unix milliseconds of the newest complete snapshot; 0: none.
     #[prost(int64, tag = "3")]
     pub last_committed_ms: i64,
     #[prost(uint64, tag = "4")]
@@ -2565,6 +2574,10 @@ pub struct Vitals {
     /// How long that certificate is valid in all, in milliseconds, where programs renew it, late. 0: people do, or unknown, or from an older server.
     #[prost(int64, tag = "6")]
     pub certificate_valid_ms: i64,
+    /// Machines whose first backup is to come here from another server: `*`, `<user>/*`, `<user>/<machine>` or `<user>/<machine>/<disk>` each.
+    /// While this server has no chain of such a machine, janus gives its starts to other servers. Empty: none, or an older server.
+    #[prost(string, repeated, tag = "7")]
+    pub seeding: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// First message of a stream.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

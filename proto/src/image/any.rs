@@ -168,10 +168,19 @@ impl Image {
     /// # Errors
     /// As [`Self::open`], and when the log is damaged.
     pub fn open_foreign(file: File) -> Result<Self, ImageError> {
-        match format_of(&file)? {
+        let image = match format_of(&file)? {
             Format::Vhdx => VhdxImage::open_foreign(file).map(Self::Vhdx),
             Format::Vhd => VhdImage::open(file).map(Self::Vhd),
+        }?;
+        match image.is_hidden() {
+            true => Err(ImageError::unsupported("a stub: its blocks are still on another server")),
+            false => Ok(image),
         }
+    }
+
+    /// True when other programs don't take it for what it is.
+    pub fn is_hidden(&self) -> bool {
+        either!(Self, self, image => image.is_hidden())
     }
 
     /// The format.
@@ -349,7 +358,19 @@ impl Absorber {
     }
 }
 
-/// Gives a file the id that the child's own children name. Durable when it returns; a crash leaves the old or the new one.
+/// Hides an image from other programs, which find no signature of its format then, or shows it again. The caller syncs.
+///
+/// # Errors
+/// When the file is no valid image or can't be written.
+pub fn set_hidden(file: &File, is_hidden: bool) -> Result<(), ImageError> {
+    match format_of(file)? {
+        Format::Vhdx => vhdx::set_hidden(file, is_hidden),
+        Format::Vhd => vhd::set_hidden(file, is_hidden),
+    }
+}
+
+/// Gives a file the id that the child's own children name, and shows it. Durable when it returns; a crash leaves the old or the new
+/// one.
 ///
 /// # Errors
 /// When the file is no valid image or can't be written.
@@ -376,7 +397,8 @@ impl From<VhdImage> for Image {
 fn format_of(file: &File) -> Result<Format, ImageError> {
     let mut start = [0; 8];
     file.read_exact_at(&mut start, 0).map_err(ImageError::io("start"))?;
-    Ok(if &start == b"vhdxfile" { Format::Vhdx } else { Format::Vhd })
+    let is_vhdx = &start == b"vhdxfile" || &start == vhdx::HIDDEN;
+    Ok(if is_vhdx { Format::Vhdx } else { Format::Vhd })
 }
 
 #[cfg(test)]

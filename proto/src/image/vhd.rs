@@ -28,7 +28,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use absorb::{Absorber, set_identity};
+pub use absorb::{Absorber, set_hidden, set_identity};
 pub use layout::{Layout, MAX_BYTES};
 pub use read::VhdImage;
 pub use write::write_structures;

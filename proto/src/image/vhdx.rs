@@ -29,7 +29,8 @@ mod write;
 #[cfg(test)]
 pub(super) mod tests;
 
-pub use absorb::{Absorber, set_identity};
+pub use absorb::{Absorber, set_hidden, set_identity};
+pub(super) use header::HIDDEN;
 pub use layout::Layout;
 pub use read::VhdxImage;
 pub use write::write_structures;

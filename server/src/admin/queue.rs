@@ -1,7 +1,8 @@
 //! Seedings that the server goes on with by itself: one after another, again when one fails, and after a restart.
 //!
 //! They stand in `.seeds.json` below the image path, the oldest first. One that can't go on now (its hours are over, its server is
-//! away) lets the others pass. Each goes once all of it is here, or an operator cancels it.
+//! away) lets the others pass. Each goes once all of it is here, or an operator cancels it. Until then janus gives starts of the machines
+//! that it covers, and that have no chain here, to other servers.
 
 use std::{
     collections::BTreeMap,
@@ -23,7 +24,7 @@ use super::{
 use crate::{
     background,
     chain::store::{SmallFile, Store, StoreError},
-    runs::now_ms,
+    runs::{Runs, now_ms},
 };
 
 const SEEDS: &str = ".seeds.json";
@@ -89,8 +90,19 @@ impl Queue {
         Ok(self.seeds.lock().value()?.seedings.clone())
     }
 
+    /// Tells which machines the seedings are to bring here.
+    fn tell_awaited(&self, runs: &Runs) {
+        match self.seedings() {
+            Ok(seedings) => {
+                let all = seedings.into_iter().map(|seeding| seeding.order.which);
+                runs.set_awaited(all.collect());
+            }
+            Err(error) => tracing::error!(%error, "the queue of seedings can't be read"),
+        }
+    }
+
     /// Adds a seeding; answers its number.
-    pub(super) fn add(&self, order: Order) -> Result<u32, AdminError> {
+    pub(super) fn add(&self, runs: &Runs, order: Order) -> Result<u32, AdminError> {
         let mut seeds = self.seeds.lock();
         if seeds.value()?.seedings.len() >= MOST {
             return Err(AdminError::QueueFull { most: MOST });
@@ -100,26 +112,29 @@ impl Queue {
             seeds.seedings.push(Seeding { number: seeds.last, added_ms: now_ms(), order });
             seeds.last
         })?;
+        drop(seeds);
+        self.tell_awaited(runs);
         Ok(added)
     }
 
     /// Takes a seeding out, also one at work. What it has brought stays.
-    pub(super) fn cancel(&self, number: u32) -> Result<(), AdminError> {
+    pub(super) fn cancel(&self, runs: &Runs, number: u32) -> Result<(), AdminError> {
         let mut state = self.state();
         if !self.seedings()?.iter().any(|seeding| seeding.number == number) {
             return Err(AdminError::NotQueued { number });
         }
-        self.remove(&mut state, number)?;
+        self.remove(&mut state, runs, number)?;
         if let Some(at_work) = state.at_work.as_ref().filter(|at_work| at_work.number == number) {
             at_work.stop.cancel();
         }
         Ok(())
     }
 
-    fn remove(&self, state: &mut State, number: u32) -> Result<(), StoreError> {
+    fn remove(&self, state: &mut State, runs: &Runs, number: u32) -> Result<(), StoreError> {
         let is_other = |seeding: &Seeding| seeding.number != number;
         self.seeds.lock().change(|seeds| seeds.seedings.retain(is_other))?;
         state.failed.remove(&number);
+        self.tell_awaited(runs);
         Ok(())
     }
 
@@ -198,12 +213,12 @@ impl Queue {
     }
 
     /// Takes note of what came of one.
-    fn end(&self, number: u32, failed: Option<String>) {
+    fn end(&self, runs: &Runs, number: u32, failed: Option<String>) {
         let mut state = self.state();
         state.at_work = None;
         let why = match failed {
             Some(why) => why,
-            None => match self.remove(&mut state, number) {
+            None => match self.remove(&mut state, runs, number) {
                 Ok(()) => return,
                 Err(error) => format!("it is done, but can't be taken out of the queue: {error}"),
             },
@@ -216,6 +231,7 @@ impl Queue {
 
     /// Goes on with all that can, until none can. Blocks.
     fn work(&self, admin: &Admin, shutdown: &CancellationToken) {
+        let runs = admin.runs();
         while let Some((Seeding { number, order, .. }, stop)) = self.begin(shutdown) {
             let tell = |line| self.tell(line);
             let done = seed::seed(admin, &order, false, &Task::new(&stop, &tell));
@@ -225,15 +241,15 @@ impl Queue {
             match done {
                 Ok(answer) if !answer.is_bad => {
                     tracing::info!(number, from = order.from, what = %order.which, "seeded");
-                    self.end(number, None);
+                    self.end(runs, number, None);
                 }
-                Ok(answer) => self.end(number, Some(failures(&answer))),
+                Ok(answer) => self.end(runs, number, Some(failures(&answer))),
                 // Its hours are over, or it was taken out.
                 Err(AdminError::Cancelled) => {
                     self.state().at_work = None;
                     return;
                 }
-                Err(error) => self.end(number, Some(error.to_string())),
+                Err(error) => self.end(runs, number, Some(error.to_string())),
             }
         }
     }
@@ -247,6 +263,8 @@ fn failures(answer: &Answer) -> String {
 
 /// Works on the queue until `shutdown`.
 pub async fn follow(admin: Arc<Admin>, shutdown: CancellationToken) {
+    let waiting = admin.clone();
+    background(move || waiting.queue().tell_awaited(waiting.runs())).await;
     while !shutdown.is_cancelled() {
         let (admin, stop) = (admin.clone(), shutdown.clone());
         background(move || admin.queue().work(&admin, &stop)).await;

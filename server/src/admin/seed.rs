@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use janus_proto::{
     channel::Dialer,
     grants::Which,
-    ids::{BLOCK_BYTES, DiskId, MachineKey},
+    ids::{BLOCK_BYTES, BackupId, DiskId, MachineKey},
     show::{amount, date},
     tls::Identity,
 };
@@ -25,6 +25,7 @@ use crate::{
     carry::{CarryError, Imported},
     chain::ranges::BlockRanges,
     config::replicate::Hours,
+    replicate::Turn,
     runs::now_ms,
     seed::{self, Event, Seeder},
     serve,
@@ -46,6 +47,9 @@ pub struct Arguments {
     #[arg(value_name = "USER/MACHINE[/DISK]", required_unless_present_any = ["user", "all"],
         conflicts_with_all = ["user", "all"])]
     target: Option<Which>,
+    /// The run to fetch, as `janus-client list` shows it; without it the newest of each disk
+    #[arg(long, value_name = "ID", requires = "target", conflicts_with_all = ["user", "all"])]
+    run: Option<BackupId>,
     /// All machines of a user
     #[arg(long, conflicts_with = "all")]
     user: Option<String>,
@@ -87,6 +91,9 @@ pub(super) struct Order {
     pub from: String,
     /// Which machines.
     pub which: Which,
+    /// The run; none: the newest of each disk.
+    #[serde(default)]
+    pub run: Option<BackupId>,
     /// Stubs where no chain is.
     pub hashes_only: bool,
     pub hours: Option<Hours>,
@@ -99,7 +106,8 @@ impl Order {
         let hashes = self.hashes_only.then(|| "hashes only".to_owned());
         let hours = self.hours.map(|hours| hours.to_string());
         let rate = self.mib_per_second.map(|rate| format!("{rate} MiB/s"));
-        let all: Vec<_> = [hashes, hours, rate].into_iter().flatten().collect();
+        let run = self.run.map(|run| format!("run {run}"));
+        let all: Vec<_> = [run, hashes, hours, rate].into_iter().flatten().collect();
         if all.is_empty() { "whole".to_owned() } else { all.join(", ") }
     }
 
@@ -132,8 +140,8 @@ impl Arguments {
             (None, Some(user)) => Which::User(user.clone()),
             (None, None) => Which::All,
         };
-        let Self { hashes_only, hours, mib_per_second, .. } = *self;
-        Some(Order { from, which, hashes_only, hours, mib_per_second })
+        let Self { run, hashes_only, hours, mib_per_second, .. } = *self;
+        Some(Order { from, which, run, hashes_only, hours, mib_per_second })
     }
 }
 
@@ -143,7 +151,7 @@ pub(super) fn run(
     task: &Task<'_>,
 ) -> Result<Answer, AdminError> {
     if let Some(Action::Cancel { number }) = arguments.action {
-        admin.queue().cancel(number)?;
+        admin.queue().cancel(admin.runs(), number)?;
         return Ok(Answer::new(
             format!("seeding {number} is out of the queue\n"),
             json!({ "cancelled": number }),
@@ -154,7 +162,7 @@ pub(super) fn run(
         return seed(admin, &order, true, task);
     }
     seed::check_from(&order.from, &admin.server()?, &admin.settings().janus_urls)?;
-    let number = admin.queue().add(order)?;
+    let number = admin.queue().add(admin.runs(), order)?;
     let text = format!(
         "seeding {number} is in the queue of this server: `janus-server seed status` tells how far it is, `seed cancel {number}` takes it out\n"
     );
@@ -181,7 +189,8 @@ pub(super) fn seed(
         bytes_per_second,
         task.token(),
     )?
-    .hashes_only(order.hashes_only);
+    .hashes_only(order.hashes_only)
+    .only(order.run);
     let machines = seeder.machines(std::slice::from_ref(&order.which))?;
     let server = seeder.server().to_string();
     let (mut text, mut listed, mut failed, mut written_bytes) = (String::new(), vec![], 0, 0);
@@ -256,6 +265,10 @@ fn status(admin: &Admin) -> Result<Answer, AdminError> {
         }
     }
     let (stub_rows, stubs) = stubs(admin);
+    let (rule_rows, rules) = rules(admin);
+    if !rules.is_empty() {
+        text.push_str(&table(&rule_rows));
+    }
     if queue.is_empty() && listed.is_empty() && stubs.is_empty() {
         text.push_str("nothing is being seeded or imported here\n");
     }
@@ -265,7 +278,30 @@ fn status(admin: &Admin) -> Result<Answer, AdminError> {
     if !stubs.is_empty() {
         text.push_str(&table(&stub_rows));
     }
-    Ok(Answer::new(text, json!({ "queue": queue, "open": listed, "stubs": stubs })))
+    Ok(Answer::new(text, json!({ "queue": queue, "open": listed, "stubs": stubs, "rules": rules })))
+}
+
+/// Rules of `[replicate]`, and what came of their last turns. Without the server that follows them nobody knows.
+fn rules(admin: &Admin) -> (Vec<Vec<String>>, Vec<Value>) {
+    let head = ["rule", "last turn", "brought", "failed"];
+    let (mut rows, mut listed) = (vec![head.map(str::to_owned).to_vec()], Vec::new());
+    for name in admin.settings().replicate.keys() {
+        let turn = admin.runs().turns().of(name);
+        let of_turn = |show: fn(&Turn) -> String| turn.as_ref().map_or_else(|| "-".into(), show);
+        rows.push(vec![
+            name.clone(),
+            of_turn(|turn| date(turn.ended_ms)),
+            of_turn(|turn| turn.brought.to_string()),
+            of_turn(|turn| turn.failed.clone().unwrap_or_else(|| "-".to_owned())),
+        ]);
+        listed.push(json!({
+            "rule": name,
+            "ended_ms": turn.as_ref().map(|turn| turn.ended_ms),
+            "brought": turn.as_ref().map(|turn| turn.brought),
+            "failed": turn.as_ref().and_then(|turn| turn.failed.as_ref()),
+        }));
+    }
+    (rows, listed)
 }
 
 /// Stubs, and what they lack.
@@ -280,7 +316,7 @@ fn stubs(admin: &Admin) -> (Vec<Vec<String>>, Vec<Value>) {
             let bytes = |blocks: &BlockRanges| (blocks.blocks() * BLOCK_BYTES).min(size);
             let missing = health.missing(snapshot).map_or(0, bytes);
             let asked = health.damage(snapshot).map_or(0, |damage| bytes(&damage.blocks));
-            let taken_ms = run.origin.as_ref().map_or(run.committed_ms, |origin| origin.taken_ms);
+            let taken_ms = run.taken_ms();
             rows.push(vec![
                 machine.key.to_string(),
                 snapshot.disk.to_string(),

@@ -384,7 +384,14 @@ pub fn open_image(storage: &Disk, folder: &Path, snapshot: &Snapshot) -> Result<
     if actual < expected {
         return Err(OpenError::Short { path, expected, actual });
     }
-    Image::open(file).map_err(|source| OpenError::Image { path, source })
+    let image =
+        Image::open(file).map_err(|source| OpenError::Image { path: path.clone(), source })?;
+    if image.is_hidden() && !stub::is_of(image.file()) {
+        let reason = "it is a stub, but doesn't have the name of one".to_owned();
+        let source = ImageError::Damaged { reason };
+        return Err(OpenError::Image { path, source });
+    }
+    Ok(image)
 }
 
 /// What is there of a cut image may still be read.

@@ -1,7 +1,8 @@
 //! Stubs: bases whose hashes are here and whose blocks are still elsewhere.
 //!
 //! Manifests and the images above name a stub's image as if it were full. Until it is, its file has another name, so that other
-//! readers of the chain fail instead of taking what is not here yet for zeros. The renaming of the full, synced file ends the
+//! readers of the chain fail instead of taking what is not here yet for zeros, and it is hidden ([`crate::image::set_hidden`]), so
+//! that they don't open it by that name either. The renaming of the full, synced file ends the
 //! stub. Its structures are whole from the beginning: a block that is here lies at its place, and has its hash.
 
 use std::{

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, VecDeque},
+    ops::Range,
     sync::Arc,
 };
 
@@ -11,6 +12,7 @@ use janus_proto::{
     pb,
 };
 
+use super::{FillError, stub::Stub};
 use crate::{
     carry::{CarryError, Content},
     chain::{
@@ -51,6 +53,8 @@ pub(super) struct Sources {
     todo: Option<VecDeque<u64>>,
     /// Why others couldn't be found.
     pub(super) failed: Option<CarryError>,
+    /// What of the stub none of them has, once that was looked for.
+    nobodys: Option<BlockRanges>,
 }
 
 impl Sources {
@@ -68,7 +72,7 @@ impl Sources {
         };
         let source = |opened| Source { of: Of::Here(Box::new(opened)), has_failed: false };
         let all = opened.filter(helps).map(source).collect();
-        Self { all, current: 0, todo: None, failed: None }
+        Self { all, current: 0, todo: None, failed: None, nobodys: None }
     }
 
     /// Snapshots of the disk on other servers: the one that the hashes came from, then the nearest in time.
@@ -116,6 +120,11 @@ impl Sources {
         self.failed.is_some() || self.all.iter().any(|source| source.has_failed)
     }
 
+    /// True when one that was open failed.
+    pub(super) fn has_lost(&self) -> bool {
+        self.all.iter().any(|source| source.has_failed && matches!(source.of, Of::There(_)))
+    }
+
     /// The next segment to fill, and the source to ask for it; `None` when all were asked for all.
     pub(super) fn next(&mut self, missing: &BlockRanges) -> Option<(u64, &mut Source)> {
         loop {
@@ -128,29 +137,80 @@ impl Sources {
         }
     }
 
-    /// Keeps those open that are read.
-    pub(super) fn touch(&self) {
-        for source in &self.all {
-            if let Of::There(remote) = &source.of {
-                remote.touch();
+    /// Blocks that none of them has, as far as hashes tell. As many as it takes are opened for that, the best first, and stay open.
+    pub(super) fn nobodys(&mut self, stub: &mut Stub<'_>) -> Result<BlockRanges, FillError> {
+        if let Some(nobodys) = &self.nobodys {
+            return Ok(nobodys.clone());
+        }
+        let mut nobodys = stub.missing.clone();
+        for source in self.all() {
+            if nobodys.is_empty() {
+                break;
+            }
+            match stub.had_by(source, &nobodys) {
+                Ok(had) => had.iter().for_each(|range| nobodys.remove(range)),
+                Err(FillError::Source(CarryError::Stopped)) => {
+                    return Err(CarryError::Stopped.into());
+                }
+                Err(FillError::Source(error)) => source.fail(&error),
+                Err(error) => return Err(error),
             }
         }
+        Ok(self.nobodys.insert(nobodys).clone())
+    }
+
+    /// Keeps those open that are read; false: one is lost.
+    pub(super) fn touch(&self) -> bool {
+        let is_here = |source: &Source| match &source.of {
+            Of::There(remote) => remote.touch(),
+            _ => true,
+        };
+        // All of them, whatever comes of one.
+        self.all.iter().filter(|source| !is_here(source)).count() == 0
     }
 }
 
 impl Source {
     /// Segments that it may help with.
     fn todo(&self, missing: &BlockRanges) -> VecDeque<u64> {
-        let segments: BTreeSet<u64> = missing
-            .iter()
-            .flat_map(|range| range.start / SEGMENT_BLOCKS..range.end.div_ceil(SEGMENT_BLOCKS))
-            .collect();
+        let segments = segments_of(missing);
         match &self.of {
             Of::Here(opened) => {
                 let own: BTreeSet<u64> = opened.tables.newest_segments().collect();
                 segments.intersection(&own).copied().collect()
             }
             _ => segments.into_iter().collect(),
+        }
+    }
+
+    /// It doesn't answer, or what it answers is wrong.
+    pub(super) fn fail(&mut self, error: &CarryError) {
+        tracing::debug!(%error, "a source of a stub fails");
+        self.has_failed = true;
+    }
+
+    /// Opens it, unless it is open.
+    fn open(&mut self) -> Result<(), CarryError> {
+        if let Of::Candidate(seeder, server, snapshot) = &self.of {
+            let remote = seeder.remote(server, snapshot.as_ref().clone())?;
+            self.of = Of::There(Box::new(remote));
+        }
+        Ok(())
+    }
+
+    /// Which of these blocks of a segment it has, as far as hashes tell.
+    pub(super) fn had(
+        &mut self,
+        segment: u64,
+        digest: BlockHash,
+        hashes: &[BlockHash],
+        wanted: &[Extent],
+    ) -> Result<BlockRanges, CarryError> {
+        self.open()?;
+        match &self.of {
+            Of::Here(opened) => Ok(had_here(opened, segment, hashes, wanted)),
+            Of::There(remote) => had_there(remote, segment, digest, hashes, wanted),
+            Of::Candidate(..) => Ok(BlockRanges::default()),
         }
     }
 
@@ -163,16 +223,44 @@ impl Source {
         wanted: &[Extent],
         buffer: &mut [u8],
     ) -> Result<BlockRanges, CarryError> {
-        if let Of::Candidate(seeder, server, snapshot) = &self.of {
-            let remote = seeder.remote(server, snapshot.as_ref().clone())?;
-            self.of = Of::There(Box::new(remote));
-        }
+        self.open()?;
         match &self.of {
             Of::Here(opened) => Ok(read_here(opened, segment, hashes, wanted, buffer)),
             Of::There(remote) => read_there(remote, segment, digest, hashes, wanted, buffer),
             Of::Candidate(..) => Ok(BlockRanges::default()),
         }
     }
+}
+
+/// Segments that have blocks of a set.
+pub(super) fn segments_of(blocks: &BlockRanges) -> BTreeSet<u64> {
+    let of = |range: Range<u64>| range.start / SEGMENT_BLOCKS..range.end.div_ceil(SEGMENT_BLOCKS);
+    blocks.iter().flat_map(of).collect()
+}
+
+/// Which blocks an opened snapshot holds itself, with these hashes.
+fn had_here(
+    opened: &OpenedSnapshot,
+    segment: u64,
+    hashes: &[BlockHash],
+    wanted: &[Extent],
+) -> BlockRanges {
+    let mut had = BlockRanges::default();
+    let (Ok(own), Ok(holders)) = (opened.tables.segment(segment), opened.tables.holders(segment))
+    else {
+        return had;
+    };
+    let start = segment * SEGMENT_BLOCKS;
+    for block in wanted.iter().flat_map(|extent| extent.first..extent.end()) {
+        let index = (block - start) as usize;
+        let holder = holders.get(index).copied().flatten();
+        let is_here = holder.is_some_and(|holder| !opened.is_stub(holder));
+        let is_same = hashes.get(index).is_some_and(|hash| own.get(index) == Some(hash));
+        if is_here && is_same {
+            had.insert(block..block + 1);
+        }
+    }
+    had
 }
 
 fn read_here(
@@ -183,25 +271,43 @@ fn read_here(
     buffer: &mut [u8],
 ) -> BlockRanges {
     let mut came = BlockRanges::default();
-    let (Ok(own), Ok(holders)) = (opened.tables.segment(segment), opened.tables.holders(segment))
-    else {
-        return came;
-    };
     let start = segment * SEGMENT_BLOCKS;
     let mut salvage = Salvage::new(opened);
-    for block in wanted.iter().flat_map(|extent| extent.first..extent.end()) {
+    for block in had_here(opened, segment, hashes, wanted).iter().flatten() {
         let index = (block - start) as usize;
-        let holder = holders.get(index).copied().flatten();
-        let is_here = holder.is_some_and(|holder| !opened.is_stub(holder));
-        let (Some(hash), Some(known)) = (hashes.get(index), own.get(index)) else { continue };
+        let Some(hash) = hashes.get(index) else { continue };
         let from = index * BLOCK_BYTES as usize;
         let length = block_len(opened.tables.disk_bytes(), block);
         let Some(bytes) = buffer.get_mut(from..from + length) else { continue };
-        if is_here && hash == known && salvage.read(block, *hash, bytes) {
+        if salvage.read(block, *hash, bytes) {
             came.insert(block..block + 1);
         }
     }
     came
+}
+
+/// Which blocks a snapshot elsewhere has, with these hashes.
+fn had_there(
+    remote: &Remote,
+    segment: u64,
+    digest: BlockHash,
+    hashes: &[BlockHash],
+    wanted: &[Extent],
+) -> Result<BlockRanges, CarryError> {
+    let mut had = BlockRanges::default();
+    if remote.digest(segment) == Some(digest) {
+        wanted.iter().for_each(|extent| had.insert(extent.first..extent.end()));
+        return Ok(had);
+    }
+    let Some(known) = remote.hashes_of(segment)? else { return Ok(had) };
+    let start = segment * SEGMENT_BLOCKS;
+    for block in wanted.iter().flat_map(|extent| extent.first..extent.end()) {
+        let index = (block - start) as usize;
+        if known.get(index).is_some_and(|known| Some(known) == hashes.get(index)) {
+            had.insert(block..block + 1);
+        }
+    }
+    Ok(had)
 }
 
 fn read_there(
@@ -213,18 +319,8 @@ fn read_there(
     buffer: &mut [u8],
 ) -> Result<BlockRanges, CarryError> {
     let start = segment * SEGMENT_BLOCKS;
-    let mut extents = wanted.to_vec();
-    if remote.digest(segment) != Some(digest) {
-        let Some(known) = remote.hashes_of(segment)? else { return Ok(BlockRanges::default()) };
-        let mut common = BlockRanges::default();
-        for block in wanted.iter().flat_map(|extent| extent.first..extent.end()) {
-            let index = (block - start) as usize;
-            if known.get(index).is_some_and(|known| Some(known) == hashes.get(index)) {
-                common.insert(block..block + 1);
-            }
-        }
-        extents = common.iter().map(Extent::of_data).collect();
-    }
+    let had = had_there(remote, segment, digest, hashes, wanted)?;
+    let extents: Vec<Extent> = had.iter().map(Extent::of_data).collect();
     let mut came = BlockRanges::default();
     if extents.is_empty() {
         return Ok(came);

@@ -10,7 +10,10 @@ use janus_proto::{
     model::Extent,
 };
 
-use super::{FillError, sources::Source};
+use super::{
+    FillError,
+    sources::{Source, segments_of},
+};
 use crate::{
     chain::{
         Held,
@@ -129,6 +132,41 @@ impl<'a> Stub<'a> {
         Ok(())
     }
 
+    /// True when the machine's next backup is asked for blocks of it.
+    pub(super) fn is_asked_for(&self) -> bool {
+        let health = self.machine.health();
+        health.damage(self.held.snapshot()).is_some_and(|damage| !damage.blocks.is_empty())
+    }
+
+    /// Blocks among these that a source has, as far as hashes tell. Zeros need none.
+    pub(super) fn had_by(
+        &mut self,
+        source: &mut Source,
+        among: &BlockRanges,
+    ) -> Result<BlockRanges, FillError> {
+        let size = self.held.snapshot().size_bytes;
+        let mut had = BlockRanges::default();
+        for segment in segments_of(among) {
+            let (hashes, digest) =
+                (self.tables.segment(segment).map_err(own)?, self.tables.digest(segment));
+            let mut wanted = BlockRanges::default();
+            for (block, hash) in (segment * SEGMENT_BLOCKS..block_count(size)).zip(&hashes) {
+                match among.contains(block) {
+                    true if *hash == zero_hash(block_len(size, block)) => {
+                        had.insert(block..block + 1)
+                    }
+                    true => wanted.insert(block..block + 1),
+                    false => {}
+                }
+            }
+            let extents: Vec<Extent> = wanted.iter().map(Extent::of_data).collect();
+            if !extents.is_empty() {
+                had.extend(&source.had(segment, digest, &hashes, &extents)?);
+            }
+        }
+        Ok(had)
+    }
+
     /// Blocks of a segment that aren't here.
     fn look(&mut self, segment: u64, hashes: &[BlockHash]) -> Result<BlockRanges, FillError> {
         let size = self.held.snapshot().size_bytes;
@@ -215,6 +253,9 @@ impl<'a> Stub<'a> {
 
     /// All is here: the image gets its name.
     pub(super) fn finish(self) -> Result<(), FillError> {
+        // All of it is durable before others may take it for what it will be.
+        self.image.file().sync_all().map_err(own)?;
+        image::set_hidden(self.image.file(), false).map_err(own)?;
         self.image.file().sync_all().map_err(own)?;
         let storage = self.runs.store().storage();
         let path =

@@ -143,8 +143,13 @@ impl ActiveRun {
         Ok(run)
     }
 
-    /// Gives the run to a new caller: same sessions, higher epoch.
-    pub(super) fn take_over(&self, runs: &Runs, wanted: &[WantedDisk]) -> Result<(), RunError> {
+    /// Gives the run to a new caller: same sessions, higher epoch. That of an import may be made from something else now.
+    pub(super) fn take_over(
+        &self,
+        runs: &Runs,
+        wanted: &[WantedDisk],
+        origin: Option<Origin>,
+    ) -> Result<(), RunError> {
         let mut record = self.record();
         let same = record.disks.len() == wanted.len()
             && record.disks.iter().zip(wanted).all(|(open, wanted)| {
@@ -160,6 +165,7 @@ impl ActiveRun {
             if !boot.is_empty() && record.boot == boot { Trust::SameBoot } else { Trust::Synced };
         record.epoch += 1;
         record.boot = boot;
+        record.origin = origin.or(record.origin);
         record.started_ms = now_ms();
         let kept = lock(&self.state).sessions.clone();
         let mut sessions = Vec::with_capacity(record.disks.len());

@@ -244,14 +244,11 @@ impl Runs {
         });
     }
 
-    /// Nobody has what a stub lacks: the next backup is asked for it.
-    pub fn note_nobodys(&self, held: &Held, most_ranges: usize) {
+    /// Nobody has these blocks of what a stub lacks: the next backup is asked for them, and for no others.
+    pub fn note_nobodys(&self, held: &Held, mut nobodys: BlockRanges, most_ranges: usize) {
         let Some(machine) = self.machine(&held.run.machine) else { return };
-        self.change(&machine, held, Keep::Now, |known| {
-            let mut nobodys = known.missing.clone().unwrap_or_default();
-            nobodys.coarsen(most_ranges);
-            known.damage.blocks = nobodys;
-        });
+        nobodys.coarsen(most_ranges);
+        self.change(&machine, held, Keep::Now, |known| known.damage.blocks = nobodys);
     }
 
     /// All blocks of a stub are here: it is one no more.

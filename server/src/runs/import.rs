@@ -14,8 +14,9 @@ use crate::{
 };
 
 impl Runs {
-    /// Opens a run that is made of what lies here, or goes on with one that was begun from the same and not ended. With `stubs`
-    /// disks that have no chain here get only hashes.
+    /// Opens a run that is made of what lies here, or goes on with one of the same disks that was begun and not ended: what came for
+    /// an older backup of them is compared with this one as a head is, and needn't come again. With `stubs` disks that have no
+    /// chain here get only hashes.
     ///
     /// # Errors
     /// As [`Self::start`]; `Older` when the machine has a newer run here.
@@ -26,25 +27,26 @@ impl Runs {
         origin: Origin,
         stubs: bool,
     ) -> Result<Arc<ActiveRun>, RunError> {
-        let open = self.machine(key).and_then(|machine| {
-            let is_it = |run: &ActiveRun| run.origin().is_some_and(|open| open.is_same(&origin));
-            machine.active().into_iter().find(|run| is_it(run))
-        });
         let fits = |run: &ActiveRun| {
             let disks = run.record().disks;
             disks.len() == wanted.len()
                 && disks.iter().zip(wanted).all(|(open, wanted)| {
                     open.disk == wanted.disk
                         && open.size_bytes == wanted.size_bytes
+                        && open.logical_sector_bytes == wanted.logical_sector_bytes
                         && open.stub == (stubs && open.head.is_none())
                 })
         };
+        let open = self.machine(key).and_then(|machine| {
+            let begun = |run: &Arc<ActiveRun>| run.origin().is_some() && !run.is_closed();
+            machine.active().into_iter().find(|run| begun(run) && fits(run))
+        });
         let backup = match open {
             Some(run) if run.lease_left().is_some() => {
                 return Err(RunError::Importing { machine: key.clone() });
             }
-            Some(run) if fits(&run) && !run.is_closed() => run.backup,
-            _ => BackupId::new(),
+            Some(run) => run.backup,
+            None => BackupId::new(),
         };
         self.begin(key, backup, wanted, Maker::Import { origin, stubs })
     }

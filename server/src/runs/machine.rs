@@ -57,6 +57,8 @@ struct State {
     opened: Vec<Weak<[SnapshotId]>>,
     /// Links whose purge damage hinders, as far as the log has them.
     hindered: BTreeSet<SnapshotId>,
+    /// The same of those that restores and other servers have open.
+    read: Vec<Weak<[SnapshotId]>>,
     /// What is known of the images.
     health: Health,
     /// Something of that is not in its file yet.
@@ -89,6 +91,7 @@ impl Machine {
             unfinished: state.unfinished.into_iter().map(|intent| (intent, false)).collect(),
             opened: Vec::new(),
             hindered: BTreeSet::new(),
+            read: Vec::new(),
             health: state.health,
             health_unsaved: false,
             proofs: state.proofs,
@@ -306,6 +309,19 @@ impl Machine {
         state.opened.push(Arc::downgrade(links));
     }
 
+    /// A restore, or another server, reads these links until it closes them.
+    pub(crate) fn note_read(&self, links: &Arc<[SnapshotId]>) {
+        let mut state = lock(&self.state);
+        state.read.retain(|read| read.strong_count() > 0);
+        state.read.push(Arc::downgrade(links));
+    }
+
+    /// Whether a restore or another server reads a link.
+    pub(super) fn is_read(&self, link: SnapshotId) -> bool {
+        let read = lock(&self.state).read.clone();
+        read.iter().filter_map(Weak::upgrade).any(|links| links.contains(&link))
+    }
+
     /// Whether somebody reads a link, and not through its child.
     pub(super) fn is_opened_without(&self, link: SnapshotId, child: SnapshotId) -> bool {
         let opened = lock(&self.state).opened.clone();
@@ -485,7 +501,11 @@ impl Machine {
             |run: &Run| Some(self.time_of(run)).filter(|ms| !clocks::is_future(*ms, now));
         for disk in disks {
             let newest = here.iter().find(|held| held.snapshot().disk == *disk);
-            let newest_ms = newest.and_then(|held| believed(&held.run));
+            let newest_ms = newest.and_then(|held| match &held.run.origin {
+                // Of the time of its content, not of its place.
+                Some(origin) => Some(origin.taken_ms).filter(|ms| !clocks::is_future(*ms, now)),
+                None => believed(&held.run),
+            });
             if let Some(newest_ms) = newest_ms.filter(|newest_ms| *newest_ms >= taken_ms) {
                 return Err((disk.clone(), newest_ms));
             }

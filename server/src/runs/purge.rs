@@ -6,7 +6,8 @@
 //!
 //! Where the file system doesn't share blocks, a link's image changes while chains through it are open. That is right for
 //! all that were opened through the child, sessions too, since the child covers what changes; whoever opened the link
-//! without the child (a restore that began before the link was dropped) is waited for.
+//! without the child (a restore that began before the link was dropped) is waited for. What nothing builds on waits for
+//! restores, too: another server may be filling a stub from it.
 
 use std::fmt;
 
@@ -102,7 +103,7 @@ impl fmt::Display for Wait {
                 f,
                 "the image of snapshot {child}, which builds on it, is damaged: until that is whole or gone they can't be merged"
             ),
-            Self::Opened => f.write_str("a restore still reads it"),
+            Self::Opened => f.write_str("a restore or another server still reads it"),
             Self::Space { needed_bytes, free_bytes } => write!(
                 f,
                 "merging it takes {} before it frees any, {} may be taken: make room",
@@ -298,6 +299,10 @@ impl Purge<'_> {
             self.runs.set_immutable(self.machine, held, false);
         }
         let Some(child_held) = taker(children) else {
+            // Its space wouldn't come free, and who reads it may have to open it again.
+            if self.machine.is_read(link.snapshot().id) {
+                return Err(Wait::Opened);
+            }
             self.begin(link)?;
             return self.conclude(link, Intent::remove(link.snapshot().clone()));
         };

@@ -21,8 +21,8 @@ pub struct Choice {
     pub passed_over: Vec<DiskId>,
 }
 
-/// Chooses the newest snapshot of each disk that is meant, and before it the one that was `begun`: a large disk takes days,
-/// and each may bring a newer one.
+/// Chooses the newest snapshot of each disk that is meant, or that of `only` one run, and before it the one that was `begun`: a
+/// large disk takes days, and each may bring a newer one.
 ///
 /// # Errors
 /// When what is listed makes no sense.
@@ -30,12 +30,13 @@ pub fn choose(
     listed: &[pb::Snapshot],
     here: &[Held],
     begun: Option<BackupId>,
+    only: Option<BackupId>,
     takes: impl Fn(&DiskId) -> bool,
 ) -> Result<Choice, WireError> {
     let mut disks: BTreeMap<DiskId, Vec<&pb::Snapshot>> = BTreeMap::new();
     for snapshot in listed {
         let disk: DiskId = snapshot.disk_id.parse()?;
-        if takes(&disk) {
+        if takes(&disk) && only.is_none_or(|only| snapshot.backup_id == only.to_string()) {
             disks.entry(disk).or_default().push(snapshot);
         }
     }
@@ -59,7 +60,7 @@ pub fn choose(
         let mut seen = BTreeSet::new();
         for snapshot in begun.chain(taken) {
             let run: BackupId = snapshot.backup_id.parse()?;
-            match known.filter(|held| covers(held, run, snapshot.committed_ms)) {
+            match known.filter(|held| covers(held, run, snapshot)) {
                 Some(held) if taken == Some(snapshot) => {
                     choice.here.push((disk.clone(), held.run.committed_ms));
                 }
@@ -75,10 +76,17 @@ pub fn choose(
     Ok(choice)
 }
 
-/// True when a snapshot here is of that run, or newer.
-fn covers(held: &Held, run: BackupId, committed_ms: i64) -> bool {
-    let taken_ms = held.run.origin.as_ref().map_or(held.run.committed_ms, |origin| origin.taken_ms);
-    held.run.is_made_of(run) || taken_ms >= committed_ms
+/// Of what time the content of a snapshot is: a copy that came to its server later is no newer.
+pub(super) fn taken_ms(snapshot: &pb::Snapshot) -> i64 {
+    if snapshot.taken_ms > 0 { snapshot.taken_ms } else { snapshot.committed_ms }
+}
+
+/// True when a snapshot here is of that run, or of the one that is a copy of, or newer.
+fn covers(held: &Held, run: BackupId, snapshot: &pb::Snapshot) -> bool {
+    let origin: Option<BackupId> = snapshot.origin_backup_id.parse().ok();
+    held.run.is_made_of(run)
+        || origin.is_some_and(|origin| held.run.is_made_of(origin))
+        || held.run.taken_ms() >= taken_ms(snapshot)
 }
 
 #[cfg(test)]
@@ -146,11 +154,11 @@ mod tests {
             listed("b", one, 1, 0),
             listed("d", three, 3, 1),
         ];
-        let choice = choose(&all, &[], None, |_| true).unwrap();
+        let choice = choose(&all, &[], None, None, |_| true).unwrap();
         let expected = vec![vec![("a", 1)], vec![("b", 2), ("c", 2)], vec![("d", 3)]];
         assert_eq!(chosen(&choice), expected);
         assert_eq!(choice.passed_over, ["b".parse().unwrap()]);
-        let only = choose(&all, &[], None, |disk| disk.as_str() == "c").unwrap();
+        let only = choose(&all, &[], None, None, |disk| disk.as_str() == "c").unwrap();
         assert_eq!(chosen(&only), vec![vec![("c", 2)]]);
     }
 
@@ -160,16 +168,47 @@ mod tests {
         let all = [listed("a", two, 2, 0), listed("b", two, 2, 0), listed("a", one, 1, 0)];
         // Of the same run, whatever its time here; newer; older; and of another disk.
         let here = [held("a", Some(two), 9), held("b", None, 1), held("x", None, 50)];
-        let choice = choose(&all, &here, None, |_| true).unwrap();
+        let choice = choose(&all, &here, None, None, |_| true).unwrap();
         assert_eq!(chosen(&choice), vec![vec![("b", 2)]]);
         assert_eq!(choice.here, [("a".parse().unwrap(), 9)]);
         let newer = [held("a", None, 3), held("b", None, 2)];
-        let choice = choose(&all, &newer, None, |_| true).unwrap();
+        let choice = choose(&all, &newer, None, None, |_| true).unwrap();
         assert!(choice.runs.is_empty() && choice.here.len() == 2, "{choice:?}");
 
-        let choice = choose(&all, &[], Some(one), |_| true).unwrap();
+        let choice = choose(&all, &[], Some(one), None, |_| true).unwrap();
         assert_eq!(chosen(&choice), vec![vec![("a", 1)], vec![("a", 2), ("b", 2)]]);
-        let choice = choose(&all, &[], Some(two), |_| true).unwrap();
+        let choice = choose(&all, &[], Some(two), None, |_| true).unwrap();
         assert_eq!(chosen(&choice), vec![vec![("a", 2), ("b", 2)]]);
+    }
+
+    #[test]
+    fn one_run_can_be_named_though_newer_ones_are_there() {
+        let [one, two] = [(); 2].map(|()| BackupId::new());
+        let all = [listed("a", two, 2, 0), listed("b", two, 2, 0), listed("a", one, 1, 0)];
+        let choice = choose(&all, &[], Some(two), Some(one), |_| true).unwrap();
+        assert_eq!(chosen(&choice), vec![vec![("a", 1)]]);
+        assert!(choice.passed_over.is_empty());
+        let choice = choose(&all, &[held("a", None, 3)], None, Some(one), |_| true).unwrap();
+        assert!(choice.runs.is_empty() && choice.here.len() == 1, "{choice:?}");
+        let none = choose(&all, &[], None, Some(BackupId::new()), |_| true).unwrap();
+        assert!(none.runs.is_empty() && none.here.is_empty());
+    }
+
+    /// A copy gets its place after runs of other disks there, and looks newer than what it was made of.
+    #[test]
+    fn a_copy_elsewhere_is_no_newer_than_its_original_here() {
+        let [original, copy] = [(); 2].map(|()| BackupId::new());
+        let origin_backup_id = original.to_string();
+        let copied = pb::Snapshot { origin_backup_id, taken_ms: 5, ..listed("a", copy, 9, 0) };
+        let mut here = held("a", None, 5);
+        Arc::make_mut(&mut here.run).backup = original;
+        // The original itself, another copy of it, something newer, and something older.
+        let covering = [here, held("a", Some(original), 5), held("a", None, 6)];
+        for here in covering {
+            let choice = choose(std::slice::from_ref(&copied), &[here], None, None, |_| true);
+            assert!(choice.unwrap().runs.is_empty());
+        }
+        let choice = choose(&[copied], &[held("a", None, 4)], None, None, |_| true).unwrap();
+        assert_eq!(chosen(&choice), vec![vec![("a", 9)]]);
     }
 }

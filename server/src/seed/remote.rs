@@ -104,17 +104,15 @@ impl Remote {
         }
     }
 
-    /// Tells the other server that it is still needed.
-    pub(crate) fn touch(&self) {
+    /// Tells the other server that it is still needed; false: it can't be had there now.
+    pub(crate) fn touch(&self) -> bool {
         if self.digests.is_empty() {
-            return;
+            return true;
         }
         let first = self.blocks_of(0);
         let first = first.start..first.end.min(1);
-        // Whatever comes of it shows when it is read.
-        let _ = self
-            .runtime
-            .block_on(self.source.again(|| self.source.hashes(std::slice::from_ref(&first))));
+        let hashes = self.source.again(|| self.source.hashes(std::slice::from_ref(&first)));
+        self.runtime.block_on(hashes).is_ok()
     }
 
     fn blocks_of(&self, segment: u64) -> Range<u64> {

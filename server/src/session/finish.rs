@@ -17,7 +17,7 @@ use crate::{
         ranges::BlockRanges,
         table::{SegmentBitmap, TableError, TableHeader, TableWriter},
     },
-    image::{Identity, Kind, Payload},
+    image::{self, Identity, Kind, Payload},
     storage::Access,
 };
 
@@ -197,6 +197,9 @@ impl Session {
         let written =
             self.layout.write_structures(&self.image, &identity, parent.as_ref(), slots, payloads);
         written.map_err(|error| self.image_error(error))?;
+        if self.disk.stub {
+            image::set_hidden(&self.image, true).map_err(|error| self.image_error(error))?;
+        }
         Ok(identity)
     }
 

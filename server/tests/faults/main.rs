@@ -212,6 +212,16 @@ fn imported(world: &mut World) -> Result<(), String> {
     world.import()
 }
 
+/// An import that is stopped, and gone on with as one of a newer run.
+fn renewed(world: &mut World) -> Result<(), String> {
+    world.disk("root", (64 << 10) + 512);
+    world.import_some()?;
+    world.restart()?;
+    world.change(4);
+    world.forget_carried();
+    world.import()
+}
+
 /// Stubs that a backup completes, and that are full then.
 fn stubbed(world: &mut World) -> Result<(), String> {
     world.disk("root", (256 << 10) + 512);
@@ -253,11 +263,13 @@ fn stubs_survive_every_failure() {
 #[test]
 fn an_import_survives_every_crash() {
     crashes::every("imported", imported);
+    crashes::every("renewed", renewed);
 }
 
 #[test]
 fn an_import_survives_every_failure() {
     live::every("imported", imported);
+    live::every("renewed", renewed);
 }
 
 #[test]

@@ -196,8 +196,8 @@ impl Absorber {
     }
 }
 
-/// Gives a file the id that the child's own children name, and its time stamp. Durable when it returns; a crash leaves the old
-/// or the new one.
+/// Gives a file the id that the child's own children name, and its time stamp, and shows it. Durable when it returns; a crash
+/// leaves the old or the new one.
 ///
 /// # Errors
 /// When the file has no valid footer or can't be written.
@@ -205,11 +205,25 @@ pub fn set_identity(file: &File, unique_id: Uuid) -> Result<(), ImageError> {
     let file_bytes = file.metadata().map_err(ImageError::io("length"))?.length_bytes;
     let (old, at) = footer::read(file, file_bytes)?;
     let time_stamp = footer::time_stamp_of(unique_id).unwrap_or(old.time_stamp);
-    let footer = Footer { unique_id, time_stamp, ..old };
+    let footer = Footer { unique_id, time_stamp, is_hidden: false, ..old };
     // The one at the end counts; the copy follows when that is durable.
     for offset in [at, 0] {
         file.write_all_at(&footer.encode(), offset).map_err(ImageError::io("write"))?;
         file.sync_data().map_err(ImageError::io("sync"))?;
     }
     file.set_modified(footer::time_of(time_stamp)).map_err(ImageError::io("write"))
+}
+
+/// Hides a file from other programs, or shows it again. The caller syncs.
+///
+/// # Errors
+/// When the file has no valid footer or can't be written.
+pub fn set_hidden(file: &File, is_hidden: bool) -> Result<(), ImageError> {
+    let file_bytes = file.metadata().map_err(ImageError::io("length"))?.length_bytes;
+    let (old, at) = footer::read(file, file_bytes)?;
+    let footer = Footer { is_hidden, ..old };
+    for offset in [at, 0] {
+        file.write_all_at(&footer.encode(), offset).map_err(ImageError::io("write"))?;
+    }
+    file.set_modified(footer::time_of(footer.time_stamp)).map_err(ImageError::io("write"))
 }

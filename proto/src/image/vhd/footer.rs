@@ -9,6 +9,8 @@ use crate::{image::ImageError, storage::File};
 
 pub(super) const BYTES: usize = 512;
 const COOKIE: &[u8; 8] = b"conectix";
+/// What other programs don't know.
+const HIDDEN: &[u8; 8] = b"vhd-stub";
 const CHECKSUM: usize = 64;
 /// As Hyper-V: programs that tell creators apart take the size of its images from the size field. QEMU before 8 does so for a few
 /// names only, and takes that of all others, which is rounded down, from the geometry. Nobody reads by whom we are, and images
@@ -35,12 +37,14 @@ pub(super) struct Footer {
     /// Seconds since 2000.
     pub(super) time_stamp: u32,
     pub(super) unique_id: Uuid,
+    /// The file doesn't say what it is.
+    pub(super) is_hidden: bool,
 }
 
 impl Footer {
     pub(super) fn encode(&self) -> [u8; BYTES] {
         let mut bytes = [0; BYTES];
-        put(&mut bytes, 0, COOKIE);
+        put(&mut bytes, 0, if self.is_hidden { HIDDEN } else { COOKIE });
         put(&mut bytes, 8, &2u32.to_be_bytes());
         put(&mut bytes, 12, &0x0001_0000u32.to_be_bytes());
         put(&mut bytes, 16, &self.header_offset.to_be_bytes());
@@ -62,7 +66,9 @@ impl Footer {
 
     /// Reads a footer; `None` when these bytes aren't one.
     fn decode(bytes: &[u8; BYTES]) -> Result<Option<Self>, ImageError> {
-        if &bytes[..8] != COOKIE || bytes.u32_at(CHECKSUM) != checksum(bytes, CHECKSUM) {
+        let is_hidden = &bytes[..8] == HIDDEN;
+        let is_footer = is_hidden || &bytes[..8] == COOKIE;
+        if !is_footer || bytes.u32_at(CHECKSUM) != checksum(bytes, CHECKSUM) {
             return Ok(None);
         }
         let version = bytes.u32_at(12);
@@ -85,6 +91,7 @@ impl Footer {
             header_offset: bytes.u64_at(16),
             time_stamp: bytes.u32_at(24),
             unique_id: bytes.uuid_at(68),
+            is_hidden,
         }))
     }
 }
@@ -157,6 +164,7 @@ mod tests {
             header_offset: 512,
             time_stamp: 77,
             unique_id: Uuid::from_u128(7 << 100),
+            is_hidden: false,
         }
     }
 

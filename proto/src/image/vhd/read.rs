@@ -212,6 +212,11 @@ impl VhdImage {
         self.table.as_ref().map_or(0, bitmap_bytes)
     }
 
+    /// True when other programs don't take it for a VHD.
+    pub fn is_hidden(&self) -> bool {
+        self.footer.is_hidden
+    }
+
     pub(super) fn footer(&self) -> &Footer {
         &self.footer
     }

@@ -222,6 +222,7 @@ fn a_fixed_image_is_read() {
         header_offset: u64::MAX,
         time_stamp: 1,
         unique_id: Uuid::from_u128(3),
+        is_hidden: false,
     };
     file.write_all_at(&footer.encode(), disk_bytes).unwrap();
     let image = opened(&path).unwrap();

@@ -59,6 +59,7 @@ where
         header_offset: HEADER_OFFSET,
         time_stamp,
         unique_id: identity.data_write,
+        is_hidden: false,
     };
     let end = layout.slots_end(slots);
     for offset in [0, end] {

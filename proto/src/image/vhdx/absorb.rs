@@ -226,12 +226,22 @@ impl Absorber {
     }
 }
 
-/// Gives a file the id that the child's own children name. Durable when it returns; a crash leaves the old or the new one.
+/// Gives a file the id that the child's own children name, and shows it. Durable when it returns; a crash leaves the old or the
+/// new one.
 ///
 /// # Errors
 /// When the file has no valid header or can't be written.
 pub fn set_identity(file: &File, data_write: Uuid) -> Result<(), ImageError> {
+    header::set_hidden(file, false)?;
     header::set_data_write(file, data_write)
+}
+
+/// Hides a file from other programs, or shows it again. The caller syncs.
+///
+/// # Errors
+/// When the file can't be written.
+pub fn set_hidden(file: &File, is_hidden: bool) -> Result<(), ImageError> {
+    header::set_hidden(file, is_hidden)
 }
 
 fn holds_data(entry: u64) -> bool {

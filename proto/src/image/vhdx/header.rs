@@ -6,6 +6,8 @@ use super::{Fields, PAGE, layout, put};
 use crate::{image::ImageError, storage::File};
 
 const SIGNATURE: &[u8; 8] = b"vhdxfile";
+/// What other programs don't know.
+pub(in crate::image) const HIDDEN: &[u8; 8] = b"vhdxstub";
 const CREATOR: &str = "Janus Backup";
 const OFFSETS: [u64; 2] = [64 << 10, 128 << 10];
 
@@ -19,6 +21,8 @@ pub(super) struct Header {
     pub(super) log_bytes: u64,
     /// What entries of the log must carry to count; nil when it is empty.
     pub(super) log_id: Uuid,
+    /// The file doesn't say what it is.
+    pub(super) is_hidden: bool,
 }
 
 impl Header {
@@ -48,6 +52,12 @@ pub(super) fn write_identifier(file: &File) -> Result<(), ImageError> {
         put(&mut page, 8 + 2 * i, &unit.to_le_bytes());
     }
     file.write_all_at(&page, 0).map_err(ImageError::io("write"))
+}
+
+/// Makes other programs not take the file for a VHDX, or take it for one again.
+pub(super) fn set_hidden(file: &File, is_hidden: bool) -> Result<(), ImageError> {
+    let signature = if is_hidden { HIDDEN } else { SIGNATURE };
+    file.write_all_at(signature, 0).map_err(ImageError::io("write"))
 }
 
 /// Writes both headers with an empty log.
@@ -99,7 +109,8 @@ fn write_header(
 pub(super) fn read(file: &File) -> Result<Header, ImageError> {
     let mut signature = [0; 8];
     file.read_exact_at(&mut signature, 0).map_err(ImageError::io("file identifier"))?;
-    if &signature != SIGNATURE {
+    let is_hidden = &signature == HIDDEN;
+    if &signature != SIGNATURE && !is_hidden {
         return Err(ImageError::damaged("file does not start with \"vhdxfile\""));
     }
     let mut current: Option<(Header, [u8; PAGE])> = None;
@@ -109,7 +120,7 @@ pub(super) fn read(file: &File) -> Result<Header, ImageError> {
         if &page[..4] != b"head" || page.u32_at(4) != checksum(&page) {
             continue;
         }
-        let header = parse(&page, offset)?;
+        let header = Header { is_hidden, ..parse(&page, offset)? };
         match &current {
             Some((other, _)) if other.sequence > header.sequence => {}
             Some((other, bytes)) if other.sequence == header.sequence && *bytes != page => {
@@ -141,6 +152,7 @@ fn parse(page: &[u8; PAGE], offset: u64) -> Result<Header, ImageError> {
         log_bytes: page.u32_at(68).into(),
         log_offset: page.u64_at(72),
         log_id,
+        is_hidden: false,
     })
 }
 
@@ -169,6 +181,7 @@ mod tests {
                 log_offset: 1 << 20,
                 log_bytes: 1 << 20,
                 log_id: Uuid::nil(),
+                is_hidden: false,
             }
         );
         file.write_all_at(&[1], OFFSETS[0] + 100).unwrap();

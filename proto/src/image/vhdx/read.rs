@@ -29,6 +29,7 @@ const WINDOW: u64 = 512;
 pub struct VhdxImage {
     pub(super) file: ReplayedFile,
     data_write: Uuid,
+    is_hidden: bool,
     pub(super) metadata: Metadata,
     pub(super) ratio: u64,
     pub(super) bat_offset: u64,
@@ -74,6 +75,7 @@ impl VhdxImage {
         let image = Self {
             file,
             data_write: header.data_write,
+            is_hidden: header.is_hidden,
             ratio,
             metadata,
             bat_offset: regions.bat.start,
@@ -91,6 +93,11 @@ impl VhdxImage {
     /// The file itself, without what its log changes.
     pub fn file(&self) -> &File {
         self.file.own()
+    }
+
+    /// True when other programs don't take it for a VHDX.
+    pub fn is_hidden(&self) -> bool {
+        self.is_hidden
     }
 
     /// Virtual size and sectors.

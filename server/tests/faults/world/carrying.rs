@@ -55,6 +55,11 @@ impl World {
         self.take_in(1)
     }
 
+    /// What was carried and not taken in is gone.
+    pub fn forget_carried(&mut self) {
+        self.carried = None;
+    }
+
     /// Imports only the hashes of the disks as they are now.
     pub fn import_stubs(&mut self) -> Result<(), String> {
         self.take_in_as(u64::MAX, true)?;
