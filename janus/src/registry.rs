@@ -236,6 +236,9 @@ impl Registry {
         };
         state.slot = slot;
         state.staged = Some(Told::default());
+        if let Some(granted) = &mut state.granted {
+            granted.begin();
+        }
         state.last_message = Some(Instant::now());
         state.heard_ms = unix_ms();
         state.settings = hello.settings.clone();

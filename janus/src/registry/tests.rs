@@ -167,3 +167,23 @@ async fn two_servers_of_one_name_are_told_of_as_long_as_both_are_heard() {
     tokio::time::advance(RIVAL_KEPT / 2).await;
     assert_eq!(registry.warnings(), Vec::<String>::new());
 }
+
+#[tokio::test]
+async fn a_part_of_a_list_of_groups_is_gone_with_its_stream() {
+    let registry = Registry::new();
+    let list = |member: &str, more| {
+        let members = vec![member.to_owned()];
+        let grant = pb::Grant { members, restore: vec!["u/*".into()], ..Default::default() };
+        Some(Event::Grants(pb::Grants { grants: vec![grant], more, ..Default::default() }))
+    };
+    let first = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    first.take(1, list("carol", true)).unwrap();
+    drop(first);
+    let second = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    second.take(1, list("dave", false)).unwrap();
+    let sees = |user: &str| {
+        let role = janus_proto::tls::Role::User(user.into());
+        registry.sight_of(&role).sees(&key("u/m"))
+    };
+    assert!(sees("dave") && !sees("carol"));
+}
