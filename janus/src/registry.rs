@@ -18,6 +18,7 @@ use std::{
 use janus_proto::{
     clock::unix_ms,
     ids::{BackupId, DiskId, MachineKey, ServerId, SnapshotId},
+    metadata::MAX_USE_JUMP,
     pb,
 };
 use tokio::time::Instant;
@@ -165,10 +166,12 @@ impl Registry {
     }
 
     /// Counts a start that is about to be sent as used, until the claim is dropped or accepted. Its counter is above all
-    /// that is known, and at least what the caller has `asked`.
+    /// that is known, and at least what the caller has `asked`, as far as the server takes it: one server that tells
+    /// whatever it likes, or one caller, must not make the others refuse.
     pub fn claim(&self, machine: &MachineKey, server: &ServerId, asked: u64) -> Claim {
         let mut inner = self.lock();
-        let counter = inner.highest_use(machine).saturating_add(1).max(asked);
+        let highest = inner.highest_use(machine).saturating_add(1).max(asked);
+        let counter = highest.min(inner.stored_use(machine, server).saturating_add(MAX_USE_JUMP));
         let number = inner.number();
         inner.claims.insert(number, (machine.clone(), server.clone(), counter));
         Claim { registry: self.clone(), number, counter }
@@ -450,6 +453,12 @@ impl Inner {
             }
         }
         used
+    }
+
+    /// Counter of the newest start that the server has told of, or accepted.
+    fn stored_use(&self, machine: &MachineKey, server: &ServerId) -> u64 {
+        let uses = self.servers.get(server).map(|state| &state.uses);
+        uses.and_then(|uses| uses.get(machine)).map_or(0, |used| used.counter)
     }
 
     fn highest_use(&self, machine: &MachineKey) -> u64 {

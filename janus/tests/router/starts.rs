@@ -263,3 +263,23 @@ async fn a_caller_speaks_for_itself_only() {
     assert_eq!(reason(&refused), Some(ErrorReason::InvalidField));
     assert_eq!(a.starts(), 0);
 }
+
+/// What it says of itself is its own affair: the others are sent counters that they take.
+#[tokio::test]
+async fn a_server_that_tells_absurd_counters_stops_no_backup_on_others() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let c = Backend::new(&keys, "c").await;
+    let janus = janus(&keys, &[a.address(), b.address(), c.address()]).await;
+    let _a = report(&keys, &janus, "a", vec![], u64::MAX).await;
+    let _b = report(&keys, &janus, "b", vec![], 7).await;
+    b.seen.use_counter.store(7, std::sync::atomic::Ordering::SeqCst);
+    let mut client = client(&keys, &janus.url).await;
+    for expected in ["c", "b", "c", "b"] {
+        assert_eq!(server(&start(&mut client).await), expected, "they still take turns");
+    }
+    let mut asked = start_request();
+    asked.metadata_mut().insert(metadata::USE, u64::MAX.into());
+    assert_eq!(server(&client.start_backup(asked).await), "c", "a caller that asks for too much");
+    assert_eq!(a.starts(), 0);
+}

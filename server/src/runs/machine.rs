@@ -6,9 +6,12 @@ use std::{
     time::Duration,
 };
 
-use janus_proto::ids::{BackupId, DiskId, MachineKey, SnapshotId};
+use janus_proto::{
+    ids::{BackupId, DiskId, MachineKey, SnapshotId},
+    metadata::MAX_USE_JUMP,
+};
 
-use super::{ActiveRun, MAX_COUNTER_JUMP, RunError, lock, now_ms};
+use super::{ActiveRun, RunError, lock, now_ms};
 use crate::chain::{
     Held, History, Run, Snapshot, TrashRecord, TrashedRun, clocks,
     health::Health,
@@ -403,7 +406,7 @@ impl Machine {
 
     pub(super) fn next_counter(&self, given: u64) -> Result<u64, RunError> {
         let known = self.use_counter();
-        if given > known.saturating_add(MAX_COUNTER_JUMP) {
+        if given > known.saturating_add(MAX_USE_JUMP) {
             return Err(RunError::CounterJump { given, known });
         }
         Ok(given.max(known + 1))
