@@ -7,6 +7,7 @@
 mod recall;
 mod runs;
 mod sight;
+mod snapshots;
 mod state;
 
 use std::{
@@ -22,6 +23,7 @@ use janus_proto::{
     pb,
 };
 use tokio::time::Instant;
+use tracing::warn;
 
 pub use self::recall::Remembered;
 use crate::agreement::{difference, differences};
@@ -397,8 +399,8 @@ impl Registry {
     /// Ids of the snapshots of `server` as reported.
     pub fn snapshot_ids(&self, server: &ServerId) -> BTreeSet<SnapshotId> {
         let inner = self.lock();
-        let told = inner.servers.get(server).map(|state| state.told.snapshots.keys());
-        told.into_iter().flatten().copied().collect()
+        let told = inner.servers.get(server).map(|state| state.told.snapshots.ids());
+        told.into_iter().flatten().collect()
     }
 
     /// Unix milliseconds of the newest backup of each machine on each server, as reported: of one whose blocks are all there.
@@ -406,8 +408,8 @@ impl Registry {
         let inner = self.lock();
         let mut newest = BTreeMap::new();
         for (server, state) in &inner.servers {
-            let all = state.told.snapshots.values();
-            for snapshot in all.filter(|snapshot| snapshot.missing_blocks == 0) {
+            let of_disks = state.told.snapshots.newest();
+            for snapshot in of_disks.filter(|snapshot| snapshot.missing_blocks == 0) {
                 let key = (snapshot.machine.clone(), server.clone());
                 let at = newest.entry(key).or_insert(i64::MIN);
                 *at = snapshot.committed_ms.max(*at);
@@ -420,7 +422,7 @@ impl Registry {
     pub fn snapshot(&self, id: SnapshotId) -> Option<(ServerId, pb::Snapshot)> {
         let inner = self.lock();
         inner.servers.iter().find_map(|(server, state)| {
-            Some((server.clone(), state.told.snapshots.get(&id)?.clone()))
+            Some((server.clone(), state.told.snapshots.get(id)?.clone()))
         })
     }
 
@@ -602,7 +604,13 @@ impl ReportSlot {
         match event {
             Some(Event::Full(change) | Event::Change(change)) => {
                 state.take_machines(&change.machines);
-                state.staged.as_mut().unwrap_or(&mut state.told).apply(change);
+                let told = state.staged.as_mut().unwrap_or(&mut state.told);
+                told.apply(change);
+                if told.snapshots.is_short() && !state.is_said_short {
+                    state.is_said_short = true;
+                    let kept = told.snapshots.len();
+                    warn!(server = %self.server, kept, "has more snapshots than are remembered here: the oldest are not listed while it can't be reached");
+                }
             }
             Some(Event::FullEnd(_)) => state.finish_full(),
             Some(Event::Grants(grants)) => state.granted.get_or_insert_default().take(grants),

@@ -8,12 +8,13 @@ use janus_proto::{
 };
 use tokio::time::Instant;
 
-use super::sight::{Granted, Sight};
+use super::{
+    sight::{Granted, Sight},
+    snapshots::Snapshots,
+};
 
 /// Machines remembered for one server.
 pub(super) const MAX_MACHINES: usize = 20_000;
-/// Snapshots remembered for one server. They only serve to list an unreachable server's snapshots.
-pub(super) const MAX_SNAPSHOTS: usize = 20_000;
 
 /// Machines with damaged snapshots that are named for one server.
 const MOST_DAMAGED: usize = 20;
@@ -64,7 +65,7 @@ pub(super) struct Told {
     pub proofs: HashMap<MachineKey, pb::Proof>,
     /// Open alarms.
     pub alarms: HashMap<MachineKey, String>,
-    pub snapshots: HashMap<SnapshotId, pb::Snapshot>,
+    pub snapshots: Snapshots,
 }
 
 impl Told {
@@ -87,15 +88,13 @@ impl Told {
         for removed in
             change.removed_snapshots.iter().filter_map(|id| id.parse::<SnapshotId>().ok())
         {
-            self.snapshots.remove(&removed);
+            self.snapshots.remove(removed);
         }
         for mut snapshot in change.snapshots {
             let Ok(id) = snapshot.snapshot_id.parse::<SnapshotId>() else { continue };
             // Seals are up to 4 KiB each and only of use to who restores, from the server itself.
             snapshot.client_seal = bytes::Bytes::new();
-            if self.snapshots.len() < MAX_SNAPSHOTS || self.snapshots.contains_key(&id) {
-                self.snapshots.insert(id, snapshot);
-            }
+            self.snapshots.insert(id, snapshot);
         }
     }
 }
@@ -121,6 +120,8 @@ pub(super) struct ServerState {
     pub granted: Option<Granted>,
     /// Unix milliseconds of the last message of any stream; 0: there was none.
     pub heard_ms: i64,
+    /// The log says that it has more snapshots than are remembered.
+    pub is_said_short: bool,
 }
 
 impl ServerState {
@@ -169,7 +170,7 @@ impl ServerState {
             entry.machine.clone_from(&snapshot.machine);
             entry.snapshots += 1;
             entry.blocks = entry.blocks.max(snapshot.damaged_blocks);
-            entry.newest |= self.is_newest(snapshot);
+            entry.newest |= self.told.snapshots.is_newest(snapshot);
         }
         damaged.into_values().take(MOST_DAMAGED).collect()
     }
@@ -178,15 +179,6 @@ impl ServerState {
     pub fn incomplete(&self, sight: &Sight) -> u64 {
         let snapshots = self.snapshots(None, None).filter(|one| one.missing_blocks > 0);
         snapshots.filter(|one| sight.sees_name(&one.machine)).count() as u64
-    }
-
-    fn is_newest(&self, of: &pb::Snapshot) -> bool {
-        let mut others = self.told.snapshots.values();
-        !others.any(|other| {
-            other.committed_ms > of.committed_ms
-                && other.machine == of.machine
-                && other.disk_id == of.disk_id
-        })
     }
 
     /// Snapshots of one machine, or one disk of it, or all.

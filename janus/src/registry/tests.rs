@@ -187,3 +187,23 @@ async fn a_part_of_a_list_of_groups_is_gone_with_its_stream() {
     };
     assert!(sees("dave") && !sees("carol"));
 }
+
+#[tokio::test]
+async fn the_newest_backup_of_each_machine_is_known_whatever_a_server_holds() {
+    let registry = Registry::new();
+    let slot = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    let of = |machine: &str, committed_ms| {
+        let mut change = snapshot(SnapshotId::new(), machine);
+        change.snapshots[0].committed_ms = committed_ms;
+        change
+    };
+    for number in 0..snapshots::MAX_SNAPSHOTS as i64 {
+        slot.take(1, Some(Event::Full(of("u/many", number)))).unwrap();
+    }
+    slot.take(1, Some(Event::Full(of("u/late", 5)))).unwrap();
+    slot.take(2, Some(Event::FullEnd(pb::FullEnd {}))).unwrap();
+    slot.take(3, Some(Event::Change(of("u/many", i64::MAX)))).unwrap();
+    let last = |machine: &str| registry.last_backups()[&(machine.to_owned(), id("a"))];
+    assert_eq!((last("u/late"), last("u/many")), (5, i64::MAX));
+    assert_eq!(registry.snapshot_ids(&id("a")).len(), snapshots::MAX_SNAPSHOTS);
+}
