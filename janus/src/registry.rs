@@ -262,17 +262,6 @@ impl Registry {
         Some(self.lock().servers.get(server)?.heard_ms).filter(|ms| *ms > 0)
     }
 
-    /// Servers that report now.
-    pub fn reporting(&self) -> Vec<ServerId> {
-        let inner = self.lock();
-        inner
-            .servers
-            .iter()
-            .filter(|(_, state)| state.last_message.is_some())
-            .map(|(id, _)| id.clone())
-            .collect()
-    }
-
     /// Servers that have reported or taken starts since this janus began.
     pub fn servers(&self) -> Vec<ServerId> {
         self.lock().servers.keys().cloned().collect()
@@ -416,6 +405,21 @@ impl Registry {
             }
         }
         newest
+    }
+
+    /// Machines that have started backups and whose servers all say that none was ever committed, with the Unix milliseconds since
+    /// when the first start is known.
+    pub fn unfinished(&self) -> BTreeMap<MachineKey, i64> {
+        let inner = self.lock();
+        let mut uses: BTreeMap<&MachineKey, (i64, bool)> = BTreeMap::new();
+        let all = inner.servers.values().flat_map(|state| &state.uses);
+        for (machine, used) in all.filter(|(_, used)| used.counter > 0) {
+            let (since_ms, is_unfinished) = uses.entry(machine).or_insert((i64::MAX, true));
+            *since_ms = used.first_ms.min(*since_ms);
+            *is_unfinished &= used.is_unfinished;
+        }
+        let unfinished = uses.into_iter().filter(|(_, (_, is_unfinished))| *is_unfinished);
+        unfinished.map(|(machine, (since_ms, _))| (machine.clone(), since_ms)).collect()
     }
 
     /// One snapshot, with the server that has reported it.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use janus_proto::{
+    clock::unix_ms,
     ids::{DiskId, MachineKey, SnapshotId},
     pb,
 };
@@ -36,6 +37,10 @@ pub(super) enum Chain {
 pub(super) struct Use {
     pub counter: u64,
     pub chain: Chain,
+    /// Unix milliseconds since when a use is known.
+    pub first_ms: i64,
+    /// The server has said that it was never more than a start.
+    pub is_unfinished: bool,
 }
 
 /// Version of a server's state. Sequences count within a stream.
@@ -131,6 +136,9 @@ impl ServerState {
             return;
         }
         let entry = self.uses.entry(machine.clone()).or_default();
+        if entry.counter == 0 && counter > 0 {
+            entry.first_ms = unix_ms();
+        }
         entry.counter = entry.counter.max(counter);
     }
 
@@ -141,6 +149,7 @@ impl ServerState {
             let known = self.uses.get(&machine).map_or(0, |used| used.counter);
             self.raise(&machine, report.use_counter);
             let Some(entry) = self.uses.get_mut(&machine) else { continue };
+            entry.is_unfinished = report.never_committed;
             // A report from before our own start there says nothing about the chain it makes.
             if report.has_chain {
                 entry.chain = Chain::Present;

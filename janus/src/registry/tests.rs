@@ -207,3 +207,28 @@ async fn the_newest_backup_of_each_machine_is_known_whatever_a_server_holds() {
     assert_eq!((last("u/late"), last("u/many")), (5, i64::MAX));
     assert_eq!(registry.snapshot_ids(&id("a")).len(), snapshots::MAX_SNAPSHOTS);
 }
+
+#[tokio::test]
+async fn a_machine_is_unfinished_while_all_its_servers_say_so_since_its_first_start() {
+    let registry = Registry::new();
+    let never = |name: &str, never_committed| {
+        let mut change = machine(name, 4, false);
+        change.machines[0].never_committed = never_committed;
+        Some(Event::Change(change))
+    };
+    let a = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    let b = registry.open_report(&id("b"), &hello("h", 1)).unwrap();
+    a.take(1, never("u/m", true)).unwrap();
+    a.take(1, never("u/n", true)).unwrap();
+    b.take(1, never("u/n", false)).unwrap();
+    let since: Vec<_> = registry.unfinished().into_iter().collect();
+    assert!(since.len() == 1 && since[0].0 == key("u/m") && since[0].1 > 0, "{since:?}");
+
+    let later = Registry::new();
+    let mut remembered = registry.remembered();
+    remembered[0].unfinished.insert("u/m".into(), 7);
+    later.recall(remembered);
+    assert_eq!(later.unfinished().into_iter().collect::<Vec<_>>(), [(key("u/m"), 7)]);
+    a.take(2, never("u/m", false)).unwrap();
+    assert!(registry.unfinished().is_empty());
+}

@@ -274,3 +274,34 @@ async fn the_status_shows_how_a_machine_stands_with_each_server() {
     };
     assert_eq!(status.machines[0].uses, [of("a", 5, 2), of("b", 6, 0)]);
 }
+
+#[tokio::test]
+async fn a_machine_that_starts_backups_and_never_gets_one_done_is_in_the_status() {
+    let keys = Keys::new();
+    let a = Backend::new(&keys, "a").await;
+    let janus = janus(&keys, &[a.address()]).await;
+    let machine = |machine: &str, use_counter, never_committed| pb::MachineReport {
+        machine: machine.into(),
+        use_counter,
+        never_committed,
+        ..Default::default()
+    };
+    let machines = vec![
+        machine("alice/web", 3, true),
+        machine("bob/db", 1, true),
+        machine("bob/gone", 9, false),
+    ];
+    let full = pb::StateChange { machines, ..Default::default() };
+    let _a = report_all(&keys, &janus, "a", pb::ReportHello::default(), full).await;
+    let machines = async |role: &str| {
+        let mut info =
+            ServerInfoServiceClient::new(channel(&janus.url, &keys.identity(role)).await);
+        let status = info.get_router_status(pb::GetRouterStatusRequest {}).await.unwrap();
+        let machines = status.into_inner().machines;
+        assert!(machines.iter().all(|one| one.first_use_ms > 0 && one.last_backup_ms == 0));
+        assert_eq!(machines[0].uses[0].use_counter, 3);
+        machines.into_iter().map(|one| one.machine).collect::<Vec<_>>()
+    };
+    assert_eq!(machines("operator/root").await, ["alice/web", "bob/db"]);
+    assert_eq!(machines("client/alice/web").await, ["alice/web"]);
+}

@@ -448,6 +448,11 @@ impl Machine {
         all
     }
 
+    /// True when a run was ever committed here, whatever became of it.
+    pub fn was_committed(&self) -> bool {
+        self.next_place().0 > 1
+    }
+
     /// Sequence and time of the next commit. Numbers only grow; times, too, unless a clock was far ahead.
     pub(super) fn next_place(&self) -> (u64, i64) {
         let state = lock(&self.state);
