@@ -33,7 +33,7 @@ use tower::Service;
 
 use crate::site::{Keys, Line};
 
-/// What the next start meets.
+/// What the next start meets, or the next list of snapshots, which is never stuck.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mood {
     Fine,
@@ -332,6 +332,9 @@ impl CatalogService for Fake {
         &self,
         request: tonic::Request<pb::ListSnapshotsRequest>,
     ) -> Result<tonic::Response<pb::ListSnapshotsResponse>, Status> {
+        if let Mood::Refuse(reason) = *self.1.mood.lock().unwrap() {
+            return Err(status(reason, format!("{} refuses", self.0)));
+        }
         let all = self.1.snapshots.lock().unwrap().clone();
         let begin: usize = request.into_inner().page_token.parse().unwrap_or(0);
         let snapshots: Vec<_> = all.iter().skip(begin).take(2).cloned().collect();
