@@ -7,7 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use janus_proto::ids::{BackupId, DiskId, ServerId};
+use janus_proto::{
+    ids::{BackupId, DiskId, ServerId},
+    metadata::MAX_USE_JUMP,
+};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
@@ -175,11 +178,21 @@ impl MachineState {
         self.store()
     }
 
-    /// Takes in the counter of a start.
+    /// Takes in the counter of a start. What is further above the one that was asked for than any server takes is no count of
+    /// starts: servers would refuse all that follow.
     ///
     /// # Errors
     /// When it can't be stored durably.
     pub fn raise_use_counter(&mut self, counter: u64) -> Result<(), StateError> {
+        let known = self.stored.use_counter;
+        if counter > known.saturating_add(1).saturating_add(MAX_USE_JUMP) {
+            tracing::warn!(
+                counter,
+                known,
+                "the use counter of the answer is ignored: it is too far above the known one"
+            );
+            return Ok(());
+        }
         self.stored.use_counter = self.stored.use_counter.max(counter);
         self.store()
     }
@@ -297,6 +310,10 @@ mod tests {
         drop(state);
         let mut state = MachineState::lock(dir.path()).unwrap();
         assert_eq!((state.open_run(), state.use_counter()), (Some(&run), 7));
+        state.raise_use_counter(u64::MAX).unwrap();
+        assert_eq!(state.use_counter(), 7, "no count of starts");
+        state.raise_use_counter(8 + MAX_USE_JUMP).unwrap();
+        assert_eq!(state.use_counter(), 8 + MAX_USE_JUMP);
         state.close_run().unwrap();
         assert_eq!(state.open_run(), None);
         assert!(state.is_ours(run.backup_id) && !state.is_ours(BackupId::new()));

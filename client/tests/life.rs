@@ -224,7 +224,15 @@ fn a_server_that_is_gone_can_be_forgotten() {
     let said = forget(&site, "server-b");
     assert!(said.0 == Some(1) && said.1.contains("still reports"), "{said:?}");
     site.stop_server("server-b").unwrap();
-    until("the report stream has ended", || !forget(&site, "server-b").1.contains("still reports"));
+    until("the report stream has ended", || {
+        let status = client.status().unwrap();
+        let b = status.servers.iter().find(|line| line.server == "server-b").unwrap();
+        let says = b.reason.as_deref().is_some_and(|why| why.ends_with("janus forget server-b"));
+        assert!(b.last_report_ms > Some(0), "{b:?}");
+        says && b.report_age_ms == -1
+    });
+    assert_eq!(forget(&site, "server-b").0, Some(0));
+    assert!(client.status().unwrap().servers.iter().all(|line| line.server != "server-b"));
     let listed = client.list().unwrap();
     assert_eq!(listed.snapshots.len(), 1, "{listed:?}");
     assert!(
@@ -233,6 +241,35 @@ fn a_server_that_is_gone_can_be_forgotten() {
     );
     let said = forget(&site, "server-b");
     assert!(said.0 == Some(1) && said.1.contains("knows no server server-b"), "{said:?}");
+}
+
+#[test]
+fn a_machine_whose_first_backup_never_ends_is_seen() {
+    let mut site = site(true);
+    let (_, client) = disk_of(&site, 256 * MIB);
+    site.await_ready(&client).unwrap();
+    let images =
+        ["server-a", "server-b"].map(|name| site.server(name).unwrap().images().to_owned());
+    let held = || images.iter().map(|folder| disk::allocated_below(folder)).sum::<u64>();
+    let before = held();
+    let running = client.start(&["backup"]).unwrap();
+    until("data arrives", || held() > before + MIB);
+    running.kill();
+    running.wait().unwrap();
+    until("it is told", || {
+        let machines = client.status().unwrap().machines;
+        machines.len() == 1 && machines[0].first_use_ms > Some(0)
+    });
+    let mut janus = site.programs().janus();
+    janus.args(["status", "--check", "--overdue-after-hours", "0", "--config"]);
+    let said = janus.arg(site.folder().join("settings/janus.toml")).output().unwrap();
+    let said = String::from_utf8(said.stdout).unwrap();
+    assert!(said.contains("never got one done"), "{said}");
+    client.backup().unwrap();
+    until("it has one", || {
+        let machines = client.status().unwrap().machines;
+        machines.len() == 1 && machines[0].first_use_ms.is_none()
+    });
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! network in memory, with partitions, crashes, frozen and slow lines, all drawn from a seed.
 //!
 //! A seed that breaks a rule is printed; `JANUS_SIMULATION_SEED=<seed>` plays it alone and shows what happened.
-//! `JANUS_SIMULATION_SEEDS=<count>` says how many are played: 300 without it, 100,000 with `JANUS_SOAK`; they begin with
+//! `JANUS_SIMULATION_SEEDS=<count>` says how many are played: 500 without it, 100,000 with `JANUS_SOAK`; they begin with
 //! `JANUS_SIMULATION_FIRST=<seed>`, 1 without it.
 
 // Helpers of tests fail as tests do.
@@ -71,7 +71,7 @@ fn every_seed_keeps_the_rules() {
         return;
     }
     let soak = std::env::var_os("JANUS_SOAK").is_some();
-    let seeds = number("JANUS_SIMULATION_SEEDS").unwrap_or(if soak { 100_000 } else { 300 });
+    let seeds = number("JANUS_SIMULATION_SEEDS").unwrap_or(if soak { 100_000 } else { 500 });
     let first = number("JANUS_SIMULATION_FIRST").unwrap_or(1);
     let last = first.saturating_add(seeds).saturating_sub(1);
     let (next, begun) = (AtomicU64::new(first), Instant::now());
@@ -106,6 +106,7 @@ fn every_seed_keeps_the_rules() {
         counts.crashes,
         counts.lists,
         counts.snags,
+        counts.drops,
     ];
     assert!(
         seeds < 20 || each.iter().all(|count| *count > seeds / 20),

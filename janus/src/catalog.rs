@@ -3,6 +3,7 @@
 
 mod entries;
 mod page;
+mod trouble;
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -29,6 +30,7 @@ use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
 use self::{
     entries::{Client, Listed, Query},
     page::{Part, Position, merge, page_size},
+    trouble::{Trouble, Troubles},
 };
 use crate::{
     fleet::Fleet,
@@ -47,6 +49,7 @@ const SERVER_PAGE: u32 = 264;
 #[derive(Debug, Clone)]
 pub struct Catalog {
     fleet: Fleet,
+    troubles: Troubles,
 }
 
 /// Who asks, for the servers to check and for what is answered from memory.
@@ -128,7 +131,7 @@ fn is_final(status: &Status) -> bool {
 impl Catalog {
     /// The service over the servers of `fleet`.
     pub fn service(fleet: Fleet) -> CatalogServiceServer<Self> {
-        CatalogServiceServer::new(Self { fleet })
+        CatalogServiceServer::new(Self { fleet, troubles: Troubles::default() })
     }
 
     async fn list<E: Listed>(
@@ -156,8 +159,12 @@ impl Catalog {
         let (mut entries, mut unreachable) = (Vec::new(), Vec::new());
         let (mut has_answered, mut refused) = (false, None);
         for (upstream, part) in servers.iter().zip(parts) {
+            let refusal = Trouble::Refuses(upstream.url(), asker.principal.to_string());
             match part {
                 Ok((part, down)) => {
+                    if down.is_none() {
+                        self.troubles.over(&refusal);
+                    }
                     has_answered |= down.is_none();
                     entries.extend(part);
                     unreachable.extend(down);
@@ -165,7 +172,8 @@ impl Catalog {
                 // Servers may have different policies, for a moment or by mistake.
                 Err(status) if status.code() == Code::PermissionDenied => {
                     let (server_id, reason) = (upstream.name(), status.message().to_owned());
-                    unreachable.push(pb::UnreachableServer { server_id, reason, since_ms: 0 });
+                    let since_ms = self.troubles.since(refusal, unix_ms());
+                    unreachable.push(pb::UnreachableServer { server_id, reason, since_ms });
                     refused.get_or_insert(status);
                 }
                 Err(status) => return Err(status),
@@ -195,18 +203,23 @@ impl Catalog {
         size: usize,
         position: &Position<E::Key>,
     ) -> Result<(Option<Part<E>>, Option<pb::UnreachableServer>), Status> {
+        let failure = Trouble::Fails(upstream.url());
         let down = match (upstream.gate(Need::Reads, Wait::Full).await, upstream.server()) {
             (Ok(link), Some(server)) => {
                 let live = live_part(&link, server, asker, query, size, position);
-                match timeout(DEADLINE, live).await {
-                    Ok(Ok(part)) => return Ok((Some(part), None)),
-                    Ok(Err(status)) if is_final(&status) => return Err(status),
-                    Ok(Err(status)) => Down { reason: explain(&status), since_ms: unix_ms() },
-                    Err(_) => {
-                        let reason = format!("no answer for {} s", DEADLINE.as_secs());
-                        Down { reason, since_ms: unix_ms() }
+                let reason = match timeout(DEADLINE, live).await {
+                    Ok(Ok(part)) => {
+                        self.troubles.over(&failure);
+                        return Ok((Some(part), None));
                     }
-                }
+                    Ok(Err(status)) if is_final(&status) => {
+                        self.troubles.over(&failure);
+                        return Err(status);
+                    }
+                    Ok(Err(status)) => explain(&status),
+                    Err(_) => format!("no answer for {} s", DEADLINE.as_secs()),
+                };
+                Down { reason, since_ms: self.troubles.since(failure, unix_ms()) }
             }
             (Err(down), _) => down,
             (Ok(_), None) => Down { reason: "was lost just now".into(), since_ms: unix_ms() },

@@ -17,7 +17,7 @@ use janus_proto::{
 use maud::{DOCTYPE, Markup, html};
 
 use crate::{
-    findings::{About, Finding, Verdict, findings, name_of},
+    findings::{About, Finding, Verdict, findings, has_none, name_of},
     metrics::Figures,
     registry::RunNow,
     registry::Sight,
@@ -213,7 +213,9 @@ fn server_card(server: &ServerStatus, facts: &[ServerFacts], now_ms: i64) -> Mar
                 }
                 dt { "last report" }
                 dd {
-                    @if server.report_age_ms < 0 { "none: no stream" }
+                    @if server.report_age_ms < 0 && server.last_report_ms > 0 {
+                        (ago(server.last_report_ms, now_ms)) ": no stream"
+                    } @else if server.report_age_ms < 0 { "none: no stream" }
                     @else { (span_ms(server.report_age_ms)) " ago" }
                 }
                 @if let Some(time) = facts.and_then(|facts| facts.round_trip) {
@@ -277,9 +279,14 @@ fn machine_row(
     html! {
         li {
             span.name { (machine.machine) }
-            span class={ "pill " (if is_overdue { "bad" } else { "good" }) }
-                title=(date(machine.last_backup_ms)) {
-                (ago(machine.last_backup_ms, now_ms))
+            @if has_none(machine) {
+                span class={ "pill " (if is_overdue { "bad" } else { "warn" }) }
+                    title={ "first start known " (date(machine.first_use_ms)) } { "never" }
+            } @else {
+                span class={ "pill " (if is_overdue { "bad" } else { "good" }) }
+                    title=(date(machine.last_backup_ms)) {
+                    (ago(machine.last_backup_ms, now_ms))
+                }
             }
             @if proven_ms > 0 {
                 span.soft.small title=(date(proven_ms)) { "proven " (ago(proven_ms, now_ms)) }

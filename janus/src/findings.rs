@@ -88,9 +88,12 @@ pub fn findings(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64
         say(Verdict::Critical, About::NoServer, "no server takes backups".into());
     }
     let oldest = now_ms.saturating_sub(millis(overdue));
-    for machine in status.machines.iter().filter(|machine| machine.last_backup_ms < oldest) {
-        let (name, since) = (machine.machine.clone(), date(machine.last_backup_ms));
-        let text = format!("{name} has no backup since {since}");
+    for machine in status.machines.iter().filter(|machine| since_ms(machine) < oldest) {
+        let (name, since) = (machine.machine.clone(), date(since_ms(machine)));
+        let text = match has_none(machine) {
+            true => format!("{name} starts backups since {since} and never got one done"),
+            false => format!("{name} has no backup since {since}"),
+        };
         say(Verdict::Critical, About::Overdue(name), text);
     }
     let future = now_ms.saturating_add(millis(CLOCK));
@@ -107,7 +110,11 @@ pub fn findings(status: &GetRouterStatusResponse, overdue: Duration, now_ms: i64
             let text = format!("{name}: {}", of_named(&name, &server.reason));
             say(Verdict::Warning, About::Server(name.clone()), text);
         } else if server.report_age_ms < 0 {
-            let text = format!("{name} does not report to this janus");
+            let last = match server.last_report_ms {
+                0 => String::new(),
+                at => format!(" since {}", date(at)),
+            };
+            let text = format!("{name} does not report to this janus{last}");
             say(Verdict::Warning, About::Report(name.clone()), text);
         } else if let Some(text) = unseeded(server, &status.machines) {
             say(Verdict::Warning, About::Unseeded(name.clone()), text);
@@ -163,6 +170,16 @@ pub(crate) fn name_of(server: &ServerStatus) -> String {
     if server.server_id.is_empty() { server.url.clone() } else { server.server_id.clone() }
 }
 
+/// True when it has started backups and never got one done.
+pub(crate) fn has_none(machine: &MachineStatus) -> bool {
+    machine.last_backup_ms == 0 && machine.first_use_ms > 0
+}
+
+/// Since when it has no new backup.
+fn since_ms(machine: &MachineStatus) -> i64 {
+    if has_none(machine) { machine.first_use_ms } else { machine.last_backup_ms }
+}
+
 fn millis(time: Duration) -> i64 {
     i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
 }
@@ -216,14 +233,15 @@ fn damage(server: &ServerStatus) -> Option<String> {
 
 /// Machines whose backups are on other servers only.
 fn unseeded(server: &ServerStatus, machines: &[MachineStatus]) -> Option<String> {
-    let has_none = |machine: &&MachineStatus| {
+    let is_unseeded = |machine: &&MachineStatus| {
         let mut uses = machine.uses.iter();
         // An older janus doesn't say where the backups are.
         !machine.uses.is_empty()
+            && !has_none(machine)
             && !uses.any(|at| at.server_id == server.server_id && at.last_backup_ms > 0)
     };
     let without: Vec<&str> =
-        machines.iter().filter(has_none).map(|machine| machine.machine.as_str()).collect();
+        machines.iter().filter(is_unseeded).map(|machine| machine.machine.as_str()).collect();
     let named = without.iter().take(MOST_NAMED).copied().collect::<Vec<_>>().join(", ");
     let more = match without.len() {
         0 => return None,
@@ -313,6 +331,23 @@ mod tests {
             (Verdict::Warning, &About::Clock("u/m".into()))
         );
         assert!(found(vec![server("a")], vec![machine(NOW_MS + 60_000)]).is_empty());
+    }
+
+    #[test]
+    fn a_machine_without_any_backup_is_overdue_from_its_first_start() {
+        let machine = |hours: i64| MachineStatus {
+            machine: "u/m".into(),
+            first_use_ms: NOW_MS - hours * 3_600_000,
+            uses: vec![MachineUse { server_id: "a".into(), use_counter: 1, ..Default::default() }],
+            ..Default::default()
+        };
+        assert_eq!(found(vec![server("a"), server("b")], vec![machine(25)]), []);
+        let seen = found(vec![server("a")], vec![machine(27)]);
+        assert_eq!(
+            (seen[0].verdict, &seen[0].about),
+            (Verdict::Critical, &About::Overdue("u/m".into()))
+        );
+        assert!(seen[0].text.contains("never got one done"), "{}", seen[0].text);
     }
 
     #[test]

@@ -62,7 +62,7 @@ impl Info {
             self.fleet.servers().iter().map(|server| self.line(server, sight)).collect();
         // While a server of server_urls was never reached, its name isn't known, so it may be the one that reports.
         let all_named = servers.iter().all(|line| !line.server_id.is_empty());
-        for server in self.fleet.registry().reporting().iter().filter(|_| all_named) {
+        for server in self.fleet.registry().servers().iter().filter(|_| all_named) {
             if servers.iter().all(|line| line.server_id != server.as_str()) {
                 servers.push(self.stranger(server, sight));
             }
@@ -83,6 +83,10 @@ impl Info {
         age.map_or(-1, millis)
     }
 
+    fn last_report_ms(&self, server: Option<&ServerId>) -> i64 {
+        server.and_then(|server| self.fleet.registry().heard_ms(server)).unwrap_or(0)
+    }
+
     /// When a backup on a server was last proven.
     fn proven_ms(&self, server: &ServerId, sight: &Sight) -> i64 {
         let proofs = self.fleet.registry().proofs(server, sight);
@@ -98,6 +102,7 @@ impl Info {
         let seen_ms = upstream.certificate_expires().map(|seconds| seconds.saturating_mul(1000));
         ServerStatus {
             report_age_ms: self.report_age_ms(server.as_ref()),
+            last_report_ms: self.last_report_ms(server.as_ref()),
             settings: server.as_ref().and_then(|id| self.fleet.registry().settings_of(id)),
             damaged: server
                 .as_ref()
@@ -151,6 +156,14 @@ impl Info {
                 ..Default::default()
             });
         }
+        for (name, first_use_ms) in self.fleet.registry().unfinished() {
+            let machine = name.to_string();
+            if !foreign(&machine) && !machines.contains_key(&machine) {
+                let status =
+                    MachineStatus { first_use_ms, machine: machine.clone(), ..Default::default() };
+                machines.insert(machine, status);
+            }
+        }
         for server in self.fleet.registry().servers() {
             for (name, use_counter) in self.fleet.registry().uses(&server) {
                 let Some(machine) = machines.get_mut(name.as_str()) else { continue };
@@ -187,13 +200,21 @@ impl Info {
             .collect()
     }
 
-    /// A server that reports here but that no call can be sent to.
+    /// A server that reports here, or did, but that no call can be sent to.
     fn stranger(&self, server: &ServerId, sight: &Sight) -> ServerStatus {
         let vitals = self.fleet.registry().vitals_of(server).unwrap_or_default();
+        let report_age_ms = self.report_age_ms(Some(server));
+        let reason = match report_age_ms {
+            0.. => "reports to this janus but is not in its server_urls".into(),
+            _ => format!(
+                "is not in server_urls and reports no more; if it is gone for good: janus forget {server}"
+            ),
+        };
         ServerStatus {
             server_id: server.to_string(),
-            reason: "reports to this janus but is not in its server_urls".into(),
-            report_age_ms: self.report_age_ms(Some(server)),
+            reason,
+            report_age_ms,
+            last_report_ms: self.last_report_ms(Some(server)),
             settings: self.fleet.registry().settings_of(server),
             damaged: self.fleet.registry().damaged(server, sight),
             incomplete_snapshots: self.fleet.registry().incomplete(server, sight),

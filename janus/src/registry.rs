@@ -7,6 +7,7 @@
 mod recall;
 mod runs;
 mod sight;
+mod snapshots;
 mod state;
 
 use std::{
@@ -19,9 +20,11 @@ use janus_proto::{
     clock::unix_ms,
     grants::Which,
     ids::{BackupId, DiskId, MachineKey, ServerId, SnapshotId},
+    metadata::MAX_USE_JUMP,
     pb,
 };
 use tokio::time::Instant;
+use tracing::warn;
 
 pub use self::recall::Remembered;
 use crate::agreement::{difference, differences};
@@ -169,10 +172,12 @@ impl Registry {
     }
 
     /// Counts a start that is about to be sent as used, until the claim is dropped or accepted. Its counter is above all
-    /// that is known, and at least what the caller has `asked`.
+    /// that is known, and at least what the caller has `asked`, as far as the server takes it: one server that tells
+    /// whatever it likes, or one caller, must not make the others refuse.
     pub fn claim(&self, machine: &MachineKey, server: &ServerId, asked: u64) -> Claim {
         let mut inner = self.lock();
-        let counter = inner.highest_use(machine).saturating_add(1).max(asked);
+        let highest = inner.highest_use(machine).saturating_add(1).max(asked);
+        let counter = highest.min(inner.stored_use(machine, server).saturating_add(MAX_USE_JUMP));
         let number = inner.number();
         inner.claims.insert(number, (machine.clone(), server.clone(), counter));
         Claim { registry: self.clone(), number, counter }
@@ -240,6 +245,9 @@ impl Registry {
         };
         state.slot = slot;
         state.staged = Some(Told::default());
+        if let Some(granted) = &mut state.granted {
+            granted.begin();
+        }
         state.last_message = Some(Instant::now());
         state.heard_ms = unix_ms();
         state.settings = hello.settings.clone();
@@ -256,17 +264,6 @@ impl Registry {
     /// Unix milliseconds of a server's last message, before this janus' start too; `None` when there was none.
     pub fn heard_ms(&self, server: &ServerId) -> Option<i64> {
         Some(self.lock().servers.get(server)?.heard_ms).filter(|ms| *ms > 0)
-    }
-
-    /// Servers that report now.
-    pub fn reporting(&self) -> Vec<ServerId> {
-        let inner = self.lock();
-        inner
-            .servers
-            .iter()
-            .filter(|(_, state)| state.last_message.is_some())
-            .map(|(id, _)| id.clone())
-            .collect()
     }
 
     /// Servers that have reported or taken starts since this janus began.
@@ -395,8 +392,8 @@ impl Registry {
     /// Ids of the snapshots of `server` as reported.
     pub fn snapshot_ids(&self, server: &ServerId) -> BTreeSet<SnapshotId> {
         let inner = self.lock();
-        let told = inner.servers.get(server).map(|state| state.told.snapshots.keys());
-        told.into_iter().flatten().copied().collect()
+        let told = inner.servers.get(server).map(|state| state.told.snapshots.ids());
+        told.into_iter().flatten().collect()
     }
 
     /// Unix milliseconds of the newest backup of each machine on each server, as reported: of one whose blocks are all there.
@@ -404,8 +401,8 @@ impl Registry {
         let inner = self.lock();
         let mut newest = BTreeMap::new();
         for (server, state) in &inner.servers {
-            let all = state.told.snapshots.values();
-            for snapshot in all.filter(|snapshot| snapshot.missing_blocks == 0) {
+            let of_disks = state.told.snapshots.newest();
+            for snapshot in of_disks.filter(|snapshot| snapshot.missing_blocks == 0) {
                 let key = (snapshot.machine.clone(), server.clone());
                 let at = newest.entry(key).or_insert(i64::MIN);
                 *at = snapshot.committed_ms.max(*at);
@@ -414,11 +411,26 @@ impl Registry {
         newest
     }
 
+    /// Machines that have started backups and whose servers all say that none was ever committed, with the Unix milliseconds since
+    /// when the first start is known.
+    pub fn unfinished(&self) -> BTreeMap<MachineKey, i64> {
+        let inner = self.lock();
+        let mut uses: BTreeMap<&MachineKey, (i64, bool)> = BTreeMap::new();
+        let all = inner.servers.values().flat_map(|state| &state.uses);
+        for (machine, used) in all.filter(|(_, used)| used.counter > 0) {
+            let (since_ms, is_unfinished) = uses.entry(machine).or_insert((i64::MAX, true));
+            *since_ms = used.first_ms.min(*since_ms);
+            *is_unfinished &= used.is_unfinished;
+        }
+        let unfinished = uses.into_iter().filter(|(_, (_, is_unfinished))| *is_unfinished);
+        unfinished.map(|(machine, (since_ms, _))| (machine.clone(), since_ms)).collect()
+    }
+
     /// One snapshot, with the server that has reported it.
     pub fn snapshot(&self, id: SnapshotId) -> Option<(ServerId, pb::Snapshot)> {
         let inner = self.lock();
         inner.servers.iter().find_map(|(server, state)| {
-            Some((server.clone(), state.told.snapshots.get(&id)?.clone()))
+            Some((server.clone(), state.told.snapshots.get(id)?.clone()))
         })
     }
 
@@ -451,6 +463,12 @@ impl Inner {
             }
         }
         used
+    }
+
+    /// Counter of the newest start that the server has told of, or accepted.
+    fn stored_use(&self, machine: &MachineKey, server: &ServerId) -> u64 {
+        let uses = self.servers.get(server).map(|state| &state.uses);
+        uses.and_then(|uses| uses.get(machine)).map_or(0, |used| used.counter)
     }
 
     fn highest_use(&self, machine: &MachineKey) -> u64 {
@@ -600,7 +618,13 @@ impl ReportSlot {
         match event {
             Some(Event::Full(change) | Event::Change(change)) => {
                 state.take_machines(&change.machines);
-                state.staged.as_mut().unwrap_or(&mut state.told).apply(change);
+                let told = state.staged.as_mut().unwrap_or(&mut state.told);
+                told.apply(change);
+                if told.snapshots.is_short() && !state.is_said_short {
+                    state.is_said_short = true;
+                    let kept = told.snapshots.len();
+                    warn!(server = %self.server, kept, "has more snapshots than are remembered here: the oldest are not listed while it can't be reached");
+                }
             }
             Some(Event::FullEnd(_)) => state.finish_full(),
             Some(Event::Grants(grants)) => state.granted.get_or_insert_default().take(grants),

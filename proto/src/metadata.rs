@@ -14,6 +14,8 @@ pub const SERVER: &str = "janus-server";
 pub const RUN: &str = "janus-run";
 /// Use counter: in StartBackup the caller's highest known + 1, in its answer the counter of this start.
 pub const USE: &str = "janus-use";
+/// A use counter may be this far above the one that a server, or a caller, knows; what is further is no count of starts.
+pub const MAX_USE_JUMP: u64 = 1 << 32;
 /// The caller's certificate (DER, base64), set by janus and believed only from a peer with the janus role.
 pub const PRINCIPAL: &str = "janus-principal";
 /// Certificates between the caller's and its authority, as [`certificates_to_text`] writes them; with [`PRINCIPAL`] alone.

@@ -44,13 +44,15 @@ pub fn router_status(status: &GetRouterStatusResponse) -> String {
         server_line(&mut text, server);
     }
     for machine in &status.machines {
-        let _ = writeln!(
-            text,
-            "{}  last backup {} on {}",
-            machine.machine,
-            date(machine.last_backup_ms),
-            machine.server_id
-        );
+        let name = &machine.machine;
+        let _ = match (machine.last_backup_ms, machine.first_use_ms) {
+            (0, since @ 1..) => {
+                writeln!(text, "{name}  NO backup, though it starts them since {}", date(since))
+            }
+            (last, _) => {
+                writeln!(text, "{name}  last backup {} on {}", date(last), machine.server_id)
+            }
+        };
         for at in &machine.uses {
             proof_line(&mut text, machine, at);
             if !at.alarm.is_empty() {
@@ -98,6 +100,9 @@ fn server_line(text: &mut String, server: &ServerStatus) {
         _ => String::new(),
     };
     let report = match server.report_age_ms {
+        -1 if server.last_report_ms > 0 => {
+            format!("no report stream, last report {}", date(server.last_report_ms))
+        }
         -1 => "no report stream".to_owned(),
         age => format!("last report {:.0} s ago", age as f64 / 1000.0),
     };
@@ -157,6 +162,7 @@ fn server_json(server: &ServerStatus) -> Value {
         "reason": Some(&server.reason).filter(|reason| !reason.is_empty()),
         "since_ms": server.since_ms,
         "report_age_ms": server.report_age_ms,
+        "last_report_ms": known(server.last_report_ms),
         "starts": server.starts,
         "bytes_sent": server.bytes_sent,
         "bytes_received": server.bytes_received,
@@ -189,6 +195,7 @@ fn machine_json(machine: &MachineStatus) -> Value {
         "machine": machine.machine,
         "last_backup_ms": machine.last_backup_ms,
         "server": machine.server_id,
+        "first_use_ms": known(machine.first_use_ms),
         "uses": machine.uses.iter().map(|at| json!({
             "server": at.server_id,
             "use_counter": at.use_counter,

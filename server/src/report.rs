@@ -344,6 +344,7 @@ fn machine_report(machine: &Machine) -> pb::MachineReport {
         has_chain: machine.has_chain(),
         proof: proof(machine),
         alarm: machine.alarm().unwrap_or_default(),
+        never_committed: machine.use_counter() > 0 && !machine.was_committed(),
     }
 }
 

@@ -62,8 +62,6 @@ use crate::{
 const MAX_OPEN_RUNS: usize = 256;
 /// Most sessions of them: a machine may have 64.
 const MAX_OPEN_SESSIONS: usize = 4096;
-/// A use counter from outside may be this far ahead of ours.
-const MAX_COUNTER_JUMP: u64 = 1 << 32;
 /// Changes kept for slow report streams before they must send the full state again.
 const CHANGE_BACKLOG: usize = 256;
 

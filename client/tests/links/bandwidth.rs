@@ -35,6 +35,16 @@ fn as_root_a_restore_over_a_slow_line() {
 }
 
 #[test]
+fn as_root_a_commit_through_a_slow_janus() {
+    case(SOUTH, Phase::Commit, &[Slow(NORTH)]);
+}
+
+#[test]
+fn as_root_a_restore_through_a_slow_janus() {
+    case(SOUTH, Phase::Restore, &[Slow(NORTH)]);
+}
+
+#[test]
 fn as_root_an_upload_of_a_machine_on_a_slow_line() {
     case(SOUTH, Phase::Upload, &[Slow(OFFICE)]);
 }

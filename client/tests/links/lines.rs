@@ -48,6 +48,16 @@ fn as_root_an_upload_whose_site_is_rejected() {
 }
 
 #[test]
+fn as_root_a_commit_whose_site_is_rejected() {
+    case(SOUTH, Phase::Commit, &[Line(SOUTH, Reject)]);
+}
+
+#[test]
+fn as_root_a_restore_whose_site_is_rejected() {
+    case(SOUTH, Phase::Restore, &[Line(SOUTH, Reject)]);
+}
+
+#[test]
 fn as_root_an_upload_to_a_site_that_its_janus_loses_goes_on_through_the_other() {
     case(SOUTH, Phase::Upload, &[Way(NORTH, SOUTH, Drop)]);
 }
@@ -85,6 +95,11 @@ fn as_root_two_ways_of_three_are_cut() {
 #[test]
 fn as_root_the_other_two_ways_of_three_are_cut() {
     case(SOUTH, Phase::Upload, &[Way(OFFICE, SOUTH, Drop), Way(NORTH, SOUTH, Reject)]);
+}
+
+#[test]
+fn as_root_a_commit_while_two_ways_of_three_are_cut() {
+    case(NORTH, Phase::Commit, &[Way(OFFICE, NORTH, Drop), Way(NORTH, SOUTH, Reject)]);
 }
 
 #[test]

@@ -46,8 +46,8 @@ async fn fault(world: Arc<World>, mut rng: SmallRng, busy: Busy) {
         1 => End::Crash { silently: false },
         _ => End::Crash { silently: true },
     };
-    let kind = rng.random_range(0..14);
-    if kind < 7 || kind == 11 {
+    let kind = rng.random_range(0..16);
+    if kind < 7 || kind == 11 || kind == 15 {
         world.rules.count(|counts| counts.partitions += 1);
     }
     match kind {
@@ -78,11 +78,12 @@ async fn fault(world: Arc<World>, mut rng: SmallRng, busy: Busy) {
             sleep(long).await;
             world.network.change(machine, j, |link| link.release());
         }
-        6 => {
-            world.rules.note(format!("{s} is frozen for {long:?}"));
-            world.network.freeze(s, true);
+        6 | 15 => {
+            let node = if kind == 6 { s } else { j };
+            world.rules.note(format!("{node} is frozen for {long:?}"));
+            world.network.freeze(node, true);
             sleep(long).await;
-            world.network.freeze(s, false);
+            world.network.freeze(node, false);
         }
         7 | 8 => {
             if take(&busy, s) {
@@ -105,6 +106,11 @@ async fn fault(world: Arc<World>, mut rng: SmallRng, busy: Busy) {
                 world.rules.note(format!("{j} is up again"));
                 give_back(&busy, j);
             }
+        }
+        14 => {
+            let first = rng.random_range(0..MACHINES);
+            let last = rng.random_range(first..MACHINES);
+            world.retain(server, first..last + 1, rng.random_bool(0.3));
         }
         12 => torn_report(&world, &mut rng, janus, server).await,
         13 => {

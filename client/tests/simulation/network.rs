@@ -388,6 +388,9 @@ struct Wire {
 
 struct Pipe {
     rng: SmallRng,
+    /// Between two pieces of what is written at once. The same for all: how many pieces there are depends on the length of
+    /// signatures, which no seed decides.
+    pause: Duration,
     chunks: VecDeque<(Instant, Bytes)>,
     bytes: usize,
     /// Nothing comes after this.
@@ -409,8 +412,10 @@ struct Pipe {
 
 impl Pipe {
     fn new(rng: &mut SmallRng) -> Self {
+        let mut rng = SmallRng::seed_from_u64(rng.random());
         Self {
-            rng: SmallRng::seed_from_u64(rng.random()),
+            pause: Duration::from_millis(rng.random_range(5..40)),
+            rng,
             chunks: VecDeque::new(),
             bytes: 0,
             closed_at: None,
@@ -634,7 +639,7 @@ impl AsyncWrite for End {
             at = at.max(pipe.last_at);
             pipe.last_at = at;
             pipe.chunks.push_back((at, rest.split_to(piece.min(rest.len()))));
-            at += Duration::from_millis(pipe.rng.random_range(5..40));
+            at += pipe.pause;
         }
         if let Some(reader) = pipe.reader.take() {
             reader.wake();

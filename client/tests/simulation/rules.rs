@@ -36,6 +36,7 @@ pub struct Counts {
     pub crashes: u64,
     pub lists: u64,
     pub snags: u64,
+    pub drops: u64,
 }
 
 impl Counts {
@@ -47,6 +48,7 @@ impl Counts {
         self.crashes += other.crashes;
         self.lists += other.lists;
         self.snags += other.snags;
+        self.drops += other.drops;
     }
 }
 
@@ -79,6 +81,8 @@ struct Inner {
     known_uses: HashMap<(Node, u64, usize), HashMap<MachineKey, u64>>,
     /// Snapshots whose commit was answered.
     kept: BTreeMap<Node, BTreeSet<String>>,
+    /// Snapshots that their own server has dropped since.
+    dropped: BTreeSet<SnapshotId>,
     /// Servers of each machine's starts since all is well.
     turns: Option<BTreeMap<Node, Vec<Node>>>,
 }
@@ -101,6 +105,7 @@ impl Rules {
             seen: BTreeMap::new(),
             known_uses: HashMap::new(),
             kept: BTreeMap::new(),
+            dropped: BTreeSet::new(),
             turns: None,
         })))
     }
@@ -188,8 +193,10 @@ impl Rules {
     pub fn knows(&self, janus: Node, life: u64, snapshots: BTreeSet<SnapshotId>) {
         let mut inner = self.lock();
         let seen = inner.seen.entry((janus, life)).or_default();
-        let gone: Vec<String> = seen.difference(&snapshots).map(ToString::to_string).collect();
+        let gone: Vec<SnapshotId> = seen.difference(&snapshots).copied().collect();
         *seen = snapshots;
+        let gone = gone.into_iter().filter(|id| !inner.dropped.contains(id));
+        let gone: Vec<String> = gone.map(|id| id.to_string()).collect();
         if !gone.is_empty() {
             inner.fail(format!("{janus} has forgotten snapshots: {}", gone.join(", ")));
         }
@@ -214,11 +221,23 @@ impl Rules {
         }
     }
 
-    /// Snapshots that servers have acknowledged.
+    /// Snapshots that servers have acknowledged, and not dropped since.
     pub fn kept(&self, server: Node) -> Vec<SnapshotId> {
         let inner = self.lock();
         let kept = inner.kept.get(&server).into_iter().flatten();
-        kept.filter_map(|id| id.parse().ok()).collect()
+        let kept = kept.filter_map(|id| id.parse().ok());
+        kept.filter(|id| !inner.dropped.contains(id)).collect()
+    }
+
+    /// A server's own retention has dropped these.
+    pub fn dropped(&self, ids: impl IntoIterator<Item = SnapshotId>) {
+        let mut inner = self.lock();
+        inner.dropped.extend(ids);
+        inner.counts.drops += 1;
+    }
+
+    pub fn is_dropped(&self, id: SnapshotId) -> bool {
+        self.lock().dropped.contains(&id)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    ops::Range,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -16,12 +17,13 @@ use janus_proto::{
     ids::{ServerId, SnapshotId},
     pb::{ListSnapshotsRequest, catalog_service_client::CatalogServiceClient},
 };
+use janus_server::runs::PurgeOptions;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::{
     sync::watch,
     time::{Instant, sleep, timeout},
 };
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     faults,
@@ -281,12 +283,37 @@ impl World {
         if life != self.janus_life(janus) || lines != self.lines_of(node) {
             return None;
         }
-        let absent: Vec<_> = expected.difference(&listed).map(ToString::to_string).collect();
+        let absent = expected.difference(&listed).filter(|id| !self.rules.is_dropped(**id));
+        let absent: Vec<_> = absent.map(ToString::to_string).collect();
         if !absent.is_empty() {
             self.rules.fail(format!("{node} does not list {} of {key}", absent.join(", ")));
         }
         self.rules.count(|counts| counts.lists += 1);
         Some(listed)
+    }
+
+    /// Lets a server's retention take all but the newest backup of some machines, and sometimes their files.
+    pub fn retain(&self, server: usize, machines: Range<usize>, is_purge: bool) {
+        let node = Node::Server(server);
+        let Some(runs) = locked(&self.servers[server]).runs() else { return };
+        for machine in machines {
+            let key = machine_key(Node::Machine(machine));
+            let Some(held) = runs.machine(&key).map(|machine| machine.snapshots()) else {
+                continue;
+            };
+            let older: Vec<_> = held.iter().skip(1).collect();
+            let backups: Vec<_> = older.iter().map(|held| held.run.backup).collect();
+            // One that an open run builds on stays, and with it all of them.
+            if backups.is_empty() || runs.trash(&key, &backups, "retention", 0).is_err() {
+                continue;
+            }
+            self.rules.note(format!("{node} drops {} snapshots of {key}", backups.len()));
+            self.rules.dropped(older.iter().map(|held| held.snapshot().id));
+            if is_purge {
+                let options = PurgeOptions { now_ms: i64::MAX, reserve_bytes: 0, copy: false };
+                runs.purge_due(&key, &options, &CancellationToken::new());
+            }
+        }
     }
 
     /// How the lines of a janus to all servers are.

@@ -1,7 +1,12 @@
 //! What is known of all servers, to be kept across a restart of this janus: nothing that the servers would not tell again,
 //! but a server that is down then can't.
 
-use janus_proto::{ids::ServerId, pb};
+use std::collections::BTreeMap;
+
+use janus_proto::{
+    ids::{MachineKey, ServerId},
+    pb,
+};
 
 use super::{Chain, Registry, ServerState};
 
@@ -29,6 +34,9 @@ pub struct Remembered {
     /// Unix milliseconds of its last message.
     #[prost(int64, tag = "7")]
     pub heard_ms: i64,
+    /// Machines of which it has nothing but starts, with the Unix milliseconds since when the first is known.
+    #[prost(btree_map = "string, int64", tag = "8")]
+    pub unfinished: BTreeMap<String, i64>,
 }
 
 impl Registry {
@@ -48,6 +56,7 @@ impl Registry {
             urls: state.urls.clone(),
             state: Some(state.as_change()),
             heard_ms: state.heard_ms,
+            unfinished: state.unfinished(),
         };
         inner.servers.iter().map(of).collect()
     }
@@ -68,12 +77,23 @@ impl Registry {
                 state.take_machines(&change.machines);
                 state.told.apply(change);
             }
+            for (machine, since_ms) in remembered.unfinished {
+                let Ok(machine) = machine.parse::<MachineKey>() else { continue };
+                if let Some(used) = state.uses.get_mut(&machine) {
+                    used.first_ms = since_ms.min(used.first_ms);
+                }
+            }
             inner.servers.insert(server, state);
         }
     }
 }
 
 impl ServerState {
+    fn unfinished(&self) -> BTreeMap<String, i64> {
+        let unfinished = self.uses.iter().filter(|(_, used)| used.is_unfinished);
+        unfinished.map(|(machine, used)| (machine.to_string(), used.first_ms)).collect()
+    }
+
     fn as_change(&self) -> pb::StateChange {
         let machines = self.uses.iter().map(|(machine, used)| pb::MachineReport {
             machine: machine.to_string(),
@@ -81,6 +101,7 @@ impl ServerState {
             has_chain: used.chain == Chain::Present,
             proof: self.told.proofs.get(machine).cloned(),
             alarm: self.told.alarms.get(machine).cloned().unwrap_or_default(),
+            never_committed: used.is_unfinished,
         });
         pb::StateChange {
             machines: machines.collect(),

@@ -54,6 +54,11 @@ impl Group {
 }
 
 impl Granted {
+    /// A new stream begins: what an older one has told of a list that it didn't end is no part of the next.
+    pub fn begin(&mut self) {
+        self.staged.clear();
+    }
+
     /// Takes a part of the list in.
     pub fn take(&mut self, told: pb::Grants) {
         let mut kept: usize = self.staged.iter().map(Group::names).sum();
@@ -131,7 +136,10 @@ impl Inner {
 impl Registry {
     /// What a caller may see.
     pub fn sight(&self, caller: &Principal) -> Sight {
-        let role = &caller.role;
+        self.sight_of(&caller.role)
+    }
+
+    pub(super) fn sight_of(&self, role: &Role) -> Sight {
         if matches!(role, Role::Operator(_) | Role::Server(_) | Role::Janus(_)) {
             return Sight::all();
         }
@@ -197,6 +205,9 @@ mod tests {
         assert!(granted.groups.is_empty() && granted.digest.is_none());
         granted.take(message("dave", false));
         assert_eq!(granted.groups, [Group::of(&grant("carol")), Group::of(&grant("dave"))]);
+        granted.take(message("frank", true));
+        granted.begin();
+        assert_eq!(granted.groups.len(), 2, "the last whole list counts");
         granted.take(message("erin", false));
         assert_eq!((granted.groups.len(), granted.digest.as_deref()), (1, Some("digest")));
         let names = (0..MAX_NAMES).map(|number| number.to_string()).collect();

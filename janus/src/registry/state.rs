@@ -3,17 +3,19 @@
 use std::collections::{BTreeMap, HashMap};
 
 use janus_proto::{
+    clock::unix_ms,
     ids::{DiskId, MachineKey, SnapshotId},
     pb,
 };
 use tokio::time::Instant;
 
-use super::sight::{Granted, Sight};
+use super::{
+    sight::{Granted, Sight},
+    snapshots::Snapshots,
+};
 
 /// Machines remembered for one server.
 pub(super) const MAX_MACHINES: usize = 20_000;
-/// Snapshots remembered for one server. They only serve to list an unreachable server's snapshots.
-pub(super) const MAX_SNAPSHOTS: usize = 20_000;
 
 /// Machines with damaged snapshots that are named for one server.
 const MOST_DAMAGED: usize = 20;
@@ -35,6 +37,10 @@ pub(super) enum Chain {
 pub(super) struct Use {
     pub counter: u64,
     pub chain: Chain,
+    /// Unix milliseconds since when a use is known.
+    pub first_ms: i64,
+    /// The server has said that it was never more than a start.
+    pub is_unfinished: bool,
 }
 
 /// Version of a server's state. Sequences count within a stream.
@@ -64,7 +70,7 @@ pub(super) struct Told {
     pub proofs: HashMap<MachineKey, pb::Proof>,
     /// Open alarms.
     pub alarms: HashMap<MachineKey, String>,
-    pub snapshots: HashMap<SnapshotId, pb::Snapshot>,
+    pub snapshots: Snapshots,
 }
 
 impl Told {
@@ -87,15 +93,13 @@ impl Told {
         for removed in
             change.removed_snapshots.iter().filter_map(|id| id.parse::<SnapshotId>().ok())
         {
-            self.snapshots.remove(&removed);
+            self.snapshots.remove(removed);
         }
         for mut snapshot in change.snapshots {
             let Ok(id) = snapshot.snapshot_id.parse::<SnapshotId>() else { continue };
             // Seals are up to 4 KiB each and only of use to who restores, from the server itself.
             snapshot.client_seal = bytes::Bytes::new();
-            if self.snapshots.len() < MAX_SNAPSHOTS || self.snapshots.contains_key(&id) {
-                self.snapshots.insert(id, snapshot);
-            }
+            self.snapshots.insert(id, snapshot);
         }
     }
 }
@@ -121,6 +125,8 @@ pub(super) struct ServerState {
     pub granted: Option<Granted>,
     /// Unix milliseconds of the last message of any stream; 0: there was none.
     pub heard_ms: i64,
+    /// The log says that it has more snapshots than are remembered.
+    pub is_said_short: bool,
 }
 
 impl ServerState {
@@ -130,6 +136,9 @@ impl ServerState {
             return;
         }
         let entry = self.uses.entry(machine.clone()).or_default();
+        if entry.counter == 0 && counter > 0 {
+            entry.first_ms = unix_ms();
+        }
         entry.counter = entry.counter.max(counter);
     }
 
@@ -140,6 +149,7 @@ impl ServerState {
             let known = self.uses.get(&machine).map_or(0, |used| used.counter);
             self.raise(&machine, report.use_counter);
             let Some(entry) = self.uses.get_mut(&machine) else { continue };
+            entry.is_unfinished = report.never_committed;
             // A report from before our own start there says nothing about the chain it makes.
             if report.has_chain {
                 entry.chain = Chain::Present;
@@ -169,7 +179,7 @@ impl ServerState {
             entry.machine.clone_from(&snapshot.machine);
             entry.snapshots += 1;
             entry.blocks = entry.blocks.max(snapshot.damaged_blocks);
-            entry.newest |= self.is_newest(snapshot);
+            entry.newest |= self.told.snapshots.is_newest(snapshot);
         }
         damaged.into_values().take(MOST_DAMAGED).collect()
     }
@@ -178,15 +188,6 @@ impl ServerState {
     pub fn incomplete(&self, sight: &Sight) -> u64 {
         let snapshots = self.snapshots(None, None).filter(|one| one.missing_blocks > 0);
         snapshots.filter(|one| sight.sees_name(&one.machine)).count() as u64
-    }
-
-    fn is_newest(&self, of: &pb::Snapshot) -> bool {
-        let mut others = self.told.snapshots.values();
-        !others.any(|other| {
-            other.committed_ms > of.committed_ms
-                && other.machine == of.machine
-                && other.disk_id == of.disk_id
-        })
     }
 
     /// Snapshots of one machine, or one disk of it, or all.

@@ -190,3 +190,68 @@ async fn machines_that_a_server_is_seeded_with_are_those_it_named_last() {
     slot.take(2, Some(Event::Heartbeat(heartbeat))).unwrap();
     assert!(!is_seeded("u/m", "a") && is_seeded("v/m", "a"));
 }
+
+#[tokio::test]
+async fn a_part_of_a_list_of_groups_is_gone_with_its_stream() {
+    let registry = Registry::new();
+    let list = |member: &str, more| {
+        let members = vec![member.to_owned()];
+        let grant = pb::Grant { members, restore: vec!["u/*".into()], ..Default::default() };
+        Some(Event::Grants(pb::Grants { grants: vec![grant], more, ..Default::default() }))
+    };
+    let first = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    first.take(1, list("carol", true)).unwrap();
+    drop(first);
+    let second = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    second.take(1, list("dave", false)).unwrap();
+    let sees = |user: &str| {
+        let role = janus_proto::tls::Role::User(user.into());
+        registry.sight_of(&role).sees(&key("u/m"))
+    };
+    assert!(sees("dave") && !sees("carol"));
+}
+
+#[tokio::test]
+async fn the_newest_backup_of_each_machine_is_known_whatever_a_server_holds() {
+    let registry = Registry::new();
+    let slot = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    let of = |machine: &str, committed_ms| {
+        let mut change = snapshot(SnapshotId::new(), machine);
+        change.snapshots[0].committed_ms = committed_ms;
+        change
+    };
+    for number in 0..snapshots::MAX_SNAPSHOTS as i64 {
+        slot.take(1, Some(Event::Full(of("u/many", number)))).unwrap();
+    }
+    slot.take(1, Some(Event::Full(of("u/late", 5)))).unwrap();
+    slot.take(2, Some(Event::FullEnd(pb::FullEnd {}))).unwrap();
+    slot.take(3, Some(Event::Change(of("u/many", i64::MAX)))).unwrap();
+    let last = |machine: &str| registry.last_backups()[&(machine.to_owned(), id("a"))];
+    assert_eq!((last("u/late"), last("u/many")), (5, i64::MAX));
+    assert_eq!(registry.snapshot_ids(&id("a")).len(), snapshots::MAX_SNAPSHOTS);
+}
+
+#[tokio::test]
+async fn a_machine_is_unfinished_while_all_its_servers_say_so_since_its_first_start() {
+    let registry = Registry::new();
+    let never = |name: &str, never_committed| {
+        let mut change = machine(name, 4, false);
+        change.machines[0].never_committed = never_committed;
+        Some(Event::Change(change))
+    };
+    let a = registry.open_report(&id("a"), &hello("g", 1)).unwrap();
+    let b = registry.open_report(&id("b"), &hello("h", 1)).unwrap();
+    a.take(1, never("u/m", true)).unwrap();
+    a.take(1, never("u/n", true)).unwrap();
+    b.take(1, never("u/n", false)).unwrap();
+    let since: Vec<_> = registry.unfinished().into_iter().collect();
+    assert!(since.len() == 1 && since[0].0 == key("u/m") && since[0].1 > 0, "{since:?}");
+
+    let later = Registry::new();
+    let mut remembered = registry.remembered();
+    remembered[0].unfinished.insert("u/m".into(), 7);
+    later.recall(remembered);
+    assert_eq!(later.unfinished().into_iter().collect::<Vec<_>>(), [(key("u/m"), 7)]);
+    a.take(2, never("u/m", false)).unwrap();
+    assert!(registry.unfinished().is_empty());
+}

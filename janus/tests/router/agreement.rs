@@ -14,6 +14,7 @@ use tonic::metadata::MetadataMap;
 use crate::{
     backend::Backend,
     catalog::report_all,
+    life::scrape,
     site::{Keys, Running, channel, client, janus_with, until},
     starts::start_request,
 };
@@ -48,7 +49,14 @@ async fn status(keys: &Keys, janus: &Running) -> pb::GetRouterStatusResponse {
 async fn differences_are_shown_in_the_status_and_in_the_answer_of_each_start() {
     let keys = Keys::new();
     let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
-    let janus = janus_with(&keys, &[a.address(), b.address()], |_| {}).await;
+    let listen = |settings: &mut Settings| settings.metrics_listen = "127.0.0.1:0".into();
+    let janus = janus_with(&keys, &[a.address(), b.address()], listen).await;
+    let counted = async || {
+        let page = scrape(janus.metrics.unwrap()).await;
+        let mut figures =
+            page.lines().filter_map(|line| line.strip_prefix("janus_settings_differences "));
+        figures.next().unwrap().to_owned()
+    };
     let _a = report(&keys, &janus, "a", true).await;
     let mut client = client(&keys, &janus.url).await;
     let answer = client.start_backup(start_request()).await.unwrap();
@@ -60,12 +68,16 @@ async fn differences_are_shown_in_the_status_and_in_the_answer_of_each_start() {
     let answer = client.start_backup(start_request()).await.unwrap();
     assert_eq!(values(answer.metadata(), metadata::WARNING), expected);
     let shown = status(&keys, &janus).await;
-    assert_eq!(shown.warnings, expected);
+    assert_eq!(
+        (shown.warnings, counted().await.as_str()),
+        (expected.map(str::to_owned).to_vec(), "1.0")
+    );
     assert!(!shown.servers[1].settings.clone().unwrap().prefer_vhdx);
 
     drop(with_other);
     let _same = report(&keys, &janus, "b", true).await;
     assert!(status(&keys, &janus).await.warnings.is_empty());
+    assert_eq!(counted().await, "0.0");
 }
 
 #[tokio::test]

@@ -138,6 +138,14 @@ async fn alerts_arrive_once_by_webhook_and_command_although_the_first_attempt_fa
         settings.alert_after_minutes = 0;
     };
     let janus = janus_with(&keys, &[a.address()], primary).await;
+    // One of two janus alone tells.
+    let (second_url, second_told) = receiver(0).await;
+    let second = |settings: &mut Settings| {
+        settings.alert_webhook = second_url;
+        settings.alert_after_minutes = 0;
+    };
+    let second = janus_with(&keys, &[a.address()], second).await;
+    let _to_second = report(&keys, &second, "a", vec![snapshot("a", 1000)], 1).await;
     let (sender, _answers) = report(&keys, &janus, "a", vec![snapshot("a", 1000)], 1).await;
     let count = || async { told.lock().await.len() };
     until("the overdue machine is told of", || async { count().await >= 1 }).await;
@@ -153,6 +161,7 @@ async fn alerts_arrive_once_by_webhook_and_command_although_the_first_attempt_fa
     a.line.cut();
     until("the lost server is told of", || async { count().await >= 3 }).await;
     sleep(Duration::from_secs(3)).await;
+    assert!(second_told.lock().await.is_empty(), "it is not primary");
     let told = told.lock().await;
     let said: Vec<_> = told
         .iter()

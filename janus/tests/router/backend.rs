@@ -33,7 +33,7 @@ use tower::Service;
 
 use crate::site::{Keys, Line};
 
-/// What the next start meets.
+/// What the next start meets, or the next list of snapshots, which is never stuck.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mood {
     Fine,
@@ -45,6 +45,8 @@ pub enum Mood {
 pub struct Seen {
     pub mood: Mutex<Mood>,
     pub starts: AtomicUsize,
+    /// Highest use counter of a start.
+    pub use_counter: AtomicU64,
     /// Headers and URI of the last call.
     pub headers: Mutex<HeaderMap>,
     pub uri: Mutex<http::Uri>,
@@ -78,6 +80,7 @@ impl Backend {
         let seen = Arc::new(Seen {
             mood: Mutex::new(Mood::Fine),
             starts: AtomicUsize::new(0),
+            use_counter: AtomicU64::new(0),
             headers: Mutex::default(),
             uri: Mutex::default(),
             bytes: AtomicU64::new(0),
@@ -190,8 +193,13 @@ impl BackupService for Fake {
             Mood::Refuse(reason) => return Err(status(reason, format!("{} refuses", self.0))),
             Mood::Stuck => std::future::pending().await,
         }
-        self.1.starts.fetch_add(1, Ordering::SeqCst);
         let counter = request.metadata().get(metadata::USE).unwrap().clone();
+        let given: u64 = counter.to_str().unwrap().parse().unwrap();
+        let known = self.1.use_counter.fetch_max(given, Ordering::SeqCst);
+        if given > known.saturating_add(metadata::MAX_USE_JUMP) {
+            return Err(status(ErrorReason::InvalidField, "a use counter far above the known one"));
+        }
+        self.1.starts.fetch_add(1, Ordering::SeqCst);
         let mut response = tonic::Response::new(pb::StartBackupResponse {
             backup_id: request.into_inner().backup_id,
             server_id: self.0.into(),
@@ -324,6 +332,9 @@ impl CatalogService for Fake {
         &self,
         request: tonic::Request<pb::ListSnapshotsRequest>,
     ) -> Result<tonic::Response<pb::ListSnapshotsResponse>, Status> {
+        if let Mood::Refuse(reason) = *self.1.mood.lock().unwrap() {
+            return Err(status(reason, format!("{} refuses", self.0)));
+        }
         let all = self.1.snapshots.lock().unwrap().clone();
         let begin: usize = request.into_inner().page_token.parse().unwrap_or(0);
         let snapshots: Vec<_> = all.iter().skip(begin).take(2).cloned().collect();

@@ -17,7 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Streaming, transport::Channel};
 
 use crate::{
-    backend::Backend,
+    backend::{Backend, Mood},
     site::{Keys, Running, channel, client, janus, janus_with, reason},
     starts::start_request,
 };
@@ -273,4 +273,59 @@ async fn the_status_shows_how_a_machine_stands_with_each_server() {
         ..Default::default()
     };
     assert_eq!(status.machines[0].uses, [of("a", 5, 2), of("b", 6, 0)]);
+}
+
+#[tokio::test]
+async fn a_server_that_is_reached_and_lists_nothing_is_said_to_do_so_since_the_first_time() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let janus = janus(&keys, &[a.address(), b.address()]).await;
+    let catalog = catalog(&keys, &janus).await;
+    let unreachable = async || {
+        let list = catalog.clone().list_snapshots(pb::ListSnapshotsRequest::default()).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        list.unwrap().into_inner().unreachable
+    };
+    assert_eq!(unreachable().await, []);
+    for mood in [ErrorReason::StoreFull, ErrorReason::NotAllowed].map(Mood::Refuse) {
+        a.set_mood(mood);
+        let first = unreachable().await;
+        assert!(first[0].since_ms > 0, "{first:?}");
+        assert_eq!(unreachable().await, first);
+        a.set_mood(Mood::Fine);
+        assert_eq!(unreachable().await, []);
+        a.set_mood(mood);
+        assert!(unreachable().await[0].since_ms > first[0].since_ms, "it was well meanwhile");
+    }
+}
+
+#[tokio::test]
+async fn a_machine_that_starts_backups_and_never_gets_one_done_is_in_the_status() {
+    let keys = Keys::new();
+    let a = Backend::new(&keys, "a").await;
+    let janus = janus(&keys, &[a.address()]).await;
+    let machine = |machine: &str, use_counter, never_committed| pb::MachineReport {
+        machine: machine.into(),
+        use_counter,
+        never_committed,
+        ..Default::default()
+    };
+    let machines = vec![
+        machine("alice/web", 3, true),
+        machine("bob/db", 1, true),
+        machine("bob/gone", 9, false),
+    ];
+    let full = pb::StateChange { machines, ..Default::default() };
+    let _a = report_all(&keys, &janus, "a", pb::ReportHello::default(), full).await;
+    let machines = async |role: &str| {
+        let mut info =
+            ServerInfoServiceClient::new(channel(&janus.url, &keys.identity(role)).await);
+        let status = info.get_router_status(pb::GetRouterStatusRequest {}).await.unwrap();
+        let machines = status.into_inner().machines;
+        assert!(machines.iter().all(|one| one.first_use_ms > 0 && one.last_backup_ms == 0));
+        assert_eq!(machines[0].uses[0].use_counter, 3);
+        machines.into_iter().map(|one| one.machine).collect::<Vec<_>>()
+    };
+    assert_eq!(machines("operator/root").await, ["alice/web", "bob/db"]);
+    assert_eq!(machines("client/alice/web").await, ["alice/web"]);
 }

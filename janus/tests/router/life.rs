@@ -224,7 +224,7 @@ async fn an_idle_janus_with_watchers_and_reports_stops_at_once() {
 }
 
 /// What Prometheus gets, by plain HTTP/1.1.
-async fn scrape(address: SocketAddr) -> String {
+pub async fn scrape(address: SocketAddr) -> String {
     let mut tcp = TcpStream::connect(address).await.unwrap();
     let request = format!("GET /metrics HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
     tcp.write_all(request.as_bytes()).await.unwrap();

@@ -263,3 +263,50 @@ async fn a_caller_speaks_for_itself_only() {
     assert_eq!(reason(&refused), Some(ErrorReason::InvalidField));
     assert_eq!(a.starts(), 0);
 }
+
+/// What it says of itself is its own affair: the others are sent counters that they take.
+#[tokio::test]
+async fn a_server_that_tells_absurd_counters_stops_no_backup_on_others() {
+    let keys = Keys::new();
+    let (a, b) = (Backend::new(&keys, "a").await, Backend::new(&keys, "b").await);
+    let c = Backend::new(&keys, "c").await;
+    let janus = janus(&keys, &[a.address(), b.address(), c.address()]).await;
+    let _a = report(&keys, &janus, "a", vec![], u64::MAX).await;
+    let _b = report(&keys, &janus, "b", vec![], 7).await;
+    b.seen.use_counter.store(7, std::sync::atomic::Ordering::SeqCst);
+    let mut client = client(&keys, &janus.url).await;
+    for expected in ["c", "b", "c", "b"] {
+        assert_eq!(server(&start(&mut client).await), expected, "they still take turns");
+    }
+    let mut asked = start_request();
+    asked.metadata_mut().insert(metadata::USE, u64::MAX.into());
+    assert_eq!(server(&client.start_backup(asked).await), "c", "a caller that asks for too much");
+    assert_eq!(a.starts(), 0);
+}
+
+/// After a few seconds of looking in vain the next look is seconds away, unless the server shows itself that it lives.
+#[tokio::test]
+async fn a_server_that_reports_is_looked_for_at_once() {
+    let keys = Keys::new();
+    let a = Backend::new(&keys, "a").await;
+    let janus = janus(&keys, &[a.address()]).await;
+    let mut info = pb::server_info_service_client::ServerInfoServiceClient::new(
+        crate::site::channel(&janus.url, &keys.identity("operator/root")).await,
+    );
+    let mut is_ready = async || {
+        let status = info.get_router_status(pb::GetRouterStatusRequest {}).await.unwrap();
+        status.into_inner().servers[0].ready
+    };
+    assert!(is_ready().await);
+    a.line.cut();
+    tokio::time::sleep(Duration::from_millis(3_500)).await;
+    a.line.mend();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!is_ready().await, "nobody has looked");
+    let _a = report(&keys, &janus, "a", vec![], 1).await;
+    let begun = Instant::now();
+    while !is_ready().await {
+        assert!(begun.elapsed() < Duration::from_secs(1), "it is not looked for");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

@@ -145,7 +145,8 @@ pub struct UnreachableServer {
     pub server_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub reason: ::prost::alloc::string::String,
-    /// Unix milliseconds since when; 0: since this janus started.
+    /// Unix milliseconds since when, of one that can be reached and doesn't answer lists: since the first that it didn't. 0: since this
+    /// janus started.
     #[prost(int64, tag = "3")]
     pub since_ms: i64,
 }
@@ -2526,6 +2527,10 @@ pub struct MachineReport {
     /// alarm there. Empty: none, or an older server.
     #[prost(string, tag = "5")]
     pub alarm: ::prost::alloc::string::String,
+    /// It has started backups here, and none was ever committed. False: one was, whatever became of it, or it has started none, or an
+    /// older server.
+    #[prost(bool, tag = "6")]
+    pub never_committed: bool,
 }
 /// Whether backups of a machine on one server could be restored, as far as that was tried there.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3125,6 +3130,10 @@ pub struct ServerStatus {
     /// How long that certificate is valid in all, in milliseconds, where programs renew it, late. 0: people do, or unknown, or from an older janus or server.
     #[prost(int64, tag = "19")]
     pub certificate_valid_ms: i64,
+    /// Unix milliseconds of the last message of any of its report streams, also when that has ended. 0: there was none, or an older
+    /// janus.
+    #[prost(int64, tag = "20")]
+    pub last_report_ms: i64,
 }
 /// A machine with damaged snapshots on a server.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3147,16 +3156,20 @@ pub struct MachineStatus {
     /// `<user>/<machine>`.
     #[prost(string, tag = "1")]
     pub machine: ::prost::alloc::string::String,
-    /// Unix milliseconds of its commit.
+    /// Unix milliseconds of its commit. 0: there never was one, see `first_use_ms`.
     #[prost(int64, tag = "2")]
     pub last_backup_ms: i64,
-    /// The server that holds it.
+    /// The server that holds it. Empty: none.
     #[prost(string, tag = "3")]
     pub server_id: ::prost::alloc::string::String,
     /// How it stands with each server that it has used or that has its backups, by name. Every janus that hears the same
     /// servers says the same here. Empty from an older janus.
     #[prost(message, repeated, tag = "4")]
     pub uses: ::prost::alloc::vec::Vec<MachineUse>,
+    /// Of a machine that has started backups and never got one done: Unix milliseconds since when this janus knows of its first start.
+    /// 0: it has backups, or an older janus.
+    #[prost(int64, tag = "5")]
+    pub first_use_ms: i64,
 }
 /// How a machine stands with one server.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -66,6 +66,7 @@ fn valid(use_counter: u64) -> Vec<pb::ReportRequest> {
             machine: machine(),
             use_counter,
             has_chain: true,
+            never_committed: false,
             proof: Some(pb::Proof { proven_ms: 1, ..Default::default() }),
             alarm: "changed".into(),
         }],

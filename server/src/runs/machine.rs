@@ -6,9 +6,12 @@ use std::{
     time::Duration,
 };
 
-use janus_proto::ids::{BackupId, DiskId, MachineKey, SnapshotId};
+use janus_proto::{
+    ids::{BackupId, DiskId, MachineKey, SnapshotId},
+    metadata::MAX_USE_JUMP,
+};
 
-use super::{ActiveRun, MAX_COUNTER_JUMP, RunError, lock, now_ms};
+use super::{ActiveRun, RunError, lock, now_ms};
 use crate::chain::{
     Held, History, Run, Snapshot, TrashRecord, TrashedRun, clocks,
     health::Health,
@@ -428,7 +431,7 @@ impl Machine {
 
     pub(super) fn next_counter(&self, given: u64) -> Result<u64, RunError> {
         let known = self.use_counter();
-        if given > known.saturating_add(MAX_COUNTER_JUMP) {
+        if given > known.saturating_add(MAX_USE_JUMP) {
             return Err(RunError::CounterJump { given, known });
         }
         Ok(given.max(known + 1))
@@ -468,6 +471,11 @@ impl Machine {
             }
         }
         all
+    }
+
+    /// True when a run was ever committed here, whatever became of it.
+    pub fn was_committed(&self) -> bool {
+        self.next_place().0 > 1
     }
 
     /// Sequence and time of the next commit. Numbers only grow; times, too, unless a clock was far ahead.

@@ -227,6 +227,8 @@ pub struct MachineStatus {
     pub machine: String,
     /// How it stands with each server.
     pub uses: Vec<MachineUse>,
+    /// Since when it starts backups, Unix milliseconds, when none was ever done.
+    pub first_use_ms: Option<i64>,
 }
 
 /// A machine on one server.
@@ -262,6 +264,8 @@ pub struct ServerStatus {
     pub reason: Option<String>,
     /// Milliseconds since the last message of its report stream; -1: no stream.
     pub report_age_ms: i64,
+    /// Unix milliseconds of the last message of any report stream.
+    pub last_report_ms: Option<i64>,
     /// Machines with damaged snapshots there.
     pub damaged: Vec<Damaged>,
     /// When a backup there was last proven, Unix milliseconds.
