@@ -158,6 +158,8 @@ pub fn relocate(
     storage.make_folder(&to).map_err(MoveError::io("make", &to))?;
     let _to_lock = StoreLock::take(storage, &to)?;
     if moved.is_some() {
+        // It may have been written just before a kill: the old place must not be the store again after a power cut.
+        storage.sync_folder(&from).map_err(MoveError::io("sync", &from))?;
         finish(storage, &to)?;
         return Ok(Moved::default());
     }
@@ -181,7 +183,10 @@ fn begin(
 ) -> Result<(), MoveError> {
     let occupied = || MoveError::Occupied { path: to.to_owned() };
     match read::<Marker>(storage, &to.join(MOVING))? {
-        Some(marker) if marker.generation == generation && marker.path == from => return Ok(()),
+        Some(marker) if marker.generation == generation && marker.path == from => {
+            // As above: without it what is copied would look like a store.
+            return storage.sync_folder(to).map_err(MoveError::io("sync", to));
+        }
         Some(_) => return Err(occupied()),
         None => {}
     }
