@@ -44,8 +44,8 @@ pub struct Forecast {
 pub struct Lacking {
     /// Bytes of the blocks that it lacks; zeros among them don't travel.
     pub bytes: u64,
-    /// Of these, bytes that a backup to it reads beyond what was read here: no journal says that they have changed, but the server doesn't
-    /// have what they changed to earlier.
+    /// Of these, bytes that a backup to it reads beyond what was read here, but for zeros and holes: no journal says that they have changed,
+    /// but the server doesn't have what they changed to earlier.
     pub unread_bytes: u64,
 }
 

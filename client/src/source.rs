@@ -448,6 +448,7 @@ fn consistency(
     let Some(device) = device else { return Ok(Consistency::Crash) };
     let refused = match in_use::of(path, device) {
         Use::Nobody => return Ok(Consistency::Frozen),
+        Use::Perhaps => return Ok(Consistency::Crash),
         Use::Mounted(mount) => SourceError::Mounted { path: path.to_path_buf(), mount },
         Use::Unseen(part) => SourceError::InUse { path: path.to_path_buf(), part },
     };

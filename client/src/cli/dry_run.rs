@@ -128,7 +128,7 @@ fn disk_text(text: &mut String, disk: &DiskId, forecast: &Forecast) {
         let _ = write!(text, "    to {server}: up to {}", amount(lacking.bytes));
         if lacking.unread_bytes > 0 {
             let more = amount(lacking.unread_bytes);
-            let _ = write!(text, ", {more} of it read again, since this server lacks it");
+            let _ = write!(text, ", up to {more} of it read again, since this server lacks it");
         }
         text.push('\n');
     }

@@ -13,9 +13,11 @@ use super::{mounts, sysfs};
 /// Who may write to it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Use {
-    /// Nobody, or nobody to what matters: file systems that are read-only, swap. Programs that write to a device by themselves, as
-    /// virtual machines do, are not seen.
+    /// Nobody: its file systems are unmounted or read-only. Programs that write to a device by themselves, as virtual machines do, are
+    /// not seen.
     Nobody,
+    /// Nobody that is seen; but it is swapped to, or has volumes that are active, which such programs like to use.
+    Perhaps,
     /// A file system that is mounted here.
     Mounted(String),
     /// This device of it has an owner, and nothing tells which: a file system of a container, ZFS, a device that is exported.
@@ -33,15 +35,21 @@ pub(super) fn of(path: &Path, device: &sysfs::Device) -> Use {
         return Use::Nobody;
     }
     let swaps = swaps();
-    let is_told = |leaf: &sysfs::Device| {
-        swaps.iter().any(|number| number == leaf.number())
-            || mounts::any_mount(&leaf.with_members()).is_some()
-            || leaf.node().is_some_and(|node| is_free(&node))
-    };
-    match device.leaves().into_iter().find(|leaf| !is_told(leaf)) {
-        None => Use::Nobody,
-        Some(leaf) => Use::Unseen(leaf.node().unwrap_or_else(|| path.to_owned())),
+    let mut found = Use::Nobody;
+    for leaf in device.leaves() {
+        if mounts::any_mount(&leaf.with_members()).is_some() {
+            continue;
+        }
+        let is_swap = swaps.iter().any(|number| number == leaf.number());
+        let node = leaf.node();
+        if !is_swap && !node.as_deref().is_some_and(is_free) {
+            return Use::Unseen(node.unwrap_or_else(|| path.to_owned()));
+        }
+        if is_swap || !leaf.is_hardware() {
+            found = Use::Perhaps;
+        }
     }
+    found
 }
 
 fn is_free(device: &Path) -> bool {

@@ -131,14 +131,14 @@ fn a_writable_export_is_refused_unless_a_smeared_copy_will_do() {
     assert!(failure.error.contains("TLS") && failure.exit_code == 2, "{failure:?}");
 }
 
-/// What a dry run says is read, with what a server lacks beside it, is what a backup to that server reads.
+/// A backup reads no more than a dry run says is read, with what that server lacks beside it.
 fn assert_foretold(forecast: &Value, taken: &Value) {
     let of_server = |one: &&Value| one["server"] == taken["server"];
     let server = forecast["servers"].as_array().unwrap().iter().find(of_server).unwrap();
     let foretold = read_bytes(forecast) + server["unread_bytes"].as_u64().unwrap();
-    // Requests are rounded to pieces, and a piece is audited by one of them and not by the other.
-    let off = foretold.abs_diff(read_bytes(taken));
-    assert!(off < 4 * MIB, "{foretold} instead of {}: {forecast} {taken}", taken["read_bytes"]);
+    // Reads are rounded to pieces.
+    assert!(read_bytes(taken) <= foretold + MIB, "{foretold}: {forecast} {taken}");
+    assert!(foretold < 14 * MIB, "{forecast}");
 }
 
 /// Two servers in turn: each backup is a delta to what its server has, though the bitmap speaks of the last run only.

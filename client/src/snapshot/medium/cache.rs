@@ -246,10 +246,13 @@ mod tests {
     async fn all_who_wait_are_told_and_what_failed_is_fetched_again() {
         let mut cache = Cache::new(0);
         cache.take_missing(0..4, 4);
+        let runs = |fetched: Vec<Range<u64>>| -> Vec<(u64, u64)> {
+            fetched.into_iter().map(|run| (run.start, run.end)).collect()
+        };
         let (first, fetched) = cache.want(2..5);
-        assert_eq!(fetched, [4..5]);
+        assert_eq!(runs(fetched), [(4, 5)]);
         let (second, fetched) = cache.want(3..4);
-        assert_eq!(fetched, []);
+        assert_eq!(runs(fetched), []);
         cache.put(2, Chunk::new(None, 0));
         cache.fail(3, io::ErrorKind::NotConnected, "gone");
         cache.put(4, Chunk::new(None, 0));
@@ -262,7 +265,7 @@ mod tests {
         // Nobody waited for this one: no error is kept for whoever comes later.
         cache.fail(0, io::ErrorKind::NotConnected, "gone");
         let (wanted, fetched) = cache.want(0..5);
-        assert_eq!(fetched, [0..1, 3..4]);
+        assert_eq!(runs(fetched), [(0, 1), (3, 4)]);
         // As when the program ends.
         drop(cache);
         for one in wanted {
