@@ -16,24 +16,6 @@ use xtask::{
 
 const MIB: u64 = 1 << 20;
 const SERVER: &str = "server-a";
-const LIBVHDI: &str = "libvhdi-python==20260901";
-/// Writes the disk that the last of the files (oldest first) shows.
-const LIBVHDI_READER: &str = r#"
-import sys, pyvhdi
-parent = None
-for name in sys.argv[2:]:
-    image = pyvhdi.file()
-    image.open(name)
-    if parent is not None:
-        image.set_parent(parent)
-    parent = image
-left = image.get_media_size()
-with open(sys.argv[1], 'wb') as out:
-    while left:
-        data = image.read(min(left, 1 << 20))
-        left -= len(data)
-        out.write(data)
-"#;
 
 /// A server, and a client that backs one disk up to it.
 struct Scene {
@@ -83,9 +65,7 @@ fn seven_zip(image: &Path, to: &Path) {
 }
 
 fn libvhdi(images: &[PathBuf], to: &Path) {
-    let python = packages::python("libvhdi", &[LIBVHDI]).unwrap();
-    packages::output(Command::new(python).args(["-c", LIBVHDI_READER]).arg(to).args(images))
-        .unwrap();
+    fs::write(to, packages::libvhdi(images).unwrap()).unwrap();
 }
 
 #[test]

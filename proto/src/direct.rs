@@ -42,25 +42,25 @@ pub struct DirectFile {
 impl DirectFile {
     /// `file` was opened at `path` for reading.
     pub fn for_reading(file: File, path: &Path) -> Self {
-        if !is_device(&file) && cached_bytes(&file, 0, ALIGN as u64).is_none() {
+        let is_device = forget_cached(&file);
+        if !is_device && cached_bytes(&file, 0, ALIGN as u64).is_none() {
             let _ = fadvise(&file, 0, None, Advice::Sequential);
             return file.into();
         }
         // Reading ahead would put more and more into the cache, so that nothing was read past it.
         let _ = fadvise(&file, 0, None, Advice::Random);
-        Self::new(file, OpenOptions::new().read(true), path)
+        Self::new(file, OpenOptions::new().read(true), path, is_device)
     }
 
     /// `file` was opened at `path` for reading and writing.
     pub fn for_writing(file: File, path: &Path) -> Self {
-        Self::new(file, OpenOptions::new().read(true).write(true), path)
+        let is_device = forget_cached(&file);
+        Self::new(file, OpenOptions::new().read(true).write(true), path, is_device)
     }
 
-    fn new(file: File, options: &mut OpenOptions, path: &Path) -> Self {
+    fn new(file: File, options: &mut OpenOptions, path: &Path, is_device: bool) -> Self {
         let direct = options.custom_flags(OFlags::DIRECT.bits().cast_signed()).open(path);
         let direct = direct.ok().filter(|direct| is_same(&file, direct));
-        let is_device = is_device(&file);
-        forget_cached(&file);
         Self { file, direct, refused: AtomicBool::new(false), is_device }
     }
 
@@ -156,17 +156,15 @@ impl From<File> for DirectFile {
     }
 }
 
-/// Forgets what the page cache has of a block device, after it was written; of anything else nothing. Pages that a file system
-/// on this very device uses stay: they are its own.
-pub fn forget_cached(file: &File) {
-    if is_device(file) {
+/// Forgets what the page cache has of a block device, after it was written; of anything else nothing, and answers false. Pages that a
+/// file system on this very device uses stay: they are its own.
+pub fn forget_cached(file: &File) -> bool {
+    let is_device = file.metadata().is_ok_and(|meta| meta.file_type().is_block_device());
+    if is_device {
         let _ = rustix::fs::fsync(file);
         let _ = fadvise(file, 0, None, Advice::DontNeed);
     }
-}
-
-fn is_device(file: &File) -> bool {
-    file.metadata().is_ok_and(|meta| meta.file_type().is_block_device())
+    is_device
 }
 
 fn is_same(a: &File, b: &File) -> bool {
@@ -193,21 +191,22 @@ mod tests {
     fn direct_and_cached_calls_see_one_file() {
         let folder = tempfile::tempdir().unwrap();
         let written = file(&folder);
-        let data: Vec<u8> = (0..LEAST_READ * 6 + 777).map(|i| (i / 99 + i / 4096) as u8).collect();
+        let data: Vec<u8> =
+            (0..LEAST_WRITTEN * 6 + 777).map(|i| (i / 99 + i / 4096) as u8).collect();
         let mut expected = vec![0; 3 << 20];
         // Over each other, off their places, with a short end, and behind the end of the file.
         for (at, from, len) in [
-            (0, 0, LEAST_READ * 6 + 777),
-            (4096, 5, LEAST_READ + 4096),
+            (0, 0, LEAST_WRITTEN * 6 + 777),
+            (4096, 5, LEAST_WRITTEN + 4096),
             (12_288, 7, 4096),
-            (513, 0, LEAST_READ),
-            (2 << 20, 3, LEAST_READ + 1),
+            (513, 0, LEAST_WRITTEN),
+            (2 << 20, 3, LEAST_WRITTEN + 1),
         ] {
             written.write_all_at(&data[from..from + len], at as u64).unwrap();
             expected[at..at + len].copy_from_slice(&data[from..from + len]);
         }
         let len = written.file().metadata().unwrap().len() as usize;
-        assert_eq!(len, (2 << 20) + LEAST_READ + 1);
+        assert_eq!(len, (2 << 20) + LEAST_WRITTEN + 1);
         let whole = written.file().try_clone().unwrap();
         let mut found = vec![0; len];
         whole.read_exact_at(&mut found, 0).unwrap();
@@ -241,7 +240,7 @@ mod tests {
         std::fs::write(&path, "other").unwrap();
         let written = DirectFile::for_writing(opened, &path);
         assert!(written.direct.is_none());
-        written.write_all_at(&vec![1; LEAST_READ], 0).unwrap();
+        written.write_all_at(&vec![1; LEAST_WRITTEN], 0).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"other");
     }
 }

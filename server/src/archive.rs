@@ -218,7 +218,7 @@ impl Archive {
                 Ok((mut manifest, sent)) => {
                     let object = match held {
                         Some(there) => there.object.clone(),
-                        None => place.manifest(taken_ms(&run), run_id(&run), which.alone()),
+                        None => place.manifest(run.taken_ms(), run_id(&run), which.alone()),
                     };
                     // Disks of the same run may have come here one by one, or have gone here.
                     let there = known.iter().find(|there| there.object == object);
@@ -308,7 +308,7 @@ impl Archive {
                 continue;
             }
             let is_newest = disks.insert(disk.clone());
-            let is_newer = newest_there.is_none_or(|newest| taken_ms(&held.run) > newest);
+            let is_newer = newest_there.is_none_or(|newest| held.run.taken_ms() > newest);
             if is_newest || wish.all_runs && is_newer {
                 chosen.insert(held.run.sequence, held.run.clone());
             }
@@ -352,7 +352,7 @@ impl Archive {
             server: self.own.clone(),
             run: run_id(run),
             machine: run.machine.clone(),
-            committed_ms: taken_ms(run),
+            committed_ms: run.taken_ms(),
             seal: run.client_seal.clone(),
         };
         Ok((Manifest::new(facts, entries), sent))
@@ -407,10 +407,6 @@ impl Archive {
 /// Of a run that was imported itself the other one's name goes on: it is the same content.
 fn run_id(run: &Run) -> BackupId {
     run.origin.as_ref().and_then(|origin| origin.run).unwrap_or(run.backup)
-}
-
-fn taken_ms(run: &Run) -> i64 {
-    run.taken_ms()
 }
 
 /// True when all that is meant of a run is in a manifest.

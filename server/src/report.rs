@@ -182,6 +182,7 @@ impl Reporter {
         mut changes: broadcast::Receiver<Change>,
     ) -> String {
         let mut sequence = 0;
+        let mut awaited = self.runs.awaited();
         let mut told = self.vitals().await;
         let mut due = Instant::now() + self.refresh;
         let mut events = vec![Event::Hello(self.hello(number, told.clone()))];
@@ -203,20 +204,20 @@ impl Reporter {
                     let mut events = self.revocations();
                     // With the digest of what is known now.
                     told = self.vitals().await;
-                    events.push(Event::Heartbeat(pb::Heartbeat { vitals: Some(told.clone()) }));
+                    events.push(heartbeat(&told));
                     events
+                }
+                Ok(()) = awaited.changed() => {
+                    told = self.vitals().await;
+                    vec![heartbeat(&told)]
                 }
                 Ok(()) = granted.changed() => self.grants(),
                 vitals = self.worth_telling(&told, due) => {
-                    told = vitals.clone();
+                    told = vitals;
                     due = Instant::now() + self.refresh;
-                    vec![Event::Heartbeat(pb::Heartbeat { vitals: Some(vitals) })]
+                    vec![heartbeat(&told)]
                 }
                 change = changes.recv() => match change {
-                    Ok(Change::Awaited) => {
-                        told = self.vitals().await;
-                        vec![Event::Heartbeat(pb::Heartbeat { vitals: Some(told.clone()) })]
-                    }
                     Ok(change) => vec![Event::Change(self.change(&change))],
                     Err(broadcast::error::RecvError::Lagged(_)) => {
                         return "janus took changes too slowly".to_owned();
@@ -315,8 +316,6 @@ impl Reporter {
                 (&run.machine, Held::all(run).map(|held| self.snapshot(&held)).collect(), &[][..])
             }
             Change::Removed(key, removed) => (key, Vec::new(), &removed[..]),
-            // Told with the vitals.
-            Change::Awaited => return pb::StateChange::default(),
         };
         let removed_snapshots = removed.iter().map(ToString::to_string).collect();
         let machines =
@@ -327,6 +326,10 @@ impl Reporter {
     fn snapshot(&self, held: &Held) -> pb::Snapshot {
         self.runs.to_wire(held, &self.server)
     }
+}
+
+fn heartbeat(vitals: &pb::Vitals) -> Event {
+    Event::Heartbeat(pb::Heartbeat { vitals: Some(vitals.clone()) })
 }
 
 /// A tenth of the free space came or went.

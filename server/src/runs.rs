@@ -32,7 +32,10 @@ use janus_proto::{
     model::{Batch, Extent},
     show::amount,
 };
-use tokio::{sync::broadcast, time::Instant};
+use tokio::{
+    sync::{broadcast, watch},
+    time::Instant,
+};
 
 pub use janus_proto::clock::unix_ms as now_ms;
 
@@ -114,8 +117,6 @@ pub enum Change {
     Removed(MachineKey, Vec<SnapshotId>),
     /// Other things are known of the images of these snapshots.
     Health(MachineKey, Vec<SnapshotId>),
-    /// First backups of other machines are to be seeded.
-    Awaited,
 }
 
 /// All runs of one server.
@@ -130,7 +131,7 @@ pub struct Runs {
     limits: Limits,
     wanted: Wanted,
     /// Machines that seedings are to bring here.
-    awaited: Mutex<Vec<Which>>,
+    awaited: watch::Sender<Vec<Which>>,
     turns: Turns,
     audit: Option<Audit>,
     clock: Clock,
@@ -161,7 +162,7 @@ impl Runs {
             changes,
             limits: Limits::NONE,
             wanted: Wanted::default(),
-            awaited: Mutex::default(),
+            awaited: watch::Sender::default(),
             turns: Turns::default(),
             audit: None,
             clock,
@@ -207,13 +208,17 @@ impl Runs {
 
     /// Seedings that wait are to bring these machines here, and no others.
     pub fn set_awaited(&self, machines: Vec<Which>) {
-        *lock(&self.awaited) = machines;
-        let _ = self.changes.send(Change::Awaited);
+        self.awaited.send_replace(machines);
+    }
+
+    /// Says when they are others.
+    pub fn awaited(&self) -> watch::Receiver<Vec<Which>> {
+        self.awaited.subscribe()
     }
 
     /// Machines whose first backup is to come from another server: those that wait for it, and those of which it has begun to come.
     pub fn seeding(&self) -> Vec<Which> {
-        let mut seeding = lock(&self.awaited).clone();
+        let mut seeding = self.awaited.borrow().clone();
         let is_seeded = |run: &Arc<ActiveRun>| run.origin().is_some_and(|it| it.from.is_some());
         let begun =
             |machine: &Arc<Machine>| !machine.has_chain() && machine.active().iter().any(is_seeded);

@@ -290,6 +290,22 @@ pub fn allocated_bytes(path: &Path) -> Result<u64> {
     Ok(fs::metadata(path).with_context(|| format!("look at {}", path.display()))?.blocks() * 512)
 }
 
+/// A file, or all files below a folder; links and devices are none.
+///
+/// # Errors
+/// When one can't be looked at.
+pub fn files_below(path: &Path) -> Result<Vec<PathBuf>> {
+    let meta = fs::symlink_metadata(path).with_context(|| format!("look at {}", path.display()))?;
+    if !meta.is_dir() {
+        return Ok(if meta.is_file() { vec![path.to_owned()] } else { Vec::new() });
+    }
+    let mut files = Vec::new();
+    for entry in fs::read_dir(path)? {
+        files.extend(files_below(&entry?.path())?);
+    }
+    Ok(files)
+}
+
 /// Bytes that all files below a folder take on disk; what can't be looked at counts as nothing.
 pub fn allocated_below(folder: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(folder) else { return 0 };

@@ -120,7 +120,10 @@ impl SmallFileSystem {
     /// When a file can't be opened.
     pub fn lose_content(&self) -> Result<()> {
         rustix::fs::sync();
-        forget(self.folder())?;
+        for path in disk::files_below(self.folder())? {
+            let file = fs::File::open(&path)?;
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        }
         Ok(OpenOptions::new().write(true).open(&self.image)?.set_len(0)?)
     }
 
@@ -128,20 +131,6 @@ impl SmallFileSystem {
     pub fn device(&self) -> &Path {
         self.device.path()
     }
-}
-
-/// Takes the content of all files below out of memory.
-fn forget(folder: &Path) -> Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.is_dir() {
-            forget(&path)?;
-        } else {
-            let file = fs::File::open(&path)?;
-            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-        }
-    }
-    Ok(())
 }
 
 impl Drop for Mount {

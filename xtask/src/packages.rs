@@ -83,6 +83,39 @@ pub fn seven_zip(image: &Path, kind: &str) -> Result<Vec<u8>> {
     }
 }
 
+/// libvhdi for Python.
+pub const LIBVHDI: &str = "libvhdi-python==20260901";
+/// Prints the disk that the last of the files (oldest first) shows.
+const LIBVHDI_READER: &str = r#"
+import sys, pyvhdi
+parent = None
+for name in sys.argv[1:]:
+    image = pyvhdi.file()
+    image.open(name)
+    if parent is not None:
+        image.set_parent(parent)
+    parent = image
+left = image.get_media_size()
+while left:
+    data = image.read(min(left, 1 << 20))
+    left -= len(data)
+    sys.stdout.buffer.write(data)
+"#;
+
+/// The disk that the last of some images (oldest first) shows, as libvhdi reads it, which is told the parents.
+///
+/// # Errors
+/// With what it says when it doesn't read all of it.
+pub fn libvhdi(images: &[impl AsRef<Path>]) -> Result<Vec<u8>> {
+    let mut command = Command::new(python("libvhdi", &[LIBVHDI])?);
+    command.args(["-c", LIBVHDI_READER]).args(images.iter().map(AsRef::as_ref));
+    let output = command.output().context("libvhdi")?;
+    match output.status.success() {
+        true => Ok(output.stdout),
+        false => bail!("libvhdi: {}", String::from_utf8_lossy(&output.stderr)),
+    }
+}
+
 /// What `qemu-img` is told of an image in a format of its own names.
 pub fn for_qemu(image: &Path, format: &str) -> [String; 2] {
     let path = image.display();

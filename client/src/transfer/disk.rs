@@ -274,18 +274,12 @@ impl DiskTransfer {
     /// Blocks sent in this run of which the server has not told this process that it has them.
     pub fn unacknowledged_blocks(&self) -> u64 {
         let blocks = block_count(self.source.size_bytes());
-        let first = self.acknowledged / SEGMENT_BLOCKS;
-        let below = |segment: u64| self.acknowledged.saturating_sub(segment * SEGMENT_BLOCKS);
-        let sent = self.sent.range(first..);
-        sent.map(|(segment, bits)| {
-            let all = count_below(*segment, bits, blocks);
-            all - count_below(
-                *segment,
-                bits,
-                blocks.min(segment * SEGMENT_BLOCKS + below(*segment)),
-            )
-        })
-        .sum()
+        let known = self.acknowledged.min(blocks);
+        let sent = self.sent.range(known / SEGMENT_BLOCKS..);
+        let count = |(segment, bits): (&u64, &SegmentBits)| {
+            count_below(*segment, bits, blocks) - count_below(*segment, bits, known)
+        };
+        sent.map(count).sum()
     }
 
     /// Blocks sent in this run, zero blocks included.

@@ -29,8 +29,9 @@ mod write;
 #[cfg(test)]
 pub(super) mod tests;
 
-pub use absorb::{Absorber, set_hidden, set_identity};
+pub use absorb::{Absorber, set_identity};
 pub(super) use header::HIDDEN;
+pub use header::set_hidden;
 pub use layout::Layout;
 pub use read::VhdxImage;
 pub use write::write_structures;

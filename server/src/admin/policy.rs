@@ -3,11 +3,10 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
+use janus_proto::grants::Which;
 use serde_json::{Value, json};
 
 use super::{Answer, ask::AskError, table::table};
-use janus_proto::grants::Which;
-
 use crate::{
     config::Settings,
     policy::{Member, Members, Right, directory, file::File, follow::members},

@@ -14,6 +14,7 @@ use janus_proto::{
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+
 /// Longest file with credentials.
 const MAX_CREDENTIALS_BYTES: u64 = 64 << 10;
 

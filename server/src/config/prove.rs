@@ -1,12 +1,12 @@
 //! Section `[prove]`: which backups are read as a restore would read them, how far, and when.
 
+use janus_proto::grants::Which;
 use serde::{Deserialize, Serialize};
 
 use super::{
     ConfigError,
     replicate::{Hours, which},
 };
-use janus_proto::grants::Which;
 
 /// What is proven by itself, and what a proof is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
+use janus_proto::grants::Which;
 use serde::{Deserialize, Serialize};
 use time::{Time, macros::format_description};
 
 use super::ConfigError;
-use janus_proto::grants::Which;
 
 const MINUTE_MS: i64 = 60_000;
 const DAY_MS: i64 = 24 * 60 * MINUTE_MS;

@@ -238,6 +238,26 @@ pub(super) fn segments_of(blocks: &BlockRanges) -> BTreeSet<u64> {
     blocks.iter().flat_map(of).collect()
 }
 
+/// Which of these blocks of a segment have the same hash in `known`, and may be had.
+fn common(
+    segment: u64,
+    hashes: &[BlockHash],
+    known: &[BlockHash],
+    wanted: &[Extent],
+    may_be_had: impl Fn(usize) -> bool,
+) -> BlockRanges {
+    let start = segment * SEGMENT_BLOCKS;
+    let mut common = BlockRanges::default();
+    for block in wanted.iter().flat_map(|extent| extent.first..extent.end()) {
+        let index = (block - start) as usize;
+        let is_same = hashes.get(index).is_some_and(|hash| known.get(index) == Some(hash));
+        if is_same && may_be_had(index) {
+            common.insert(block..block + 1);
+        }
+    }
+    common
+}
+
 /// Which blocks an opened snapshot holds itself, with these hashes.
 fn had_here(
     opened: &OpenedSnapshot,
@@ -245,22 +265,15 @@ fn had_here(
     hashes: &[BlockHash],
     wanted: &[Extent],
 ) -> BlockRanges {
-    let mut had = BlockRanges::default();
     let (Ok(own), Ok(holders)) = (opened.tables.segment(segment), opened.tables.holders(segment))
     else {
-        return had;
+        return BlockRanges::default();
     };
-    let start = segment * SEGMENT_BLOCKS;
-    for block in wanted.iter().flat_map(|extent| extent.first..extent.end()) {
-        let index = (block - start) as usize;
+    let is_here = |index: usize| {
         let holder = holders.get(index).copied().flatten();
-        let is_here = holder.is_some_and(|holder| !opened.is_stub(holder));
-        let is_same = hashes.get(index).is_some_and(|hash| own.get(index) == Some(hash));
-        if is_here && is_same {
-            had.insert(block..block + 1);
-        }
-    }
-    had
+        holder.is_some_and(|holder| !opened.is_stub(holder))
+    };
+    common(segment, hashes, &own, wanted, is_here)
 }
 
 fn read_here(
@@ -294,20 +307,13 @@ fn had_there(
     hashes: &[BlockHash],
     wanted: &[Extent],
 ) -> Result<BlockRanges, CarryError> {
-    let mut had = BlockRanges::default();
     if remote.digest(segment) == Some(digest) {
-        wanted.iter().for_each(|extent| had.insert(extent.first..extent.end()));
-        return Ok(had);
+        let mut all = BlockRanges::default();
+        wanted.iter().for_each(|extent| all.insert(extent.first..extent.end()));
+        return Ok(all);
     }
-    let Some(known) = remote.hashes_of(segment)? else { return Ok(had) };
-    let start = segment * SEGMENT_BLOCKS;
-    for block in wanted.iter().flat_map(|extent| extent.first..extent.end()) {
-        let index = (block - start) as usize;
-        if known.get(index).is_some_and(|known| Some(known) == hashes.get(index)) {
-            had.insert(block..block + 1);
-        }
-    }
-    Ok(had)
+    let known = remote.hashes_of(segment)?.unwrap_or_default();
+    Ok(common(segment, hashes, &known, wanted, |_| true))
 }
 
 fn read_there(

@@ -5,12 +5,11 @@
 
 use std::{sync::Arc, time::Duration};
 
+use janus_proto::grants::Which;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::{ProveError, Prover, Target, boot::Wish, record::Proof};
-use janus_proto::grants::Which;
-
 use crate::{
     background,
     config::{ConfigError, Prove, replicate::Hours},

@@ -56,12 +56,12 @@ struct State {
     incomplete: bool,
     /// Decided merges that are not finished, and whether the chain can be opened already.
     unfinished: Vec<(Intent, bool)>,
-    /// Links of the chains that somebody has open.
-    opened: Vec<Weak<[SnapshotId]>>,
+    /// Chains that somebody has open.
+    opened: Chains,
+    /// Those of them that restores and other servers have open.
+    read: Chains,
     /// Links whose purge damage hinders, as far as the log has them.
     hindered: BTreeSet<SnapshotId>,
-    /// The same of those that restores and other servers have open.
-    read: Vec<Weak<[SnapshotId]>>,
     /// What is known of the images.
     health: Health,
     /// Something of that is not in its file yet.
@@ -74,6 +74,21 @@ struct State {
     changes: Changes,
     /// What of it can't be used.
     faults: Faults,
+}
+
+/// Chains by their links, as long as whoever has them open keeps these.
+#[derive(Default)]
+struct Chains(Vec<Weak<[SnapshotId]>>);
+
+impl Chains {
+    fn note(&mut self, links: &Arc<[SnapshotId]>) {
+        self.0.retain(|links| links.strong_count() > 0);
+        self.0.push(Arc::downgrade(links));
+    }
+
+    fn open(&self) -> Vec<Arc<[SnapshotId]>> {
+        self.0.iter().filter_map(Weak::upgrade).collect()
+    }
 }
 
 impl Machine {
@@ -92,9 +107,9 @@ impl Machine {
             last_sequence: state.last_sequence,
             incomplete: state.incomplete,
             unfinished: state.unfinished.into_iter().map(|intent| (intent, false)).collect(),
-            opened: Vec::new(),
+            opened: Chains::default(),
+            read: Chains::default(),
             hindered: BTreeSet::new(),
-            read: Vec::new(),
             health: state.health,
             health_unsaved: false,
             proofs: state.proofs,
@@ -307,29 +322,24 @@ impl Machine {
     }
 
     pub(super) fn note_opened(&self, links: &Arc<[SnapshotId]>) {
-        let mut state = lock(&self.state);
-        state.opened.retain(|opened| opened.strong_count() > 0);
-        state.opened.push(Arc::downgrade(links));
+        lock(&self.state).opened.note(links);
     }
 
     /// A restore, or another server, reads these links until it closes them.
     pub(crate) fn note_read(&self, links: &Arc<[SnapshotId]>) {
-        let mut state = lock(&self.state);
-        state.read.retain(|read| read.strong_count() > 0);
-        state.read.push(Arc::downgrade(links));
+        lock(&self.state).read.note(links);
     }
 
     /// Whether a restore or another server reads a link.
     pub(super) fn is_read(&self, link: SnapshotId) -> bool {
-        let read = lock(&self.state).read.clone();
-        read.iter().filter_map(Weak::upgrade).any(|links| links.contains(&link))
+        let chains = lock(&self.state).read.open();
+        chains.iter().any(|links| links.contains(&link))
     }
 
     /// Whether somebody reads a link, and not through its child.
     pub(super) fn is_opened_without(&self, link: SnapshotId, child: SnapshotId) -> bool {
-        let opened = lock(&self.state).opened.clone();
-        let mut chains = opened.iter().filter_map(Weak::upgrade);
-        chains.any(|links| links.contains(&link) && !links.contains(&child))
+        let chains = lock(&self.state).opened.open();
+        chains.iter().any(|links| links.contains(&link) && !links.contains(&child))
     }
 
     pub(super) fn take_health_turn(&self) -> MutexGuard<'_, ()> {

@@ -12,8 +12,8 @@ use std::{
 };
 
 use janus_server::image::Format;
+use xtask::packages::LIBVHDI;
 
-const LIBVHDI: &str = "libvhdi-python==20260901";
 /// Prints the disk that the last of the given files (oldest first) shows: ranges `start length`, or all of it.
 const LIBVHDI_READER: &str = r#"
 import sys, pyvhdi

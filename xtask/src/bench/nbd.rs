@@ -15,6 +15,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::{
+    disk,
     noise::Noise,
     packages::{self, Tool},
     site::{Plan, Programs, Running, Site},
@@ -98,11 +99,7 @@ pub(super) fn run(programs: &Programs, folder: &Path, bytes: u64, json: &Path) -
 
 /// Has the system keep what is in a file, or in all below a folder.
 fn cache(path: &Path) -> Result<()> {
-    let meta = fs::symlink_metadata(path)?;
-    if meta.is_dir() {
-        return fs::read_dir(path)?.try_for_each(|entry| cache(&entry?.path()));
-    }
-    if meta.is_file() {
+    for path in disk::files_below(path)? {
         std::io::copy(&mut fs::File::open(path)?, &mut std::io::sink())?;
     }
     Ok(())

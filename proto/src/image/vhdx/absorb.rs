@@ -236,14 +236,6 @@ pub fn set_identity(file: &File, data_write: Uuid) -> Result<(), ImageError> {
     header::set_data_write(file, data_write)
 }
 
-/// Hides a file from other programs, or shows it again. The caller syncs.
-///
-/// # Errors
-/// When the file can't be written.
-pub fn set_hidden(file: &File, is_hidden: bool) -> Result<(), ImageError> {
-    header::set_hidden(file, is_hidden)
-}
-
 fn holds_data(entry: u64) -> bool {
     matches!(bat::state(entry), bat::FULLY_PRESENT | bat::PARTIALLY_PRESENT)
 }

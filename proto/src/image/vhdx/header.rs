@@ -54,8 +54,11 @@ pub(super) fn write_identifier(file: &File) -> Result<(), ImageError> {
     file.write_all_at(&page, 0).map_err(ImageError::io("write"))
 }
 
-/// Makes other programs not take the file for a VHDX, or take it for one again.
-pub(super) fn set_hidden(file: &File, is_hidden: bool) -> Result<(), ImageError> {
+/// Hides a file from other programs, or shows it again. The caller syncs.
+///
+/// # Errors
+/// When the file can't be written.
+pub fn set_hidden(file: &File, is_hidden: bool) -> Result<(), ImageError> {
     let signature = if is_hidden { HIDDEN } else { SIGNATURE };
     file.write_all_at(signature, 0).map_err(ImageError::io("write"))
 }
