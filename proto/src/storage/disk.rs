@@ -1,9 +1,10 @@
 //! What lies below the store: opens files, changes folders.
 
 use std::{
-    collections::HashSet,
+    collections::BTreeSet,
     fs::{self, OpenOptions},
     io,
+    ops::Bound,
     os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
@@ -12,12 +13,12 @@ use std::{
     },
 };
 
-use crate::direct::DirectFile;
 use rustix::fs::{
     FallocateFlags, IFlags, OFlags, StatVfsMountFlags, fallocate, ioctl_getflags, ioctl_setflags,
 };
 
 use super::{Access, File, Handle, Metadata, Op, Verdict, Watcher};
+use crate::direct::DirectFile;
 
 /// After this many bytes a session's image is synced in the background, so that commit has little left to sync.
 const SYNC_BYTES: u64 = 64 << 20;
@@ -30,7 +31,7 @@ pub struct Disk {
     up_ms: Option<Arc<AtomicU64>>,
     sync_bytes: u64,
     /// Folders whose names are durable, as far as this process has seen to it.
-    known: Arc<Mutex<HashSet<PathBuf>>>,
+    known: Arc<Mutex<BTreeSet<PathBuf>>>,
 }
 
 impl Default for Disk {
@@ -213,7 +214,7 @@ impl Disk {
     /// As the file system says.
     pub fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.ask(Op::Rename { from, to })?;
-        self.known().retain(|folder| !folder.starts_with(from));
+        self.forget_below(from);
         fs::rename(from, to)
     }
 
@@ -359,7 +360,18 @@ impl Disk {
         path.ancestors().skip(1).any(|above| known.contains(above))
     }
 
-    fn known(&self) -> MutexGuard<'_, HashSet<PathBuf>> {
+    /// Forgets a folder and those below it, which sort right behind it.
+    fn forget_below(&self, path: &Path) {
+        let mut known = self.known();
+        let below = known.range::<Path, _>((Bound::Included(path), Bound::Unbounded));
+        let below: Vec<PathBuf> =
+            below.take_while(|folder| folder.starts_with(path)).cloned().collect();
+        for folder in &below {
+            known.remove(folder);
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, BTreeSet<PathBuf>> {
         // A set is whole whatever panicked beside it.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
