@@ -16,6 +16,7 @@ use tonic::transport::{Channel, Endpoint};
 mod connect;
 mod dial;
 mod explain;
+mod gathered;
 mod observed;
 mod pinned;
 mod proxy;
@@ -24,6 +25,7 @@ mod race;
 pub use connect::{Target, TlsStream, connect_tls};
 pub use dial::{Dial, Dialer, Dialing, Stream, add_proof};
 pub use explain::{ConnectError, explain, explain_error};
+pub use gathered::Gathered;
 pub use observed::{Observed, Observer};
 pub use pinned::Pinned;
 pub use proxy::{NoProxy, Proxied, Proxies};
@@ -184,7 +186,7 @@ fn endpoint(target: &Target) -> Result<Endpoint, ConnectError> {
 }
 
 type Connecting =
-    std::pin::Pin<Box<dyn Future<Output = Result<TokioIo<Stream>, ConnectError>> + Send>>;
+    std::pin::Pin<Box<dyn Future<Output = Result<TokioIo<Gathered<Stream>>, ConnectError>> + Send>>;
 
 fn connector(
     target: Target,
@@ -193,7 +195,7 @@ fn connector(
     first_peer: Arc<OnceLock<Principal>>,
 ) -> impl tower::Service<
     http::Uri,
-    Response = TokioIo<Stream>,
+    Response = TokioIo<Gathered<Stream>>,
     Error = ConnectError,
     Future = Connecting,
 > + Send
@@ -204,7 +206,7 @@ fn connector(
         Box::pin(async move {
             let (stream, peer) = dialer.dial(&target, &options).await?;
             let _ = first_peer.set(peer); // Later connections don't change who answered at first.
-            Ok(TokioIo::new(stream))
+            Ok(TokioIo::new(Gathered::new(stream)))
         })
     })
 }

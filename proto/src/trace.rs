@@ -43,8 +43,8 @@ pub struct NotATraceparent;
 impl TraceContext {
     /// A new trace.
     pub fn fresh() -> Self {
-        // UUIDs are the randomness that this crate has; version and variant bits cost six of 128.
-        Self { trace: uuid::Uuid::new_v4().as_u128(), parent: 0, flags: 1 }
+        // Zero is no id.
+        Self { trace: rand::random::<u128>().max(1), parent: 0, flags: 1 }
     }
 
     /// The trace of `header`, or a new one.
@@ -170,9 +170,7 @@ impl http_body::Body for Traced {
 }
 
 fn span() -> u64 {
-    let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
-    // The version stands in one half, the variant in the other. Zero is no id.
-    (high ^ low).max(1)
+    rand::random::<u64>().max(1)
 }
 
 impl fmt::Display for TraceContext {
