@@ -161,7 +161,7 @@ pub fn run(args: &Args) -> Result<()> {
         let programs = Programs::built_or(Profile::Release)?;
         return seeding::run(&programs, &folder, args.size_mib.min(2048) << 20, &json);
     }
-    let programs = Programs::build(Profile::Release)?;
+    let programs = Programs::built_or(Profile::Release)?;
     if args.proxies {
         fs::create_dir_all(&folder)?;
         let json = args.json.clone().unwrap_or_else(|| folder.join("proxies.json"));
@@ -212,7 +212,7 @@ fn store(args: &Args) -> Result<()> {
     fs::create_dir_all(&place)?;
     let json = args.json.clone().unwrap_or_else(|| place.join("store.json"));
     let work = tempfile::Builder::new().prefix("run-").tempdir_in(&place)?;
-    let restore = chains::measure(&Programs::build(Profile::Release)?, work.path())?;
+    let restore = chains::measure(&Programs::built_or(Profile::Release)?, work.path())?;
     drop(work);
     example("janus-server", "bench_store", &place, &json)?;
     let mut rows: Vec<serde_json::Value> = serde_json::from_slice(&fs::read(&json)?)?;

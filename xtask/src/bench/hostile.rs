@@ -10,7 +10,7 @@ const TEST: &str = "a_good_backup_beside_all_floods_ends";
 
 /// Measures, prints a row for server and janus each, and writes them.
 pub(super) fn run(json: &Path) -> Result<()> {
-    let programs = Programs::build(Profile::Release)?;
+    let programs = Programs::built_or(Profile::Release)?;
     let mut test = cargo();
     test.current_dir(workspace()).args(["test", "--workspace", "--release", "--test", "redteam"]);
     test.args(["--", TEST, "--nocapture", "--test-threads", "1"]);

@@ -89,8 +89,8 @@ pub(super) fn run(programs: &Programs, rounds: u32, json: &Path) -> Result<()> {
 
 fn build_load() -> Result<PathBuf> {
     let mut build = cargo();
-    build.current_dir(workspace()).args(["build", "--release", "-p", "xtask"]);
-    build.args(["--features", "load", "--bin", "proxy-load"]);
+    build.current_dir(workspace()).args(["build", "--release", "--workspace"]);
+    build.args(["--features", "xtask/load", "--bin", "proxy-load"]);
     ensure!(build.status().context("run cargo")?.success(), "the build failed");
     Ok(target().join("release/proxy-load"))
 }
