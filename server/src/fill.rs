@@ -19,6 +19,7 @@ use std::{
 };
 
 use janus_proto::{
+    bandwidth::{self, Zone},
     channel::Dialer,
     ids::{ServerId, SnapshotId},
 };
@@ -126,6 +127,8 @@ struct Work<'a> {
     /// When stubs are filled. The settings were checked.
     hours: Option<Hours>,
     known: HashMap<SnapshotId, Known>,
+    /// Keeps all of them together to the limits.
+    dialer: Dialer,
     /// Connections, by what names the server.
     seeders: HashMap<String, Arc<Seeder>>,
     touched: Instant,
@@ -135,7 +138,9 @@ impl<'a> Work<'a> {
     fn new(filler: &'a Filler, stop: &'a CancellationToken) -> Self {
         let (known, seeders) = (HashMap::new(), HashMap::new());
         let hours = filler.settings.hours().ok();
-        Self { filler, stop, hours, known, seeders, touched: Instant::now() }
+        let limits = filler.settings.limits().unwrap_or_default();
+        let dialer = bandwidth::limited(filler.dialer.clone(), &limits, Zone::Utc);
+        Self { filler, stop, hours, dialer, known, seeders, touched: Instant::now() }
     }
 
     /// Until there are no stubs, or it is to stop.
@@ -369,12 +374,8 @@ impl<'a> Work<'a> {
         if let Some(seeder) = self.seeders.get(&from) {
             return Ok(seeder.clone());
         }
-        let bytes_per_second = match self.filler.settings.mib_per_second {
-            0 => None,
-            mib => Some(u64::from(mib) << 20),
-        };
-        let own = (&self.filler.own, &self.filler.dialer);
-        let seeder = Seeder::connect(&from, own, &janus_urls, bytes_per_second, self.stop)?;
+        let own = (&self.filler.own, &self.dialer);
+        let seeder = Seeder::connect(&from, own, &janus_urls, self.stop)?;
         let seeder = Arc::new(seeder.with_patience(Duration::ZERO));
         self.seeders.insert(from, seeder.clone());
         Ok(seeder)

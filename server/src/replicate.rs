@@ -9,7 +9,12 @@ use std::{
     time::Duration,
 };
 
-use janus_proto::{channel::Dialer, grants::Which, ids::ServerId};
+use janus_proto::{
+    bandwidth::{self, Window, Zone},
+    channel::Dialer,
+    grants::Which,
+    ids::ServerId,
+};
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -69,7 +74,7 @@ struct Rule {
     from: String,
     which: Vec<Which>,
     hours: Hours,
-    bytes_per_second: Option<u64>,
+    limits: Vec<Window>,
     every: Duration,
     /// What was said last: a server that stays away is logged once.
     said: Mutex<String>,
@@ -82,10 +87,7 @@ impl Rule {
             from: if rule.from.is_empty() { name.to_owned() } else { rule.from.clone() },
             which: rule.which()?,
             hours: rule.hours()?,
-            bytes_per_second: match rule.mib_per_second {
-                0 => None,
-                mib => Some(u64::from(mib) << 20),
-            },
+            limits: rule.limits()?,
             every: Duration::from_secs(rule.every_seconds),
             said: Mutex::default(),
         })
@@ -135,13 +137,8 @@ impl Replication {
     /// Blocks.
     fn once(&self, rule: &Rule, stop: &CancellationToken) {
         let janus_urls = self.janus_urls.borrow().clone();
-        let connected = Seeder::connect(
-            &rule.from,
-            (&self.own, &self.dialer),
-            &janus_urls,
-            rule.bytes_per_second,
-            stop,
-        );
+        let dialer = bandwidth::limited(self.dialer.clone(), &rule.limits, Zone::Utc);
+        let connected = Seeder::connect(&rule.from, (&self.own, &dialer), &janus_urls, stop);
         let mut turn = Turn::default();
         let done = connected.and_then(|seeder| self.seed(&seeder, &rule.which, &mut turn, stop));
         let failed = match done {

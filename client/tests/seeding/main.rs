@@ -20,8 +20,11 @@ use self::scene::{MACHINE, MIB, NEW, OLD, Scene, another_hour, done, json};
 #[test]
 fn the_backup_after_seeding_is_a_delta_and_later_seedings_fetch_what_differs() {
     let mut scene = Scene::new();
-    let seeded = done(&scene.seed(&["--from", OLD, MACHINE]));
+    // At this hour there is no limit.
+    let slow = format!("{} 1 Mbit/s", another_hour());
+    let seeded = done(&scene.seed(&["--from", OLD, MACHINE, "--bandwidth", &slow]));
     println!("{seeded}");
+    assert!(seeded["seconds"].as_f64().unwrap() < 100.0, "{seeded}");
     // Both runs as one base.
     assert_eq!(seeded["written_bytes"], 40 * MIB);
     let listed = scene.client.list().unwrap();
@@ -189,6 +192,9 @@ fn what_waits_to_be_seeded_is_backed_up_elsewhere_first() {
     done(&scene.seed(&["--from", OLD, "--all", "--queue", "--hours", &hours]));
     scene.backup_on(OLD, 20..21, 1);
     // After a restart, too.
+    let wrong = ["1 MB/s", "08:00-09:00 20 Mbit/s"];
+    let wrong = ["--from", OLD, MACHINE, "--bandwidth", wrong[0], "--bandwidth", wrong[1]];
+    failed(&wrong, "overlap");
     scene.site.stop_server(NEW).unwrap();
     scene.site.start_server(NEW).unwrap();
     scene.site.await_ready(&scene.client).unwrap();
@@ -238,13 +244,13 @@ fn the_queue_goes_on_by_itself() {
 #[test]
 fn a_seeding_goes_on_after_its_server_or_the_other_one_was_killed() {
     let mut scene = Scene::new();
-    let start = |scene: &Scene| {
-        let arguments = ["seed", "--json", "--from", OLD, MACHINE, "--mib-per-second", "4"];
+    let start = |scene: &Scene, limit: [&str; 2]| {
+        let arguments = [&["seed", "--json", "--from", OLD, MACHINE], &limit[..]].concat();
         let mut command = scene.site.admin_command(NEW, &arguments);
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     };
     // While it goes on a backup finds the other server.
-    let seeding = start(&scene);
+    let seeding = start(&scene, ["--bandwidth", "00:00-24:00 32 Mbit/s"]);
     scene.await_stored(8 * MIB);
     let backup = scene.client.backup().unwrap();
     assert_eq!(backup.server, OLD, "{backup:?}");
@@ -263,7 +269,7 @@ fn a_seeding_goes_on_after_its_server_or_the_other_one_was_killed() {
     scene.site.await_ready(&scene.client).unwrap();
     let stopped = &open(&scene)[0];
     assert_eq!((&stopped["disk_id"], &stopped["going_on"]), (&"disk".into(), &false.into()));
-    let seeding = start(&scene);
+    let seeding = start(&scene, ["--mib-per-second", "4"]);
     scene.await_stored(16 * MIB);
     scene.site.kill_server(OLD).unwrap();
     thread::sleep(Duration::from_secs(2));

@@ -8,7 +8,7 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, VecDeque},
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use bytes::Bytes;
@@ -28,7 +28,6 @@ use tonic::{Status, Streaming};
 use super::{CallError, Link};
 use crate::{
     carry::{CarryError, Content},
-    pace::Pace,
     peer::{QUICK, request, unless_silent},
 };
 
@@ -47,7 +46,6 @@ pub(crate) struct Remote {
 /// Where it is.
 struct Source {
     link: Link,
-    pace: Arc<Pace>,
     snapshot_id: String,
     /// While it is open there.
     handle: Mutex<Option<String>>,
@@ -67,18 +65,13 @@ impl Remote {
     pub(super) fn open(
         runtime: &Handle,
         link: Link,
-        pace: &Arc<Pace>,
         snapshot: pb::Snapshot,
     ) -> Result<Self, CarryError> {
         if snapshot.size_bytes > MAX_DISK_BYTES {
             return Err(link.error(format!("snapshot {} is too large", snapshot.snapshot_id)));
         }
-        let source = Source {
-            link,
-            pace: pace.clone(),
-            snapshot_id: snapshot.snapshot_id.clone(),
-            handle: Mutex::default(),
-        };
+        let source =
+            Source { link, snapshot_id: snapshot.snapshot_id.clone(), handle: Mutex::default() };
         let runtime = runtime.clone();
         let count = segment_count(snapshot.size_bytes);
         let digests = runtime.block_on(source.again(|| source.digests(count)))?;
@@ -259,7 +252,6 @@ impl Source {
         let mut digests = Vec::new();
         while let Some(answer) = unless_silent(answers.message()).await? {
             let Some(batch) = answer.batch else { continue };
-            self.pace.pay(batch.hashes.len() as u64).await;
             take(batch, std::slice::from_ref(&(0..count)), &mut digests)?;
         }
         match digests.len() as u64 == count {
@@ -274,7 +266,6 @@ impl Source {
         let mut all = Vec::new();
         while let Some(answer) = unless_silent(answers.message()).await? {
             let Some(batch) = answer.batch else { continue };
-            self.pace.pay(batch.hashes.len() as u64).await;
             take(batch, ranges, &mut all)?;
         }
         let mut all = all.into_iter();
@@ -305,7 +296,6 @@ impl Source {
         let (mut blocks, mut count) = (BTreeMap::new(), 0);
         while let Some(answer) = unless_silent(answers.message()).await? {
             let Some(batch) = answer.batch else { continue };
-            self.pace.pay(batch.data.len() as u64).await;
             let batch = Batch::from_wire(size_bytes, batch)?;
             for piece in batch.pieces().filter(|piece| !piece.extent.zero) {
                 count += piece.extent.count;
