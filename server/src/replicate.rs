@@ -4,7 +4,6 @@
 //! own. What a rule's hours end in the middle of is gone on with in the next ones.
 
 use std::{
-    collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -22,6 +21,7 @@ use crate::{
     background,
     carry::CarryError,
     config::{ConfigError, Replicate, replicate::Hours},
+    fetching::{Turn, kind},
     runs::{Runs, now_ms},
     seed::{Event, Seeder},
 };
@@ -40,32 +40,6 @@ pub struct Replication {
     pub dialer: Dialer,
     /// Where janus is.
     pub janus_urls: watch::Receiver<Vec<String>>,
-}
-
-/// What came of a rule's last turn.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Turn {
-    /// Unix milliseconds at which it ended.
-    pub ended_ms: i64,
-    /// Backups that it brought.
-    pub brought: u64,
-    /// What kept others away, of the first of them.
-    pub failed: Option<String>,
-}
-
-/// Last turns, by the names of the rules, since this server runs.
-#[derive(Debug, Default)]
-pub struct Turns(Mutex<BTreeMap<String, Turn>>);
-
-impl Turns {
-    /// That of a rule, if it had any.
-    pub fn of(&self, rule: &str) -> Option<Turn> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(rule).cloned()
-    }
-
-    fn note(&self, rule: &str, turn: Turn) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(rule.to_owned(), turn);
-    }
 }
 
 /// A rule, checked.
@@ -142,14 +116,17 @@ impl Replication {
         let mut turn = Turn::default();
         let done = connected.and_then(|seeder| self.seed(&seeder, &rule.which, &mut turn, stop));
         let failed = match done {
-            Ok(()) | Err(CarryError::Stopped) => String::new(),
-            Err(error) => error.to_string(),
+            Ok(()) => String::new(),
+            Err(CarryError::Stopped) => {
+                turn.is_stopped = true;
+                String::new()
+            }
+            Err(error) => {
+                turn.fail(kind(&error), error.to_string());
+                error.to_string()
+            }
         };
-        if !failed.is_empty() {
-            turn.failed = Some(failed.clone());
-        }
-        turn.ended_ms = now_ms();
-        self.runs.turns().note(&rule.name, turn);
+        self.runs.fetching().note(&rule.name, turn);
         let mut said = rule.said.lock().unwrap_or_else(PoisonError::into_inner);
         if !failed.is_empty() && *said != failed {
             tracing::warn!(
@@ -175,10 +152,11 @@ impl Replication {
                     let (backup_id, bytes) = (imported.run.backup, imported.written_bytes);
                     tracing::info!(%from, %machine, %backup_id, bytes, "replicated");
                     turn.brought += 1;
+                    turn.bytes = turn.bytes.saturating_add(bytes);
                 }
                 Event::Failed(error) => {
                     tracing::warn!(%from, %machine, %error, "a backup is not replicated");
-                    turn.failed.get_or_insert_with(|| format!("{machine}: {error}"));
+                    turn.fail(kind(error), format!("{machine}: {error}"));
                 }
                 Event::Seeded(_) | Event::Here(..) | Event::PassedOver(_) => {}
             };
@@ -189,7 +167,7 @@ impl Replication {
                 // The others come all the same.
                 Err(error) => {
                     tracing::warn!(%from, %machine, %error, "a machine is not replicated");
-                    turn.failed.get_or_insert_with(|| format!("{machine}: {error}"));
+                    turn.fail(kind(&error), format!("{machine}: {error}"));
                 }
             }
         }

@@ -202,11 +202,12 @@ impl Seeder {
         self
     }
 
-    /// A snapshot on a server that is reached the same way.
+    /// A snapshot on a server that is reached the same way, which keeps it there on `hold`.
     pub(crate) fn remote(
         &self,
         server: &ServerId,
         snapshot: pb::Snapshot,
+        hold: bool,
     ) -> Result<Remote, CarryError> {
         Remote::open(self.runtime.handle(), self.link.to(server), snapshot, hold)
     }
@@ -302,8 +303,14 @@ impl Seeder {
         }
     }
 
-    /// Opens snapshots of one run of a machine, to be imported.
-    fn open(&self, machine: &MachineKey, snapshots: &[pb::Snapshot]) -> Result<NewRun, CarryError> {
+    /// Opens snapshots of one run of a machine, to be imported beside what is `held` here.
+    fn open(
+        &self,
+        machine: &MachineKey,
+        snapshots: &[pb::Snapshot],
+        held: &[Held],
+    ) -> Result<NewRun, CarryError> {
+        let has_chain = |disk: &str| held.iter().any(|held| held.snapshot().disk.as_str() == disk);
         let nonsense = |error| self.nonsense(&error);
         let first = snapshots.first();
         let disk = |snapshot: &pb::Snapshot| {
@@ -315,7 +322,11 @@ impl Seeder {
                 skipped_bytes: snapshot.skipped_bytes,
                 // Nobody knows before it is read: what is full then ends it as a client's backup.
                 data_bytes: None,
-                content: Box::new(self.remote(self.server(), snapshot.clone())?),
+                content: {
+                    // What becomes a stub is filled from it.
+                    let hold = self.stubs && !has_chain(&snapshot.disk_id);
+                    Box::new(self.remote(self.server(), snapshot.clone(), hold)?)
+                },
             })
         };
         let run = first.map(|snapshot| snapshot.backup_id.parse()).transpose();
@@ -351,7 +362,7 @@ impl Seeder {
         choice.passed_over.iter().for_each(|disk| tell(Event::PassedOver(disk)));
         choice.here.iter().for_each(|(disk, newest_ms)| tell(Event::Here(disk, *newest_ms)));
         for snapshots in &choice.runs {
-            let opened = self.open(machine, snapshots);
+            let opened = self.open(machine, snapshots, &held);
             match opened.and_then(|new| carry::import(runs, &new, hear)) {
                 Ok(imported) => tell(Event::Seeded(&imported)),
                 Err(CarryError::Stopped) => return Err(CarryError::Stopped),

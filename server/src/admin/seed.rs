@@ -26,7 +26,7 @@ use crate::{
     carry::{CarryError, Imported},
     chain::ranges::BlockRanges,
     config::replicate::{Hours, limits},
-    replicate::Turn,
+    fetching::Fetched,
     runs::now_ms,
     seed::{self, Event, SeedError, Seeder},
     serve,
@@ -295,8 +295,8 @@ fn rules(admin: &Admin) -> (Vec<Vec<String>>, Vec<Value>) {
     let head = ["rule", "last turn", "brought", "failed"];
     let (mut rows, mut listed) = (vec![head.map(str::to_owned).to_vec()], Vec::new());
     for name in admin.settings().replicate.keys() {
-        let turn = admin.runs().turns().of(name);
-        let of_turn = |show: fn(&Turn) -> String| turn.as_ref().map_or_else(|| "-".into(), show);
+        let turn = admin.runs().fetching().of(name);
+        let of_turn = |show: fn(&Fetched) -> String| turn.as_ref().map_or_else(|| "-".into(), show);
         rows.push(vec![
             name.clone(),
             of_turn(|turn| date(turn.ended_ms)),

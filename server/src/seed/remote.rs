@@ -47,6 +47,8 @@ pub(crate) struct Remote {
 struct Source {
     link: Link,
     snapshot_id: String,
+    /// It is needed again, also after this.
+    hold: bool,
     /// While it is open there.
     handle: Mutex<Option<String>>,
 }
@@ -66,12 +68,17 @@ impl Remote {
         runtime: &Handle,
         link: Link,
         snapshot: pb::Snapshot,
+        hold: bool,
     ) -> Result<Self, CarryError> {
         if snapshot.size_bytes > MAX_DISK_BYTES {
             return Err(link.error(format!("snapshot {} is too large", snapshot.snapshot_id)));
         }
-        let source =
-            Source { link, snapshot_id: snapshot.snapshot_id.clone(), handle: Mutex::default() };
+        let source = Source {
+            link,
+            snapshot_id: snapshot.snapshot_id.clone(),
+            hold,
+            handle: Mutex::default(),
+        };
         let runtime = runtime.clone();
         let count = segment_count(snapshot.size_bytes);
         let digests = runtime.block_on(source.again(|| source.digests(count)))?;
@@ -106,6 +113,11 @@ impl Remote {
         let first = first.start..first.end.min(1);
         let hashes = self.source.again(|| self.source.hashes(std::slice::from_ref(&first)));
         self.runtime.block_on(hashes).is_ok()
+    }
+
+    /// Closes it, and tells the other server that nothing of this disk is needed there any more.
+    pub(crate) fn release(&self) {
+        self.runtime.block_on(self.source.close(true));
     }
 
     fn blocks_of(&self, segment: u64) -> Range<u64> {
@@ -191,7 +203,7 @@ impl Remote {
 impl Drop for Remote {
     fn drop(&mut self) {
         // Without this the handle expires by itself.
-        self.runtime.block_on(self.source.close());
+        self.runtime.block_on(self.source.close(false));
     }
 }
 
@@ -213,15 +225,18 @@ impl Source {
         if let Some(handle) = self.lock().clone() {
             return Ok(handle);
         }
-        let message =
-            pb::OpenSnapshotRequest { snapshot_id: self.snapshot_id.clone(), ..Default::default() };
+        let message = pb::OpenSnapshotRequest {
+            snapshot_id: self.snapshot_id.clone(),
+            table: false,
+            hold: self.hold,
+        };
         let opened = self.link.peers.open_snapshot(message, &self.link.server).await?.handle;
         Ok(self.lock().insert(opened).clone())
     }
 
-    async fn close(&self) {
+    async fn close(&self, release: bool) {
         let Some(handle) = self.lock().take() else { return };
-        let message = pb::CloseSnapshotRequest { handle };
+        let message = pb::CloseSnapshotRequest { handle, release };
         let mut request = request(message, Some(&self.link.server));
         request.set_timeout(QUICK);
         let _ = timeout(QUICK, self.link.peers.restore().close_snapshot(request)).await;
