@@ -23,6 +23,9 @@ use crate::{
     },
 };
 
+/// Of the blocks of a segment.
+type Hashes = Arc<Vec<BlockHash>>;
+
 /// Of each of the others so much is kept, in bytes.
 const MEMORY: u64 = 1 << 20;
 
@@ -34,7 +37,7 @@ pub(super) struct Elsewhere {
     others: Vec<SnapshotMedium>,
     runtime: Handle,
     /// Hashes of segments: of the table as number 0, then of the others.
-    hashes: Mutex<HashMap<(usize, u64), Arc<Vec<BlockHash>>>>,
+    hashes: Mutex<HashMap<(usize, u64), Hashes>>,
 }
 
 impl Elsewhere {
@@ -56,7 +59,7 @@ impl Elsewhere {
     }
 
     /// Hashes of a segment's blocks in the table, or in one of the others.
-    fn hashes(&self, number: usize, segment: u64) -> io::Result<Arc<Vec<BlockHash>>> {
+    fn hashes(&self, number: usize, segment: u64) -> io::Result<Hashes> {
         let lock = || self.hashes.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = lock().get(&(number, segment)) {
             return Ok(known.clone());
@@ -87,7 +90,7 @@ impl Elsewhere {
         }
         for (number, other) in (1..).zip(&self.others) {
             // One that doesn't answer has nothing.
-            let has = |hashes: Arc<Vec<BlockHash>>| hashes.get(place) == Some(&wanted);
+            let has = |hashes: Hashes| hashes.get(place) == Some(&wanted);
             if self.hashes(number, segment).is_ok_and(has)
                 && Medium::read_exact_at(other, bytes, block * BLOCK_BYTES).is_ok()
             {
