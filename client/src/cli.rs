@@ -32,6 +32,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use janus_proto::{
     archive::{Place, place::SILENCE},
+    bandwidth::{self, Zone},
     channel::Proxied,
     ids::{MachineKey, ServerId},
     settings::Loader,
@@ -54,8 +55,8 @@ pub use self::{
     sources::sources,
 };
 use crate::{
-    archive, bandwidth, browse::reader, config::Settings, frozen::watchdog, link::Link, revoked,
-    wake, ways::Ways,
+    archive, browse::reader, config::Settings, frozen::watchdog, link::Link, revoked, wake,
+    ways::Ways,
 };
 
 /// Loads settings from file, environment and flags.
@@ -328,7 +329,8 @@ impl Context {
         let urls = self.settings.checked_urls()?.to_vec();
         let (identity, proxies) = (self.identity()?.clone(), self.settings.proxies()?);
         let dialer = Arc::new(Proxied { identity, proxies });
-        let ways = Ways::new(urls, bandwidth::limited(dialer, self.settings.limits()?));
+        let ways =
+            Ways::new(urls, bandwidth::limited(dialer, &self.settings.limits()?, Zone::Local));
         let folder = self.settings.cache_path.clone();
         let own = self.identity()?.clone();
         let reading = tokio::task::spawn_blocking(move || {

@@ -3,6 +3,7 @@
 use std::{num::NonZero, path::PathBuf, time::Duration};
 
 use janus_proto::{
+    bandwidth,
     channel::{NoProxy, Proxies, Target},
     error::WireError,
     ids::{DiskId, MachineKey},
@@ -14,7 +15,7 @@ use janus_proto::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bandwidth, enroll::Files, frozen::Wish, link::Direct, nbd, notify::NotifySettings, packing,
+    enroll::Files, frozen::Wish, link::Direct, nbd, notify::NotifySettings, packing,
     reading::Policy, schedule::ScheduleSettings, survey::Choice, wake,
 };
 

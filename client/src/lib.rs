@@ -2,7 +2,6 @@
 
 pub mod archive;
 pub mod backup;
-pub mod bandwidth;
 pub mod browse;
 pub mod cache;
 pub mod catalog;

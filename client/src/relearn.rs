@@ -104,7 +104,11 @@ async fn learn_through(
         })
     };
     let head = head().map_err(LinkError::answer("asking the server for its store"))?;
-    let message = OpenSnapshotRequest { snapshot_id: snapshot.snapshot_id.clone(), table: false };
+    let message = OpenSnapshotRequest {
+        snapshot_id: snapshot.snapshot_id.clone(),
+        table: false,
+        ..Default::default()
+    };
     let handle = link.open_snapshot(&address, message).await?.handle;
     let reader = HashReader {
         link: link.clone(),
@@ -114,7 +118,7 @@ async fn learn_through(
     };
     let adopted = reader.adopt_into(cache, &server, Some(head)).await;
     // The handle expires by itself where this fails.
-    let close = address.request(CloseSnapshotRequest { handle }, Some(QUICK));
+    let close = address.request(CloseSnapshotRequest { handle, ..Default::default() }, Some(QUICK));
     let _ = link.restore().close_snapshot(close).await;
     adopted
 }

@@ -29,6 +29,7 @@ use crate::{
 
 mod away;
 mod counts;
+mod elsewhere;
 mod error;
 mod fit;
 mod format;
@@ -61,6 +62,7 @@ pub use self::{
 use self::{
     away::Away,
     counts::Counts,
+    elsewhere::Elsewhere,
     queue::Queue,
     serve::SHORT,
     source::{Failure, Source},
@@ -190,7 +192,7 @@ impl Restore {
         let sources = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(RestoreError::Interrupted),
-            sources = self.all_sources(found, packing) => sources?,
+            sources = self.all_sources(found, place.bytes() == size_bytes, packing) => sources?,
         };
         let (sources, digests, share) = sources;
         let work =
@@ -271,7 +273,12 @@ impl Restore {
     }
 
     /// The snapshot's digests, and who delivers; of one that is away also what others say they have of it.
-    async fn all_sources(&self, found: Found, packing: Wish) -> Result<Sources, RestoreError> {
+    async fn all_sources(
+        &self,
+        found: Found,
+        is_whole: bool,
+        packing: Wish,
+    ) -> Result<Sources, RestoreError> {
         if found.snapshot.reachable {
             let holder = Opened::new(self.reach.clone(), found)?;
             let (sources, digests) = self.sources(holder, packing).await?;
@@ -280,7 +287,8 @@ impl Restore {
         let Snapshot { snapshot_id, server_id, .. } = found.snapshot.clone();
         let Away { table, digests, neighbours, share } =
             away::find(&self.reach, &found.snapshot).await?;
-        let is_short = |share: &away::Share| share.held_bytes < share.content_bytes;
+        // Of a part it may be all.
+        let is_short = |share: &away::Share| is_whole && share.held_bytes < share.content_bytes;
         if let Some(share) = share.filter(is_short).filter(|_| self.partial.is_none()) {
             table.close().await;
             return Err(RestoreError::Elsewhere {
@@ -347,8 +355,15 @@ impl Restore {
             return Ok(Place::whole(size_bytes, logical_sector_bytes, format));
         }
         if !found.snapshot.reachable {
-            let Snapshot { snapshot_id: snapshot, server_id: server, .. } = found.snapshot.clone();
-            return Err(RestoreError::OnlyWhole { snapshot, server });
+            let away = away::find(&self.reach, &found.snapshot).await?;
+            let disk = Arc::new(Elsewhere::new(self, away, Handle::current()));
+            let reading = disk.clone();
+            let planning = tokio::task::spawn_blocking(move || {
+                place::plan(&*reading, volume, device_bytes, format)
+            });
+            let place = planning.await.map_err(|_| RestoreError::Interrupted)?;
+            disk.close().await;
+            return Ok(place?);
         }
         let opened = Opened::new(self.reach.clone(), found.clone())?;
         let disk = SnapshotMedium::new(opened, seal, self.packing, 0, Handle::current());

@@ -100,14 +100,35 @@ pub fn add_unknown(listing: &mut Listing, mirrored: &[Mirrored]) {
     newest_first(&mut listing.snapshots, SystemTime::now());
 }
 
-/// The server that has most of a snapshot, and what it has.
-pub fn best<'a>(
-    mirrored: &'a [Mirrored],
-    snapshot: &Snapshot,
-) -> Option<(&'a ServerId, &'a TableShare)> {
+/// What other servers have of a snapshot together.
+#[derive(Debug, PartialEq)]
+pub struct Elsewhere<'a> {
+    /// Who has something of it, whoever has most first.
+    pub servers: Vec<&'a ServerId>,
+    /// What that one has.
+    pub most: &'a TableShare,
+    /// What all of them have is no more than this: how much of it is the same blocks isn't known.
+    pub at_most_bytes: u64,
+}
+
+/// What other servers have of a snapshot; `None` when nobody knows.
+pub fn elsewhere<'a>(mirrored: &'a [Mirrored], snapshot: &Snapshot) -> Option<Elsewhere<'a>> {
     let of = mirrored.iter().filter(|one| one.snapshot.snapshot_id == snapshot.snapshot_id);
-    let shares = of.filter_map(|one| Some((&one.server, one.share.as_ref()?)));
-    shares.max_by_key(|(_, share)| share.held_bytes)
+    let (known, unknown): (Vec<_>, Vec<_>) = of.partition(|one| one.share.is_some());
+    let mut shares: Vec<_> =
+        known.iter().filter_map(|one| Some((&one.server, one.share.as_ref()?))).collect();
+    shares.sort_by_key(|(_, share)| std::cmp::Reverse(share.held_bytes));
+    let (_, most) = *shares.first()?;
+    let sum: u64 = shares.iter().map(|(_, share)| share.held_bytes).sum();
+    let is_all = most.held_bytes >= most.content_bytes;
+    let at_most_bytes = match unknown.is_empty() {
+        true => sum.min(most.content_bytes),
+        // They may have the rest.
+        false => most.content_bytes,
+    };
+    let others = shares.iter().skip(1).filter(|(_, share)| !is_all && share.held_bytes > 0);
+    let servers = shares.iter().take(1).chain(others).map(|(server, _)| *server).collect();
+    Some(Elsewhere { servers, most, at_most_bytes })
 }
 
 /// A share in percent, never rounded up to all.
@@ -148,7 +169,34 @@ mod tests {
         add_unknown(&mut listing, &tables);
         let ids: Vec<_> = listing.snapshots.iter().map(|one| one.snapshot_id.as_str()).collect();
         assert_eq!(ids, ["3", "2", "1"]);
-        let held = |id: &str| best(&tables, &snapshot(id, 0)).map(|(_, share)| share.held_bytes);
-        assert_eq!((held("2"), held("3"), held("1")), (Some(7), Some(4), None));
+    }
+
+    #[test]
+    fn what_all_have_together_is_bounded() {
+        let snapshot = Snapshot { snapshot_id: "1".into(), ..Snapshot::default() };
+        let told = |held: &[(&str, Option<u64>)]| {
+            let one = |(server, held): &(&str, Option<u64>)| Mirrored {
+                server: server.parse().unwrap(),
+                snapshot: snapshot.clone(),
+                share: held.map(|held_bytes| TableShare {
+                    content_bytes: 100,
+                    held_bytes,
+                    snapshot_ids: Vec::new(),
+                }),
+            };
+            let mirrored: Vec<_> = held.iter().map(one).collect();
+            elsewhere(&mirrored, &snapshot).map(|it| {
+                let servers: Vec<_> = it.servers.iter().map(|server| server.as_str()).collect();
+                (servers.join(" "), it.most.held_bytes, it.at_most_bytes)
+            })
+        };
+        assert_eq!(told(&[]), None);
+        assert_eq!(told(&[("b", None)]), None);
+        assert_eq!(told(&[("b", Some(30))]), Some(("b".into(), 30, 30)));
+        assert_eq!(told(&[("b", Some(30)), ("c", Some(60))]), Some(("c b".into(), 60, 90)));
+        assert_eq!(told(&[("b", Some(80)), ("c", Some(60))]), Some(("b c".into(), 80, 100)));
+        assert_eq!(told(&[("b", Some(30)), ("c", Some(0))]), Some(("b".into(), 30, 30)));
+        assert_eq!(told(&[("b", Some(30)), ("c", None)]), Some(("b".into(), 30, 100)));
+        assert_eq!(told(&[("b", Some(100)), ("c", Some(60))]), Some(("b".into(), 100, 100)));
     }
 }

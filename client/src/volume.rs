@@ -184,7 +184,11 @@ fn volume(disk: &dyn ReadAt, part: Part, sector_bytes: u64) -> Result<Volume, Vo
             )));
         }
     };
-    let found = fs::detect(&Window { disk, start, len })?;
+    let found = match fs::detect(&Window { disk, start, len }) {
+        // Of a disk that is put together from what others have, its first blocks may be missing.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        found => found?,
+    };
     let (file_system, fs_uuid, fs_label) = match found {
         Some(found) => (Some(found.kind), found.uuid, found.label),
         None => (None, String::new(), String::new()),

@@ -166,7 +166,11 @@ impl Caller {
     }
 
     async fn open(&self, server: &str, snapshot: &str) -> Result<pb::OpenSnapshotResponse, Status> {
-        let request = pb::OpenSnapshotRequest { snapshot_id: snapshot.to_owned(), table: false };
+        let request = pb::OpenSnapshotRequest {
+            snapshot_id: snapshot.to_owned(),
+            table: false,
+            ..Default::default()
+        };
         self.restore().open_snapshot(pinned(server, request)).await.map(tonic::Response::into_inner)
     }
 
@@ -288,7 +292,7 @@ async fn reads(caller: &Caller, table: &mut Table) {
     for handle in handles {
         caller
             .restore()
-            .close_snapshot(pinned(a, pb::CloseSnapshotRequest { handle }))
+            .close_snapshot(pinned(a, pb::CloseSnapshotRequest { handle, ..Default::default() }))
             .await
             .unwrap();
     }

@@ -207,6 +207,15 @@ fn server_card(server: &ServerStatus, facts: &[ServerFacts], now_ms: i64) -> Mar
                     @if server.proven_ms > 0 { (ago(server.proven_ms, now_ms)) }
                     @else { "never" }
                 }
+                @for one in &server.fetching {
+                    dt { "fetching" @if one.rule.is_empty() { " for stubs" } @else { ", rule " (one.rule) } }
+                    dd.bad[!one.failure.is_empty()] title=[Some(&one.failure).filter(|why| !why.is_empty())] {
+                        (amount(one.bytes)) ", "
+                        @if one.succeeded_ms > 0 { "done " (ago(one.succeeded_ms, now_ms)) }
+                        @else { "not done yet" }
+                        @if !one.failure.is_empty() { ", FAILED" }
+                    }
+                }
                 @if server.since_ms > 0 {
                     dt { @if server.ready { "ready for" } @else { "not ready for" } }
                     dd { (span_ms(now_ms.saturating_sub(server.since_ms))) }
@@ -329,7 +338,7 @@ fn span(time: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
-    use janus_proto::pb::MachineUse;
+    use janus_proto::pb::{Fetching, MachineUse};
 
     use super::*;
 
@@ -398,6 +407,22 @@ mod tests {
         let places = ["last proven</dt>", ">2 min ago<", ">never<", ">proven 1 min ago<"];
         let at: Vec<usize> = places.iter().filter_map(|text| page.find(text)).collect();
         assert!(at.len() == places.len() && at.is_sorted(), "{page}");
+    }
+
+    #[test]
+    fn what_servers_fetch_from_each_other_is_told() {
+        let failure = "<i>away</i>".to_owned();
+        let fetching = vec![
+            Fetching { succeeded_ms: 61_000, bytes: 3 << 20, ..Default::default() },
+            Fetching { rule: "north".into(), failure, ..Default::default() },
+        ];
+        let server = ServerStatus { server_id: "a".into(), fetching, ..Default::default() };
+        let status = GetRouterStatusResponse { servers: vec![server], ..Default::default() };
+        let page = render(&status, &[], &[], Duration::from_secs(60), 121_000).into_string();
+        for text in ["fetching for stubs</dt>", ">3.0 MiB, done 1 min ago<", ", rule north</dt>"] {
+            assert!(page.contains(text), "{text}: {page}");
+        }
+        assert!(page.contains("not done yet, FAILED") && !page.contains("<i>"), "{page}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use janus_proto::{
     clock::unix_ms,
     ids::ServerId,
     pb::{
-        GetRouterStatusRequest, GetRouterStatusResponse, GetServerInfoRequest,
+        Fetching, GetRouterStatusRequest, GetRouterStatusResponse, GetServerInfoRequest,
         GetServerInfoResponse, MachineStatus, MachineUse, ServerStatus, WakeServersRequest,
         WakeServersResponse,
         server_info_service_server::{ServerInfoService, ServerInfoServiceServer},
@@ -113,6 +113,7 @@ impl Info {
                 .map_or(0, |id| self.fleet.registry().incomplete(id, sight)),
             proven_ms: server.as_ref().map_or(0, |id| self.proven_ms(id, sight)),
             warnings: if sight.is_all() { vitals.warnings } else { Vec::new() },
+            fetching: seen(vitals.fetching, sight),
             revocations_digest: vitals.revocations_digest,
             server_id: server.map(String::from).unwrap_or_default(),
             url: upstream.url(),
@@ -220,6 +221,7 @@ impl Info {
             incomplete_snapshots: self.fleet.registry().incomplete(server, sight),
             proven_ms: self.proven_ms(server, sight),
             warnings: if sight.is_all() { vitals.warnings } else { Vec::new() },
+            fetching: seen(vitals.fetching, sight),
             revocations_digest: vitals.revocations_digest,
             free_bytes: vitals.free_bytes,
             total_bytes: vitals.total_bytes,
@@ -228,6 +230,14 @@ impl Info {
             ..Default::default()
         }
     }
+}
+
+/// What others may see of it.
+fn seen(mut fetching: Vec<Fetching>, sight: &Sight) -> Vec<Fetching> {
+    if !sight.is_all() {
+        fetching.iter_mut().for_each(|one| one.failure.clear());
+    }
+    fetching
 }
 
 fn millis(age: Duration) -> i64 {

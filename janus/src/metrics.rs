@@ -3,7 +3,7 @@
 use std::{fmt, sync::atomic::Ordering, time::Duration};
 
 use axum::{Router, http::header, response::IntoResponse, routing::get};
-use janus_proto::pb::{GetRouterStatusResponse, Proof, ServerStatus};
+use janus_proto::pb::{FetchErrors, Fetching, GetRouterStatusResponse, Proof, ServerStatus};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric, text},
@@ -143,7 +143,8 @@ impl Figures {
         let received =
             counter(&|upstream| upstream.counters().bytes_received.load(Ordering::Relaxed));
         let help = "Bytes forwarded from the server";
-        by_server(encoder, "server_received_bytes", help, &received)
+        by_server(encoder, "server_received_bytes", help, &received)?;
+        fetching(encoder, status)
     }
 
     /// When each machine was last backed up to each server.
@@ -213,6 +214,45 @@ impl Figures {
         }
         Ok(())
     }
+}
+
+/// What servers fetch from each other by themselves.
+fn fetching(
+    encoder: &mut DescriptorEncoder<'_>,
+    status: &GetRouterStatusResponse,
+) -> Result<(), fmt::Error> {
+    let of = |line: &ServerStatus| -> Vec<(String, Fetching)> {
+        line.fetching.iter().map(|one| (line.server_id.clone(), one.clone())).collect()
+    };
+    let all: Vec<(String, Fetching)> = status.servers.iter().flat_map(of).collect();
+    let rule = |one: &Fetching| match one.rule.is_empty() {
+        true => "[fill]".to_owned(),
+        false => one.rule.clone(),
+    };
+    let name = "janus_server_fetching_last_success_timestamp_seconds";
+    let help = "Unix time at which a turn of the server's rule of [replicate], or of filling stubs, last ended well";
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    for (server, one) in all.iter().filter(|(_, one)| one.succeeded_ms > 0) {
+        let labels = [("server", server.clone()), ("rule", rule(one))];
+        ConstGauge::new(seconds(one.succeeded_ms)).encode(family.encode_family(&labels)?)?;
+    }
+    let kind = MetricType::Counter;
+    let help = "Bytes of data that it has brought since the server's start";
+    let mut family = encoder.encode_descriptor("janus_server_fetching_bytes", help, None, kind)?;
+    for (server, one) in &all {
+        let labels = [("server", server.clone()), ("rule", rule(one))];
+        ConstCounter::new(one.bytes).encode(family.encode_family(&labels)?)?;
+    }
+    let help = "Its failures since the server's start, by what failed";
+    let mut family = encoder.encode_descriptor("janus_server_fetching_errors", help, None, kind)?;
+    for (server, one) in &all {
+        for FetchErrors { reason, count } in &one.errors {
+            let (server, reason) = (server.clone(), reason.clone());
+            let labels = [("server", server), ("rule", rule(one)), ("reason", reason)];
+            ConstCounter::new(*count).encode(family.encode_family(&labels)?)?;
+        }
+    }
+    Ok(())
 }
 
 /// Calls that ended with an error, by server and reason.

@@ -17,6 +17,7 @@ mod outside;
 #[cfg(feature = "archive")]
 pub mod archive;
 pub mod asked;
+pub mod bandwidth;
 pub mod buffers;
 pub mod carried;
 pub mod chance;

@@ -275,7 +275,11 @@ mod tests {
     }
 
     fn open(id: &str) -> Statement {
-        Statement::open(&pb::OpenSnapshotRequest { snapshot_id: id.into(), table: false })
+        Statement::open(&pb::OpenSnapshotRequest {
+            snapshot_id: id.into(),
+            table: false,
+            ..Default::default()
+        })
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! What programs tell people alike: amounts, dates, the status of a janus.
 
-use std::fmt::Write;
+use std::{collections::BTreeMap, fmt::Write};
 
 use serde_json::{Value, json};
 
 use crate::pb::{
-    DamagedMachine, GetRouterStatusResponse, MachineStatus, MachineUse, Proof, ServerStatus,
+    DamagedMachine, Fetching, GetRouterStatusResponse, MachineStatus, MachineUse, Proof,
+    ServerStatus,
 };
 
 /// Bytes as people read them.
@@ -127,15 +128,29 @@ fn server_line(text: &mut String, server: &ServerStatus) {
         0 => String::new(),
         at => format!("; last proof {}", date(at)),
     };
+    let fetched = server.fetching.iter().map(fetched).collect::<String>();
     let _ = writeln!(
         text,
-        "{}  {}  {state}{since}; {report}; {} starts, {} to it, {} from it{space}{certificate}{proven}{damaged}{incomplete}",
+        "{}  {}  {state}{since}; {report}; {} starts, {} to it, {} from it{space}{certificate}{proven}{damaged}{incomplete}{fetched}",
         if server.server_id.is_empty() { "?" } else { &server.server_id },
         server.url,
         server.starts,
         amount(server.bytes_sent),
         amount(server.bytes_received),
     );
+}
+
+fn fetched(one: &Fetching) -> String {
+    let what = if one.rule.is_empty() { "stubs" } else { &one.rule };
+    let done = match one.succeeded_ms {
+        0 => "not done yet".to_owned(),
+        at => format!("done {}", date(at)),
+    };
+    let failed = match one.failure.as_str() {
+        "" => String::new(),
+        failure => format!(", FAILED: {failure}"),
+    };
+    format!("; fetching {what}: {}, {done}{failed}", amount(one.bytes))
 }
 
 /// A janus' status as `--json` prints it.
@@ -172,6 +187,13 @@ fn server_json(server: &ServerStatus) -> Value {
         "incomplete_snapshots": server.incomplete_snapshots,
         "proven_ms": known(server.proven_ms),
         "damaged": server.damaged.iter().map(damaged_json).collect::<Vec<_>>(),
+        "fetching": server.fetching.iter().map(|one| json!({
+            "rule": Some(&one.rule).filter(|rule| !rule.is_empty()),
+            "succeeded_ms": known(one.succeeded_ms),
+            "bytes": one.bytes,
+            "errors": one.errors.iter().map(|of| (of.reason.clone(), of.count)).collect::<BTreeMap<_, _>>(),
+            "failure": Some(&one.failure).filter(|failure| !failure.is_empty()),
+        })).collect::<Vec<_>>(),
         "warnings": server.warnings,
         "settings": server.settings.as_ref().map(|told| json!({
             "image_path": told.image_path,

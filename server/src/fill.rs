@@ -19,8 +19,9 @@ use std::{
 };
 
 use janus_proto::{
+    bandwidth::{self, Zone},
     channel::Dialer,
-    ids::{ServerId, SnapshotId},
+    ids::{BLOCK_BYTES, ServerId, SnapshotId},
 };
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
@@ -35,6 +36,7 @@ use crate::{
     carry::CarryError,
     chain::{Held, ranges::BlockRanges},
     config::{Fill, replicate::Hours},
+    fetching::{FILLING, Turn, kind},
     runs::{Runs, now_ms},
     seed::{SeedError, Seeder},
 };
@@ -125,6 +127,8 @@ struct Work<'a> {
     stop: &'a CancellationToken,
     /// When stubs are filled. The settings were checked.
     hours: Option<Hours>,
+    /// Keeps all of them together to the limits.
+    dialer: Dialer,
     known: HashMap<SnapshotId, Known>,
     /// Connections, by what names the server.
     seeders: HashMap<String, Arc<Seeder>>,
@@ -135,7 +139,9 @@ impl<'a> Work<'a> {
     fn new(filler: &'a Filler, stop: &'a CancellationToken) -> Self {
         let (known, seeders) = (HashMap::new(), HashMap::new());
         let hours = filler.settings.hours().ok();
-        Self { filler, stop, hours, known, seeders, touched: Instant::now() }
+        let limits = filler.settings.limits().unwrap_or_default();
+        let dialer = bandwidth::limited(filler.dialer.clone(), &limits, Zone::Utc);
+        Self { filler, stop, hours, dialer, known, seeders, touched: Instant::now() }
     }
 
     /// Until there are no stubs, or it is to stop.
@@ -144,8 +150,14 @@ impl<'a> Work<'a> {
         let mut turn = 0;
         loop {
             let stubs = runs.stubs();
-            self.known.retain(|id, _| stubs.iter().any(|held| held.snapshot().id == *id));
-            if stubs.is_empty() || self.stop.is_cancelled() {
+            let is_gone = |id: &SnapshotId| !stubs.iter().any(|held| held.snapshot().id == *id);
+            for (_, known) in self.known.extract_if(|id, _| is_gone(id)) {
+                known.sources.iter().for_each(Sources::release);
+            }
+            if stubs.is_empty() {
+                return runs.fetching().note(FILLING, Turn::default());
+            }
+            if self.stop.is_cancelled() {
                 return;
             }
             let wanted = runs.wanted().stub();
@@ -222,13 +234,28 @@ impl<'a> Work<'a> {
             tracing::warn!(%machine, %disk, error = said, "a stub is not filled now");
         }
         known.said = said;
-        if self.missing_blocks(held) < before {
+        let came = before.saturating_sub(self.missing_blocks(held));
+        self.note(&filled, came);
+        if came > 0 {
             (known.stuck_since, known.rest, known.is_asked) = (None, REST, false);
         } else {
             known.rests_until = Some(Instant::now() + known.rest);
             known.rest = (known.rest * 2).clamp(REST, MOST_REST);
         }
         self.known.insert(id, known);
+    }
+
+    /// Takes note of what a turn has brought. One that waits, or was stopped, says nothing.
+    fn note(&self, filled: &Result<(), FillError>, came: u64) {
+        let mut turn = Turn::of(came.saturating_mul(BLOCK_BYTES));
+        match filled {
+            Err(FillError::Gone | FillError::Source(CarryError::Stopped)) => return,
+            Err(FillError::Source(error)) => turn.fail(kind(error), error.to_string()),
+            Err(error) => turn.fail("here", error.to_string()),
+            Ok(()) if came == 0 => return,
+            Ok(()) => {}
+        }
+        self.filler.runs.fetching().note(FILLING, turn);
     }
 
     fn missing_blocks(&self, held: &Held) -> u64 {
@@ -259,6 +286,7 @@ impl<'a> Work<'a> {
                 self.ask_clients(held, known, &stub.missing);
                 return sources.failed.map_or(Ok(()), |error| Err(error.into()));
             }
+            known.sources = Some(sources);
         }
         stub.finish()?;
         let (machine, disk, backup_id) =
@@ -369,12 +397,8 @@ impl<'a> Work<'a> {
         if let Some(seeder) = self.seeders.get(&from) {
             return Ok(seeder.clone());
         }
-        let bytes_per_second = match self.filler.settings.mib_per_second {
-            0 => None,
-            mib => Some(u64::from(mib) << 20),
-        };
-        let own = (&self.filler.own, &self.filler.dialer);
-        let seeder = Seeder::connect(&from, own, &janus_urls, bytes_per_second, self.stop)?;
+        let own = (&self.filler.own, &self.dialer);
+        let seeder = Seeder::connect(&from, own, &janus_urls, self.stop)?;
         let seeder = Arc::new(seeder.with_patience(Duration::ZERO));
         self.seeders.insert(from, seeder.clone());
         Ok(seeder)

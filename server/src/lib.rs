@@ -14,6 +14,7 @@ pub mod catalog;
 pub mod chain;
 pub mod config;
 pub mod enroll;
+pub mod fetching;
 pub mod fill;
 pub mod fuzz;
 pub mod guard;

@@ -31,26 +31,10 @@ impl Rate {
         *paid_at = Some(until);
         from..until
     }
-}
 
-/// A limit that calls wait for.
-pub(crate) struct Pace(Option<Rate>);
-
-impl Pace {
-    /// Without a limit for `None`; what wasn't used for `credit` may be made up for.
-    pub(crate) fn new(bytes_per_second: Option<u64>, credit: Duration) -> Self {
-        Self(bytes_per_second.map(|rate| Rate::new(rate, credit)))
-    }
-
-    /// Waits until so many bytes more are within the limit.
+    /// Waits until so many bytes more are within the rate.
     pub(crate) async fn pay(&self, bytes: u64) {
-        if let Some(until) = self.due(bytes, Instant::now()) {
-            tokio::time::sleep_until(until).await;
-        }
-    }
-
-    fn due(&self, bytes: u64, now: Instant) -> Option<Instant> {
-        self.0.as_ref().map(|rate| rate.take(bytes, now).end)
+        tokio::time::sleep_until(self.take(bytes, Instant::now()).end).await;
     }
 }
 
@@ -61,11 +45,10 @@ mod tests {
     #[test]
     fn bytes_take_their_time_and_a_pause_saves_a_second_at_most() {
         let second = Duration::from_secs(1);
-        let (pace, now) = (Pace::new(Some(1 << 20), second), Instant::now());
+        let (rate, now) = (Rate::new(1 << 20, second), Instant::now());
         let seconds = |after: u64| now + Duration::from_secs(after);
-        let due = (0..40).map(|_| pace.due(256 << 10, now)).last();
-        assert_eq!(due, Some(Some(seconds(10))));
-        assert_eq!(pace.due(3 << 20, seconds(60)), Some(seconds(62)));
-        assert_eq!(Pace::new(None, second).due(1 << 40, now), None);
+        let due = (0..40).map(|_| rate.take(256 << 10, now).end).last();
+        assert_eq!(due, Some(seconds(10)));
+        assert_eq!(rate.take(3 << 20, seconds(60)).end, seconds(62));
     }
 }

@@ -4,12 +4,16 @@
 //! own. What a rule's hours end in the middle of is gone on with in the next ones.
 
 use std::{
-    collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use janus_proto::{channel::Dialer, grants::Which, ids::ServerId};
+use janus_proto::{
+    bandwidth::{self, Window, Zone},
+    channel::Dialer,
+    grants::Which,
+    ids::ServerId,
+};
 use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +21,7 @@ use crate::{
     background,
     carry::CarryError,
     config::{ConfigError, Replicate, replicate::Hours},
+    fetching::{Turn, kind},
     runs::{Runs, now_ms},
     seed::{Event, Seeder},
 };
@@ -37,39 +42,13 @@ pub struct Replication {
     pub janus_urls: watch::Receiver<Vec<String>>,
 }
 
-/// What came of a rule's last turn.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Turn {
-    /// Unix milliseconds at which it ended.
-    pub ended_ms: i64,
-    /// Backups that it brought.
-    pub brought: u64,
-    /// What kept others away, of the first of them.
-    pub failed: Option<String>,
-}
-
-/// Last turns, by the names of the rules, since this server runs.
-#[derive(Debug, Default)]
-pub struct Turns(Mutex<BTreeMap<String, Turn>>);
-
-impl Turns {
-    /// That of a rule, if it had any.
-    pub fn of(&self, rule: &str) -> Option<Turn> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(rule).cloned()
-    }
-
-    fn note(&self, rule: &str, turn: Turn) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(rule.to_owned(), turn);
-    }
-}
-
 /// A rule, checked.
 struct Rule {
     name: String,
     from: String,
     which: Vec<Which>,
     hours: Hours,
-    bytes_per_second: Option<u64>,
+    limits: Vec<Window>,
     every: Duration,
     /// What was said last: a server that stays away is logged once.
     said: Mutex<String>,
@@ -82,10 +61,7 @@ impl Rule {
             from: if rule.from.is_empty() { name.to_owned() } else { rule.from.clone() },
             which: rule.which()?,
             hours: rule.hours()?,
-            bytes_per_second: match rule.mib_per_second {
-                0 => None,
-                mib => Some(u64::from(mib) << 20),
-            },
+            limits: rule.limits()?,
             every: Duration::from_secs(rule.every_seconds),
             said: Mutex::default(),
         })
@@ -135,24 +111,22 @@ impl Replication {
     /// Blocks.
     fn once(&self, rule: &Rule, stop: &CancellationToken) {
         let janus_urls = self.janus_urls.borrow().clone();
-        let connected = Seeder::connect(
-            &rule.from,
-            (&self.own, &self.dialer),
-            &janus_urls,
-            rule.bytes_per_second,
-            stop,
-        );
+        let dialer = bandwidth::limited(self.dialer.clone(), &rule.limits, Zone::Utc);
+        let connected = Seeder::connect(&rule.from, (&self.own, &dialer), &janus_urls, stop);
         let mut turn = Turn::default();
         let done = connected.and_then(|seeder| self.seed(&seeder, &rule.which, &mut turn, stop));
         let failed = match done {
-            Ok(()) | Err(CarryError::Stopped) => String::new(),
-            Err(error) => error.to_string(),
+            Ok(()) => String::new(),
+            Err(CarryError::Stopped) => {
+                turn.is_stopped = true;
+                String::new()
+            }
+            Err(error) => {
+                turn.fail(kind(&error), error.to_string());
+                error.to_string()
+            }
         };
-        if !failed.is_empty() {
-            turn.failed = Some(failed.clone());
-        }
-        turn.ended_ms = now_ms();
-        self.runs.turns().note(&rule.name, turn);
+        self.runs.fetching().note(&rule.name, turn);
         let mut said = rule.said.lock().unwrap_or_else(PoisonError::into_inner);
         if !failed.is_empty() && *said != failed {
             tracing::warn!(
@@ -178,10 +152,11 @@ impl Replication {
                     let (backup_id, bytes) = (imported.run.backup, imported.written_bytes);
                     tracing::info!(%from, %machine, %backup_id, bytes, "replicated");
                     turn.brought += 1;
+                    turn.bytes = turn.bytes.saturating_add(bytes);
                 }
                 Event::Failed(error) => {
                     tracing::warn!(%from, %machine, %error, "a backup is not replicated");
-                    turn.failed.get_or_insert_with(|| format!("{machine}: {error}"));
+                    turn.fail(kind(error), format!("{machine}: {error}"));
                 }
                 Event::Seeded(_) | Event::Here(..) | Event::PassedOver(_) => {}
             };
@@ -192,7 +167,7 @@ impl Replication {
                 // The others come all the same.
                 Err(error) => {
                     tracing::warn!(%from, %machine, %error, "a machine is not replicated");
-                    turn.failed.get_or_insert_with(|| format!("{machine}: {error}"));
+                    turn.fail(kind(&error), format!("{machine}: {error}"));
                 }
             }
         }

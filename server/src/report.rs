@@ -265,6 +265,7 @@ impl Reporter {
             revocations_digest,
             certificate_valid_ms: self.identity.valid_seconds().saturating_mul(1000),
             seeding: seeding.iter().map(ToString::to_string).collect(),
+            fetching: self.runs.fetching().messages(),
         }
     }
 

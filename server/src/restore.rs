@@ -111,6 +111,8 @@ pub enum RestoreError {
 
 struct Handle {
     opened: Opened,
+    /// A server that fills a stub from it.
+    filler: Option<ServerId>,
     used: Instant,
 }
 
@@ -193,13 +195,22 @@ impl Restore {
         Self { write_only, ..self }
     }
 
-    /// Closes handles that nobody has used for their lease: what they have open can't be purged.
+    /// Closes handles that nobody has used for their lease: what they have open can't be purged. Blocks.
     pub fn expire(&self) {
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         handles.retain(|_, handle| handle.used.elapsed() < HANDLE_LEASE);
+        let filling =
+            handles.values().filter_map(|handle| match (&handle.opened, &handle.filler) {
+                (Opened::Snapshot(opened), Some(filler)) => Some((filler.clone(), opened.clone())),
+                _ => None,
+            });
+        let filling: Vec<_> = filling.collect();
+        drop(handles);
+        // Its server is still there.
+        filling.iter().for_each(|(filler, opened)| self.runs.hold(filler, &opened.held));
     }
 
-    fn keep(&self, opened: Opened) -> Result<HandleId, RestoreError> {
+    fn keep(&self, opened: Opened, filler: Option<ServerId>) -> Result<HandleId, RestoreError> {
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         handles.retain(|_, handle| handle.used.elapsed() < HANDLE_LEASE);
         let of_machine =
@@ -208,7 +219,7 @@ impl Restore {
             return Err(RestoreError::TooMany);
         }
         let id = HandleId::new();
-        handles.insert(id, Handle { opened, used: Instant::now() });
+        handles.insert(id, Handle { opened, filler, used: Instant::now() });
         Ok(id)
     }
 
@@ -227,9 +238,10 @@ impl Restore {
     fn answer(
         &self,
         opened: Opened,
+        filler: Option<ServerId>,
         snapshot: pb::Snapshot,
     ) -> Result<pb::OpenSnapshotResponse, RestoreError> {
-        let handle = self.keep(opened)?.to_string();
+        let handle = self.keep(opened, filler)?.to_string();
         let lease_seconds = HANDLE_LEASE.as_secs() as u32;
         Ok(pb::OpenSnapshotResponse { handle, lease_seconds, snapshot: Some(snapshot) })
     }
@@ -247,7 +259,7 @@ impl Restore {
         let opened = blocking(move || mirror.open(id)).await?.map_err(RestoreError::Mirror)?;
         tracing::info!(%machine, snapshot_id = %id, "mirrored table opened");
         let snapshot = opened.description.wire.clone();
-        Ok(Response::new(self.answer(Opened::Table(Arc::new(opened)), snapshot)?))
+        Ok(Response::new(self.answer(Opened::Table(Arc::new(opened)), None, snapshot)?))
     }
 
     /// That the caller doesn't only write. Hashes it reads all the same: backups compare them.
@@ -299,7 +311,7 @@ impl RestoreService for Restore {
         let who = Caller::who(&request);
         let request = request.into_inner();
         caller.has_proven(&Statement::open(&request))?;
-        let pb::OpenSnapshotRequest { snapshot_id, table } = request;
+        let pb::OpenSnapshotRequest { snapshot_id, table, hold } = request;
         let id: SnapshotId = snapshot_id.parse()?;
         let unknown = || RestoreError::UnknownSnapshot { id, server: self.server.clone() };
         let held = self.runs.snapshot(id);
@@ -307,11 +319,15 @@ impl RestoreService for Restore {
             return self.open_table(id, &caller).await;
         }
         let held = held.filter(|held| caller.may_list(&held.run.machine)).ok_or_else(unknown)?;
-        let runs = self.runs.clone();
+        let filler = server_of(&caller).filter(|_| hold);
+        let (runs, holder) = (self.runs.clone(), filler.clone());
         let open = move || {
             let opened = runs.open_for_reading(&held)?;
             if let Some(machine) = runs.machine(&held.run.machine) {
                 machine.note_read(opened.links());
+            }
+            if let Some(holder) = holder {
+                runs.hold(&holder, &held);
             }
             let (run, snapshot) = (&held.run, held.snapshot());
             let event = Event::new(Action::Open).of_run(&run.machine, run.backup);
@@ -326,7 +342,7 @@ impl RestoreService for Restore {
         })?);
         let snapshot = self.runs.to_wire(&opened.held, &self.server);
         tracing::info!(machine = %opened.held.run.machine, snapshot_id = %id, "snapshot opened");
-        Ok(Response::new(self.answer(Opened::Snapshot(opened), snapshot)?))
+        Ok(Response::new(self.answer(Opened::Snapshot(opened), filler, snapshot)?))
     }
 
     async fn close_snapshot(
@@ -334,10 +350,16 @@ impl RestoreService for Restore {
         request: Request<pb::CloseSnapshotRequest>,
     ) -> Result<Response<pb::CloseSnapshotResponse>, Status> {
         let caller = Caller::of(&request)?;
-        let id = request.into_inner().handle;
-        if self.opened(&id, &caller).is_ok() {
+        let pb::CloseSnapshotRequest { handle: id, release } = request.into_inner();
+        if let Ok(opened) = self.opened(&id, &caller) {
             let id: HandleId = id.parse()?;
             self.handles.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+            if let (Opened::Snapshot(opened), Some(server)) = (opened, server_of(&caller))
+                && release
+            {
+                let runs = self.runs.clone();
+                blocking(move || runs.release(&server, &opened.held)).await?;
+            }
         }
         Ok(Response::new(pb::CloseSnapshotResponse {}))
     }
@@ -401,6 +423,14 @@ impl RestoreService for Restore {
             runs.note_lost(&opened, &lost);
         });
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// The name of a caller that is a server.
+fn server_of(caller: &Caller) -> Option<ServerId> {
+    match &caller.principal.role {
+        Role::Server(id) => Some(id.clone()),
+        _ => None,
     }
 }
 

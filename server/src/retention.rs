@@ -84,7 +84,9 @@ impl Retention {
             rules: &|disk| section.rules(&machine.key, disk),
             max_drop_percent: section.max_drop_percent,
         };
-        let points = points(machine, &pins, self.runs.now());
+        let holds = self.runs.holds(&machine.key)?;
+        let holds = holds.into_iter().map(|hold| hold.snapshot).collect();
+        let points = points(machine, &pins, &holds, self.runs.now());
         Ok(retain::plan(points, &policy, now_ms()))
     }
 
@@ -266,7 +268,12 @@ impl Retention {
 }
 
 /// The runs of a machine as plans look at them.
-fn points(machine: &Machine, pins: &BTreeSet<SnapshotId>, now: Now) -> Vec<Point> {
+fn points(
+    machine: &Machine,
+    pins: &BTreeSet<SnapshotId>,
+    holds: &BTreeSet<SnapshotId>,
+    now: Now,
+) -> Vec<Point> {
     let guarded = machine.guarded();
     let snapshots = machine.snapshots();
     let runs = snapshots.chunk_by(|a, b| a.run.backup == b.run.backup);
@@ -276,6 +283,7 @@ fn points(machine: &Machine, pins: &BTreeSet<SnapshotId>, now: Now) -> Vec<Point
             backup: first.backup,
             committed_ms: machine.time_of(first),
             is_pinned: run.iter().any(|held| pins.contains(&held.snapshot().id)),
+            is_held: run.iter().any(|held| holds.contains(&held.snapshot().id)),
             is_locked: guarded.lock_of(first.backup, now).is_some(),
             is_before_alarm: guarded.kept_by(first.backup).is_some(),
             disks: run.iter().map(|held| disk_point(machine, held)).collect(),

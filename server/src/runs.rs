@@ -9,6 +9,7 @@ mod error;
 mod faults;
 mod guard;
 mod health;
+mod holds;
 mod import;
 mod limits;
 mod machine;
@@ -42,21 +43,22 @@ pub use janus_proto::clock::unix_ms as now_ms;
 pub use self::{
     active::ActiveRun,
     error::RunError,
+    holds::Hold,
     limits::Limits,
     machine::Machine,
     purge::{PurgeOptions, PurgeReport, Wait},
 };
-use self::{active::PlannedDisk, limits::Metered};
+use self::{active::PlannedDisk, holds::Holds, limits::Metered};
 use crate::{
     audit::{Action, Audit, Event, Who},
     chain::{
         Held, Origin, Run,
         store::{MachineState, Store, StoreError},
     },
+    fetching::Fetching,
     fill::Wanted,
     guard::clock::Clock,
     image::Format,
-    replicate::Turns,
     session::{Marks, Session, SessionError},
     space::WHAT_HELPS,
 };
@@ -132,7 +134,8 @@ pub struct Runs {
     wanted: Wanted,
     /// Machines that seedings are to bring here.
     awaited: watch::Sender<Vec<Which>>,
-    turns: Turns,
+    fetching: Fetching,
+    holds: Holds,
     audit: Option<Audit>,
     clock: Clock,
     /// New runs are locked for so long.
@@ -153,6 +156,7 @@ impl Runs {
         }
         let changes = broadcast::channel(CHANGE_BACKLOG).0;
         let clock = Clock::new(store.storage().clone(), store.root());
+        let holds = Holds::new(&store);
         Self {
             store,
             lease,
@@ -163,7 +167,8 @@ impl Runs {
             limits: Limits::NONE,
             wanted: Wanted::default(),
             awaited: watch::Sender::default(),
-            turns: Turns::default(),
+            fetching: Fetching::default(),
+            holds,
             audit: None,
             clock,
             lock_days: 0,
@@ -227,9 +232,9 @@ impl Runs {
         seeding
     }
 
-    /// What came of the rules that bring backups here.
-    pub fn turns(&self) -> &Turns {
-        &self.turns
+    /// How it goes with what comes here from other servers.
+    pub fn fetching(&self) -> &Fetching {
+        &self.fetching
     }
 
     /// All stubs.

@@ -21,7 +21,6 @@ use tonic::Status;
 use crate::{
     carry::{self, CarryError, Imported, NewDisk, NewRun},
     chain::Held,
-    pace::Pace,
     peer::{self, Peers, is_away},
     runs::Runs,
 };
@@ -35,8 +34,6 @@ pub(crate) use self::remote::Remote;
 /// How long a server that is away is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_secs(1);
-/// What of the limit wasn't used for so long may be made up for.
-const CREDIT: Duration = Duration::from_secs(1);
 
 /// Why nothing can be seeded.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +78,9 @@ pub enum SeedError {
         /// Servers that have any.
         known: Vec<String>,
     },
+    /// No limit.
+    #[error("{0}")]
+    Limit(String),
     /// The calls need threads.
     #[error("no threads for calls: {0}")]
     Threads(std::io::Error),
@@ -103,7 +103,6 @@ pub enum Event<'a> {
 pub struct Seeder {
     runtime: tokio::runtime::Runtime,
     link: Link,
-    pace: Arc<Pace>,
     /// The other server, as it was named.
     from: String,
     stubs: bool,
@@ -145,7 +144,7 @@ struct Link {
 }
 
 impl Seeder {
-    /// Connects to the server `from` names, by its URL or through one of `janus_urls`. At most `bytes_per_second` are fetched.
+    /// Connects to the server `from` names, by its URL or through one of `janus_urls`.
     ///
     /// # Errors
     /// As [`SeedError`] says.
@@ -153,7 +152,6 @@ impl Seeder {
         from: &str,
         (own, dialer): (&ServerId, &Dialer),
         janus_urls: &[String],
-        bytes_per_second: Option<u64>,
         stop: &CancellationToken,
     ) -> Result<Self, CarryError> {
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -180,8 +178,7 @@ impl Seeder {
             return Err(SeedError::Own { server }.into());
         }
         let link = Link { peers, server, stop: stop.clone(), patience: PATIENCE };
-        let pace = Arc::new(Pace::new(bytes_per_second, CREDIT));
-        Ok(Self { runtime, link, pace, from: from.to_owned(), stubs: false, only: None })
+        Ok(Self { runtime, link, from: from.to_owned(), stubs: false, only: None })
     }
 
     /// Disks that have no chain here get only hashes: their blocks are fetched later (`fill`).
@@ -205,13 +202,14 @@ impl Seeder {
         self
     }
 
-    /// A snapshot on a server that is reached the same way.
+    /// A snapshot on a server that is reached the same way, which keeps it there on `hold`.
     pub(crate) fn remote(
         &self,
         server: &ServerId,
         snapshot: pb::Snapshot,
+        hold: bool,
     ) -> Result<Remote, CarryError> {
-        Remote::open(self.runtime.handle(), self.link.to(server), &self.pace, snapshot)
+        Remote::open(self.runtime.handle(), self.link.to(server), snapshot, hold)
     }
 
     /// Servers that have backups of a machine and are reached the same way.
@@ -305,8 +303,14 @@ impl Seeder {
         }
     }
 
-    /// Opens snapshots of one run of a machine, to be imported.
-    fn open(&self, machine: &MachineKey, snapshots: &[pb::Snapshot]) -> Result<NewRun, CarryError> {
+    /// Opens snapshots of one run of a machine, to be imported beside what is `held` here.
+    fn open(
+        &self,
+        machine: &MachineKey,
+        snapshots: &[pb::Snapshot],
+        held: &[Held],
+    ) -> Result<NewRun, CarryError> {
+        let has_chain = |disk: &str| held.iter().any(|held| held.snapshot().disk.as_str() == disk);
         let nonsense = |error| self.nonsense(&error);
         let first = snapshots.first();
         let disk = |snapshot: &pb::Snapshot| {
@@ -318,7 +322,11 @@ impl Seeder {
                 skipped_bytes: snapshot.skipped_bytes,
                 // Nobody knows before it is read: what is full then ends it as a client's backup.
                 data_bytes: None,
-                content: Box::new(self.remote(self.server(), snapshot.clone())?),
+                content: {
+                    // What becomes a stub is filled from it.
+                    let hold = self.stubs && !has_chain(&snapshot.disk_id);
+                    Box::new(self.remote(self.server(), snapshot.clone(), hold)?)
+                },
             })
         };
         let run = first.map(|snapshot| snapshot.backup_id.parse()).transpose();
@@ -354,7 +362,7 @@ impl Seeder {
         choice.passed_over.iter().for_each(|disk| tell(Event::PassedOver(disk)));
         choice.here.iter().for_each(|(disk, newest_ms)| tell(Event::Here(disk, *newest_ms)));
         for snapshots in &choice.runs {
-            let opened = self.open(machine, snapshots);
+            let opened = self.open(machine, snapshots, &held);
             match opened.and_then(|new| carry::import(runs, &new, hear)) {
                 Ok(imported) => tell(Event::Seeded(&imported)),
                 Err(CarryError::Stopped) => return Err(CarryError::Stopped),

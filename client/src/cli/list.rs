@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use clap::ArgMatches;
 use janus_proto::{
-    ids::{BLOCK_BYTES, ServerId},
-    pb::{Snapshot, TableShare, UnreachableServer},
+    ids::BLOCK_BYTES,
+    pb::{Snapshot, UnreachableServer},
     show::{amount, date, of_named},
     tls::Role,
 };
@@ -15,7 +15,7 @@ use super::{Context, Failure, Outcome, named_machine, server};
 use crate::{
     catalog::{self, Listing, Query, consistency_name},
     seal::RunSeal,
-    tables::{self, Mirrored, percent},
+    tables::{self, Elsewhere, Mirrored, percent},
 };
 
 pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outcome, Failure> {
@@ -43,11 +43,15 @@ pub(super) async fn run(matches: &ArgMatches, context: &Context) -> Result<Outco
 
 fn listing_json(listing: &Listing, mirrored: &[Mirrored]) -> Value {
     let elsewhere = |s: &Snapshot| {
-        let (server, share) = elsewhere(s, mirrored)?;
-        let TableShare { content_bytes, held_bytes, .. } = share;
-        Some(
-            json!({ "server": server.as_str(), "content_bytes": content_bytes, "held_bytes": held_bytes }),
-        )
+        let Elsewhere { servers, most, at_most_bytes } = elsewhere(s, mirrored)?;
+        let servers: Vec<&str> = servers.iter().map(|server| server.as_str()).collect();
+        Some(json!({
+            "server": servers.first(),
+            "content_bytes": most.content_bytes,
+            "held_bytes": most.held_bytes,
+            "servers": servers,
+            "at_most_bytes": at_most_bytes,
+        }))
     };
     let snapshot = |s: &Snapshot| {
         json!({
@@ -124,18 +128,25 @@ fn listing_text(listing: &Listing, mirrored: &[Mirrored]) -> String {
     text
 }
 
-/// What another server has of a snapshot whose own can't be reached.
-fn elsewhere<'a>(s: &Snapshot, mirrored: &'a [Mirrored]) -> Option<(&'a ServerId, &'a TableShare)> {
-    if s.reachable { None } else { tables::best(mirrored, s) }
+/// What other servers have of a snapshot whose own can't be reached.
+fn elsewhere<'a>(s: &Snapshot, mirrored: &'a [Mirrored]) -> Option<Elsewhere<'a>> {
+    if s.reachable { None } else { tables::elsewhere(mirrored, s) }
 }
 
 fn availability(s: &Snapshot, mirrored: &[Mirrored]) -> String {
     match elsewhere(s, mirrored) {
         _ if s.reachable => String::new(),
         None => "  unreachable".to_owned(),
-        Some((server, share)) => {
-            let percent = percent(share.held_bytes, share.content_bytes);
-            format!("  unreachable, {percent} % of it on {server}")
+        Some(Elsewhere { servers, most, at_most_bytes }) => {
+            let of = |bytes| percent(bytes, most.content_bytes);
+            let (least, names) = (of(most.held_bytes), servers.iter().map(|one| one.as_str()));
+            let names = names.collect::<Vec<_>>().join(", ");
+            match at_most_bytes > most.held_bytes {
+                true => {
+                    format!("  unreachable, {least} to {} % of it on {names}", of(at_most_bytes))
+                }
+                false => format!("  unreachable, {least} % of it on {names}"),
+            }
         }
     }
 }

@@ -101,16 +101,6 @@ pub enum RestoreError {
         /// What they don't have, where that was tried.
         missing: Lost,
     },
-    /// Its server is away, and more than the blocks of the disk would be needed.
-    #[error(
-        "snapshot {snapshot} is on server {server}, which can't be reached now: from other servers only a whole disk is brought back, to a file or to a device of its size"
-    )]
-    OnlyWhole {
-        /// Its id.
-        snapshot: String,
-        /// Its server.
-        server: String,
-    },
     /// The map of lost blocks.
     #[error("{}: the map of what is lost can't be written: {source}", path.display())]
     Map {

@@ -277,7 +277,7 @@ impl Opened {
             _ => link,
         };
         let (snapshot_id, table) = (self.snapshot.snapshot_id.clone(), self.is_table);
-        let message = OpenSnapshotRequest { snapshot_id, table };
+        let message = OpenSnapshotRequest { snapshot_id, table, ..Default::default() };
         let opened = link.open_snapshot(&self.address, message).await;
         if opened.is_err() {
             state.at = state.at.wrapping_add(1);
@@ -323,7 +323,7 @@ impl Opened {
     /// Gives the handle back; without this it expires by itself.
     pub async fn close(&self) {
         let Some(place) = self.state.lock().await.place.take() else { return };
-        let message = CloseSnapshotRequest { handle: place.handle.clone() };
+        let message = CloseSnapshotRequest { handle: place.handle.clone(), ..Default::default() };
         let _ =
             place.link.restore().close_snapshot(self.address.request(message, Some(QUICK))).await;
     }

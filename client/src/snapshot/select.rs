@@ -186,8 +186,11 @@ impl Selection {
         self.find_all(ways).await?.into_iter().map(reachable).collect()
     }
 
-    /// The same, whether they can be had or not.
-    async fn find_all(&self, ways: &Ways) -> Result<Vec<Found>, SelectError> {
+    /// The same, whether they can be had or not: others may have parts of them.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn find_all(&self, ways: &Ways) -> Result<Vec<Found>, SelectError> {
         let query = Query {
             machine: self.machine.clone(),
             disk: self.disk.clone(),

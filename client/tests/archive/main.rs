@@ -3,6 +3,7 @@
 // Helpers of tests fail as tests do.
 #![allow(clippy::unwrap_used)]
 
+mod azure;
 mod damage;
 mod faults;
 mod folder;

@@ -129,11 +129,14 @@ fn message(method: &str, target: &Target) -> Vec<u8> {
         "BackupService/GetBackup" => {
             pb::GetBackupRequest { backup_id: run.clone() }.encode_to_vec()
         }
-        "RestoreService/OpenSnapshot" => {
-            pb::OpenSnapshotRequest { snapshot_id: snapshot.clone(), table: false }.encode_to_vec()
+        "RestoreService/OpenSnapshot" => pb::OpenSnapshotRequest {
+            snapshot_id: snapshot.clone(),
+            table: false,
+            ..Default::default()
         }
+        .encode_to_vec(),
         "RestoreService/CloseSnapshot" => {
-            pb::CloseSnapshotRequest { handle: String::new() }.encode_to_vec()
+            pb::CloseSnapshotRequest { handle: String::new(), ..Default::default() }.encode_to_vec()
         }
         "RestoreService/ReadHashes" => pb::ReadHashesRequest {
             level: pb::HashLevel::Segment.into(),

@@ -24,9 +24,14 @@ struct Scene {
 }
 
 impl Scene {
-    /// A volume with five files of 1 MiB, backed up once.
+    /// A volume with five files of 1 MiB, and one server.
     fn new() -> Self {
-        let plan = Plan { servers: vec!["server-a".into()], ..Plan::default() };
+        Self::with(&["server-a"])
+    }
+
+    fn with(servers: &[&str]) -> Self {
+        let servers = servers.iter().map(|name| (*name).to_owned()).collect();
+        let plan = Plan { servers, ..Plan::default() };
         let site = Site::start(Programs::for_tests().unwrap(), &plan).unwrap();
         let mut library = Library::start();
         let mut volume = Volume::new(48, 4096);
@@ -92,6 +97,26 @@ fn only_what_the_journal_names_is_read_and_the_rest_is_right() {
     let third = scene.backup();
     assert_eq!(full_compare(&third), "a driver that keeps no change journal has used the volume");
     scene.assert_restores(&third);
+}
+
+/// A new server comes into rotation without a full compare: only segment digests are compared with it.
+#[test]
+fn a_server_that_was_seeded_gets_a_delta_by_the_journal() {
+    let mut scene = Scene::with(&["server-a", "server-b"]);
+    scene.client.settings.set("audit_percent", 0);
+    let first = scene.client.backup().unwrap();
+    let other = if first.server == "server-a" { "server-b" } else { "server-a" };
+    let seeding = ["seed", "--from", &first.server, "--all"];
+    let seeded = scene.site.admin(other, &seeding).unwrap();
+    assert!(seeded.status.success(), "{seeded:?}");
+    scene.overwrite(2, 78);
+    let second = scene.client.backup().unwrap();
+    let disk = &second.disks[0];
+    assert_eq!((second.server.as_str(), disk.kind.as_str()), (other, "delta"), "{second:?}");
+    assert_eq!(full_compare(disk), &Value::Null, "{disk:?}");
+    assert!(disk.read_bytes + (4 << 20) < first.disks[0].read_bytes, "{disk:?}");
+    assert!(disk.sent_bytes < 200_000, "{disk:?}");
+    scene.assert_restores(disk);
 }
 
 #[test]

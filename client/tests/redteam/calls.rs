@@ -117,7 +117,11 @@ impl Caller {
     }
 
     async fn open(&self, snapshot_id: &str, table: bool) -> Result<String, Status> {
-        let open = pb::OpenSnapshotRequest { snapshot_id: snapshot_id.to_owned(), table };
+        let open = pb::OpenSnapshotRequest {
+            snapshot_id: snapshot_id.to_owned(),
+            table,
+            ..Default::default()
+        };
         Ok(self.restore().open_snapshot(pinned(open)).await?.into_inner().handle)
     }
 
@@ -360,8 +364,11 @@ fn what_is_anothers_is_neither_read_nor_changed() {
         let outcome = refused("calls itself another", listed, &denied);
         scene.after(target, "calls itself another", outcome);
         // A certificate beside one's own: believed of a janus alone.
-        let mut request =
-            pinned(pb::OpenSnapshotRequest { snapshot_id: of_good.clone(), table: false });
+        let mut request = pinned(pb::OpenSnapshotRequest {
+            snapshot_id: of_good.clone(),
+            table: false,
+            ..Default::default()
+        });
         let der = scene.identity(GOOD).principal().der.clone();
         let text = STANDARD.encode(&der);
         request.metadata_mut().insert("janus-principal", text.parse().unwrap());
@@ -553,10 +560,10 @@ fn huge_disks_bombs_and_ranges_cost_little() {
             format!("{held} handles, then refused"),
         );
         for handle in opened.into_iter().chain([handle]) {
-            let close = pb::CloseSnapshotRequest { handle };
+            let close = pb::CloseSnapshotRequest { handle, ..Default::default() };
             scene.runtime.block_on(bad.restore().close_snapshot(pinned(close))).unwrap();
         }
-        let close = pb::CloseSnapshotRequest { handle: theirs };
+        let close = pb::CloseSnapshotRequest { handle: theirs, ..Default::default() };
         scene.runtime.block_on(good.restore().close_snapshot(pinned(close))).unwrap();
     }
     scene.close();

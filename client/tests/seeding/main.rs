@@ -20,8 +20,11 @@ use self::scene::{MACHINE, MIB, NEW, OLD, Scene, another_hour, done, json};
 #[test]
 fn the_backup_after_seeding_is_a_delta_and_later_seedings_fetch_what_differs() {
     let mut scene = Scene::new();
-    let seeded = done(&scene.seed(&["--from", OLD, MACHINE]));
+    // At this hour there is no limit.
+    let slow = format!("{} 1 Mbit/s", another_hour());
+    let seeded = done(&scene.seed(&["--from", OLD, MACHINE, "--bandwidth", &slow]));
     println!("{seeded}");
+    assert!(seeded["seconds"].as_f64().unwrap() < 100.0, "{seeded}");
     // Both runs as one base.
     assert_eq!(seeded["written_bytes"], 40 * MIB);
     let listed = scene.client.list().unwrap();
@@ -97,6 +100,7 @@ fn a_rule_brings_the_newest_backups_by_itself() {
     // One that has no backup there keeps no other away.
     settings.set(&format!("replicate.{OLD}.machines"), vec!["bob/*", "alice/*"]);
     settings.set(&format!("replicate.{OLD}.every_seconds"), 1);
+    settings.set("refresh_seconds", 1);
     settings.set("replicate.nowhere.machines", vec!["*"]);
     settings.set("replicate.nowhere.from", "https://127.0.0.1:1");
     scene.site.start_server(NEW).unwrap();
@@ -119,6 +123,17 @@ fn a_rule_brings_the_newest_backups_by_itself() {
     let (nowhere, old) = rules();
     assert!(nowhere["failed"].as_str().unwrap().contains("can't be reached"), "{nowhere}");
     assert_eq!((&old["rule"], &old["failed"]), (&OLD.into(), &Value::Null), "{old}");
+    // Janus is told, and its status, page and metrics.
+    let until = Instant::now() + Duration::from_secs(60);
+    let told = || scene.status_of(NEW)["fetching"].clone();
+    while told()[1]["bytes"] != 42 * MIB {
+        assert!(Instant::now() < until, "{}", told());
+        thread::sleep(Duration::from_millis(200));
+    }
+    let told = told();
+    assert_eq!((&told[0]["rule"], &told[1]["rule"]), (&"nowhere".into(), &OLD.into()), "{told}");
+    assert!(told[0]["errors"]["away"].as_u64() > Some(0), "{told}");
+    assert!(told[0]["succeeded_ms"].is_null() && told[1]["succeeded_ms"].is_i64(), "{told}");
     scene.site.kill_server(OLD).unwrap();
     scene.assert_restored("disk");
     // Its next own one is a delta of what changed since.
@@ -126,6 +141,42 @@ fn a_rule_brings_the_newest_backups_by_itself() {
     let backup = scene.client.backup().unwrap();
     assert_eq!((backup.server.as_str(), backup.disks[0].sent_bytes), (NEW, MIB));
     assert_eq!(backup.disks[0].kind, "delta");
+}
+
+/// Rules in both directions: what a server lacks comes with little more, and after that either alone has the newest point.
+#[test]
+fn two_servers_bring_each_other_what_they_lack_and_little_more() {
+    let mut scene = Scene::new();
+    for (server, other) in [(OLD, NEW), (NEW, OLD)] {
+        scene.site.stop_server(server).unwrap();
+        let settings = &mut scene.site.server(server).unwrap().settings;
+        settings.set(&format!("replicate.{other}.every_seconds"), 1);
+        scene.site.start_server(server).unwrap();
+    }
+    scene.site.await_ready(&scene.client).unwrap();
+    scene.await_equal();
+    for (round, holder, lacking) in [(0, NEW, OLD), (1, OLD, NEW), (2, NEW, OLD)] {
+        let lacks = 8 * MIB;
+        disk::write_noise(&scene.disk, round * lacks..(round + 1) * lacks, 40 + round).unwrap();
+        // Of all that goes through janus: what leaves the server that has it, tables and lists too.
+        let left = || scene.status_of(holder)["bytes_received"].as_u64().unwrap();
+        let before = left();
+        let backup =
+            scene.client.answer::<answers::Backup>(&["backup", "--server", holder]).unwrap();
+        assert_eq!(backup.disks[0].sent_bytes, lacks, "{backup:?}");
+        scene.await_equal();
+        let moved = left() - before;
+        println!("{lacking} lacked {lacks} bytes, {moved} left {holder}");
+        assert!((lacks..=lacks + lacks / 10).contains(&moved), "{moved} of {lacks}");
+    }
+    for (alone, gone) in [(OLD, NEW), (NEW, OLD)] {
+        scene.site.kill_server(gone).unwrap();
+        let list = scene.client.list().unwrap();
+        let newest = list.snapshots.iter().find(|one| one.server == alone).unwrap();
+        scene.assert_restored(&newest.snapshot_id);
+        scene.site.start_server(gone).unwrap();
+        scene.site.await_ready(&scene.client).unwrap();
+    }
 }
 
 #[test]
@@ -141,6 +192,9 @@ fn what_cannot_be_seeded_is_told_with_the_way_out() {
     failed(&["--from", "server-x", MACHINE], "machines are known at server-a");
     failed(&["--from", &scene.site.url(), MACHINE], "is a janus");
     failed(&["--from", "https://127.0.0.1:1", MACHINE], "can't be reached");
+    let wrong = ["1 MB/s", "08:00-09:00 20 Mbit/s"];
+    let wrong = ["--from", OLD, MACHINE, "--bandwidth", wrong[0], "--bandwidth", wrong[1]];
+    failed(&wrong, "overlap");
     let mistyped = scene.seed(&["--from", OLD, "alice/machine/dsik"]);
     assert!(mistyped.status.code() == Some(1) && json(&mistyped)["failed"] == 1, "{mistyped:?}");
     let usage = scene.seed(&["--from", OLD]);
@@ -238,13 +292,13 @@ fn the_queue_goes_on_by_itself() {
 #[test]
 fn a_seeding_goes_on_after_its_server_or_the_other_one_was_killed() {
     let mut scene = Scene::new();
-    let start = |scene: &Scene| {
-        let arguments = ["seed", "--json", "--from", OLD, MACHINE, "--mib-per-second", "4"];
+    let start = |scene: &Scene, limit: [&str; 2]| {
+        let arguments = [&["seed", "--json", "--from", OLD, MACHINE], &limit[..]].concat();
         let mut command = scene.site.admin_command(NEW, &arguments);
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     };
     // While it goes on a backup finds the other server.
-    let seeding = start(&scene);
+    let seeding = start(&scene, ["--mib-per-second", "4"]);
     scene.await_stored(8 * MIB);
     let backup = scene.client.backup().unwrap();
     assert_eq!(backup.server, OLD, "{backup:?}");
@@ -263,7 +317,7 @@ fn a_seeding_goes_on_after_its_server_or_the_other_one_was_killed() {
     scene.site.await_ready(&scene.client).unwrap();
     let stopped = &open(&scene)[0];
     assert_eq!((&stopped["disk_id"], &stopped["going_on"]), (&"disk".into(), &false.into()));
-    let seeding = start(&scene);
+    let seeding = start(&scene, ["--bandwidth", "00:00-24:00 32 Mbit/s"]);
     scene.await_stored(16 * MIB);
     scene.site.kill_server(OLD).unwrap();
     thread::sleep(Duration::from_secs(2));

@@ -89,6 +89,14 @@ impl Scene {
 
     /// Until the new server has fetched a run once more, and no more of it than so many bytes.
     pub fn await_replicated(&self, bytes: u64) {
+        self.await_equal();
+        let log = self.site.log(NEW);
+        let last = log.lines().rev().find(|line| line.contains("replicated")).unwrap_or_default();
+        assert!(last.contains(&format!("bytes={bytes}")), "{log}");
+    }
+
+    /// Until both servers have a backup of the same time as their newest.
+    pub fn await_equal(&self) {
         let until = Instant::now() + Duration::from_secs(60);
         let newest = |server| {
             let list = self.client.list().unwrap();
@@ -96,12 +104,17 @@ impl Scene {
             of.next().map(|newest| newest.committed_ms)
         };
         while newest(NEW) != newest(OLD) {
-            assert!(Instant::now() < until, "{}", self.site.log(NEW));
-            thread::sleep(Duration::from_millis(100));
+            assert!(Instant::now() < until, "{}{}", self.site.log(OLD), self.site.log(NEW));
+            thread::sleep(Duration::from_millis(200));
         }
-        let log = self.site.log(NEW);
-        let last = log.lines().rev().find(|line| line.contains("replicated")).unwrap_or_default();
-        assert!(last.contains(&format!("bytes={bytes}")), "{log}");
+    }
+
+    /// What janus says of a server.
+    pub fn status_of(&self, server: &str) -> Value {
+        let status = self.client.run(&["status", "--json"]).unwrap();
+        let status: Value = serde_json::from_str(&status.stdout).unwrap();
+        let mut all = status["servers"].as_array().unwrap().iter();
+        all.find(|one| one["server"] == server).unwrap().clone()
     }
 
     /// Until the new server has so many bytes.

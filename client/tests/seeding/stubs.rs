@@ -40,6 +40,25 @@ impl Scene {
         done(&self.seed(&["--from", OLD, MACHINE, "--hashes-only"]))
     }
 
+    /// On the old server, once it is told to.
+    fn keep_only_the_newest(&mut self) {
+        self.site.stop_server(OLD).unwrap();
+        let settings = &mut self.site.server(OLD).unwrap().settings;
+        settings.set("retention.automatic", false);
+        for (rule, count) in [("keep_all_days", 0), ("daily", 1), ("weekly", 0), ("monthly", 0)] {
+            settings.set(&format!("retention.{rule}"), count);
+        }
+        settings.set("retention.at_least", 1);
+        self.site.start_server(OLD).unwrap();
+    }
+
+    /// What an admin command of the old server says of the machine.
+    fn clean(&self, how: &[&str]) -> Value {
+        let said = done(&self.site.admin(OLD, &[how, &["--json"]].concat()).unwrap());
+        println!("{said}");
+        said["machines"][0].clone()
+    }
+
     fn stubs(&self) -> Vec<Value> {
         let status = done(&self.site.admin(NEW, &["seed", "status", "--json"]).unwrap());
         status["stubs"].as_array().unwrap().clone()
@@ -204,7 +223,9 @@ fn what_a_stub_lacks_is_read_from_elsewhere_and_never_as_zeros() {
 #[test]
 fn a_stub_goes_on_after_its_server_or_its_source_was_killed() {
     let mut scene = Scene::new();
-    scene.seed_hashes(SLOW, &[]);
+    // By the time of day it is as slow.
+    let limits = vec!["00:00-12:00 32 Mbit/s", "12:00-24:00 32 Mbit/s"];
+    scene.seed_hashes(0, &[("fill.bandwidth", limits.into())]);
     scene.await_filled(30 * MIB);
     scene.site.kill_server(NEW).unwrap();
     scene.site.start_server(NEW).unwrap();
@@ -225,14 +246,7 @@ fn a_stub_goes_on_after_its_server_or_its_source_was_killed() {
 fn outside_of_its_hours_a_stub_keeps_its_source_and_no_other_program_reads_it() {
     packages::require(packages::TEST_TOOLS).unwrap();
     let mut scene = Scene::new();
-    scene.site.stop_server(OLD).unwrap();
-    let settings = &mut scene.site.server(OLD).unwrap().settings;
-    settings.set("retention.automatic", false);
-    for (rule, count) in [("keep_all_days", 0), ("daily", 1), ("weekly", 0), ("monthly", 0)] {
-        settings.set(&format!("retention.{rule}"), count);
-    }
-    settings.set("retention.at_least", 1);
-    scene.site.start_server(OLD).unwrap();
+    scene.keep_only_the_newest();
     let seeded = scene.site.folder().join("seeded.raw");
     disk::copy(&scene.disk, &seeded).unwrap();
     let opened = scene.site.log(OLD).matches("snapshot opened").count();
@@ -252,18 +266,13 @@ fn outside_of_its_hours_a_stub_keeps_its_source_and_no_other_program_reads_it() 
     assert_eq!(scene.lacking(), lacking);
     scene.assert_nobody_reads(&stub, &child);
 
-    // The source thins what was seeded with what is older and newer, merges what isn't read, and lets all of it go.
-    let clean = |scene: &Scene, how: &[&str]| {
-        let said = done(&scene.site.admin(OLD, &[how, &["--json"]].concat()).unwrap());
-        println!("{said}");
-        said["machines"][0].clone()
-    };
-    let thinned = clean(&scene, &["retention", "run", "--now"]);
-    assert_eq!(thinned["dropped"].as_array().unwrap().len(), 3, "{thinned}");
+    // The source thins what is older and newer than what was seeded, merges what isn't read, and lets all of it go.
+    let thinned = scene.clean(&["retention", "run", "--now"]);
+    assert_eq!(thinned["dropped"].as_array().unwrap().len(), 2, "{thinned}");
     assert_ne!(thinned["purged"].as_array().unwrap().len(), 0, "{thinned}");
     let delete = scene.site.admin(OLD, &["delete", MACHINE]).unwrap();
     assert_eq!(delete.status.code(), Some(0), "{delete:?}");
-    let waiting = clean(&scene, &["trash", "purge"])["waiting"].to_string();
+    let waiting = scene.clean(&["trash", "purge"])["waiting"].to_string();
     assert!(waiting.contains("another server still reads it"), "{waiting}");
     assert_eq!(scene.lacking(), lacking);
     scene.restore_from_new_alone(&child.snapshot_id);
@@ -274,6 +283,51 @@ fn outside_of_its_hours_a_stub_keeps_its_source_and_no_other_program_reads_it() 
     scene.client.restore(&stub.snapshot_id, &to).unwrap();
     disk::compare(&seeded, &to).unwrap();
     assert!(scene.read_elsewhere(&child).unwrap() == fs::read(&scene.disk).unwrap());
+}
+
+/// The source is restarted and thins at once, before the server that fills from it has come again.
+#[test]
+fn a_source_that_was_restarted_keeps_what_a_stub_is_filled_from() {
+    let mut scene = Scene::new();
+    scene.keep_only_the_newest();
+    let seeded = scene.site.folder().join("seeded.raw");
+    disk::copy(&scene.disk, &seeded).unwrap();
+    scene.seed_hashes(0, &[("fill.hours", another_hour().into())]);
+    let stub = scene.new_ones().remove(0);
+    scene.site.kill_server(NEW).unwrap();
+    // What was seeded is covered by what is newer, so that nothing else has it.
+    for seed in [50, 51] {
+        disk::write_noise(&scene.disk, 0..4 * MIB, seed).unwrap();
+        let backup = scene.client.answer::<answers::Backup>(&["backup", "--server", OLD]).unwrap();
+        assert_eq!(backup.disks[0].sent_bytes, 4 * MIB);
+    }
+    scene.site.kill_server(OLD).unwrap();
+    scene.site.start_server(OLD).unwrap();
+    let planned = scene.clean(&["retention", "plan"]);
+    let hold = &planned["holds"][0];
+    assert_eq!((&hold["server"], planned["holds"].as_array().unwrap().len()), (&NEW.into(), 1));
+    let for_a_week = hold["until_ms"].as_i64().unwrap() - stub.committed_ms;
+    assert!(for_a_week > 6 * 86_400_000, "{planned}");
+    assert!(planned["runs"].to_string().contains("held"), "{planned}");
+    let thinned = scene.clean(&["retention", "run", "--now"]);
+    assert_eq!(thinned["dropped"].as_array().unwrap().len(), 2, "{thinned}");
+
+    scene.set("fill.hours", "");
+    scene.site.start_server(NEW).unwrap();
+    scene.site.await_ready(&scene.client).unwrap();
+    scene.await_filled(0);
+    // What is full needs nothing any more.
+    let until = Instant::now() + Duration::from_secs(30);
+    while scene.clean(&["retention", "plan"])["holds"] != Value::Array(Vec::new()) {
+        assert!(Instant::now() < until, "{}", scene.site.log(NEW));
+        thread::sleep(Duration::from_millis(200));
+    }
+    let thinned = scene.clean(&["retention", "run", "--now"]);
+    assert_eq!(thinned["dropped"].as_array().unwrap().len(), 1, "{thinned}");
+    scene.site.kill_server(OLD).unwrap();
+    let to = scene.site.folder().join("stub.raw");
+    scene.client.restore(&stub.snapshot_id, &to).unwrap();
+    disk::compare(&seeded, &to).unwrap();
 }
 
 /// A VHD has its signature at both ends. What nobody has is asked for by day, too.

@@ -86,7 +86,11 @@ impl Caller {
 
     /// A handle on a snapshot, or on its table.
     pub fn open(&self, server: &str, snapshot: &str, table: bool) -> Result<String, Status> {
-        let message = pb::OpenSnapshotRequest { snapshot_id: snapshot.to_owned(), table };
+        let message = pb::OpenSnapshotRequest {
+            snapshot_id: snapshot.to_owned(),
+            table,
+            ..Default::default()
+        };
         let statement = Statement::open(&message);
         let mut request = pinned(server, message);
         add_proof(&mut request, &self.identity, &statement, Some(&server.parse().unwrap()));

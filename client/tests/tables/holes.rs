@@ -30,7 +30,10 @@ fn the_share_that_is_told_is_the_share_that_comes_back() {
         assert!(held_bytes < content_bytes);
         let listed = scene.listed(taken);
         println!("{held_bytes} of {content_bytes}: {listed:?}");
-        let elsewhere = Elsewhere { server: B.into(), content_bytes, held_bytes };
+        let servers = vec![B.to_owned()];
+        let at_most_bytes = held_bytes;
+        let elsewhere =
+            Elsewhere { server: B.into(), content_bytes, held_bytes, servers, at_most_bytes };
         assert_eq!(listed.elsewhere, Some(elsewhere));
         assert!(!listed.reachable);
     }
@@ -112,7 +115,13 @@ fn one_more_server_of_which_nobody_has_heard_adds_what_it_has() {
     scene.await_mirrored(&third.server, &[&first, &second]);
     scene.site.kill_server(&third.server).unwrap();
     let Expected { held_bytes, .. } = Expected::of(&third, &[&first, &second]);
-    assert_eq!(scene.listed(&third).elsewhere.unwrap().held_bytes, held_bytes);
+    let elsewhere = scene.listed(&third).elsewhere.unwrap();
+    // What one of them has the other has, too; that isn't known.
+    let bounds = elsewhere.held_bytes..=elsewhere.at_most_bytes;
+    assert!(elsewhere.held_bytes == held_bytes && bounds.contains(&held_bytes), "{elsewhere:?}");
+    assert_eq!(elsewhere.servers.len(), 2, "{elsewhere:?}");
+    let text = scene.client.run(&["list"]).unwrap().stdout;
+    assert!(text.contains(" to 100 % of it on server-"), "{text}");
     scene.restore_partial(&third, &[&first, &second], "third");
     scene.site.kill_server(&first.server).unwrap();
     let report = scene.restore(&first, "first", &[]);

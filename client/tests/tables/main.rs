@@ -7,5 +7,6 @@
 mod caller;
 mod holes;
 mod keeping;
+mod parts;
 mod rights;
 mod scene;

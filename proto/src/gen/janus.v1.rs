@@ -1220,6 +1220,10 @@ pub struct OpenSnapshotRequest {
     /// can't (SNAPSHOT_UNKNOWN). False, and older servers: SNAPSHOT_UNKNOWN.
     #[prost(bool, tag = "2")]
     pub table: bool,
+    /// Of a server that fills a stub from it, others don't say so: retention keeps the snapshot until `CloseSnapshot` with `release`, or
+    /// until the server has read nothing of it for 7 days, whichever of the two restarts meanwhile. Older servers: while it is open.
+    #[prost(bool, tag = "3")]
+    pub hold: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OpenSnapshotResponse {
@@ -1235,6 +1239,9 @@ pub struct OpenSnapshotResponse {
 pub struct CloseSnapshotRequest {
     #[prost(string, tag = "1")]
     pub handle: ::prost::alloc::string::String,
+    /// Nothing of this disk that was opened with `hold` by the same caller is needed any more.
+    #[prost(bool, tag = "2")]
+    pub release: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CloseSnapshotResponse {}
@@ -2559,7 +2566,7 @@ pub struct SharedSettings {
     pub separate_folders_by_user: bool,
 }
 /// What an administrator wants to know of a server before it is too late.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Vitals {
     /// Of the file system of the image path; 0 for both: it could not be asked.
     #[prost(uint64, tag = "1")]
@@ -2583,9 +2590,38 @@ pub struct Vitals {
     /// While this server has no chain of such a machine, janus gives its starts to other servers. Empty: none, or an older server.
     #[prost(string, repeated, tag = "7")]
     pub seeding: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What it fetches from other servers by itself, as far as it has tried since it was started.
+    #[prost(message, repeated, tag = "8")]
+    pub fetching: ::prost::alloc::vec::Vec<Fetching>,
+}
+/// A rule of `\[replicate\]`, or the filling of stubs. All since the server was started.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Fetching {
+    /// Name of the rule; empty: stubs are filled.
+    #[prost(string, tag = "1")]
+    pub rule: ::prost::alloc::string::String,
+    /// Unix milliseconds at which a turn last ended without a failure. 0: not yet.
+    #[prost(int64, tag = "2")]
+    pub succeeded_ms: i64,
+    /// Bytes of data that came.
+    #[prost(uint64, tag = "3")]
+    pub bytes: u64,
+    #[prost(message, repeated, tag = "4")]
+    pub errors: ::prost::alloc::vec::Vec<FetchErrors>,
+    /// What failed in its last turn, for people; may name machines. Empty: nothing.
+    #[prost(string, tag = "5")]
+    pub failure: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FetchErrors {
+    /// `away`: the other server can't be reached now; `source`: what it answers is wrong; `settings`; `here`: this server can't take it.
+    #[prost(string, tag = "1")]
+    pub reason: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub count: u64,
 }
 /// First message of a stream.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ReportHello {
     /// Versions of the state: a newer (start_epoch, sequence) of one store generation replaces an older one.
     #[prost(string, tag = "1")]
@@ -2709,7 +2745,7 @@ pub struct Revocations {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct FullEnd {}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Heartbeat {
     /// Absent from an older server.
     #[prost(message, optional, tag = "1")]
@@ -3134,6 +3170,9 @@ pub struct ServerStatus {
     /// janus.
     #[prost(int64, tag = "20")]
     pub last_report_ms: i64,
+    /// What it fetches from other servers by itself, as it has reported; `failure` not for clients, since machines of others are named.
+    #[prost(message, repeated, tag = "21")]
+    pub fetching: ::prost::alloc::vec::Vec<Fetching>,
 }
 /// A machine with damaged snapshots on a server.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -173,6 +173,7 @@ impl Queue {
                 "hashes_only": order.hashes_only,
                 "hours": order.hours.map(|hours| hours.to_string()),
                 "mib_per_second": order.mib_per_second,
+                "bandwidth": order.bandwidth,
                 "added_ms": added_ms,
                 "at_work": at_work.is_some(),
                 "failed": failed.map(|failed| &failed.why),

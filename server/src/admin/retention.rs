@@ -12,7 +12,7 @@ use super::{Admin, AdminError, Answer, Task, table::table};
 use crate::{
     chain::retain::{Plan, Planned, Verdict},
     retention::Carried,
-    runs::PurgeReport,
+    runs::{Hold, PurgeReport},
 };
 
 /// What of it.
@@ -89,12 +89,19 @@ fn plan(admin: &Admin, only: Option<&MachineKey>, task: &Task<'_>) -> Result<Ans
                     .push_str(&format!("{name}: run {} would be kept now, {wait}\n", point.backup));
             }
         }
+        let holds = admin.runs().holds(&machine.key)?;
+        for hold in &holds {
+            let (server, snapshot, until) = (&hold.server, hold.snapshot, date(hold.until_ms()));
+            notes.push_str(&format!(
+                "{name}: {server} fills a stub from snapshot {snapshot}, which stays until that is full, or until {until} if nothing is heard of {server}\n"
+            ));
+        }
         drops += plan.drops().count();
         runs += plan.runs.len();
         if let Some(stop) = &plan.stop {
             notes.push_str(&format!("{name}: nothing goes without --force: {stop}\n"));
         }
-        machines.push(plan_json(&name, &plan));
+        machines.push(plan_json(&name, &plan, &holds));
     }
     let text = format!("{}{notes}{drops} of {runs} runs would go\n", table(&rows));
     let answer = json!({ "machines": machines, "drops": drops, "runs": runs });
@@ -126,7 +133,9 @@ fn kept_for(
     shown.collect::<Vec<_>>().join(", ")
 }
 
-fn plan_json(machine: &str, plan: &Plan) -> Value {
+fn plan_json(machine: &str, plan: &Plan, holds: &[Hold]) -> Value {
+    let hold = |hold: &Hold| json!({ "server": hold.server, "snapshot_id": hold.snapshot, "until_ms": hold.until_ms() });
+    let holds: Vec<Value> = holds.iter().map(hold).collect();
     let runs = plan.runs.iter().map(|planned| {
         let (keep, why) = match &planned.verdict {
             Verdict::Keep(reasons) => {
@@ -140,7 +149,8 @@ fn plan_json(machine: &str, plan: &Plan) -> Value {
         json!({ "backup_id": backup, "committed_ms": committed_ms, "keep": keep, "why": why })
     });
     let runs: Vec<Value> = runs.collect();
-    json!({ "machine": machine, "stop": plan.stop.as_ref().map(ToString::to_string), "runs": runs })
+    let stop = plan.stop.as_ref().map(ToString::to_string);
+    json!({ "machine": machine, "stop": stop, "runs": runs, "holds": holds })
 }
 
 /// What became of one machine.

@@ -7,6 +7,7 @@ use std::{
 
 use clap::{Args, Subcommand};
 use janus_proto::{
+    bandwidth::{self, Window, Zone},
     channel::Dialer,
     grants::Which,
     ids::{BLOCK_BYTES, BackupId, DiskId, MachineKey},
@@ -24,10 +25,10 @@ use super::{
 use crate::{
     carry::{CarryError, Imported},
     chain::ranges::BlockRanges,
-    config::replicate::Hours,
-    replicate::Turn,
+    config::replicate::{Hours, limits},
+    fetching::Fetched,
     runs::now_ms,
-    seed::{self, Event, Seeder},
+    seed::{self, Event, SeedError, Seeder},
     serve,
 };
 
@@ -66,6 +67,9 @@ pub struct Arguments {
     /// Fetch at most so many MiB in a second
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     mib_per_second: Option<u32>,
+    /// Fetch at most so fast at a time of day, UTC: "08:00-18:00 20 Mbit/s"; may be repeated
+    #[arg(long, value_name = "LIMIT", conflicts_with = "mib_per_second")]
+    bandwidth: Vec<String>,
     /// Leave it to the server, after what it was left before: it goes on by itself, also after failures and restarts
     #[arg(long)]
     queue: bool,
@@ -98,6 +102,9 @@ pub(super) struct Order {
     pub hashes_only: bool,
     pub hours: Option<Hours>,
     pub mib_per_second: Option<u32>,
+    /// Rates by the time of day.
+    #[serde(default)]
+    pub bandwidth: Vec<String>,
 }
 
 impl Order {
@@ -107,8 +114,14 @@ impl Order {
         let hours = self.hours.map(|hours| hours.to_string());
         let rate = self.mib_per_second.map(|rate| format!("{rate} MiB/s"));
         let run = self.run.map(|run| format!("run {run}"));
-        let all: Vec<_> = [run, hashes, hours, rate].into_iter().flatten().collect();
+        let rates = self.bandwidth.iter().cloned();
+        let all: Vec<_> = [run, hashes, hours, rate].into_iter().flatten().chain(rates).collect();
         if all.is_empty() { "whole".to_owned() } else { all.join(", ") }
+    }
+
+    fn limits(&self) -> Result<Vec<Window>, CarryError> {
+        let limits = limits(self.mib_per_second.unwrap_or(0), &self.bandwidth);
+        limits.map_err(|reason| SeedError::Limit(reason).into())
     }
 
     /// Whether its hours, if it has any, are now.
@@ -141,7 +154,8 @@ impl Arguments {
             (None, None) => Which::All,
         };
         let Self { run, hashes_only, hours, mib_per_second, .. } = *self;
-        Some(Order { from, which, run, hashes_only, hours, mib_per_second })
+        let bandwidth = self.bandwidth.clone();
+        Some(Order { from, which, run, hashes_only, hours, mib_per_second, bandwidth })
     }
 }
 
@@ -158,6 +172,7 @@ pub(super) fn run(
         ));
     }
     let Some(order) = arguments.order() else { return status(admin) };
+    order.limits()?;
     if !arguments.queue {
         return seed(admin, &order, true, task);
     }
@@ -181,16 +196,10 @@ pub(super) fn seed(
     let identity = Identity::load_with(&settings.cert, &settings.key, &settings.ca, &settings.pki)?;
     let own = serve::name(&identity)?;
     let dialer: Dialer = Arc::new(identity);
-    let bytes_per_second = order.mib_per_second.map(|mib| u64::from(mib) << 20);
-    let seeder = Seeder::connect(
-        &order.from,
-        (&own, &dialer),
-        &settings.janus_urls,
-        bytes_per_second,
-        task.token(),
-    )?
-    .hashes_only(order.hashes_only)
-    .only(order.run);
+    let dialer = bandwidth::limited(dialer, &order.limits()?, Zone::Utc);
+    let connected =
+        Seeder::connect(&order.from, (&own, &dialer), &settings.janus_urls, task.token());
+    let seeder = connected?.hashes_only(order.hashes_only).only(order.run);
     let machines = seeder.machines(std::slice::from_ref(&order.which))?;
     let server = seeder.server().to_string();
     let (mut text, mut listed, mut failed, mut written_bytes) = (String::new(), vec![], 0, 0);
@@ -286,8 +295,8 @@ fn rules(admin: &Admin) -> (Vec<Vec<String>>, Vec<Value>) {
     let head = ["rule", "last turn", "brought", "failed"];
     let (mut rows, mut listed) = (vec![head.map(str::to_owned).to_vec()], Vec::new());
     for name in admin.settings().replicate.keys() {
-        let turn = admin.runs().turns().of(name);
-        let of_turn = |show: fn(&Turn) -> String| turn.as_ref().map_or_else(|| "-".into(), show);
+        let turn = admin.runs().fetching().of(name);
+        let of_turn = |show: fn(&Fetched) -> String| turn.as_ref().map_or_else(|| "-".into(), show);
         rows.push(vec![
             name.clone(),
             of_turn(|turn| date(turn.ended_ms)),

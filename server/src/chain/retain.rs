@@ -2,7 +2,8 @@
 //!
 //! Every disk has its rules and looks at the runs that hold it, newest first:
 //!
-//! - the newest run and the newest good one stay, pinned and locked ones too, and the last good one before an alarm;
+//! - the newest run and the newest good one stay, pinned and locked ones too, the last good one before an alarm, and what another
+//!   server fills a stub from;
 //! - all of the last `keep_all_days` stay, counted back from the disk's newest run that isn't of the future: while no backups come,
 //!   nothing gets old;
 //! - of each of the newest `daily` days that hold a good run, its newest good run stays; so with weeks, months and years.
@@ -66,6 +67,8 @@ pub struct Point {
     pub committed_ms: i64,
     /// It has a pin.
     pub is_pinned: bool,
+    /// Another server fills a stub from it.
+    pub is_held: bool,
     /// It is locked until a date.
     pub is_locked: bool,
     /// It is the last good one before an alarm.
@@ -79,6 +82,7 @@ impl Point {
     fn kept_for(&self) -> impl Iterator<Item = Reason> {
         let all = [
             (self.is_pinned, Reason::Pinned),
+            (self.is_held, Reason::Held),
             (self.is_before_alarm, Reason::BeforeAlarm),
             (self.is_locked, Reason::Locked),
         ];
@@ -113,6 +117,8 @@ pub enum Reason {
     Yearly,
     /// One of `at_least`.
     AtLeast,
+    /// Another server fills a stub from it.
+    Held,
     /// An administrator pinned it.
     Pinned,
     /// The last good one before an alarm.
@@ -132,6 +138,7 @@ impl fmt::Display for Reason {
             Self::Monthly => "monthly",
             Self::Yearly => "yearly",
             Self::AtLeast => "at least",
+            Self::Held => "filling a stub",
             Self::Pinned => "pinned",
             Self::BeforeAlarm => "last before an alarm",
             Self::Locked => "locked",

@@ -4,6 +4,7 @@
 //! <image_path>/.moved.json, .moving.json               see [`relocate`]
 //! <image_path>/.store.json                             id of the store, count of starts; .store.lock is held while in use
 //! <image_path>/.clock.json                             how much time the server has seen pass: see [`crate::guard::clock`]
+//! <image_path>/.holds.json                             what other servers fill stubs from, .seeds.json: seedings that wait
 //! <image_path>/.audit/                                 who did what: see [`crate::audit`]
 //! <image_path>/.spare                                  space for a full disk: see [`spare`]
 //! <image_path>/<user>/<machine>/.machine.json          use counter

@@ -2,12 +2,17 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, replicate::Hours};
+use super::{
+    ConfigError,
+    replicate::{self, Hours},
+};
+use janus_proto::bandwidth::Window;
 
 /// One line of help for each key.
 pub const KEYS: &[(&str, &str)] = &[
     ("hours", "Part of the day (UTC) in which stubs are filled, as 22:00-06:00; empty: always"),
     ("mib_per_second", "Fetch at most so fast for stubs; 0: no limit"),
+    ("bandwidth", "Or by the time of day (UTC): 20 Mbit/s, 08:00-18:00 20 Mbit/s"),
     (
         "ask_clients_after_seconds",
         "Ask the machine's next backup for what no server has had for so long",
@@ -22,13 +27,20 @@ pub struct Fill {
     pub hours: String,
     /// Fetched at most so fast; 0: no limit.
     pub mib_per_second: u32,
+    /// Or so fast by the time of day, UTC.
+    pub bandwidth: Vec<String>,
     /// What no server has for so long is asked of the machine's next backup.
     pub ask_clients_after_seconds: u64,
 }
 
 impl Default for Fill {
     fn default() -> Self {
-        Self { hours: String::new(), mib_per_second: 0, ask_clients_after_seconds: 600 }
+        Self {
+            hours: String::new(),
+            mib_per_second: 0,
+            bandwidth: Vec::new(),
+            ask_clients_after_seconds: 600,
+        }
     }
 }
 
@@ -41,8 +53,17 @@ impl Fill {
         self.hours.parse()
     }
 
+    /// How fast.
+    ///
+    /// # Errors
+    /// Says what isn't a limit.
+    pub fn limits(&self) -> Result<Vec<Window>, String> {
+        replicate::limits(self.mib_per_second, &self.bandwidth)
+    }
+
     pub(super) fn check(&self) -> Result<(), ConfigError> {
-        let invalid = |reason| ConfigError::Invalid { key: "fill.hours", reason };
-        self.hours().map(drop).map_err(invalid)
+        let invalid = |key| move |reason| ConfigError::Invalid { key, reason };
+        self.hours().map_err(invalid("fill.hours"))?;
+        self.limits().map(drop).map_err(invalid("fill.bandwidth"))
     }
 }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use janus_proto::grants::Which;
+use janus_proto::{
+    bandwidth::{self, Window},
+    grants::Which,
+};
 use serde::{Deserialize, Serialize};
 use time::{Time, macros::format_description};
 
@@ -23,6 +26,8 @@ pub struct Replicate {
     pub hours: String,
     /// Fetched at most so fast; 0: no limit.
     pub mib_per_second: u32,
+    /// Or so fast by the time of day, UTC: `20 Mbit/s`, `08:00-18:00 20 Mbit/s`.
+    pub bandwidth: Vec<String>,
     /// How often it is looked for newer backups.
     pub every_seconds: u64,
 }
@@ -34,6 +39,7 @@ impl Default for Replicate {
             machines: vec!["*".into()],
             hours: String::new(),
             mib_per_second: 0,
+            bandwidth: Vec::new(),
             every_seconds: 900,
         }
     }
@@ -104,6 +110,14 @@ impl Replicate {
         self.hours.parse()
     }
 
+    /// How fast.
+    ///
+    /// # Errors
+    /// Says what isn't a limit.
+    pub fn limits(&self) -> Result<Vec<Window>, String> {
+        limits(self.mib_per_second, &self.bandwidth)
+    }
+
     pub(super) fn check(&self, name: &str) -> Result<(), ConfigError> {
         let invalid = |reason: String| ConfigError::Invalid {
             key: "replicate",
@@ -111,10 +125,20 @@ impl Replicate {
         };
         self.which().map_err(invalid)?;
         self.hours().map_err(invalid)?;
+        self.limits().map_err(invalid)?;
         match self.every_seconds {
             0 => Err(invalid("every_seconds must be at least 1".into())),
             _ => Ok(()),
         }
+    }
+}
+
+/// One rate for all the day, or those of its parts.
+pub(crate) fn limits(mib_per_second: u32, by_time: &[String]) -> Result<Vec<Window>, String> {
+    match (mib_per_second, by_time) {
+        (0, by_time) => bandwidth::parse(by_time).map_err(|error| error.to_string()),
+        (mib, []) => Ok(vec![Window::always(u64::from(mib) << 20)]),
+        _ => Err("mib_per_second and bandwidth can't both be given".into()),
     }
 }
 
@@ -162,5 +186,23 @@ mod tests {
         let rule = Replicate { every_seconds: 0, ..Replicate::default() };
         assert!(rule.check("north").is_err());
         Replicate::default().check("north").unwrap();
+    }
+
+    #[test]
+    fn there_is_one_rate_or_those_of_parts_of_the_day() {
+        let rule = |mib_per_second, by_time: &[&str]| Replicate {
+            mib_per_second,
+            bandwidth: by_time.iter().map(|text| (*text).to_owned()).collect(),
+            ..Replicate::default()
+        };
+        let by_time = ["08:00-18:00 20 Mbit/s", "18:00-22:00 100 Mbit/s"];
+        for (rule, windows) in [(rule(0, &[]), 0), (rule(20, &[]), 1), (rule(0, &by_time), 2)] {
+            rule.check("north").unwrap();
+            assert_eq!(rule.limits().unwrap().len(), windows);
+        }
+        for wrong in [rule(20, &by_time), rule(0, &["fast"]), rule(0, &["1 MB/s", by_time[0]])] {
+            let said = wrong.check("north").unwrap_err().to_string();
+            assert!(said.contains("north: "), "{said}");
+        }
     }
 }

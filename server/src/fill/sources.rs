@@ -168,6 +168,15 @@ impl Sources {
         // All of them, whatever comes of one.
         self.all.iter().filter(|source| !is_here(source)).count() == 0
     }
+
+    /// Tells other servers that the stub needs nothing of them any more.
+    pub(super) fn release(&self) {
+        for source in &self.all {
+            if let Of::There(remote) = &source.of {
+                remote.release();
+            }
+        }
+    }
 }
 
 impl Source {
@@ -192,7 +201,7 @@ impl Source {
     /// Opens it, unless it is open.
     fn open(&mut self) -> Result<(), CarryError> {
         if let Of::Candidate(seeder, server, snapshot) = &self.of {
-            let remote = seeder.remote(server, snapshot.as_ref().clone())?;
+            let remote = seeder.remote(server, snapshot.as_ref().clone(), true)?;
             self.of = Of::There(Box::new(remote));
         }
         Ok(())

@@ -364,7 +364,7 @@ impl<'a> Scene<'a> {
                 let table = input.choice() % 2 == 1;
                 let opened: Vec<pb::OpenSnapshotResponse> = self.told(
                     "RestoreService/OpenSnapshot",
-                    &[pb::OpenSnapshotRequest { snapshot_id, table }],
+                    &[pb::OpenSnapshotRequest { snapshot_id, table, ..Default::default() }],
                 );
                 assert!(opened.is_empty() || !is_anothers, "another's snapshot was opened");
                 self.handles.extend(opened.into_iter().map(|one| one.handle.into_boxed_str()));
@@ -393,7 +393,7 @@ impl<'a> Scene<'a> {
                 let handle = name(input.of(&self.handles));
                 self.told::<_, pb::CloseSnapshotResponse>(
                     "RestoreService/CloseSnapshot",
-                    &[pb::CloseSnapshotRequest { handle }],
+                    &[pb::CloseSnapshotRequest { handle, ..Default::default() }],
                 );
             }
             10 => {
@@ -548,8 +548,11 @@ impl<'a> Scene<'a> {
     /// The good machine's snapshot is as it was.
     fn close(mut self) {
         let good = self.good.clone();
-        let open =
-            pb::OpenSnapshotRequest { snapshot_id: self.good_snapshot.clone(), table: false };
+        let open = pb::OpenSnapshotRequest {
+            snapshot_id: self.good_snapshot.clone(),
+            table: false,
+            ..Default::default()
+        };
         let opened: Result<Vec<pb::OpenSnapshotResponse>, _> =
             self.ask(&good, "RestoreService/OpenSnapshot", &[open]);
         let handle = opened.ok().and_then(|mut opened| Some(opened.pop()?.handle));
@@ -644,7 +647,7 @@ mod tests {
         assert_eq!((scene.snapshots.len(), scene.handles.len()), (snapshots + 1, handles + 1));
         let own = scene.snapshots[0].to_string();
         let good = scene.good.clone();
-        let open = pb::OpenSnapshotRequest { snapshot_id: own, table: false };
+        let open = pb::OpenSnapshotRequest { snapshot_id: own, table: false, ..Default::default() };
         let opened: Result<Vec<pb::OpenSnapshotResponse>, _> =
             scene.ask(&good, "RestoreService/OpenSnapshot", &[open]);
         assert_eq!(opened.unwrap_err().code(), tonic::Code::NotFound, "nor the other way round");

@@ -14,7 +14,7 @@ use super::{Mirror, MirrorError, record::Description, shelf::Fresh};
 use crate::{
     blocking,
     chain::table::{Differing, SegmentBitmap},
-    pace::Pace,
+    pace::Rate,
     peer::{Peers, is_away, unless_silent},
     space::Space,
 };
@@ -95,15 +95,15 @@ struct Pulling<'a> {
     mirror: &'a Arc<Mirror>,
     wanted: &'a Description,
     fresh: Option<Fresh>,
-    pace: Pace,
+    rate: Rate,
     bytes: u64,
     unlooked: u64,
 }
 
 impl<'a> Pulling<'a> {
     fn new(mirror: &'a Arc<Mirror>, wanted: &'a Description) -> Self {
-        let pace = Pace::new(Some(BYTES_PER_SECOND), Duration::ZERO);
-        Self { mirror, wanted, fresh: None, pace, bytes: 0, unlooked: LOOK_BYTES }
+        let rate = Rate::new(BYTES_PER_SECOND, Duration::ZERO);
+        Self { mirror, wanted, fresh: None, rate, bytes: 0, unlooked: LOOK_BYTES }
     }
 
     /// One stream, to its end.
@@ -161,7 +161,7 @@ impl<'a> Pulling<'a> {
             self.unlooked = 0;
         }
         self.bytes += bytes;
-        self.pace.pay(bytes).await;
+        self.rate.pay(bytes).await;
         Ok(())
     }
 

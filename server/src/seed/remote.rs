@@ -8,7 +8,7 @@ use std::{
     cell::RefCell,
     collections::{BTreeMap, VecDeque},
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use bytes::Bytes;
@@ -28,7 +28,6 @@ use tonic::{Status, Streaming};
 use super::{CallError, Link};
 use crate::{
     carry::{CarryError, Content},
-    pace::Pace,
     peer::{QUICK, request, unless_silent},
 };
 
@@ -47,8 +46,9 @@ pub(crate) struct Remote {
 /// Where it is.
 struct Source {
     link: Link,
-    pace: Arc<Pace>,
     snapshot_id: String,
+    /// It is needed again, also after this.
+    hold: bool,
     /// While it is open there.
     handle: Mutex<Option<String>>,
 }
@@ -67,16 +67,16 @@ impl Remote {
     pub(super) fn open(
         runtime: &Handle,
         link: Link,
-        pace: &Arc<Pace>,
         snapshot: pb::Snapshot,
+        hold: bool,
     ) -> Result<Self, CarryError> {
         if snapshot.size_bytes > MAX_DISK_BYTES {
             return Err(link.error(format!("snapshot {} is too large", snapshot.snapshot_id)));
         }
         let source = Source {
             link,
-            pace: pace.clone(),
             snapshot_id: snapshot.snapshot_id.clone(),
+            hold,
             handle: Mutex::default(),
         };
         let runtime = runtime.clone();
@@ -113,6 +113,11 @@ impl Remote {
         let first = first.start..first.end.min(1);
         let hashes = self.source.again(|| self.source.hashes(std::slice::from_ref(&first)));
         self.runtime.block_on(hashes).is_ok()
+    }
+
+    /// Closes it, and tells the other server that nothing of this disk is needed there any more.
+    pub(crate) fn release(&self) {
+        self.runtime.block_on(self.source.close(true));
     }
 
     fn blocks_of(&self, segment: u64) -> Range<u64> {
@@ -198,7 +203,7 @@ impl Remote {
 impl Drop for Remote {
     fn drop(&mut self) {
         // Without this the handle expires by itself.
-        self.runtime.block_on(self.source.close());
+        self.runtime.block_on(self.source.close(false));
     }
 }
 
@@ -220,15 +225,18 @@ impl Source {
         if let Some(handle) = self.lock().clone() {
             return Ok(handle);
         }
-        let message =
-            pb::OpenSnapshotRequest { snapshot_id: self.snapshot_id.clone(), ..Default::default() };
+        let message = pb::OpenSnapshotRequest {
+            snapshot_id: self.snapshot_id.clone(),
+            table: false,
+            hold: self.hold,
+        };
         let opened = self.link.peers.open_snapshot(message, &self.link.server).await?.handle;
         Ok(self.lock().insert(opened).clone())
     }
 
-    async fn close(&self) {
+    async fn close(&self, release: bool) {
         let Some(handle) = self.lock().take() else { return };
-        let message = pb::CloseSnapshotRequest { handle };
+        let message = pb::CloseSnapshotRequest { handle, release };
         let mut request = request(message, Some(&self.link.server));
         request.set_timeout(QUICK);
         let _ = timeout(QUICK, self.link.peers.restore().close_snapshot(request)).await;
@@ -259,7 +267,6 @@ impl Source {
         let mut digests = Vec::new();
         while let Some(answer) = unless_silent(answers.message()).await? {
             let Some(batch) = answer.batch else { continue };
-            self.pace.pay(batch.hashes.len() as u64).await;
             take(batch, std::slice::from_ref(&(0..count)), &mut digests)?;
         }
         match digests.len() as u64 == count {
@@ -274,7 +281,6 @@ impl Source {
         let mut all = Vec::new();
         while let Some(answer) = unless_silent(answers.message()).await? {
             let Some(batch) = answer.batch else { continue };
-            self.pace.pay(batch.hashes.len() as u64).await;
             take(batch, ranges, &mut all)?;
         }
         let mut all = all.into_iter();
@@ -305,7 +311,6 @@ impl Source {
         let (mut blocks, mut count) = (BTreeMap::new(), 0);
         while let Some(answer) = unless_silent(answers.message()).await? {
             let Some(batch) = answer.batch else { continue };
-            self.pace.pay(batch.data.len() as u64).await;
             let batch = Batch::from_wire(size_bytes, batch)?;
             for piece in batch.pieces().filter(|piece| !piece.extent.zero) {
                 count += piece.extent.count;

@@ -1,11 +1,13 @@
-//! `--seeding`: a new server is seeded from another one, and the backup archived into a folder, beside `rsync` of the same files over
-//! TLS 1.3.
+//! `--seeding`: a new server is seeded from another one, and the backup archived into a folder and into an S3 server (`s3s-fs` over
+//! plain HTTP), beside `rsync` of the same files over TLS 1.3.
 //!
 //! Both go over loopback, and all files are in this machine's memory as far as they fit. Seeding compares each block with its hash on
 //! both sides and makes one base of the chain; rsync copies the chain's files, here without any comparison of what is missing.
 
 use std::{
     fs,
+    io::{BufRead, BufReader},
+    os::unix::fs::PermissionsExt,
     path::Path,
     process::{Child, Command, Output, Stdio},
     time::Instant,
@@ -24,6 +26,7 @@ use crate::{
 const MIB: u64 = 1 << 20;
 const SOURCE: &str = "server-a";
 const ARCHIVE: &str = "bench";
+const OBJECTS: &str = "objects";
 /// Each gets the disk in another way.
 const TARGETS: [&str; 3] = ["target-a", "target-b", "target-c"];
 
@@ -52,6 +55,8 @@ pub(super) fn run(programs: &Programs, folder: &Path, bytes: u64, json: &Path) -
     fs::create_dir_all(&archive)?;
     let url = format!("file://{}", archive.display());
     site.server(SOURCE)?.settings.set(&format!("archive.{ARCHIVE}.url"), url);
+    let s3 = S3::start()?;
+    s3.set_up(&mut site, work.path())?;
     site.start_all()?;
     let client = site.client("bench", &[format!("disk={}", image.display())])?;
     site.await_ready(&client)?;
@@ -64,7 +69,8 @@ pub(super) fn run(programs: &Programs, folder: &Path, bytes: u64, json: &Path) -
     let through_janus = seed(&site, TARGETS[0], &["--from", SOURCE, "--all"])?;
     let direct = seed(&site, TARGETS[1], &["--from", &url, "--all"])?;
     let hashes = seed(&site, TARGETS[2], &["--from", SOURCE, "--all", "--hashes-only"])?;
-    let archived = archive_all(&site)?;
+    let archived = archive_all(&site, ARCHIVE)?;
+    let sent = archive_all(&site, OBJECTS)?;
     ensure!(through_janus.written == bytes && direct.written == bytes, "not all was seeded");
     ensure!(hashes.written == 0, "more than hashes were seeded");
     let full = |what: &str, seconds: f64| row(what, seconds, bytes, Some(copied / seconds));
@@ -74,13 +80,15 @@ pub(super) fn run(programs: &Programs, folder: &Path, bytes: u64, json: &Path) -
         full("seed straight, whole", direct.seconds),
         full("seed --hashes-only, until a delta can come", hashes.seconds),
         full("archive into a folder, whole", archived),
+        full("archive into an S3 server, whole", sent),
     ];
 
     let changed = bytes / 100 / MIB * MIB;
     scatter(&image, bytes, changed)?;
     ensure!(backup()?.code == Some(0), "the backup failed");
     let copied = rsync.copy()?;
-    let archived = archive_all(&site)?;
+    let archived = archive_all(&site, ARCHIVE)?;
+    let sent = archive_all(&site, OBJECTS)?;
     let caught_up = seed(&site, TARGETS[0], &["--from", SOURCE, "--all"])?;
     ensure!(
         caught_up.written * 10 <= changed * 11,
@@ -91,6 +99,7 @@ pub(super) fn run(programs: &Programs, folder: &Path, bytes: u64, json: &Path) -
     rows.push(catch_up("rsync over TLS, 1 % changed", copied));
     rows.push(catch_up("seed through janus, 1 % changed", caught_up.seconds));
     rows.push(catch_up("archive into a folder, 1 % changed", archived));
+    rows.push(catch_up("archive into an S3 server, 1 % changed", sent));
 
     println!("\n{} MiB of noise at one server, seeded to others over TLS", bytes / MIB);
     println!("{:<44} {:>8} {:>9} {:>8} {:>6}", "what", "s", "missing", "MiB/s", "ratio");
@@ -144,11 +153,60 @@ fn seed(site: &Site, target: &str, more: &[&str]) -> Result<Seeded> {
 }
 
 /// Archives the newest backup; the seconds that took.
-fn archive_all(site: &Site) -> Result<f64> {
+fn archive_all(site: &Site, archive: &str) -> Result<f64> {
     let began = Instant::now();
-    let output = site.admin(SOURCE, &["archive", ARCHIVE])?;
+    let output = site.admin(SOURCE, &["archive", archive])?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     Ok(began.elapsed().as_secs_f64())
+}
+
+/// `client/examples/s3.rs`: its objects are in the folder for temporary files.
+struct S3 {
+    server: Child,
+    /// Its URL, the bucket, and what signs.
+    said: String,
+}
+
+impl S3 {
+    fn start() -> Result<Self> {
+        let mut command = Command::new(env!("CARGO"));
+        command.args(["run", "--release", "--quiet", "-p", "janus-client", "--example", "s3"]);
+        let mut server = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let mut said = String::new();
+        let out = server.stdout.take().context("no output")?;
+        BufReader::new(out).read_line(&mut said)?;
+        Ok(Self { server, said })
+    }
+
+    /// The source archives into it.
+    fn set_up(&self, site: &mut Site, work: &Path) -> Result<()> {
+        let words: Vec<&str> = self.said.split_whitespace().collect();
+        let [endpoint, bucket, id, secret] = words.as_slice() else {
+            anyhow::bail!("the S3 server said {:?}", self.said);
+        };
+        let credentials = work.join("s3.env");
+        fs::write(
+            &credentials,
+            format!("AWS_ACCESS_KEY_ID={id}\nAWS_SECRET_ACCESS_KEY={secret}\n"),
+        )?;
+        fs::set_permissions(&credentials, fs::Permissions::from_mode(0o600))?;
+        let settings = &mut site.server(SOURCE)?.settings;
+        let mut set =
+            |key: &str, value: &str| settings.set(&format!("archive.{OBJECTS}.{key}"), value);
+        set("url", &format!("s3://{bucket}/bench"));
+        set("endpoint", endpoint);
+        set("region", "us-east-1");
+        set("credentials", &credentials.display().to_string());
+        Ok(())
+    }
+}
+
+impl Drop for S3 {
+    fn drop(&mut self) {
+        // It ends with its input.
+        drop(self.server.stdin.take());
+        let _ = self.server.wait();
+    }
 }
 
 /// `rsync` as a daemon behind stunnel, which serves the source's images.

@@ -147,15 +147,19 @@ pub struct Unreachable {
     pub reason: String,
 }
 
-/// What another server has of a snapshot.
+/// What other servers have of a snapshot.
 #[derive(Debug, Clone, Deserialize, PartialEq, Eq)]
 pub struct Elsewhere {
-    /// Its name.
+    /// The one that has most.
     pub server: String,
     /// Bytes in blocks of the snapshot that aren't zeros.
     pub content_bytes: u64,
     /// Those of them that it has.
     pub held_bytes: u64,
+    /// Who has something, that one first.
+    pub servers: Vec<String>,
+    /// What they have together, at most.
+    pub at_most_bytes: u64,
 }
 
 /// `restore`.

@@ -34,7 +34,11 @@ pub(super) async fn run(
 ) -> Result<Outcome, Failure> {
     let texts = matches.get_many::<String>("map").into_iter().flatten();
     let mut places = parse(texts.map(String::as_str))?;
-    let found = wanted.find_disks(ways).await?;
+    // Others may stand for a server that is away, unless only one was asked for.
+    let found = match wanted.server {
+        Some(_) => wanted.find_disks(ways).await?,
+        None => wanted.find_all(ways).await?,
+    };
     let known: Vec<_> = found.iter().map(|found| found.snapshot.disk_id.clone()).collect();
     let mut moves = Vec::new();
     for found in found {

@@ -32,6 +32,7 @@ fn point(committed_ms: i64, disks: &[(&str, bool)], chain: SnapshotId) -> Point 
         backup: BackupId::new(),
         committed_ms,
         is_pinned: false,
+        is_held: false,
         is_locked: false,
         is_before_alarm: false,
         disks: disks.collect(),

@@ -1,7 +1,8 @@
 //! How much may travel, by the time of day: a smooth limit on the bytes of all connections together, each way for itself.
 //!
-//! It is kept below HTTP/2, in small pieces, so that others on the same line notice no bursts; pings, which prove a connection
-//! alive, pass between frames. A window that begins or ends in mid-run counts within a second.
+//! Clients keep to it in all they do, servers in what they fetch from each other. It is kept below HTTP/2, in small pieces, so
+//! that others on the same line notice no bursts; pings, which prove a connection alive, pass between frames. A window that begins
+//! or ends in mid-run counts within a second.
 
 use std::{
     str::FromStr,
@@ -9,13 +10,14 @@ use std::{
     time::Duration,
 };
 
-use janus_proto::{
+use tokio::time::Instant;
+
+use crate::{
     channel::{ConnectOptions, Dial, Dialer, Dialing, Stream, Target},
     clock,
     ids::ServerId,
     proof::Statement,
 };
-use tokio::time::Instant;
 
 mod stream;
 
@@ -49,7 +51,7 @@ pub enum LimitError {
     Overlap(String, String),
 }
 
-/// A limit for a part of each day, by local time.
+/// A limit for a part of each day.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Window {
     /// First minute of the day.
@@ -113,6 +115,11 @@ fn bytes(text: &str) -> Option<u64> {
 }
 
 impl Window {
+    /// So many bytes in a second at any time.
+    pub fn always(bytes_per_second: u64) -> Self {
+        Self { from: 0, to: DAY, bytes_per_second: bytes_per_second.max(LEAST) }
+    }
+
     fn holds(&self, minute: u16) -> bool {
         match self.from < self.to {
             true => (self.from..self.to).contains(&minute),
@@ -136,19 +143,38 @@ pub fn parse(texts: &[String]) -> Result<Vec<Window>, LimitError> {
     Ok(windows)
 }
 
-/// `dialer`, with what it makes kept to the limits.
-pub fn limited(dialer: Dialer, windows: Vec<Window>) -> Dialer {
+/// Whose day the parts are of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Zone {
+    /// This system's.
+    Local,
+    /// The same everywhere.
+    Utc,
+}
+
+/// `dialer`, with all that it makes kept to the limits together.
+pub fn limited(dialer: Dialer, windows: &[Window], zone: Zone) -> Dialer {
     if windows.is_empty() {
         return dialer;
     }
-    if windows.iter().any(|window| (window.from, window.to) != (0, DAY)) {
+    let is_daily = windows.iter().any(|window| (window.from, window.to) != (0, DAY));
+    if is_daily && zone == Zone::Local {
         clock::warn_without_zone("times of `bandwidth`");
     }
-    let bucket = || Arc::new(Bucket::new(windows.clone(), minute_of_day));
+    let minute_of_day = match zone {
+        Zone::Local => local_minute,
+        Zone::Utc => utc_minute,
+    };
+    let bucket = || Arc::new(Bucket::new(windows.to_vec(), minute_of_day));
     Arc::new(LimitedDialer { dialer, sending: bucket(), receiving: bucket() })
 }
 
-fn minute_of_day() -> u16 {
+fn utc_minute() -> u16 {
+    let minute = (clock::unix_ms() / 60_000).rem_euclid(i64::from(DAY));
+    u16::try_from(minute).unwrap_or(0)
+}
+
+fn local_minute() -> u16 {
     let now = jiff::ZonedDateTime::now();
     u16::try_from(i32::from(now.hour()) * 60 + i32::from(now.minute())).unwrap_or(0)
 }

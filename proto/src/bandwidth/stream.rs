@@ -7,13 +7,13 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use janus_proto::channel::Stream;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::{Sleep, sleep},
 };
 
 use super::{Bucket, Grant};
+use crate::channel::Stream;
 
 /// One way: what may go, and what is waited for.
 struct Way {
