@@ -13,6 +13,7 @@ use scene::{Library, Volume};
 use serde_json::json;
 
 mod history;
+mod reasons;
 mod scene;
 mod whole;
 mod windows;
