@@ -140,8 +140,8 @@ pub enum Distrust {
         /// Bytes of one bit.
         bytes: u64,
     },
-    /// The disk isn't as large as it was.
-    #[error("the disk had {old} bytes and has {new}")]
+    /// The disk or volume isn't as large as it was.
+    #[error("it had {old} bytes and has {new}")]
     Resized {
         /// Bytes at the last backup.
         old: u64,

@@ -170,9 +170,10 @@ impl Reading {
         if let Some(cursor) = answer.next {
             self.memory.volumes.push(VolumeCursor { start, len, kind, cursor });
         }
-        let changes = match &self.distrust {
-            Some(reason) => Err(reason.clone()),
-            None => answer.changes,
+        let changes = match (&self.distrust, old.other_len(start, len, kind)) {
+            (Some(reason), _) => Err(reason.clone()),
+            (None, Some(old)) => Err(Distrust::Resized { old, new: len }),
+            (None, None) => answer.changes,
         };
         let unread = changes.map(|Changes { changed, free }| {
             let volume = Ranges::from(0..len);

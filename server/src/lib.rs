@@ -100,3 +100,20 @@ pub(crate) fn spawn_work<T: Send + 'static>(
     let work = work.in_current_span();
     tokio::task::spawn_blocking(move || runtime.block_on(work))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::background;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn work_in_the_background_has_low_priority_and_all_else_keeps_its_own() {
+        // Of the thread that asks, on Linux.
+        let nice = || rustix::process::getpriority_process(None).unwrap();
+        let (before, (told, heard)) = (nice(), mpsc::channel());
+        background(move || told.send(nice()).unwrap()).await;
+        assert_eq!(heard.recv().unwrap(), (before + 10).min(19));
+        assert_eq!(nice(), before);
+    }
+}

@@ -6,7 +6,6 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::Read,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::Command,
@@ -21,11 +20,12 @@ use janus_server::{
     },
     storage,
 };
-use vhdx::VhdxReader;
 
+mod readers;
 #[path = "../../proto/src/image/sample.rs"]
 mod sample;
 
+use readers::vhdx_core;
 use sample::Sample;
 
 const MIB: usize = 1 << 20;
@@ -447,17 +447,6 @@ fn parents_are_found_by_whichever_path_fits() {
     }
 }
 
-/// What the crate vhdx-core makes of a chain. It takes parents as they are given.
-fn vhdx_core(files: &[PathBuf]) -> Vec<u8> {
-    let mut reader = VhdxReader::open(&files[0]).unwrap();
-    for path in &files[1..] {
-        reader = VhdxReader::from_bytes_with_parent(fs::read(path).unwrap(), reader).unwrap();
-    }
-    let mut disk = Vec::new();
-    reader.read_to_end(&mut disk).unwrap();
-    disk
-}
-
 #[test]
 fn our_vhdx_with_large_sectors_reads_right_in_another_reader() {
     for sector_bytes in [512, 4096] {
@@ -472,7 +461,7 @@ fn our_vhdx_with_large_sectors_reads_right_in_another_reader() {
             let whole = (512..1024).map(|unit| (unit, link)).filter(|_| link == 3);
             sample.add(&zeros.chain(lone).chain(whole).collect::<BTreeMap<_, _>>());
         }
-        let read = vhdx_core(&sample.files);
+        let read = vhdx_core(&sample.files, sector_bytes);
         assert_same(&read, &expected(&sample), &format!("{sector_bytes}-byte sectors"));
     }
 }

@@ -2,15 +2,18 @@
 
 #![allow(clippy::unwrap_used)] // Clippy lets tests unwrap, but doesn't know that the functions here belong to them.
 
-use std::{fs, sync::Arc};
+use std::{fs, sync::Arc, time::Duration};
 
 use chains::{Content, Model, changed};
 use janus_server::{
     admin::{Command, ask::ask},
     config::Settings,
+    retention::{self, Retention},
     runs::{Change, RunError},
 };
 use serde_json::json;
+use tokio::{sync::watch, time::sleep};
+use tokio_util::sync::CancellationToken;
 
 mod chains;
 
@@ -145,4 +148,33 @@ fn a_crash_leaves_a_run_kept_or_dropped() {
     assert_eq!(model.runs.trashed(&model.key)[0].record.purge_not_before_ms, i64::MAX);
     let refused = model.runs.restore_trashed(&model.key, runs[0].backup).unwrap_err();
     assert!(matches!(refused, RunError::Purging { .. }), "{refused}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_due_goes_on_a_schedule_and_at_once_when_space_is_low() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut model, runs) = chain_of(folder.path(), 3);
+    let trashed = |model: &Model| model.runs.trashed(&model.key).len();
+    model.trash(&runs[0]);
+    let settings = Settings { reserve: "0".into(), ..Settings::default() };
+    let retention = Arc::new(Retention::new(model.runs.clone(), settings));
+    let (is_low, heard) = watch::channel(false);
+    let stop = CancellationToken::new();
+    // No new day begins while this runs.
+    let at = (time::OffsetDateTime::now_utc() + Duration::from_hours(12)).time();
+    let following = retention::follow(retention, Some(at), heard, stop.clone());
+    let following = tokio::spawn(following);
+    sleep(Duration::from_secs(59)).await;
+    assert_eq!(trashed(&model), 1);
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(trashed(&model), 0, "a start is soon followed by a look");
+    model.trash(&runs[1]);
+    sleep(Duration::from_hours(3)).await;
+    assert_eq!(trashed(&model), 1, "the next look is of the next day");
+    is_low.send(true).unwrap();
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(trashed(&model), 0, "space is low");
+    stop.cancel();
+    following.await.unwrap();
+    model.check();
 }

@@ -25,6 +25,7 @@ for name, result, arguments in [
     ("ntfs_attr_truncate", ctypes.c_int, [P, S64]),
     ("ntfs_delete", ctypes.c_int, [P, ctypes.c_char_p, P, P, P, U8]),
     ("ntfs_link", ctypes.c_int, [P, P, P, U8]),
+    ("ntfs_volume_write_flags", ctypes.c_int, [P, ctypes.c_uint16]),
 ]:
     function = getattr(lib, name)
     function.restype, function.argtypes = result, arguments
@@ -52,6 +53,23 @@ def reference(inode):
     number = ctypes.c_uint64.from_address(inode).value
     record = ctypes.c_uint64.from_address(inode + 8).value
     return number | ctypes.c_uint16.from_address(record + 16).value << 48
+
+
+def record(version, file, reason, at):
+    """A record at `at`. In a journal with range tracking (version 4) those of overwriting tell ranges and no time."""
+    name = "f".encode("utf-16-le") * 8
+    if version == 4 and reason & 1:
+        ranges = [(number << 16, 1 << 16) for number in range(1 + file % 3)]
+        length = 64 + 16 * len(ranges)
+        data = struct.pack("<IHHQQQQQIIIHH", length, 4, 0, file, 0, 5, 0, at, reason, 0, 0, len(ranges), 16)
+        return data + b"".join(struct.pack("<qq", *one) for one in ranges)
+    head = 60 if version == 2 else 76
+    length = (head + len(name) + 7) // 8 * 8
+    if version == 2:
+        data = struct.pack("<IHHQQQQIIIIHH", length, 2, 0, file, 5, at, next(TIMES), reason, 0, 0, 0, len(name), head)
+    else:
+        data = struct.pack("<IHHQQQQQQIIIIHH", length, 3, 0, file, 0, 5, 0, at, next(TIMES), reason, 0, 0, 0, len(name), head)
+    return (data + name).ljust(length, b"\0")
 
 
 class Stream:
@@ -214,19 +232,12 @@ class Volume:
             at = start
             with Stream(inode, "$J") as stream:
                 for file, reason in records:
-                    name = "f".encode("utf-16-le") * 8
-                    if version == 2:
-                        length = (60 + len(name) + 7) // 8 * 8
-                    else:
-                        length = (76 + len(name) + 7) // 8 * 8
-                    if at // PAGE != (at + length - 1) // PAGE:
+                    data = record(version, file, reason, at)
+                    if at // PAGE != (at + len(data) - 1) // PAGE:
                         at = (at + PAGE - 1) // PAGE * PAGE
-                    if version == 2:
-                        data = struct.pack("<IHHQQQQIIIIHH", length, 2, 0, file, 5, at, next(TIMES), reason, 0, 0, 0, len(name), 60)
-                    else:
-                        data = struct.pack("<IHHQQQQQQIIIIHH", length, 3, 0, file, 0, 5, 0, at, next(TIMES), reason, 0, 0, 0, len(name), 76)
-                    stream.write(at, (data + name).ljust(length, b"\0"))
-                    at += length
+                        data = record(version, file, reason, at)
+                    stream.write(at, data)
+                    at += len(data)
             return at
 
         return self.of_journal(work)
@@ -237,6 +248,29 @@ class Volume:
                 return stream.read(start, end - start)
 
         return self.of_journal(work)
+
+    def cut_journal(self, at, end):
+        """Ends the journal, which ends at `end`, in the middle of the record at `at`; answers where, or nothing."""
+        def work(inode):
+            with Stream(inode, "$J") as stream:
+                start = at // PAGE * PAGE
+                page = stream.read(start, min(start + PAGE, end) - start)
+                place = 0
+                while place + 64 <= len(page):
+                    length, major = struct.unpack_from("<IH", page, place)
+                    usn = struct.unpack_from("<Q", page, place + (24 if major == 2 else 40))[0]
+                    if usn != start + place:
+                        return None
+                    if start + place + length > at:
+                        stream.truncate(start + place + 24)
+                        return start + place + 24
+                    place += length
+            return None
+
+        return self.of_journal(work)
+
+    def flags(self, flags):
+        check(lib.ntfs_volume_write_flags(self.volume, flags) == 0, "write flags")
 
     def write_journal(self, offset, data):
         def work(inode):

@@ -21,10 +21,18 @@ impl LoopDevice {
     /// # Errors
     /// When we aren't root or there is no free loop device.
     pub fn attach(file: &Path) -> Result<Self> {
+        Self::attach_with_sectors(file, 512)
+    }
+
+    /// Attaches a file as a disk with logical sectors of this size.
+    ///
+    /// # Errors
+    /// When we aren't root or there is no free loop device.
+    pub fn attach_with_sectors(file: &Path, sector_bytes: u32) -> Result<Self> {
         require_root()?;
-        let device =
-            packages::output(packages::command("losetup").args(["--find", "--show"]).arg(file))?;
-        Ok(Self(device.trim().into()))
+        let mut losetup = packages::command("losetup");
+        losetup.args(["--find", "--show", "--sector-size", &sector_bytes.to_string()]).arg(file);
+        Ok(Self(packages::output(&mut losetup)?.trim().into()))
     }
 
     /// Its path.

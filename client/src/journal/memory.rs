@@ -124,6 +124,13 @@ impl Memory {
             |volume: &&VolumeCursor| (volume.start, volume.len, volume.kind) == (start, len, kind);
         self.volumes.iter().find(same).map(|volume| volume.cursor.as_slice())
     }
+
+    /// How many bytes a volume had that has so many now, if it had others.
+    pub fn other_len(&self, start: u64, len: u64, kind: JournalKind) -> Option<u64> {
+        let same = |volume: &&VolumeCursor| (volume.start, volume.kind) == (start, kind);
+        let known = self.volumes.iter().find(same)?.len;
+        (known != len).then_some(known)
+    }
 }
 
 #[cfg(test)]
@@ -153,6 +160,10 @@ mod tests {
         assert_eq!(memory.cursor(0, 5, JournalKind::NtfsUsn), Some(&b"one"[..]));
         assert_eq!(memory.cursor(0, 6, JournalKind::NtfsUsn), None);
         assert_eq!(memory.cursor(0, 5, JournalKind::QemuBitmap), None);
+        let other = |start, len, kind| memory.other_len(start, len, kind);
+        assert_eq!(other(0, 6, JournalKind::NtfsUsn), Some(5));
+        assert_eq!(other(0, 5, JournalKind::NtfsUsn), None);
+        assert_eq!(other(1, 6, JournalKind::NtfsUsn), None);
         for cut in 0..bytes.len() {
             assert_eq!(Memory::parse(&bytes[..cut]), None, "{cut}");
         }

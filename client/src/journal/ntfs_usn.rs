@@ -3,7 +3,8 @@
 //! The journal alone misses what a defragmenter moves, what other drivers write, and files that stay open. So a file is
 //! believed to be unchanged only if
 //! - the volume is at rest: its log is closed, no check is due;
-//! - the journal is the same one, reaches back to the last backup, and the last record before the cursor stands there unchanged;
+//! - the journal is the same one, reaches back to the last backup, and the last record before the cursor that has a time stands there
+//!   unchanged;
 //! - no record speaks of the file, and none that spoke of it earlier has left it open;
 //! - all its MFT records are byte by byte what they were.
 //!
@@ -106,9 +107,10 @@ struct Head {
     cluster_bytes: u64,
     lsn: u64,
     journal: u64,
-    /// First byte after the last record.
+    /// First byte after the last record that has a time: what follows is read again. A record without a time could stand there
+    /// once more after a roll-back.
     next_usn: u64,
-    /// The last record before it: its place and digest.
+    /// That record: its place and digest.
     last: (u64, u64),
     /// File references whose last record doesn't close them.
     open: BTreeSet<u64>,
@@ -204,16 +206,12 @@ impl<'a> Now<'a> {
         if stream.record_at(usn)?.is_none_or(|found| found.digest != digest) {
             return Err(Distrust::RolledBack);
         }
-        let (mut touched, mut open) = (head.open.clone(), head.open.clone());
+        let (mut touched, mut open) = (head.open.clone(), Open::from(head.open.clone()));
         stream.each(head.next_usn, |record| {
             touched.insert(record.file);
-            if record.closes() {
-                open.remove(&record.file)
-            } else {
-                open.insert(record.file)
-            };
+            open.follow(record);
         })?;
-        Ok((self.changes(&touched, &old.records), open))
+        Ok((self.changes(&touched, &old.records), open.files))
     }
 
     fn changes(&self, touched: &BTreeSet<u64>, old: &[u64]) -> Changes {
@@ -226,15 +224,10 @@ impl<'a> Now<'a> {
     }
 
     /// Files that the whole journal leaves open, with those of an older cursor.
-    fn first_open(&self, mut open: BTreeSet<u64>) -> Result<BTreeSet<u64>, Distrust> {
-        self.stream().each(self.journal.first_usn, |record| {
-            if record.closes() {
-                open.remove(&record.file)
-            } else {
-                open.insert(record.file)
-            };
-        })?;
-        Ok(open)
+    fn first_open(&self, open: BTreeSet<u64>) -> Result<BTreeSet<u64>, Distrust> {
+        let mut open = Open::from(open);
+        self.stream().each(self.journal.first_usn, |record| open.follow(record))?;
+        Ok(open.files)
     }
 
     fn cursor(&self, open: BTreeSet<u64>) -> Result<Vec<u8>, Distrust> {
@@ -248,11 +241,40 @@ impl<'a> Now<'a> {
             cluster_bytes: boot.cluster_bytes,
             lsn: self.lsn,
             journal: self.journal.id,
-            next_usn: self.journal.next_usn,
+            next_usn: last.usn + last.len,
             last: (last.usn, last.digest),
             open,
         };
         Ok(Cursor { head, records: self.files.digests() }.to_bytes())
+    }
+}
+
+/// Files that are open, as records tell one after another: all that are so at the last record that has a time, or later.
+struct Open {
+    files: BTreeSet<u64>,
+    /// Closed since that record.
+    closed: BTreeSet<u64>,
+}
+
+impl Open {
+    fn follow(&mut self, record: &UsnRecord) {
+        if record.closes() {
+            self.closed.insert(record.file);
+        } else {
+            self.closed.remove(&record.file);
+            self.files.insert(record.file);
+        }
+        if record.has_time {
+            for file in std::mem::take(&mut self.closed) {
+                self.files.remove(&file);
+            }
+        }
+    }
+}
+
+impl From<BTreeSet<u64>> for Open {
+    fn from(files: BTreeSet<u64>) -> Self {
+        Self { files, closed: BTreeSet::new() }
     }
 }
 

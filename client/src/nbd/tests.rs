@@ -165,6 +165,14 @@ fn a_bitmap_of_the_cursor_tells_what_changed_and_all_else_is_distrusted() {
     let bad = [(server::BITMAP.to_owned(), Distrust::Inconsistent { name: server::BITMAP.into() })];
     let journal = QemuBitmap { medium: &medium, begun: None, bad: &bad };
     assert_eq!(journal.changes(Some(&cursor)).changes, Err(bad[0].1.clone()));
+
+    let silent = Behaviour { script: Script::NoStatus, ..Behaviour::default() };
+    let served = Served::new(move |_| silent.clone());
+    let medium = served.open().unwrap();
+    let journal = QemuBitmap { medium: &medium, begun: None, bad: &[] };
+    let unreadable = journal.changes(Some(&cursor)).changes.unwrap_err();
+    assert!(matches!(unreadable, Distrust::Unreadable { .. }), "{unreadable}");
+    println!("full compare: {unreadable}");
 }
 
 #[test]

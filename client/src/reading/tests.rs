@@ -124,8 +124,12 @@ fn what_was_sealed_otherwise_is_read_as_a_whole() {
 }
 
 #[test]
-fn a_volume_that_moved_or_whose_journal_does_not_know_is_read() {
+fn a_volume_that_moved_or_grew_or_whose_journal_does_not_know_is_read() {
     let first = memory(&[volume(0, MIB, nothing())], NO_AUDIT);
+    let grown = [volume(0, 2 * MIB, nothing())];
+    let reading = Reading::plan(known(Some(first.clone()), 100 * DAY), &grown, NO_AUDIT);
+    assert_eq!(reading.heard[0].unread, Err(Distrust::Resized { old: MIB, new: 2 * MIB }));
+    assert!(!reading.has_promises());
     let moved = [volume(4096, MIB, nothing()), volume(2 * MIB, MIB, Err(Distrust::NoJournal))];
     let reading = Reading::plan(known(Some(first), 100 * DAY), &moved, NO_AUDIT);
     let unread: Vec<_> = reading.heard.iter().map(|heard| heard.unread.clone()).collect();

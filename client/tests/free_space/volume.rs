@@ -38,9 +38,16 @@ impl Volume {
     }
 
     pub fn copy(&self) -> Self {
+        Self::filled_by(|path| {
+            fs::copy(&self.path, path).unwrap();
+        })
+    }
+
+    /// What `fill` writes to a new file.
+    pub fn filled_by(fill: impl FnOnce(&Path)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("volume");
-        fs::copy(&self.path, &path).unwrap();
+        fill(&path);
         Self { folder, path }
     }
 

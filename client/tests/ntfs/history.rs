@@ -17,6 +17,35 @@ const RENAME: u32 = 0x2000;
 const OVERWRITE: u32 = 1;
 const CLOSE: u32 = 0x8000_0000;
 const FIRST_USN: u64 = 1 << 18;
+/// A volume's flag.
+const DELETE_UNDERWAY: u32 = 0x10;
+
+/// What happens to a journal, or past it.
+const EVENTS: [&str; 12] = [
+    "rolled back",
+    "rolled back and written past the cursor",
+    "journal deleted and made anew",
+    "journal stamped anew",
+    "journal wrapped",
+    "journal deleted",
+    "journal being deleted",
+    "journal truncated",
+    "journal truncated and written on",
+    "journal corrupted",
+    "moved without a record",
+    "not at rest",
+];
+/// Why a journal wasn't believed, as far as the text is the same each time.
+const REASONS: [&str; 8] = [
+    "there is no change journal",
+    "the change journal was made anew",
+    "the change journal was deleted",
+    "the change journal was stopped meanwhile",
+    "the change journal no longer reaches back to the last backup",
+    "the volume was rolled back",
+    "the volume is not at rest",
+    "the change journal can't be understood",
+];
 
 /// What was seen over all histories.
 #[derive(Default)]
@@ -26,26 +55,34 @@ pub struct Totals {
     trusted: u32,
     promised_clusters: u64,
     read_clusters: u64,
+    events: BTreeMap<&'static str, u32>,
+    /// Records of each version.
+    records: BTreeMap<u64, usize>,
     reasons: BTreeMap<String, u32>,
 }
 
 impl fmt::Display for Totals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { histories, steps, trusted, promised_clusters, read_clusters, reasons } = self;
+        let Self { histories, steps, trusted, promised_clusters, read_clusters, .. } = self;
+        let Self { events, records, reasons, .. } = self;
         write!(
             f,
             "{histories} histories, {steps} steps: {trusted} by the journal ({promised_clusters} clusters unread, \
-             {read_clusters} read), else {reasons:?}"
+             {read_clusters} read), else {reasons:?}; events: {events:?}; records by version: {records:?}"
         )
     }
 }
 
 impl Totals {
-    /// The property says nothing when nothing is promised, or nothing ever distrusted.
+    /// The property says nothing when nothing is promised, or nothing ever distrusted, or nothing happens.
     pub fn assert_worth(&self) {
         assert!(self.trusted * 3 > self.steps, "{self}");
         assert!(self.promised_clusters * 10 > self.read_clusters, "{self}");
-        assert!(self.reasons.len() >= 6, "{self}");
+        let missing = EVENTS.iter().find(|event| !self.events.contains_key(*event));
+        assert_eq!(missing, None, "{self}");
+        assert!(self.records.keys().eq(&[2, 3, 4]), "{self}");
+        let missing = REASONS.iter().find(|reason| !self.reasons.contains_key(**reason));
+        assert_eq!(missing, None, "{self}");
     }
 }
 
@@ -76,6 +113,10 @@ pub struct History<'a> {
     journal: u64,
     next_usn: u64,
     records: Vec<(u64, u32)>,
+    /// What happened since the totals were asked.
+    events: Vec<&'static str>,
+    /// How many records of which version were written since.
+    written: BTreeMap<u64, usize>,
     /// What the last backup saw, and what it remembered.
     backup: Option<(World, Vec<u8>)>,
     trace: Vec<String>,
@@ -98,6 +139,8 @@ impl<'a> History<'a> {
             journal: 1,
             next_usn: FIRST_USN,
             records: Vec::new(),
+            events: Vec::new(),
+            written: BTreeMap::new(),
             backup: None,
             trace: Vec::new(),
         }
@@ -107,10 +150,16 @@ impl<'a> History<'a> {
         totals.histories += 1;
         self.grow();
         for _ in 0..self.random.random_range(4..9) {
-            let event = self.random.random_range(0..20);
+            let event = self.random.random_range(0..24);
             let changed = self.step(event, totals);
             totals.steps += 1;
             self.check(&changed, totals);
+        }
+        for event in self.events {
+            *totals.events.entry(event).or_default() += 1;
+        }
+        for (version, count) in self.written {
+            *totals.records.entry(version).or_default() += count;
         }
     }
 
@@ -135,6 +184,11 @@ impl<'a> History<'a> {
 
     fn say(&mut self, what: impl Into<String>) {
         self.trace.push(what.into());
+    }
+
+    fn event(&mut self, event: &'static str) {
+        self.say(event);
+        self.events.push(event);
     }
 
     fn world(&self) -> World {
@@ -169,17 +223,17 @@ impl<'a> History<'a> {
             self.commit(later);
             self.take_backup();
             self.put_back(older);
-            self.say("rolled back");
+            self.event("rolled back");
         }
         self.changes(&mut operations);
         // A volume at rest has no open file. Where the journal has the record of one it is taken at its word; where that
         // record is lost nobody could know of it.
-        if (1..=5).contains(&event) && (event != 3 || self.backup.is_none()) {
+        if matches!(event, 1..=5 | 9 | 10) && (event != 3 || self.backup.is_none()) {
             self.open.clear();
         }
         match event {
             1 => {
-                self.say("journal deleted and made anew");
+                self.event("journal deleted and made anew");
                 self.journal += 1;
                 self.next_usn = FIRST_USN;
                 operations.extend([
@@ -188,7 +242,7 @@ impl<'a> History<'a> {
                 ]);
             }
             2 => {
-                self.say("journal stamped anew");
+                self.event("journal stamped anew");
                 self.journal += self.random.random_range(0..2);
                 self.next_usn = self.next_usn.next_multiple_of(4096);
                 operations.extend([
@@ -197,7 +251,7 @@ impl<'a> History<'a> {
                 ]);
             }
             3 => {
-                self.say("journal wrapped");
+                self.event("journal wrapped");
                 for _ in 0..self.random.random_range(0..120) {
                     let Some(name) = self.any_file() else { break };
                     self.note(&name, OVERWRITE | CLOSE);
@@ -211,18 +265,13 @@ impl<'a> History<'a> {
                 return self.send(operations, true);
             }
             4 => {
-                self.say("journal deleted");
+                self.event("journal deleted");
                 operations.push(json!(["delete_journal"]));
                 let changed = self.send(operations, true);
-                self.records.clear();
-                self.journal += 1;
-                self.next_usn = FIRST_USN;
-                let journal = vec![json!(["journal", self.journal, FIRST_USN])];
-                self.check_only(&changed, totals);
-                return self.send(journal, true);
+                return self.without_journal(&changed, Vec::new(), totals);
             }
             5 => {
-                self.say("journal corrupted");
+                self.event("journal corrupted");
                 let at = FIRST_USN
                     + self.random.random_range(0..self.next_usn.max(FIRST_USN + 8) - FIRST_USN);
                 let bytes: [u8; 8] = self.random.random();
@@ -233,20 +282,64 @@ impl<'a> History<'a> {
                 return self.send(vec![corrupt], true);
             }
             6 | 7 => {
-                self.say("moved without a record");
+                self.event("moved without a record");
                 if let Some(file) = self.any_file() {
                     operations.push(json!(["move", file]));
                 }
             }
             8 => {
-                self.say("not at rest");
+                self.event("not at rest");
                 let changed = self.commit_as(operations, false);
                 self.check_only(&changed, totals);
                 return self.send(Vec::new(), true);
             }
+            9 => {
+                self.event("journal truncated");
+                self.commit(std::mem::take(&mut operations));
+                // At the border of two records nobody could tell that there were more.
+                let most = if self.random.random_bool(0.5) { 200 } else { 3000 };
+                let back = self.random.random_range(1..most).min(self.next_usn - FIRST_USN);
+                let cut = json!(["cut_journal", self.next_usn - back, self.next_usn]);
+                let changed = self.send(vec![cut], true);
+                self.next_usn = changed.answers[0].as_u64().unwrap_or(self.next_usn);
+                if self.random.random_bool(0.5) {
+                    return changed;
+                }
+                self.event("journal truncated and written on");
+                self.changes(&mut operations);
+            }
+            10 => {
+                self.event("journal being deleted");
+                operations.push(json!(["flags", DELETE_UNDERWAY]));
+                let changed = self.send(operations, true);
+                let end = vec![json!(["flags", 0]), json!(["delete_journal"])];
+                return self.without_journal(&changed, end, totals);
+            }
             _ => {}
         }
-        self.commit(operations)
+        let changed = self.commit(operations);
+        if event == 0
+            && let Some((world, _)) = &self.backup
+            && self.next_usn > world.next_usn
+        {
+            self.event("rolled back and written past the cursor");
+        }
+        changed
+    }
+
+    /// Compares what is promised while the journal is gone or going; then there is a new one.
+    fn without_journal(
+        &mut self,
+        changed: &Changed,
+        mut operations: Vec<Value>,
+        totals: &mut Totals,
+    ) -> Changed {
+        self.records.clear();
+        self.journal += 1;
+        self.next_usn = FIRST_USN;
+        self.check_only(changed, totals);
+        operations.push(json!(["journal", self.journal, FIRST_USN]));
+        self.send(operations, true)
     }
 
     fn changes(&mut self, operations: &mut Vec<Value>) {
@@ -355,7 +448,12 @@ impl<'a> History<'a> {
                 records.push((reference, CREATE | CLOSE));
             }
         }
-        let version = self.random.random_range(2..4);
+        let version = self.random.random_range(2..5);
+        for (_, reason) in &records {
+            let is_range = version == 4 && reason & OVERWRITE != 0;
+            let written = if version == 4 && !is_range { 3 } else { version };
+            *self.written.entry(written).or_default() += 1;
+        }
         let changed = self.send(vec![json!(["records", self.next_usn, records, version])], clean);
         self.next_usn = changed.answers[0].as_u64().unwrap();
         changed

@@ -10,22 +10,22 @@ use xtask::{
 
 use super::scene::{Library, Volume};
 
-const FIRST_USN: u64 = 1 << 18;
+pub const FIRST_USN: u64 = 1 << 18;
 const OVERWRITE: u32 = 1;
 const CLOSE: u32 = 0x8000_0000;
 
-struct Scene {
-    site: Site,
-    client: Client,
-    library: Library,
-    volume: Volume,
-    next_usn: u64,
-    files: Vec<u64>,
+pub struct Scene {
+    pub site: Site,
+    pub client: Client,
+    pub library: Library,
+    pub volume: Volume,
+    pub next_usn: u64,
+    pub files: Vec<u64>,
 }
 
 impl Scene {
     /// A volume with five files of 1 MiB, and one server.
-    fn new() -> Self {
+    pub fn new() -> Self {
         Self::with(&["server-a"])
     }
 
@@ -56,13 +56,13 @@ impl Scene {
         self.next_usn = changed.answers[0].as_u64().unwrap();
     }
 
-    fn overwrite(&mut self, file: usize, seed: u32) {
+    pub fn overwrite(&mut self, file: usize, seed: u32) {
         let operation = json!(["write", format!("/f{file}"), 300_000, 40_000, seed, false]);
         self.library.change(&mut self.volume, vec![operation], true);
         self.records(&[file]);
     }
 
-    fn backup(&self) -> answers::Disk {
+    pub fn backup(&self) -> answers::Disk {
         self.client.backup().unwrap().disks[0].clone()
     }
 
@@ -152,7 +152,7 @@ fn a_change_behind_the_journal_is_found_within_its_audits_and_turns_it_off() {
 }
 
 /// How the library's pattern for a seed begins.
-fn content_of(seed: usize) -> [u8; 16] {
+pub fn content_of(seed: usize) -> [u8; 16] {
     let start = seed * 4099 % (1 << 19);
     std::array::from_fn(|at| {
         let i = start + at;

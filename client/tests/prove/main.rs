@@ -94,6 +94,7 @@ fn one_flipped_bit_is_named_with_its_image_block_and_file() {
         assert!(text.contains(&named), "{named}: {text}");
     }
     assert_eq!((hurt.damaged_blocks, hurt.proven_ms), (1, 0), "it is asked for again");
+    scene.await_figure("janus_server_damaged_snapshots", 1.0);
     let whole = snapshots.iter().find(|one| one.disk_id == "windows").unwrap();
     assert!(whole.damaged_blocks == 0 && whole.proven_ms > 0, "{snapshots:?}");
     let stands = scene.standing(1);

@@ -65,13 +65,25 @@ impl Scene {
 
     /// A figure of janus about the machine at the server.
     pub fn figure(&self, name: &str) -> Option<f64> {
+        self.figure_of(&format!("{name}{{machine=\"{MACHINE}\",server=\"{SERVER}\"}} "))
+    }
+
+    /// Waits until janus tells so much of the server.
+    pub fn await_figure(&self, name: &str, figure: f64) {
+        let (start, began) = (format!("{name}{{server=\"{SERVER}\"}} "), Instant::now());
+        while self.figure_of(&start) != Some(figure) {
+            assert!(began.elapsed() < Duration::from_secs(20), "{:?}", self.figure_of(&start));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn figure_of(&self, start: &str) -> Option<f64> {
         let mut stream = TcpStream::connect(&self.metrics).unwrap();
         let request = format!("GET /metrics HTTP/1.0\r\nhost: {}\r\n\r\n", self.metrics);
         stream.write_all(request.as_bytes()).unwrap();
         let mut page = String::new();
         stream.read_to_string(&mut page).unwrap();
-        let start = format!("{name}{{machine=\"{MACHINE}\",server=\"{SERVER}\"}} ");
-        page.lines().find_map(|line| line.strip_prefix(&start))?.parse().ok()
+        page.lines().find_map(|line| line.strip_prefix(start))?.parse().ok()
     }
 
     pub fn prove(&self, more: &[&str]) -> Output {

@@ -10,5 +10,6 @@ mod meter;
 mod reading;
 mod resume;
 mod scene;
+mod sectors;
 mod several;
 mod targets;

@@ -390,7 +390,7 @@ impl Disk {
 /// Shows an operation that is done or not, never in part.
 pub(super) fn ask(watcher: Option<&dyn Watcher>, op: Op<'_>) -> io::Result<()> {
     match watcher.map_or(Ok(Verdict::Go), |watcher| watcher.before(&op))? {
-        Verdict::Go => Ok(()),
+        Verdict::Go | Verdict::Shared => Ok(()),
         Verdict::Short { error, .. } => Err(error),
     }
 }

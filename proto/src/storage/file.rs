@@ -248,9 +248,9 @@ impl File {
         len: u64,
     ) -> io::Result<Cloning> {
         let op = |file| Op::CloneRange { file, offset, from: &from.handle, from_offset, len };
-        or_unsupported(self.ask(op).and_then(|()| {
+        self.share(op, || {
             clone::range(self.here()?.file(), offset, from.here()?.file(), from_offset, len)
-        }))
+        })
     }
 
     /// Shares all of another file: content and length become its.
@@ -258,9 +258,10 @@ impl File {
     /// # Errors
     /// As the file system says.
     pub fn clone_all(&self, from: &Self) -> io::Result<Cloning> {
-        or_unsupported(self.ask(|file| Op::CloneAll { file, from: &from.handle }).and_then(|()| {
-            Ok(rustix::fs::ioctl_ficlone(self.here()?.file(), from.here()?.file())?)
-        }))
+        self.share(
+            |file| Op::CloneAll { file, from: &from.handle },
+            || Ok(rustix::fs::ioctl_ficlone(self.here()?.file(), from.here()?.file())?),
+        )
     }
 
     /// Copies a range of another file by reading and writing; the way where nothing can be shared.
@@ -305,6 +306,20 @@ impl File {
             done += piece;
         }
         Ok(())
+    }
+
+    fn share<'a>(
+        &'a self,
+        op: impl FnOnce(&'a Handle) -> Op<'a>,
+        clone: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<Cloning> {
+        let watcher = self.watcher.as_deref();
+        let verdict = watcher.map_or(Ok(Verdict::Go), |watcher| watcher.before(&op(&self.handle)));
+        or_unsupported(match verdict {
+            Ok(Verdict::Go) => clone(),
+            Ok(Verdict::Shared) => Ok(()),
+            Ok(Verdict::Short { error, .. }) | Err(error) => Err(error),
+        })
     }
 
     fn ask<'a>(&'a self, op: impl FnOnce(&'a Handle) -> Op<'a>) -> io::Result<()> {

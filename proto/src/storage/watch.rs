@@ -172,6 +172,8 @@ pub enum Verdict {
         /// Why it fails.
         error: io::Error,
     },
+    /// Of a clone: the watcher has given the file the other's bytes, on a file system that shares none. Any other operation is done.
+    Shared,
 }
 
 /// Sees every operation of a [`super::Disk`] before it is done. Called from any thread.

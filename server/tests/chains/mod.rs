@@ -39,6 +39,8 @@ pub type Content = Arc<Vec<u8>>;
 pub struct Model {
     pub folder: PathBuf,
     pub format: Format,
+    /// Logical sectors of the disks.
+    pub sector_bytes: u32,
     pub key: MachineKey,
     pub runs: Arc<Runs>,
     /// Of every snapshot that was ever committed.
@@ -58,7 +60,7 @@ impl Model {
         let key = MachineKey::new("user", "machine").unwrap();
         let (contents, live) = (HashMap::new(), BTreeSet::new());
         let runs = open(Disk::default(), folder, format);
-        Self { folder: folder.into(), format, key, runs, contents, live }
+        Self { folder: folder.into(), format, sector_bytes: 512, key, runs, contents, live }
     }
 
     /// Closes the store and opens it again.
@@ -87,6 +89,7 @@ impl Model {
             folder: folder.into(),
             key: self.key.clone(),
             format: self.format,
+            sector_bytes: self.sector_bytes,
             runs: open(storage, folder, self.format),
             contents: self.contents.clone(),
             live: self.live.clone(),
@@ -108,7 +111,7 @@ impl Model {
             .map(|(name, content)| WantedDisk {
                 disk: disk(name),
                 size_bytes: content.len() as u64,
-                logical_sector_bytes: 512,
+                logical_sector_bytes: self.sector_bytes,
             })
             .collect();
         let run = self.runs.start(&self.key, BackupId::new(), &wanted, 0)?;
@@ -166,6 +169,7 @@ impl Model {
         let run = self.runs.commit(&self.key, run.backup, epoch, commits, b"")?;
         for (snapshot, (_, content)) in run.snapshots.iter().zip(disks) {
             assert_eq!(Format::of_name(&snapshot.image), Some(self.format));
+            assert_eq!(snapshot.logical_sector_bytes, self.sector_bytes);
             self.contents.insert(snapshot.id, content.clone());
             self.live.insert(snapshot.id);
         }

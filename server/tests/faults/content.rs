@@ -51,6 +51,15 @@ impl Content {
         Self::new(bytes)
     }
 
+    /// Other data in `count` blocks from `first` on.
+    pub fn overwritten(&self, first: usize, count: usize, seed: u64) -> Self {
+        let mut bytes = self.bytes.clone();
+        for (block, at) in (first..first + count).map(|block| (block, block * BLOCK)) {
+            fill(&mut bytes[at..at + BLOCK], seed * 1000 + block as u64);
+        }
+        Self::new(bytes)
+    }
+
     /// Hashes by segments.
     pub fn segments(&self) -> impl Iterator<Item = (u64, &[BlockHash])> {
         (0..).zip(self.hashes.chunks(SEGMENT_BLOCKS as usize))

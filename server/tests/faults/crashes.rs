@@ -19,7 +19,7 @@ use crate::{
 enum Crash {
     /// `kill -9` between two operations.
     Killed,
-    /// `kill -9` in the middle of a write.
+    /// `kill -9` in the middle of a write, or while blocks are shared.
     KilledInWrite,
     /// A power cut; the disk happened to have all.
     KeptAll,
@@ -91,7 +91,7 @@ fn crashes(shadow: &Shadow, number: usize, next: Option<&Act>, is_same: bool) ->
     // Two crashes are many: without a soak a quarter of the places.
     let twice = if number.is_multiple_of(4) { rounds(1, 20) } else { rounds(0, 20) };
     crashes.extend((0..twice).map(|round| (Crash::KilledThenPower, round)));
-    if matches!(next, Some(Act::Write { .. })) {
+    if matches!(next, Some(Act::Write { .. } | Act::Clone { .. } | Act::CloneAll { .. })) {
         crashes.push((Crash::KilledInWrite, 0));
     }
     if !shadow.is_durable() {
@@ -206,7 +206,10 @@ pub fn recover(
     promised: Promised,
     survives: Survives,
 ) -> Result<(), String> {
-    let storage = Disk::default().in_boot(boot).sync_after(SYNC_BYTES);
+    let storage = match promised.shares {
+        true => disk(boot, &Recorder::sharing(base)),
+        false => Disk::default().in_boot(boot).sync_after(SYNC_BYTES),
+    };
     let (has_no_disks, is_open) = (promised.contents().is_empty(), promised.trying.is_some());
     let hides_damage = promised.hides_damage();
     let mut world = World::after_crash(base.join("store"), storage, promised, survives);
@@ -224,6 +227,7 @@ pub fn recover(
     }
     world.change(77);
     world.backup().map_err(told("a further backup"))?;
+    world.purge_kept(false).map_err(told("a further purge"))?;
     if world.is_half_moved() {
         world.relocate().map_err(told("the move goes on"))?;
     }

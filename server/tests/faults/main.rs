@@ -111,6 +111,32 @@ fn a_chain_of_vhds_survives_every_failure() {
     live::every("vhds", vhds);
 }
 
+/// Where files share blocks: a base goes into its two children, one of which is in the trash and comes back.
+fn shared(world: &mut World) -> Result<(), String> {
+    world.share_blocks();
+    world.disk("root", (256 << 10) + 512);
+    world.backup()?;
+    world.overwrite(20, 30, 3);
+    world.backup()?;
+    world.delete_newest()?;
+    world.overwrite(16, 40, 4);
+    world.change(5);
+    world.backup()?;
+    world.drop_oldest(1)?;
+    world.purge_kept(false)?;
+    world.bring_back()
+}
+
+#[test]
+fn merges_that_share_blocks_survive_every_crash() {
+    crashes::every("shared", shared);
+}
+
+#[test]
+fn merges_that_share_blocks_survive_every_failure() {
+    live::every("shared", shared);
+}
+
 /// A store that is moved.
 fn moved(world: &mut World) -> Result<(), String> {
     world.disk("root", (64 << 10) + 512);

@@ -46,6 +46,8 @@ pub enum Promise {
     Damaged { disk: DiskId, block: u64 },
     /// The damage was found: runs that begin from now on are whole.
     Found,
+    /// The disk's files can share blocks.
+    Shares,
 }
 
 /// All promises up to a point.
@@ -61,6 +63,8 @@ pub struct Promised {
     gone: BTreeSet<SnapshotId>,
     pinned: BTreeSet<SnapshotId>,
     damage: Option<Damaged>,
+    /// Files share blocks.
+    pub shares: bool,
 }
 
 /// A damaged block.
@@ -125,6 +129,7 @@ impl Promised {
                 let harmed = self.tried.keys().copied().collect();
                 self.damage = Some(Damaged { disk, block, harmed, is_found: false });
             }
+            Promise::Shares => self.shares = true,
             Promise::Found => {
                 if let Some(damage) = &mut self.damage {
                     damage.is_found = true;

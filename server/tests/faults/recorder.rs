@@ -1,14 +1,16 @@
 //! Sees every operation of the store: writes them down, and makes one of them fail.
 
 use std::{
+    fs::{File, OpenOptions},
     io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
 };
 
 use janus_server::storage::{Access, Op, Verdict, Watcher};
 
-use crate::promises::Promise;
+use crate::{promises::Promise, sparse::PAGE};
 
 /// One operation that changes the disk or makes it durable, with all that is needed to do it again.
 #[derive(Debug, Clone)]
@@ -98,6 +100,7 @@ struct State {
     hit: Option<String>,
     healed: bool,
     records: bool,
+    shares: bool,
 }
 
 impl Recorder {
@@ -106,13 +109,21 @@ impl Recorder {
         Self::new(base, None, true)
     }
 
+    /// Only lets files share blocks.
+    pub fn sharing(base: &Path) -> Arc<Self> {
+        let recorder = Self::new(base, None, false);
+        recorder.share_blocks();
+        recorder
+    }
+
     /// Makes call number `at` (from 0) of those that `fault` can hit fail.
     pub fn failing(base: &Path, fault: Fault, at: usize) -> Arc<Self> {
         Self::new(base, Some((fault, at)), fault.is_followed_by_a_power_cut())
     }
 
     fn new(base: &Path, fault: Option<(Fault, usize)>, records: bool) -> Arc<Self> {
-        let state = State { log: Vec::new(), calls: 0, fault, hit: None, healed: false, records };
+        let (log, calls, hit, healed, shares) = (Vec::new(), 0, None, false, false);
+        let state = State { log, calls, fault, hit, healed, records, shares };
         Arc::new(Self { base: base.to_owned(), state: Mutex::new(state) })
     }
 
@@ -123,6 +134,11 @@ impl Recorder {
     /// Somebody made room on the disk, or repaired it.
     pub fn heal(&self) {
         self.lock().healed = true;
+    }
+
+    /// From now on files can share blocks, as on XFS and btrfs.
+    pub fn share_blocks(&self) {
+        self.lock().shares = true;
     }
 
     /// The operation that failed, if it came to that.
@@ -174,16 +190,21 @@ impl Recorder {
 
 impl Watcher for Recorder {
     fn before(&self, op: &Op<'_>) -> io::Result<Verdict> {
-        // Folders in memory share no blocks: a recorder has to know what becomes of an operation.
-        if matches!(op, Op::CloneRange { .. } | Op::CloneAll { .. }) {
+        let is_clone = matches!(op, Op::CloneRange { .. } | Op::CloneAll { .. });
+        if is_clone && !self.lock().shares {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
-        let verdict = self.lock().verdict(op);
+        let mut verdict = self.lock().verdict(op);
+        // Folders in memory share no blocks: what reads as if they did is a copy.
+        if is_clone && verdict.is_ok() {
+            share(op)?;
+            verdict = Ok(Verdict::Shared);
+        }
         if !self.lock().records {
             return verdict;
         }
         let act = match &verdict {
-            Ok(Verdict::Go) => self.act(op, false),
+            Ok(Verdict::Go | Verdict::Shared) => self.act(op, false),
             Ok(Verdict::Short { written, .. }) => match self.act(op, false) {
                 Some(Act::Write { handle, offset, data }) => {
                     Some(Act::Write { handle, offset, data: data[..*written].into() })
@@ -242,6 +263,8 @@ impl Fault {
                 op,
                 Op::Open { access: Access::Create | Access::CreateNew, .. }
                     | Op::Write { .. }
+                    | Op::CloneRange { .. }
+                    | Op::CloneAll { .. }
                     | Op::SetLen { .. }
                     | Op::Rename { .. }
                     | Op::MakeFolder { .. }
@@ -252,6 +275,41 @@ impl Fault {
             }
         }
     }
+}
+
+/// Gives a file another's bytes, refusing what a file system would.
+fn share(op: &Op<'_>) -> io::Result<()> {
+    let whole = |bytes: u64| bytes.is_multiple_of(PAGE);
+    let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+    let (to, offset, from, from_offset, len) = match *op {
+        Op::CloneRange { file, offset, from, from_offset, len } => {
+            (open(&file.path)?, offset, File::open(&from.path)?, from_offset, len)
+        }
+        Op::CloneAll { file, from } => {
+            let to = open(&file.path)?;
+            to.set_len(0)?;
+            (to, 0, File::open(&from.path)?, 0, 0)
+        }
+        _ => return Ok(()),
+    };
+    let end = from.metadata()?.len();
+    let len = if len == 0 { end - from_offset } else { len };
+    let is_whole = whole(len) || from_offset + len == end;
+    if !is_whole || !whole(offset) || !whole(from_offset) || from_offset + len > end {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    let mut bytes = vec![0; len as usize];
+    from.read_exact_at(&mut bytes, from_offset)?;
+    to.set_len(to.metadata()?.len().max(offset + len))?;
+    for (at, piece) in (offset..).step_by(PAGE as usize).zip(bytes.chunks(PAGE as usize)) {
+        // Holes stay holes.
+        let mut old = vec![0; piece.len()];
+        to.read_exact_at(&mut old, at)?;
+        if old != piece {
+            to.write_all_at(piece, at)?;
+        }
+    }
+    Ok(())
 }
 
 /// An operation in a few words.

@@ -15,7 +15,10 @@ use std::{
 use janus_server::storage::Access;
 use rand::{Rng, rngs::StdRng};
 
-use crate::{recorder::Act, sparse::Sparse};
+use crate::{
+    recorder::Act,
+    sparse::{PAGE, Sparse},
+};
 
 /// What a disk keeps in one piece.
 const SECTOR: usize = 512;
@@ -24,7 +27,7 @@ const SECTOR: usize = 512;
 pub enum Kept<'a> {
     /// All: the machine went on, or the disk was quick.
     All,
-    /// All, and half of this write.
+    /// All, and half of this write or of what is to be shared.
     AllAnd(&'a Act),
     /// None.
     Nothing,
@@ -53,7 +56,13 @@ enum Change {
     Write { offset: u64, data: Arc<[u8]>, doomed: bool },
     SetLen(u64),
     Punch { offset: u64, len: u64 },
-    Copy { offset: u64, from: Sparse, from_offset: u64, len: u64 },
+    Share { offset: u64, from: Arc<Shared>, from_offset: u64, len: u64, doomed: bool },
+}
+
+/// A file whose blocks another shares, as it was then.
+struct Shared {
+    now: Sparse,
+    durable: Sparse,
 }
 
 #[derive(Clone, Default)]
@@ -134,16 +143,11 @@ impl Shadow {
                 self.change(*handle, Change::Punch { offset: *offset, len: *len });
             }
             Act::Clone { handle, offset, from, from_offset, len } => {
-                let from = self.files[self.handles[from]].now.clone();
-                let len = if *len == 0 { from.len - from_offset } else { *len };
-                let (offset, from_offset) = (*offset, *from_offset);
-                self.change(*handle, Change::Copy { offset, from, from_offset, len });
+                self.share(*handle, *offset, *from, *from_offset, *len);
             }
             Act::CloneAll { handle, from } => {
-                let from = self.files[self.handles[from]].now.clone();
-                let len = from.len;
                 self.change(*handle, Change::SetLen(0));
-                self.change(*handle, Change::Copy { offset: 0, from, from_offset: 0, len });
+                self.share(*handle, 0, *from, 0, 0);
             }
             Act::Sync { handle, failed } => self.sync(*handle, *failed),
             Act::Rename { from, to } => self.rename(from, to),
@@ -210,14 +214,37 @@ impl Shadow {
             Kept::Some(chance) => file.some(chance),
             Kept::AllAnd(act) => {
                 let mut content = file.now.clone();
-                if let Act::Write { handle, offset, data } = act
-                    && self.handles[handle] == number
-                {
-                    // The system copies page by page.
-                    content.write(*offset, &data[..data.len() / 2 / 4096 * 4096]);
-                }
+                self.half(act, number, &mut content);
                 content
             }
+        }
+    }
+
+    /// What half of an operation makes of a file, if it is the one that changes. The system goes page by page.
+    fn half(&self, act: &Act, number: usize, content: &mut Sparse) {
+        let half = |len: u64| len / 2 / PAGE * PAGE;
+        let (Act::Write { handle, .. } | Act::Clone { handle, .. } | Act::CloneAll { handle, .. }) =
+            act
+        else {
+            return;
+        };
+        if self.handles[handle] != number {
+            return;
+        }
+        match act {
+            Act::Write { offset, data, .. } => {
+                content.write(*offset, &data[..half(data.len() as u64) as usize]);
+            }
+            Act::Clone { offset, from, from_offset, len, .. } => {
+                let from = &self.files[self.handles[from]].now;
+                content.copy_from(*offset, from, *from_offset, half(*len));
+            }
+            Act::CloneAll { from, .. } => {
+                let from = &self.files[self.handles[from]].now;
+                content.set_len(0);
+                content.copy_from(0, from, 0, half(from.len));
+            }
+            _ => {}
         }
     }
 
@@ -242,11 +269,18 @@ impl Shadow {
         file.pending.push(change);
     }
 
+    fn share(&mut self, handle: u64, offset: u64, from: u64, from_offset: u64, len: u64) {
+        let from = &self.files[self.handles[&from]];
+        let len = if len == 0 { from.now.len - from_offset } else { len };
+        let from = Arc::new(Shared { now: from.now.clone(), durable: from.durable.clone() });
+        self.change(handle, Change::Share { offset, from, from_offset, len, doomed: false });
+    }
+
     fn sync(&mut self, handle: u64, failed: bool) {
         let file = &mut self.files[self.handles[&handle]];
         if failed {
             for change in &mut file.pending {
-                if let Change::Write { doomed, .. } = change {
+                if let Change::Write { doomed, .. } | Change::Share { doomed, .. } = change {
                     *doomed = true;
                 }
             }
@@ -258,6 +292,9 @@ impl Shadow {
                 // An earlier sync has failed to write it, and Linux does not try again.
                 Change::Write { offset, data, doomed: true } => {
                     file.durable.len = file.durable.len.max(offset + data.len() as u64);
+                }
+                Change::Share { offset, len, doomed: true, .. } => {
+                    file.durable.len = file.durable.len.max(offset + len);
                 }
                 change => change.apply(&mut file.durable),
             }
@@ -325,24 +362,37 @@ impl Change {
             Self::SetLen(len) => content.set_len(*len),
             // Past the end there is nothing to punch, and the length stays.
             Self::Punch { offset, len } => content.punch(*offset, *len),
-            Self::Copy { offset, from, from_offset, len } => {
-                content.copy_from(*offset, from, *from_offset, *len);
+            Self::Share { offset, from, from_offset, len, .. } => {
+                content.copy_from(*offset, &from.now, *from_offset, *len);
             }
         }
     }
 
-    /// Some of its sectors.
+    /// Some of its sectors, or of its shared blocks, which hold what their file had durable where it had more.
     fn apply_torn(&self, content: &mut Sparse, chance: &mut StdRng) {
-        let Self::Write { offset, data, .. } = self else { return self.apply(content) };
         let share = chance.random_range(0.0..1.0);
-        let mut at = 0;
-        while at < data.len() {
-            let to_border = SECTOR - (*offset as usize + at) % SECTOR;
-            let part = to_border.min(data.len() - at);
-            if chance.random_bool(share) {
-                content.write(offset + at as u64, &data[at..at + part]);
+        match self {
+            Self::Write { offset, data, .. } => {
+                let mut at = 0;
+                while at < data.len() {
+                    let to_border = SECTOR - (*offset as usize + at) % SECTOR;
+                    let part = to_border.min(data.len() - at);
+                    if chance.random_bool(share) {
+                        content.write(offset + at as u64, &data[at..at + part]);
+                    }
+                    at += part;
+                }
             }
-            at += part;
+            Self::Share { offset, from, from_offset, len, .. } => {
+                for at in (0..*len).step_by(PAGE as usize) {
+                    let from = if chance.random_bool(0.5) { &from.now } else { &from.durable };
+                    if chance.random_bool(share) {
+                        let part = PAGE.min(len - at);
+                        content.copy_from(offset + at, from, from_offset + at, part);
+                    }
+                }
+            }
+            Self::SetLen(_) | Self::Punch { .. } => self.apply(content),
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{
     sync::Arc,
 };
 
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 
 /// Content of a file.
 #[derive(Clone, Default)]
@@ -48,16 +48,17 @@ impl Sparse {
         }
     }
 
+    /// Takes a range of another file over; both offsets are those of pages.
     pub fn copy_from(&mut self, offset: u64, from: &Self, from_offset: u64, len: u64) {
-        let mut bytes = vec![0; len as usize];
-        for (page, at, part) in parts(from_offset, len) {
-            if let Some(source) = from.pages.get(&page) {
-                let to = (page * PAGE + at - from_offset) as usize;
-                bytes[to..to + part as usize]
-                    .copy_from_slice(&source[at as usize..(at + part) as usize]);
+        self.len = self.len.max(offset + len);
+        for (page, _, part) in parts(from_offset, len) {
+            let (to, bytes) = (page * PAGE - from_offset + offset, from.pages.get(&page));
+            match bytes {
+                Some(bytes) if part == PAGE => drop(self.pages.insert(to / PAGE, bytes.clone())),
+                Some(bytes) => self.write(to, &bytes[..part as usize]),
+                None => self.punch(to, part),
             }
         }
-        self.write(offset, &bytes);
     }
 
     /// Reads a real file.

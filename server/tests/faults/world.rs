@@ -95,6 +95,9 @@ impl World {
 
     /// The same, with what it does and is told written down.
     pub fn recorded_by(self, recorder: Arc<Recorder>) -> Self {
+        if self.promised.shares {
+            recorder.share_blocks();
+        }
         Self { recorder: Some(recorder), ..self }
     }
 
@@ -120,6 +123,21 @@ impl World {
     pub fn change(&mut self, seed: u64) {
         for content in self.contents.values_mut() {
             *content = Arc::new(content.changed(seed));
+        }
+    }
+
+    /// Other data in a long stretch of all disks: blocks that are worth sharing.
+    pub fn overwrite(&mut self, first: usize, count: usize, seed: u64) {
+        for content in self.contents.values_mut() {
+            *content = Arc::new(content.overwritten(first, count, seed));
+        }
+    }
+
+    /// The disk is one whose files can share blocks, from now on.
+    pub fn share_blocks(&mut self) {
+        self.promise(Promise::Shares);
+        if let Some(recorder) = &self.recorder {
+            recorder.share_blocks();
         }
     }
 

@@ -1,4 +1,5 @@
-//! Programs that have nothing to do with this one, and read its images: 7-Zip, and libvhdi in a virtual environment of Python.
+//! Programs that have nothing to do with this one, and read its images: 7-Zip, libvhdi in a virtual environment of Python, and
+//! the crate vhdx-core.
 //!
 //! A tool that is missing fails the test with the command that installs it.
 
@@ -6,12 +7,14 @@
 
 use std::{
     fs,
+    io::Read,
     path::{Path, PathBuf},
     process::{Command, Output},
     sync::OnceLock,
 };
 
 use janus_server::image::Format;
+use vhdx::VhdxReader;
 use xtask::packages::LIBVHDI;
 
 /// Prints the disk that the last of the given files (oldest first) shows: ranges `start length`, or all of it.
@@ -71,6 +74,18 @@ pub fn libvhdi(files: &[PathBuf], ranges: &str) -> Vec<u8> {
     let mut command = Command::new(python());
     command.args(["-c", LIBVHDI_READER, ranges]).args(files);
     run(&mut command, "").stdout
+}
+
+/// What the crate vhdx-core makes of a chain of VHDXs (oldest first) with these sectors. It takes parents as they are given.
+pub fn vhdx_core(files: &[PathBuf], sector_bytes: u32) -> Vec<u8> {
+    let mut reader = VhdxReader::open(&files[0]).unwrap();
+    for path in &files[1..] {
+        reader = VhdxReader::from_bytes_with_parent(fs::read(path).unwrap(), reader).unwrap();
+    }
+    assert_eq!(reader.logical_sector_size(), sector_bytes);
+    let mut disk = Vec::new();
+    reader.read_to_end(&mut disk).unwrap();
+    disk
 }
 
 /// The Python of a virtual environment with libvhdi, made when it isn't there.

@@ -18,6 +18,8 @@ pub(crate) struct UsnRecord {
     reason: u32,
     /// Its bytes.
     pub(crate) len: u64,
+    /// It says when it was written: no two such are equal.
+    pub(super) has_time: bool,
     /// Tells contents apart.
     pub(super) digest: u64,
 }
@@ -59,6 +61,8 @@ impl UsnRecord {
             file: head.u64(8).ok_or_else(short)?,
             reason: head.u32(reason_at).ok_or_else(short)?,
             len: len as u64,
+            // Those of ranges have none.
+            has_time: major < 4,
             digest: Head(hash.as_bytes()).u64(0).ok_or_else(short)?,
         }))
     }

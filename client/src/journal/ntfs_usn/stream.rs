@@ -123,7 +123,7 @@ impl Stream<'_> {
         Ok(())
     }
 
-    /// The last record.
+    /// The last record that has a time.
     pub(super) fn last(&self) -> Result<Option<UsnRecord>, Distrust> {
         let (first, end) = (self.journal.first_usn, self.journal.next_usn);
         let mut page = end.saturating_sub(1) / PAGE_BYTES * PAGE_BYTES;
@@ -132,7 +132,11 @@ impl Stream<'_> {
             let from = page.max(first);
             if from < end {
                 let stop = end.min(page + PAGE_BYTES);
-                self.each_below(from, stop, |record| last = Some(*record))?;
+                self.each_below(from, stop, |record| {
+                    if record.has_time {
+                        last = Some(*record);
+                    }
+                })?;
             }
             if last.is_some() || page <= first {
                 return Ok(last);

@@ -40,6 +40,8 @@ pub enum Script {
     Drip,
     /// Offers contexts without end.
     Endless,
+    /// Tells what it could say of blocks, and then doesn't.
+    NoStatus,
     /// Changes the head of one message.
     Mutate {
         at: u32,
@@ -263,6 +265,9 @@ fn answer(request: &[u8; 28], out: &mut Out<'_>, behaviour: &Behaviour) -> io::R
             head.extend(0u32.to_be_bytes());
             head.extend(cookie.to_be_bytes());
             out.send(&head, &behaviour.content[offset as usize..end as usize])
+        }
+        7 if matches!(out.script, Script::NoStatus) => {
+            out.chunk(true, (1 << 15) + 1, cookie, &[0, 0, 0, 5, 0, 0], &[])
         }
         7 => {
             out.chunk(false, 5, cookie, &extents(7, &behaviour.holes, 3, offset..end), &[])?;

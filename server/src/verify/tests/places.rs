@@ -6,12 +6,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::scene::{Noise, Scene};
+use super::scene::{BLOCK, Noise, Scene};
 
-/// What is done to a file.
+/// What is done to a file; a block that is punched is gone.
 #[derive(Debug, Clone)]
 enum Harm {
     Flip { at: u64, bit: u8 },
+    Punch { at: u64 },
     Delete,
     Cut { length: u64 },
 }
@@ -43,6 +44,10 @@ impl Place {
                 file.read_exact_at(&mut byte, at).unwrap();
                 file.write_all_at(&[byte[0] ^ 1 << bit], at).unwrap();
             }
+            Harm::Punch { at } => {
+                let file = OpenOptions::new().write(true).open(path).unwrap();
+                file.write_all_at(&[0; BLOCK], at).unwrap();
+            }
         }
     }
 }
@@ -72,7 +77,7 @@ pub fn places(scene: &Scene, count: usize) -> Vec<Place> {
         add("metadata of an image", &image, within(2 << 20, 3 << 20));
         add("allocation table of an image", &image, within(3 << 20, 4 << 20));
         let (data_bytes, bitmaps) = scene.parts(held, &used);
-        add(data, &image, data_bytes);
+        add(data, &image, data_bytes.clone());
         if number > 0 {
             add("sector bitmap of an image", &image, bitmaps);
         }
@@ -87,6 +92,12 @@ pub fn places(scene: &Scene, count: usize) -> Vec<Place> {
         add("index of a table", &table, part(index, end));
         let manifest = PathBuf::from(format!(".runs/{:08}.json", held.run.sequence));
         add("manifest", &manifest, used_bytes(&scene.folder().join(&manifest)));
+        for _ in 0..count {
+            let at = data_bytes[noise.below(data_bytes.len() as u64) as usize];
+            let harm = Harm::Punch { at: at / BLOCK as u64 * BLOCK as u64 };
+            let kind = if number == 0 { "block of the base" } else { "block of a delta" };
+            places.push(Place { kind, is_one_block: true, file: image.clone(), harm });
+        }
         for file in [&image, &table, &manifest] {
             let length = fs::metadata(scene.folder().join(file)).unwrap().len();
             let (is_one_block, file) = (false, file.clone());

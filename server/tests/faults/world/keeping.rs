@@ -59,6 +59,12 @@ impl World {
         self.delete(vec![held])
     }
 
+    /// Deletes the newest run; it can be brought back.
+    pub fn delete_newest(&mut self) -> Result<(), String> {
+        let newest = self.there()?.into_iter().next();
+        newest.map_or(Ok(()), |held| self.delete(vec![held]))
+    }
+
     /// Deletes all runs of the machine.
     pub fn delete_all(&mut self) -> Result<(), String> {
         let all = self.there()?;
