@@ -90,7 +90,9 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
     }
     memory::keep_large_blocks();
     program::allow_open_files();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = match runtime.worker_threads(threads(cores)).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(error, 1),
     };
@@ -100,6 +102,12 @@ fn serve_command(matches: &ArgMatches) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(error, 1),
     }
+}
+
+/// How many threads forward. The tasks of a call wake each other: on one thread that costs nothing, on another it is a call of the
+/// system and a wait for a core that sender and receiver may need. A core forwards about 1 GiB/s.
+fn threads(cores: usize) -> usize {
+    (cores / 2).max(1)
 }
 
 /// The settings, and the runtime for one call.
