@@ -52,15 +52,19 @@ fn row(line: &str, what: &str, answer: &Value) -> (String, u64, u64) {
 fn as_root_a_line_of_20_mbit_gets_zstd_and_noise_travels_as_it_is() {
     let sites = Sites::start(Programs::for_tests().unwrap()).unwrap();
     let path = sites.folder().join("programs.raw");
-    let client = sites.client("laptop", &[programs_disk(&path, 32)]).unwrap();
+    let client = sites.client("laptop", &[programs_disk(&path, 48)]).unwrap();
     sites.await_equal(&client, Duration::from_secs(30)).unwrap();
     for place in SITES.into_iter().chain([MACHINES]) {
         sites.network().slow(place, 20_000).unwrap();
     }
     let backup: Value = client.answer(&["backup"]).unwrap();
-    let (mostly, sent, wire) = row("20 Mbit/s", "programs", &backup);
+    let (mostly, ..) = row("20 Mbit/s", "programs", &backup);
     assert_eq!(mostly, "zstd");
-    assert!(wire * 3 < sent * 2, "{backup}");
+    let by =
+        |encoding: &str, bytes: &str| backup["packing"]["by"][encoding][bytes].as_u64().unwrap();
+    // Windows and buffers take in so much before the line is seen to be slow.
+    assert!(by("none", "raw_bytes") < 16 * MIB, "{backup}");
+    assert!(by("zstd", "wire_bytes") * 2 < by("zstd", "raw_bytes"), "{backup}");
 
     let to = sites.folder().join("back.raw");
     let restored = client.restore("disk", &to).unwrap();
@@ -70,7 +74,7 @@ fn as_root_a_line_of_20_mbit_gets_zstd_and_noise_travels_as_it_is() {
         restored.seconds
     );
     disk::compare(&path, &to).unwrap();
-    assert!(restored.fetched_bytes < 24 * MIB, "{restored:?}");
+    assert!(restored.fetched_bytes < 32 * MIB, "{restored:?}");
 
     let noise = noise_disk(&sites.folder().join("noise.raw"), 12);
     let other = sites.client("phone", &[noise]).unwrap();
