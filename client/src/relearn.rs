@@ -104,11 +104,8 @@ async fn learn_through(
         })
     };
     let head = head().map_err(LinkError::answer("asking the server for its store"))?;
-    let message = OpenSnapshotRequest {
-        snapshot_id: snapshot.snapshot_id.clone(),
-        table: false,
-        ..Default::default()
-    };
+    let message =
+        OpenSnapshotRequest { snapshot_id: snapshot.snapshot_id.clone(), ..Default::default() };
     let handle = link.open_snapshot(&address, message).await?.handle;
     let reader = HashReader {
         link: link.clone(),

@@ -25,6 +25,7 @@ use crate::{
     progress::Progress,
     seal::{DiskSeal, Keys},
     snapshot::{Opened, SnapshotMedium, opened::Reach, select},
+    tables::Share,
 };
 
 mod away;
@@ -142,7 +143,10 @@ impl Restore {
     pub async fn check(&self, found: &Found) -> Result<(), RestoreError> {
         select::check_size(&found.snapshot).map_err(|error| damaged(&found.snapshot, error))?;
         let seal = self.seal(&found.snapshot).await?;
-        let place = self.place(found, seal).await?;
+        let (place, away) = self.place(found, seal).await?;
+        if let Some(away) = away {
+            away.table.close().await;
+        }
         let wish = self.target_wish();
         let to = self.to.clone();
         let checking = tokio::task::spawn_blocking(move || Target::look(&to, &place, wish));
@@ -159,10 +163,13 @@ impl Restore {
         self.check_map()?;
         select::check_size(&found.snapshot).map_err(|error| damaged(&found.snapshot, error))?;
         let seal = self.seal(&found.snapshot).await?;
-        let place = self.place(&found, seal.clone()).await?;
-        let target = self.open_target(&place, &found.snapshot).await?;
-        let target = Arc::new(target.sealed(seal));
-        let done = self.restore_to(&target, place, found, began).await;
+        let (place, away) = self.place(&found, seal.clone()).await?;
+        let target = self.open_target(&place, &found.snapshot).await;
+        if let (Err(_), Some(away)) = (&target, &away) {
+            away.table.close().await;
+        }
+        let target = Arc::new(target?.sealed(seal));
+        let done = self.restore_to(&target, place, found, away, began).await;
         if done.as_ref().is_err_and(RestoreError::is_full) {
             target.discard();
         }
@@ -180,6 +187,7 @@ impl Restore {
         target: &Arc<Target>,
         place: Place,
         found: Found,
+        away: Option<Away>,
         began: Instant,
     ) -> Result<RestoreReport, RestoreError> {
         let snapshot = found.snapshot.clone();
@@ -192,7 +200,12 @@ impl Restore {
         let sources = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(RestoreError::Interrupted),
-            sources = self.all_sources(found, place.bytes() == size_bytes, packing) => sources?,
+            sources = async {
+                match found.snapshot.reachable {
+                    true => self.holder_and_others(found, packing).await,
+                    false => self.others(found.snapshot, away, place.bytes() == size_bytes, packing).await,
+                }
+            } => sources?,
         };
         let (sources, digests, share) = sources;
         let work =
@@ -272,23 +285,32 @@ impl Restore {
         }
     }
 
-    /// The snapshot's digests, and who delivers; of one that is away also what others say they have of it.
-    async fn all_sources(
+    async fn holder_and_others(
         &self,
         found: Found,
+        packing: Wish,
+    ) -> Result<Sources, RestoreError> {
+        let holder = Opened::new(self.reach.clone(), found)?;
+        let (sources, digests) = self.sources(holder, packing).await?;
+        Ok((sources, digests, None))
+    }
+
+    /// The same of a snapshot whose server is away, with what others say they have of it.
+    async fn others(
+        &self,
+        snapshot: Snapshot,
+        away: Option<Away>,
         is_whole: bool,
         packing: Wish,
     ) -> Result<Sources, RestoreError> {
-        if found.snapshot.reachable {
-            let holder = Opened::new(self.reach.clone(), found)?;
-            let (sources, digests) = self.sources(holder, packing).await?;
-            return Ok((sources, digests, None));
-        }
-        let Snapshot { snapshot_id, server_id, .. } = found.snapshot.clone();
-        let Away { table, digests, neighbours, share } =
-            away::find(&self.reach, &found.snapshot).await?;
+        let away = match away {
+            Some(known) => known,
+            None => away::find(&self.reach, &snapshot).await?,
+        };
+        let Snapshot { snapshot_id, server_id, .. } = snapshot;
+        let Away { table, digests, neighbours, share } = away;
         // Of a part it may be all.
-        let is_short = |share: &away::Share| is_whole && share.held_bytes < share.content_bytes;
+        let is_short = |share: &Share| is_whole && share.held_bytes < share.content_bytes;
         if let Some(share) = share.filter(is_short).filter(|_| self.partial.is_none()) {
             table.close().await;
             return Err(RestoreError::Elsewhere {
@@ -341,29 +363,35 @@ impl Restore {
         target::Wish { force: self.force, in_place: self.in_place, full: self.full }
     }
 
-    /// What goes onto the target. The disk's partition table is read only where that depends on it.
+    /// What goes onto the target, and who stands for a server that is away, if that was asked. The disk's partition table is read only
+    /// where the place depends on it.
     async fn place(
         &self,
         found: &Found,
         seal: Option<Arc<DiskSeal>>,
-    ) -> Result<Place, RestoreError> {
+    ) -> Result<(Place, Option<Away>), RestoreError> {
         let Snapshot { size_bytes, logical_sector_bytes, .. } = found.snapshot;
         let (to, volume, format) = (self.to.clone(), self.volume, self.format);
         let measuring = tokio::task::spawn_blocking(move || place::device_bytes(&to));
         let device_bytes = measuring.await.map_err(|_| RestoreError::Interrupted)?;
         if volume.is_none() && device_bytes.is_none_or(|bytes| bytes == size_bytes) {
-            return Ok(Place::whole(size_bytes, logical_sector_bytes, format));
+            return Ok((Place::whole(size_bytes, logical_sector_bytes, format), None));
         }
         if !found.snapshot.reachable {
             let away = away::find(&self.reach, &found.snapshot).await?;
-            let disk = Arc::new(Elsewhere::new(self, away, Handle::current()));
-            let reading = disk.clone();
+            let disk = Elsewhere::new(self, away, Handle::current());
             let planning = tokio::task::spawn_blocking(move || {
-                place::plan(&*reading, volume, device_bytes, format)
+                (place::plan(&disk, volume, device_bytes, format), disk)
             });
-            let place = planning.await.map_err(|_| RestoreError::Interrupted)?;
-            disk.close().await;
-            return Ok(place?);
+            let (place, disk) = planning.await.map_err(|_| RestoreError::Interrupted)?;
+            let away = disk.into_away().await;
+            return match place {
+                Ok(place) => Ok((place, Some(away))),
+                Err(error) => {
+                    away.table.close().await;
+                    Err(error.into())
+                }
+            };
         }
         let opened = Opened::new(self.reach.clone(), found.clone())?;
         let disk = SnapshotMedium::new(opened, seal, self.packing, 0, Handle::current());
@@ -373,7 +401,7 @@ impl Restore {
         });
         let place = planning.await.map_err(|_| RestoreError::Interrupted)?;
         disk.close().await;
-        Ok(place?)
+        Ok((place?, None))
     }
 
     async fn open_target(
@@ -413,7 +441,7 @@ impl Restore {
         sources: &[Source],
         lost: &Lost,
         size_bytes: u64,
-        share: Option<away::Share>,
+        share: Option<Share>,
     ) -> Result<(), RestoreError> {
         if lost.is_empty() {
             return Ok(());
@@ -485,7 +513,7 @@ impl Restore {
 }
 
 /// Who delivers, the first one with the snapshot or its table; its digests; what others say they have of it.
-type Sources = (Vec<Source>, Arc<[BlockHash]>, Option<away::Share>);
+type Sources = (Vec<Source>, Arc<[BlockHash]>, Option<Share>);
 
 /// Gives all handles back; returns how much each server delivered.
 async fn close(sources: &[Source]) -> Vec<(String, u64)> {

@@ -100,6 +100,23 @@ pub fn add_unknown(listing: &mut Listing, mirrored: &[Mirrored]) {
     newest_first(&mut listing.snapshots, SystemTime::now());
 }
 
+/// What others have of a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Share {
+    /// At most so much.
+    pub held_bytes: u64,
+    /// Of so much that isn't zeros.
+    pub content_bytes: u64,
+}
+
+/// At most what all have together; `None` when not all of them say.
+pub fn together<'a>(mirrored: impl Iterator<Item = &'a Mirrored>) -> Option<Share> {
+    let shares: Vec<_> = mirrored.map(|one| one.share.as_ref()).collect::<Option<_>>()?;
+    let content_bytes = shares.first()?.content_bytes;
+    let held: u64 = shares.iter().map(|share| share.held_bytes).sum();
+    Some(Share { held_bytes: held.min(content_bytes), content_bytes })
+}
+
 /// What other servers have of a snapshot together.
 #[derive(Debug, PartialEq)]
 pub struct Elsewhere<'a> {
@@ -114,18 +131,15 @@ pub struct Elsewhere<'a> {
 /// What other servers have of a snapshot; `None` when nobody knows.
 pub fn elsewhere<'a>(mirrored: &'a [Mirrored], snapshot: &Snapshot) -> Option<Elsewhere<'a>> {
     let of = mirrored.iter().filter(|one| one.snapshot.snapshot_id == snapshot.snapshot_id);
-    let (known, unknown): (Vec<_>, Vec<_>) = of.partition(|one| one.share.is_some());
+    let of: Vec<_> = of.collect();
     let mut shares: Vec<_> =
-        known.iter().filter_map(|one| Some((&one.server, one.share.as_ref()?))).collect();
+        of.iter().filter_map(|one| Some((&one.server, one.share.as_ref()?))).collect();
     shares.sort_by_key(|(_, share)| std::cmp::Reverse(share.held_bytes));
     let (_, most) = *shares.first()?;
-    let sum: u64 = shares.iter().map(|(_, share)| share.held_bytes).sum();
     let is_all = most.held_bytes >= most.content_bytes;
-    let at_most_bytes = match unknown.is_empty() {
-        true => sum.min(most.content_bytes),
-        // They may have the rest.
-        false => most.content_bytes,
-    };
+    // Who doesn't say may have the rest.
+    let at_most_bytes =
+        together(of.iter().copied()).map_or(most.content_bytes, |share| share.held_bytes);
     let others = shares.iter().skip(1).filter(|(_, share)| !is_all && share.held_bytes > 0);
     let servers = shares.iter().take(1).chain(others).map(|(server, _)| *server).collect();
     Some(Elsewhere { servers, most, at_most_bytes })
@@ -198,5 +212,27 @@ mod tests {
         assert_eq!(told(&[("b", Some(30)), ("c", Some(0))]), Some(("b".into(), 30, 30)));
         assert_eq!(told(&[("b", Some(30)), ("c", None)]), Some(("b".into(), 30, 100)));
         assert_eq!(told(&[("b", Some(100)), ("c", Some(60))]), Some(("b".into(), 100, 100)));
+    }
+
+    #[test]
+    fn what_all_have_together_is_known_when_all_say() {
+        let one = |held: Option<u64>| Mirrored {
+            server: "b".parse().unwrap(),
+            snapshot: Snapshot::default(),
+            share: held.map(|held_bytes| TableShare {
+                content_bytes: 100,
+                held_bytes,
+                snapshot_ids: Vec::new(),
+            }),
+        };
+        let held = |held: &[Option<u64>]| {
+            let all: Vec<_> = held.iter().map(|held| one(*held)).collect();
+            together(all.iter()).map(|share| share.held_bytes)
+        };
+        assert_eq!(held(&[Some(30)]), Some(30));
+        assert_eq!(held(&[Some(30), Some(60)]), Some(90));
+        assert_eq!(held(&[Some(80), Some(60)]), Some(100));
+        assert_eq!(held(&[Some(30), None]), None);
+        assert_eq!(held(&[]), None);
     }
 }

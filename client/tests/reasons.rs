@@ -166,11 +166,8 @@ impl Caller {
     }
 
     async fn open(&self, server: &str, snapshot: &str) -> Result<pb::OpenSnapshotResponse, Status> {
-        let request = pb::OpenSnapshotRequest {
-            snapshot_id: snapshot.to_owned(),
-            table: false,
-            ..Default::default()
-        };
+        let request =
+            pb::OpenSnapshotRequest { snapshot_id: snapshot.to_owned(), ..Default::default() };
         self.restore().open_snapshot(pinned(server, request)).await.map(tonic::Response::into_inner)
     }
 

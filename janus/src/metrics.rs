@@ -217,38 +217,33 @@ impl Figures {
 }
 
 /// What servers fetch from each other by themselves.
-fn fetching(
+fn fetching<'a>(
     encoder: &mut DescriptorEncoder<'_>,
-    status: &GetRouterStatusResponse,
+    status: &'a GetRouterStatusResponse,
 ) -> Result<(), fmt::Error> {
-    let of = |line: &ServerStatus| -> Vec<(String, Fetching)> {
-        line.fetching.iter().map(|one| (line.server_id.clone(), one.clone())).collect()
+    let labels = |line: &'a ServerStatus, one: &'a Fetching| {
+        let rule = if one.rule.is_empty() { "[fill]" } else { one.rule.as_str() };
+        [("server", line.server_id.as_str()), ("rule", rule)]
     };
-    let all: Vec<(String, Fetching)> = status.servers.iter().flat_map(of).collect();
-    let rule = |one: &Fetching| match one.rule.is_empty() {
-        true => "[fill]".to_owned(),
-        false => one.rule.clone(),
-    };
+    let of = |line: &'a ServerStatus| line.fetching.iter().map(move |one| (labels(line, one), one));
+    let all: Vec<_> = status.servers.iter().flat_map(of).collect();
     let name = "janus_server_fetching_last_success_timestamp_seconds";
     let help = "Unix time at which a turn of the server's rule of [replicate], or of filling stubs, last ended well";
     let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-    for (server, one) in all.iter().filter(|(_, one)| one.succeeded_ms > 0) {
-        let labels = [("server", server.clone()), ("rule", rule(one))];
-        ConstGauge::new(seconds(one.succeeded_ms)).encode(family.encode_family(&labels)?)?;
+    for (labels, one) in all.iter().filter(|(_, one)| one.succeeded_ms > 0) {
+        ConstGauge::new(seconds(one.succeeded_ms)).encode(family.encode_family(labels)?)?;
     }
     let kind = MetricType::Counter;
     let help = "Bytes of data that it has brought since the server's start";
     let mut family = encoder.encode_descriptor("janus_server_fetching_bytes", help, None, kind)?;
-    for (server, one) in &all {
-        let labels = [("server", server.clone()), ("rule", rule(one))];
-        ConstCounter::new(one.bytes).encode(family.encode_family(&labels)?)?;
+    for (labels, one) in &all {
+        ConstCounter::new(one.bytes).encode(family.encode_family(labels)?)?;
     }
     let help = "Its failures since the server's start, by what failed";
     let mut family = encoder.encode_descriptor("janus_server_fetching_errors", help, None, kind)?;
-    for (server, one) in &all {
+    for ([server, rule], one) in &all {
         for FetchErrors { reason, count } in &one.errors {
-            let (server, reason) = (server.clone(), reason.clone());
-            let labels = [("server", server), ("rule", rule(one)), ("reason", reason)];
+            let labels = [*server, *rule, ("reason", reason)];
             ConstCounter::new(*count).encode(family.encode_family(&labels)?)?;
         }
     }

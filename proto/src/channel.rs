@@ -25,7 +25,7 @@ mod race;
 pub use connect::{Target, TlsStream, connect_tls};
 pub use dial::{Dial, Dialer, Dialing, Stream, add_proof};
 pub use explain::{ConnectError, explain, explain_error};
-pub use gathered::Gathered;
+pub use gathered::{Gathered, Gathering, gathered};
 pub use observed::{Observed, Observer};
 pub use pinned::Pinned;
 pub use proxy::{NoProxy, Proxied, Proxies};
@@ -206,7 +206,7 @@ fn connector(
         Box::pin(async move {
             let (stream, peer) = dialer.dial(&target, &options).await?;
             let _ = first_peer.set(peer); // Later connections don't change who answered at first.
-            Ok(TokioIo::new(Gathered::new(stream)))
+            Ok(TokioIo::new(gathered(stream)))
         })
     })
 }

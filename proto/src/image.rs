@@ -32,6 +32,11 @@ pub use any::{Absorber, Format, Image, Layout, set_hidden, set_identity};
 pub use layers::{Layers, Places};
 pub use payload::{PAYLOAD_BYTES, Payload, UNIT_BYTES};
 
+/// Logical sectors of a disk as somebody told them: what isn't known counts as 512.
+pub fn sector_bytes(told: u32) -> u32 {
+    if told == 4096 { 4096 } else { 512 }
+}
+
 /// Size and sectors of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {

@@ -39,8 +39,8 @@ use self::{
 };
 use crate::{
     channel::{
-        CONNECTION_WINDOW_BYTES, Gathered, MAX_CONCURRENT_STREAMS, MAX_FRAME_BYTES,
-        MAX_HEADER_BYTES, Observed, STREAM_WINDOW_BYTES, Stream,
+        CONNECTION_WINDOW_BYTES, MAX_CONCURRENT_STREAMS, MAX_FRAME_BYTES, MAX_HEADER_BYTES,
+        Observed, STREAM_WINDOW_BYTES, Stream, gathered,
     },
     clock::unix_ms,
     error::{ErrorReason, status},
@@ -561,7 +561,7 @@ impl Connection {
                 }
             }
         });
-        let connection = http2.serve_connection(TokioIo::new(Gathered::new(stream)), with_caller);
+        let connection = http2.serve_connection(TokioIo::new(gathered(stream)), with_caller);
         tokio::pin!(connection);
         let first_frame = async {
             tokio::time::sleep(self.limits.handshake_timeout).await;

@@ -275,11 +275,7 @@ mod tests {
     }
 
     fn open(id: &str) -> Statement {
-        Statement::open(&pb::OpenSnapshotRequest {
-            snapshot_id: id.into(),
-            table: false,
-            ..Default::default()
-        })
+        Statement::open(&pb::OpenSnapshotRequest { snapshot_id: id.into(), ..Default::default() })
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::{
 
 use janus_proto::pb;
 
-use crate::{carry::CarryError, runs::now_ms};
+use crate::{carry::CarryError, runs::now_ms, seed::SeedError};
 
 /// The name of what fills stubs; no rule has it.
 pub const FILLING: &str = "";
@@ -107,7 +107,6 @@ impl Fetching {
 
 /// What failed, in a word.
 pub fn kind(error: &CarryError) -> &'static str {
-    use crate::seed::SeedError;
     match error {
         CarryError::Source { passes: true, .. } => "away",
         CarryError::Seed(error) if matches!(**error, SeedError::Unreachable { .. }) => "away",

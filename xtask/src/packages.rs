@@ -85,21 +85,26 @@ pub fn seven_zip(image: &Path, kind: &str) -> Result<Vec<u8>> {
 
 /// libvhdi for Python.
 pub const LIBVHDI: &str = "libvhdi-python==20260901";
-/// Prints the disk that the last of the files (oldest first) shows.
-const LIBVHDI_READER: &str = r#"
+/// Prints the disk that the last of the given files (oldest first) shows: ranges `start length`, or all of it.
+pub const LIBVHDI_READER: &str = r#"
 import sys, pyvhdi
-parent = None
-for name in sys.argv[1:]:
-    image = pyvhdi.file()
-    image.open(name)
+names, ranges = sys.argv[2:], [tuple(map(int, r.split('+'))) for r in sys.argv[1].split(',') if r]
+files, parent = [], None
+for name in names:
+    f = pyvhdi.file()
+    f.open(name)
     if parent is not None:
-        image.set_parent(parent)
-    parent = image
-left = image.get_media_size()
-while left:
-    data = image.read(min(left, 1 << 20))
-    left -= len(data)
-    sys.stdout.buffer.write(data)
+        f.set_parent(parent)
+    files.append(f)
+    parent = f
+for start, length in ranges or [(0, parent.get_media_size())]:
+    parent.seek(start)
+    while length:
+        data = parent.read(min(length, 1 << 20))
+        if not data:
+            sys.exit('short read')
+        sys.stdout.buffer.write(data)
+        length -= len(data)
 "#;
 
 /// The disk that the last of some images (oldest first) shows, as libvhdi reads it, which is told the parents.
@@ -108,7 +113,7 @@ while left:
 /// With what it says when it doesn't read all of it.
 pub fn libvhdi(images: &[impl AsRef<Path>]) -> Result<Vec<u8>> {
     let mut command = Command::new(python("libvhdi", &[LIBVHDI])?);
-    command.args(["-c", LIBVHDI_READER]).args(images.iter().map(AsRef::as_ref));
+    command.args(["-c", LIBVHDI_READER, ""]).args(images.iter().map(AsRef::as_ref));
     let output = command.output().context("libvhdi")?;
     match output.status.success() {
         true => Ok(output.stdout),
@@ -246,27 +251,6 @@ pub fn node(name: &str, ours: &Path) -> Result<std::path::PathBuf> {
         let arguments = ["ci", "--silent", "--ignore-scripts", "--no-audit", "--no-fund"];
         output(Command::new("npm").args(arguments).current_dir(&folder))?;
         std::fs::write(&done, wanted)?;
-    }
-    Ok(folder)
-}
-
-/// A folder in `target/tools` with this package from npm (`name@version`) and all that it needs.
-///
-/// # Errors
-/// When it can't be made.
-pub fn npm(package: &str) -> Result<std::path::PathBuf> {
-    let folder = crate::site::target().join("tools").join(package.replace('@', "-"));
-    let done = folder.join("installed");
-    if !done.exists() {
-        require(&[
-            Tool { program: "node", package: "nodejs" },
-            Tool { program: "npm", package: "npm" },
-        ])?;
-        std::fs::create_dir_all(&folder)?;
-        let mut npm = Command::new("npm");
-        npm.args(["install", "--silent", "--ignore-scripts", "--no-audit", "--no-fund"]);
-        output(npm.arg("--prefix").arg(&folder).arg(package))?;
-        std::fs::write(done, "")?;
     }
     Ok(folder)
 }

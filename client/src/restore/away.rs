@@ -14,7 +14,7 @@ use crate::{
     catalog::{self, Found, Query},
     link::LinkError,
     snapshot::{Opened, SelectError, opened::Reach, select::check_size},
-    tables::{self, Mirrored},
+    tables::{self, Mirrored, Share},
 };
 
 /// Snapshots that are read, of all servers.
@@ -23,6 +23,7 @@ const MOST: usize = 48;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What stands for the snapshot.
+#[derive(Debug)]
 pub(super) struct Away {
     /// Its table, on a server that mirrors it.
     pub(super) table: Opened,
@@ -31,15 +32,6 @@ pub(super) struct Away {
     pub(super) neighbours: Vec<Found>,
     /// What others have of it, by what they say: held and all bytes.
     pub(super) share: Option<Share>,
-}
-
-/// What others have of a snapshot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Share {
-    /// At most so much.
-    pub(super) held_bytes: u64,
-    /// Of so much that isn't zeros.
-    pub(super) content_bytes: u64,
 }
 
 /// Finds who can stand for the server of `wanted`.
@@ -63,7 +55,7 @@ pub(super) async fn find(reach: &Reach, wanted: &Snapshot) -> Result<Away, Resto
     mirrored.sort_by_key(|one| {
         std::cmp::Reverse(one.share.as_ref().map_or(0, |share| share.held_bytes))
     });
-    let share = share(&mirrored);
+    let share = tables::together(mirrored.iter());
     let told: BTreeSet<&str> = mirrored
         .iter()
         .filter_map(|one| one.share.as_ref())
@@ -111,15 +103,6 @@ pub(super) async fn client_seal(reach: &Reach, wanted: &Snapshot) -> Result<Byte
     sealed.cloned().ok_or_else(|| nobody(wanted))
 }
 
-/// At most what all have together; `None` when not all of them say.
-fn share(mirrored: &[Mirrored]) -> Option<Share> {
-    let shares: Option<Vec<_>> = mirrored.iter().map(|one| one.share.as_ref()).collect();
-    let shares = shares?;
-    let content_bytes = shares.first()?.content_bytes;
-    let held: u64 = shares.iter().map(|share| share.held_bytes).sum();
-    Some(Share { held_bytes: held.min(content_bytes), content_bytes })
-}
-
 /// Opens a mirrored table; it is believed when it gives the snapshot's digest.
 async fn open(
     reach: &Reach,
@@ -148,33 +131,4 @@ fn nobody(wanted: &Snapshot) -> RestoreError {
         hint: ", and no other server has its table",
     }
     .into()
-}
-
-#[cfg(test)]
-mod tests {
-    use janus_proto::pb::TableShare;
-
-    use super::*;
-
-    #[test]
-    fn what_all_have_together_is_known_when_all_say() {
-        let one = |held: Option<u64>| Mirrored {
-            server: "b".parse().unwrap(),
-            snapshot: Snapshot::default(),
-            share: held.map(|held_bytes| TableShare {
-                content_bytes: 100,
-                held_bytes,
-                snapshot_ids: Vec::new(),
-            }),
-        };
-        let held = |held: &[Option<u64>]| {
-            let all: Vec<_> = held.iter().map(|held| one(*held)).collect();
-            share(&all).map(|share| share.held_bytes)
-        };
-        assert_eq!(held(&[Some(30)]), Some(30));
-        assert_eq!(held(&[Some(30), Some(60)]), Some(90));
-        assert_eq!(held(&[Some(80), Some(60)]), Some(100));
-        assert_eq!(held(&[Some(30), None]), None);
-        assert_eq!(held(&[]), None);
-    }
 }

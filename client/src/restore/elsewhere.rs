@@ -10,6 +10,7 @@ use std::{
 use janus_proto::{
     hash::{segment_digest, zero_hash, zero_segment_of},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, SEGMENT_BYTES, block_len},
+    image::sector_bytes,
 };
 use tokio::runtime::Handle;
 
@@ -32,8 +33,7 @@ const MEMORY: u64 = 1 << 20;
 /// The disk, as far as others have it. What nobody has is [`io::ErrorKind::NotFound`].
 #[derive(Debug)]
 pub(super) struct Elsewhere {
-    table: Opened,
-    digests: Vec<BlockHash>,
+    away: Away,
     others: Vec<SnapshotMedium>,
     runtime: Handle,
     /// Hashes of segments: of the table as number 0, then of the others.
@@ -47,15 +47,14 @@ impl Elsewhere {
             let opened = Opened::new(restore.reach.clone(), found).ok()?;
             Some(SnapshotMedium::new(opened, seal, restore.packing, MEMORY, runtime.clone()))
         };
-        let others = away.neighbours.into_iter().filter_map(medium).collect();
-        let Away { table, digests, .. } = away;
-        Self { table, digests, others, runtime, hashes: Mutex::default() }
+        let others = away.neighbours.iter().cloned().filter_map(medium).collect();
+        Self { away, others, runtime, hashes: Mutex::default() }
     }
 
-    /// Gives all handles back.
-    pub(super) async fn close(&self) {
-        let others = self.others.iter().map(SnapshotMedium::close);
-        tokio::join!(self.table.close(), futures::future::join_all(others));
+    /// Gives the others' handles back.
+    pub(super) async fn into_away(self) -> Away {
+        futures::future::join_all(self.others.iter().map(SnapshotMedium::close)).await;
+        self.away
     }
 
     /// Hashes of a segment's blocks in the table, or in one of the others.
@@ -65,12 +64,12 @@ impl Elsewhere {
             return Ok(known.clone());
         }
         let other = number.checked_sub(1).and_then(|other| self.others.get(other));
-        let opened = other.map_or(&self.table, SnapshotMedium::opened);
+        let opened = other.map_or(&self.away.table, SnapshotMedium::opened);
         let asked = self.runtime.block_on(opened.segment_hashes(&[segment]));
         let hashes = asked.map_err(|error| io::Error::other(error.to_string()))?;
         let whole = hashes.first().and_then(|hashes| hashes.whole()).unwrap_or_default();
         let is_right =
-            number > 0 || self.digests.get(segment as usize) == Some(&segment_digest(&whole));
+            number > 0 || self.away.digests.get(segment as usize) == Some(&segment_digest(&whole));
         if !is_right {
             return Err(io::Error::other(format!("the hashes of segment {segment} are wrong")));
         }
@@ -105,14 +104,11 @@ impl Elsewhere {
 
 impl Medium for Elsewhere {
     fn size_bytes(&self) -> u64 {
-        self.table.snapshot().size_bytes
+        self.away.table.snapshot().size_bytes
     }
 
     fn sector_bytes(&self) -> u32 {
-        match self.table.snapshot().logical_sector_bytes {
-            4096 => 4096,
-            _ => 512,
-        }
+        sector_bytes(self.away.table.snapshot().logical_sector_bytes)
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
@@ -137,7 +133,7 @@ impl Medium for Elsewhere {
     fn stretch(&self, offset: u64) -> Stretch {
         let size_bytes = self.size_bytes();
         let is_hole = |segment: u64| {
-            let digest = self.digests.get(segment as usize);
+            let digest = self.away.digests.get(segment as usize);
             digest == Some(&zero_segment_of(size_bytes, segment))
         };
         let first = offset / SEGMENT_BYTES;

@@ -10,6 +10,7 @@ use std::{
 
 use janus_proto::{
     ids::{BLOCK_BYTES, SEGMENT_BLOCKS, block_count},
+    image::sector_bytes,
     pb::{Encoding, Snapshot},
 };
 use tokio::runtime::Handle;
@@ -265,10 +266,7 @@ impl Medium for SnapshotMedium {
     }
 
     fn sector_bytes(&self) -> u32 {
-        match self.snapshot().logical_sector_bytes {
-            4096 => 4096,
-            _ => 512,
-        }
+        sector_bytes(self.snapshot().logical_sector_bytes)
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {

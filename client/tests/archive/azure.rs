@@ -9,11 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use xtask::{disk, packages, site::free_ports};
+use xtask::{
+    disk, packages,
+    site::{free_ports, workspace},
+};
 
 use super::scene::{MACHINE, MIB, OTHER, SERVER, Scene, done};
 
-const AZURITE: &str = "azurite@3.35.0";
 /// What everybody's emulator has.
 const ACCOUNT: &str = "devstoreaccount1";
 const KEY: &str =
@@ -44,7 +46,8 @@ struct Azurite {
 
 impl Azurite {
     fn start() -> Self {
-        let program = packages::npm(AZURITE).unwrap();
+        let ours = workspace().join("client/tests/archive/azurite");
+        let program = packages::node("azurite", &ours).unwrap();
         let program = program.join("node_modules/azurite/dist/src/blob/main.js");
         let port = free_ports(1).unwrap()[0];
         let folder = tempfile::tempdir().unwrap();

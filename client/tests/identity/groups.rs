@@ -103,11 +103,7 @@ fn a_right_that_is_taken_away_ends_what_is_open() {
     let url = scene.site.server(&snapshot.server).unwrap().url();
     let (carol, name) = (scene.caller(&url, "carol"), format!("{USER}/web1"));
     let of_web1 = Carried { machine: Some(&name), ..Carried::default() };
-    let open = pb::OpenSnapshotRequest {
-        snapshot_id: snapshot.snapshot_id,
-        table: false,
-        ..Default::default()
-    };
+    let open = pb::OpenSnapshotRequest { snapshot_id: snapshot.snapshot_id, ..Default::default() };
     carol.open(&open, &of_web1).unwrap();
     carol.start(&start_of(&BackupId::new().to_string()), &of_web1).unwrap();
     let upload = carol.write(&of_web1);
@@ -186,11 +182,7 @@ fn a_janus_of_some_users_does_not_reach_others_by_their_rights() {
     let snapshot = machine.list().unwrap().snapshots[0].clone();
     let url = scene.site.server(&snapshot.server).unwrap().url();
     let carol = scene.identity("carol");
-    let open = pb::OpenSnapshotRequest {
-        snapshot_id: snapshot.snapshot_id,
-        table: false,
-        ..Default::default()
-    };
+    let open = pb::OpenSnapshotRequest { snapshot_id: snapshot.snapshot_id, ..Default::default() };
     let signed = proof(&carol, &Statement::open(&open), &snapshot.server);
     let as_carol = Carried { principal: Some(&carol), proof: signed, ..Carried::default() };
     refused(scene.caller(&url, "branch").open(&open, &as_carol), ErrorReason::SnapshotUnknown);

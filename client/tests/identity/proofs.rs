@@ -17,11 +17,7 @@ fn who_holds_a_janus_key_acts_for_nobody_who_signs() {
     let snapshots = machine.list().unwrap().snapshots;
     let of = |server: &str| {
         let found = snapshots.iter().find(|snapshot| snapshot.server == server).unwrap();
-        pb::OpenSnapshotRequest {
-            snapshot_id: found.snapshot_id.clone(),
-            table: false,
-            ..Default::default()
-        }
+        pb::OpenSnapshotRequest { snapshot_id: found.snapshot_id.clone(), ..Default::default() }
     };
     let (here, there) = (of(A), of(B));
     let url = scene.site.server(A).unwrap().url();
@@ -138,11 +134,8 @@ fn a_janus_of_some_users_speaks_for_no_others() {
     let url = scene.site.server(A).unwrap().url();
     let janus = scene.caller(&url, "of-bob");
     let start = || start_of(&BackupId::new().to_string());
-    let open = pb::OpenSnapshotRequest {
-        snapshot_id: BackupId::new().to_string(),
-        table: false,
-        ..Default::default()
-    };
+    let open =
+        pb::OpenSnapshotRequest { snapshot_id: BackupId::new().to_string(), ..Default::default() };
     for other in ["alices", "root", B] {
         let owner = scene.identity(other);
         let with = Carried {

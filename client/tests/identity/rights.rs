@@ -129,12 +129,10 @@ fn message(method: &str, target: &Target) -> Vec<u8> {
         "BackupService/GetBackup" => {
             pb::GetBackupRequest { backup_id: run.clone() }.encode_to_vec()
         }
-        "RestoreService/OpenSnapshot" => pb::OpenSnapshotRequest {
-            snapshot_id: snapshot.clone(),
-            table: false,
-            ..Default::default()
+        "RestoreService/OpenSnapshot" => {
+            pb::OpenSnapshotRequest { snapshot_id: snapshot.clone(), ..Default::default() }
+                .encode_to_vec()
         }
-        .encode_to_vec(),
         "RestoreService/CloseSnapshot" => {
             pb::CloseSnapshotRequest { handle: String::new(), ..Default::default() }.encode_to_vec()
         }

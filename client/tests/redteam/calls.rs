@@ -364,11 +364,8 @@ fn what_is_anothers_is_neither_read_nor_changed() {
         let outcome = refused("calls itself another", listed, &denied);
         scene.after(target, "calls itself another", outcome);
         // A certificate beside one's own: believed of a janus alone.
-        let mut request = pinned(pb::OpenSnapshotRequest {
-            snapshot_id: of_good.clone(),
-            table: false,
-            ..Default::default()
-        });
+        let mut request =
+            pinned(pb::OpenSnapshotRequest { snapshot_id: of_good.clone(), ..Default::default() });
         let der = scene.identity(GOOD).principal().der.clone();
         let text = STANDARD.encode(&der);
         request.metadata_mut().insert("janus-principal", text.parse().unwrap());

@@ -170,11 +170,7 @@ fn who_takes_nothing_or_sends_drops_loses_the_call() {
         let to = scene.address(target);
         let channel = scene.channel(target, BAD);
         let mut restore = RestoreServiceClient::new(channel.clone());
-        let open = pb::OpenSnapshotRequest {
-            snapshot_id: own.clone(),
-            table: false,
-            ..Default::default()
-        };
+        let open = pb::OpenSnapshotRequest { snapshot_id: own.clone(), ..Default::default() };
         let opened = scene.runtime.block_on(restore.open_snapshot(pinned(open))).unwrap();
         let handle = opened.into_inner().handle;
 

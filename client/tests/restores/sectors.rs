@@ -104,28 +104,21 @@ fn as_root_a_disk_with_large_sectors_keeps_them_wherever_it_goes() {
     let usb = path("usb");
     let exported = site.admin(OLD, &["export", id, "--to", usb.to_str().unwrap()]).unwrap();
     assert!(exported.status.success(), "{exported:?}");
-    assert_reads(&below(&usb, "vhdx"), content, "an exported image");
+    assert_reads(&images_below(&usb), content, "an exported image");
     site.start_server(NEW).unwrap();
     site.await_ready(&client).unwrap();
     let seeded = site.admin(NEW, &["seed", "alice/machine", "--from", OLD]).unwrap();
     assert!(seeded.status.success(), "{seeded:?}");
     let backup = client.backup().unwrap();
     assert_eq!((&*backup.server, &*backup.disks[0].kind), (NEW, "delta"));
-    let chain = below(site.server(NEW).unwrap().images(), "vhdx");
+    let chain = images_below(site.server(NEW).unwrap().images());
     assert_reads(&chain, &fs::read(source.path()).unwrap(), "a seeded chain");
 }
 
-/// Files with an ending, by name.
-fn below(folder: &Path, ending: &str) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            found.extend(below(&path, ending));
-        } else if path.extension().is_some_and(|extension| extension == ending) {
-            found.push(path);
-        }
-    }
+/// Images in a folder, by name.
+fn images_below(folder: &Path) -> Vec<PathBuf> {
+    let mut found = disk::files_below(folder).unwrap();
+    found.retain(|path| path.extension().is_some_and(|extension| extension == "vhdx"));
     found.sort();
     found
 }

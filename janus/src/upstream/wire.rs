@@ -16,7 +16,7 @@ use futures::future::BoxFuture;
 use http::{Request, Response, Uri, uri::Authority};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::TokioIo;
-use janus_proto::channel::{self, Gathered, Observed, Observer, Stream};
+use janus_proto::channel::{self, Observed, Observer, Stream};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
@@ -121,7 +121,7 @@ impl Wire {
         kill: CancellationToken,
     ) -> Result<(Self, Driver), hyper::Error> {
         let pulse = Arc::new(Pulse::new());
-        let io = Gathered::new(Observed::new(stream, Heartbeat(pulse.clone())));
+        let io = channel::gathered(Observed::new(stream, Heartbeat(pulse.clone())));
         let mut builder = channel::client_builder(Tasks(kill));
         builder.keep_alive_interval(None).initial_connection_window_size(CONNECTION_WINDOW_BYTES);
         let (sender, connection) = builder.handshake(TokioIo::new(io)).await?;

@@ -3,33 +3,30 @@
 //! HTTP/2 writes a call's headers as soon as it has them, its message a task later, and of many calls each by itself. Every one of
 //! these was a TLS record, a call of the system and a wake of the peer: half of what a small call costs a router.
 
-use std::{
-    io,
-    pin::Pin,
-    task::{Context, Poll, ready},
-};
+use std::task::{Context, Poll};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use super::{Observed, Observer};
 
 /// Writes of so many bytes are worth their cost alone: a TLS record.
 const LARGE_BYTES: usize = 16 << 10;
 
 /// A connection that gathers small writes.
-#[derive(Debug)]
-pub struct Gathered<S> {
-    stream: S,
+pub type Gathered<S> = Observed<S, Gathering>;
+
+/// Lets the tasks that are ready run before a small write, once.
+#[derive(Debug, Default)]
+pub struct Gathering {
     /// The others had their turn since the last write.
     has_waited: bool,
 }
 
-impl<S> Gathered<S> {
-    /// Gathers what is written to `stream`.
-    pub fn new(stream: S) -> Self {
-        Self { stream, has_waited: false }
-    }
+/// Gathers what is written to `stream`.
+pub fn gathered<S>(stream: S) -> Gathered<S> {
+    Observed::new(stream, Gathering::default())
+}
 
-    /// Lets the tasks that are ready run before a write of `bytes`, once.
-    fn poll_turn(&mut self, cx: &mut Context<'_>, bytes: usize) -> Poll<()> {
+impl Observer for Gathering {
+    fn before_write(&mut self, bytes: usize, cx: &mut Context<'_>) -> Poll<()> {
         if self.has_waited || bytes >= LARGE_BYTES {
             return Poll::Ready(());
         }
@@ -37,59 +34,20 @@ impl<S> Gathered<S> {
         cx.waker().wake_by_ref();
         Poll::Pending
     }
-}
 
-impl<S: AsyncRead + Unpin> AsyncRead for Gathered<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Gathered<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        ready!(self.poll_turn(cx, bytes.len()));
-        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes));
+    fn wrote(&mut self) {
         self.has_waited = false;
-        Poll::Ready(written)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        ready!(self.poll_turn(cx, slices.iter().map(|slice| slice.len()).sum()));
-        let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, slices));
-        self.has_waited = false;
-        Poll::Ready(written)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
+    use std::{
+        pin::Pin,
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+        },
     };
 
     use http_body_util::{BodyExt as _, Full};
@@ -100,41 +58,17 @@ mod tests {
         server::conn::http2 as server,
     };
     use hyper_util::rt::{TokioExecutor, TokioIo};
-    use tokio::io::duplex;
+    use tokio::io::{AsyncWrite as _, duplex};
 
     use super::*;
 
     const CALLS: usize = 8;
 
-    /// Counts writes.
-    struct Counting<S>(S, Arc<AtomicUsize>);
+    struct Counting(Arc<AtomicUsize>);
 
-    impl<S: AsyncRead + Unpin> AsyncRead for Counting<S> {
-        fn poll_read(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            buf: &mut ReadBuf<'_>,
-        ) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.0).poll_read(cx, buf)
-        }
-    }
-
-    impl<S: AsyncWrite + Unpin> AsyncWrite for Counting<S> {
-        fn poll_write(
-            mut self: Pin<&mut Self>,
-            cx: &mut Context<'_>,
-            bytes: &[u8],
-        ) -> Poll<io::Result<usize>> {
-            self.1.fetch_add(1, Ordering::Relaxed);
-            Pin::new(&mut self.0).poll_write(cx, bytes)
-        }
-
-        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.0).poll_flush(cx)
-        }
-
-        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.0).poll_shutdown(cx)
+    impl Observer for Counting {
+        fn wrote(&mut self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -149,7 +83,7 @@ mod tests {
         let serving = server::Builder::new(TokioExecutor::new())
             .serve_connection(TokioIo::new(far), hyper::service::service_fn(echo));
         tokio::spawn(serving);
-        let near = Gathered::new(Counting(near, Arc::clone(&counter)));
+        let near = gathered(Observed::new(near, Counting(Arc::clone(&counter))));
         let client = client::Builder::new(TokioExecutor::new()).handshake(TokioIo::new(near));
         let (sender, connection) = client.await.unwrap();
         tokio::spawn(connection);
@@ -178,7 +112,7 @@ mod tests {
     #[tokio::test]
     async fn only_small_writes_wait_and_once() {
         let (near, _far) = duplex(1 << 20);
-        let mut stream = Gathered::new(near);
+        let mut stream = gathered(near);
         let mut cx = Context::from_waker(std::task::Waker::noop());
         let mut write = |bytes: usize| Pin::new(&mut stream).poll_write(&mut cx, &vec![1; bytes]);
         assert!(write(LARGE_BYTES).is_ready());

@@ -1,4 +1,4 @@
-//! A connection that somebody listens to: its reads are seen, and may be held back. All else passes through.
+//! A connection that somebody listens to: its reads and writes are seen, and may be held back. All else passes through.
 
 use std::{
     io,
@@ -17,6 +17,14 @@ pub trait Observer: Unpin {
 
     /// What a read has brought; nothing at the end of the connection.
     fn heard(&mut self, _: &[u8]) {}
+
+    /// Whether there may be a write of so many bytes now.
+    fn before_write(&mut self, _: usize, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Ready(())
+    }
+
+    /// There was a write.
+    fn wrote(&mut self) {}
 }
 
 /// A connection, observed.
@@ -48,13 +56,16 @@ impl<S: AsyncRead + Unpin, O: Observer> AsyncRead for Observed<S, O> {
 }
 
 // Vectored writes are passed on: without them HTTP/2 copies every frame.
-impl<S: AsyncWrite + Unpin, O: Unpin> AsyncWrite for Observed<S, O> {
+impl<S: AsyncWrite + Unpin, O: Observer> AsyncWrite for Observed<S, O> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        ready!(self.observer.before_write(bytes.len(), cx));
+        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes));
+        self.observer.wrote();
+        Poll::Ready(written)
     }
 
     fn poll_write_vectored(
@@ -62,7 +73,10 @@ impl<S: AsyncWrite + Unpin, O: Unpin> AsyncWrite for Observed<S, O> {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+        ready!(self.observer.before_write(slices.iter().map(|slice| slice.len()).sum(), cx));
+        let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, slices));
+        self.observer.wrote();
+        Poll::Ready(written)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -1,12 +1,12 @@
 //! Section `[fill]`: how stubs get their blocks.
 
+use janus_proto::bandwidth::Window;
 use serde::{Deserialize, Serialize};
 
 use super::{
     ConfigError,
     replicate::{self, Hours},
 };
-use janus_proto::bandwidth::Window;
 
 /// One line of help for each key.
 pub const KEYS: &[(&str, &str)] = &[

@@ -550,7 +550,6 @@ impl<'a> Scene<'a> {
         let good = self.good.clone();
         let open = pb::OpenSnapshotRequest {
             snapshot_id: self.good_snapshot.clone(),
-            table: false,
             ..Default::default()
         };
         let opened: Result<Vec<pb::OpenSnapshotResponse>, _> =
@@ -647,7 +646,7 @@ mod tests {
         assert_eq!((scene.snapshots.len(), scene.handles.len()), (snapshots + 1, handles + 1));
         let own = scene.snapshots[0].to_string();
         let good = scene.good.clone();
-        let open = pb::OpenSnapshotRequest { snapshot_id: own, table: false, ..Default::default() };
+        let open = pb::OpenSnapshotRequest { snapshot_id: own, ..Default::default() };
         let opened: Result<Vec<pb::OpenSnapshotResponse>, _> =
             scene.ask(&good, "RestoreService/OpenSnapshot", &[open]);
         assert_eq!(opened.unwrap_err().code(), tonic::Code::NotFound, "nor the other way round");

@@ -13,6 +13,7 @@ use janus_client::source::medium::{Medium, Stretch};
 use janus_proto::{
     hash::{hash_blocks, segment_digest, zero_hash, zero_segment_of},
     ids::{BLOCK_BYTES, BlockHash, SEGMENT_BLOCKS, SEGMENT_BYTES, block_count, block_len},
+    image::sector_bytes,
     model::Batch,
     pb,
 };
@@ -297,10 +298,7 @@ impl Medium for SnapshotDisk {
     }
 
     fn sector_bytes(&self) -> u32 {
-        match self.opened.held.snapshot().logical_sector_bytes {
-            4096 => 4096,
-            _ => 512,
-        }
+        sector_bytes(self.opened.held.snapshot().logical_sector_bytes)
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {

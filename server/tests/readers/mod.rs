@@ -15,29 +15,7 @@ use std::{
 
 use janus_server::image::Format;
 use vhdx::VhdxReader;
-use xtask::packages::LIBVHDI;
-
-/// Prints the disk that the last of the given files (oldest first) shows: ranges `start length`, or all of it.
-const LIBVHDI_READER: &str = r#"
-import sys, pyvhdi
-names, ranges = sys.argv[2:], [tuple(map(int, r.split('+'))) for r in sys.argv[1].split(',') if r]
-files, parent = [], None
-for name in names:
-    f = pyvhdi.file()
-    f.open(name)
-    if parent is not None:
-        f.set_parent(parent)
-    files.append(f)
-    parent = f
-for start, length in ranges or [(0, parent.get_media_size())]:
-    parent.seek(start)
-    while length:
-        data = parent.read(min(length, 1 << 20))
-        if not data:
-            sys.exit('short read')
-        sys.stdout.buffer.write(data)
-        length -= len(data)
-"#;
+use xtask::packages::{LIBVHDI, LIBVHDI_READER};
 
 pub fn assert_same(actual: &[u8], expected: &[u8], what: &str) {
     let difference = actual.iter().zip(expected).position(|(a, b)| a != b);
