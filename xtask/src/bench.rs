@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::{
     disk, packages,
-    site::{Profile, Programs, target},
+    site::{Profile, Programs, cargo, target, workspace},
 };
 
 mod chains;
@@ -214,7 +214,7 @@ fn store(args: &Args) -> Result<()> {
     let work = tempfile::Builder::new().prefix("run-").tempdir_in(&place)?;
     let restore = chains::measure(&Programs::built_or(Profile::Release)?, work.path())?;
     drop(work);
-    example("janus-server", "bench_store", &place, &json)?;
+    example("bench_store", &place, &json)?;
     let mut rows: Vec<serde_json::Value> = serde_json::from_slice(&fs::read(&json)?)?;
     rows.push(restore);
     fs::write(&json, serde_json::to_vec_pretty(&rows)?)?;
@@ -227,15 +227,16 @@ fn of_client(args: &Args, name: &str) -> Result<()> {
     let place = target().join("bench");
     fs::create_dir_all(&place)?;
     let json = args.json.clone().unwrap_or_else(|| place.join(format!("{name}.json")));
-    example("janus-client", &format!("bench_{name}"), &place, &json)?;
+    example(&format!("bench_{name}"), &place, &json)?;
     println!("\nfigures: {}", json.display());
     Ok(())
 }
 
 /// Runs an example that measures a library.
-fn example(package: &str, name: &str, place: &Path, json: &Path) -> Result<()> {
-    let mut command = std::process::Command::new(env!("CARGO"));
-    command.args(["run", "--release", "--quiet", "-p", package, "--example", name]);
+fn example(name: &str, place: &Path, json: &Path) -> Result<()> {
+    let mut command = cargo();
+    // Not `-p`: with the features of the whole workspace it is built already.
+    command.current_dir(workspace()).args(["run", "--release", "--quiet", "--example", name]);
     command.arg("--").arg("--place").arg(place).arg("--json").arg(json);
     ensure!(command.status()?.success(), "the measurement failed");
     Ok(())
@@ -253,7 +254,7 @@ fn images(folder: &std::path::Path, size_mib: u64) -> Result<Images> {
     if !done.exists() {
         fs::create_dir_all(&place)?;
         println!("making the disk in {} (once)", place.display());
-        let script = crate::site::workspace().join("xtask/assets/make_disk.sh");
+        let script = workspace().join("xtask/assets/make_disk.sh");
         let mut make = std::process::Command::new("bash");
         make.arg(script).arg("-o").arg(&place).args(["-s", &size_mib.to_string()]);
         packages::output(&mut make)
