@@ -66,9 +66,32 @@ type BoxError = Box<dyn Error + Send + Sync>;
 /// Default of [`Limits::stall`]: a line of 64 kbit/s gets two pieces through.
 pub const STALL: Duration = Duration::from_secs(300);
 
+/// What a caller may send before it was read, and in which pieces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Windows {
+    /// Largest HTTP/2 frame.
+    pub frame_bytes: u32,
+    /// Of one stream: its throughput on a long line is this divided by the round trip.
+    pub stream_bytes: u32,
+    /// Of all streams of a connection.
+    pub connection_bytes: u32,
+}
+
+impl Default for Windows {
+    fn default() -> Self {
+        Self {
+            frame_bytes: MAX_FRAME_BYTES,
+            stream_bytes: STREAM_WINDOW_BYTES,
+            connection_bytes: CONNECTION_WINDOW_BYTES,
+        }
+    }
+}
+
 /// Limits of a listener.
 #[derive(Debug, Clone)]
 pub struct Limits {
+    /// What is received ahead.
+    pub windows: Windows,
     /// Open connections of peers that have proved who they are; more are closed at once, so that a caller goes to another server
     /// instead of waiting.
     pub max_connections: usize,
@@ -103,6 +126,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
+            windows: Windows::default(),
             max_connections: 1024,
             max_strangers: 64,
             stranger_time: Duration::from_secs(15),
@@ -609,11 +633,12 @@ impl Connection {
 
     fn http2(&self) -> hyper::server::conn::http2::Builder<OwnedTasks> {
         let mut builder = hyper::server::conn::http2::Builder::new(self.executor.clone());
+        let windows = self.limits.windows;
         builder
             .timer(TokioTimer::new())
-            .max_frame_size(MAX_FRAME_BYTES)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(windows.frame_bytes)
+            .initial_stream_window_size(windows.stream_bytes)
+            .initial_connection_window_size(windows.connection_bytes)
             .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
             .max_header_list_size(MAX_HEADER_BYTES)
             .max_pending_accept_reset_streams(MAX_RESETS_UNSEEN)
