@@ -12,7 +12,8 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use crate::{
-    disk, packages,
+    disk,
+    packages::{self, Tool},
     site::{Profile, Programs, cargo, target, workspace},
 };
 
@@ -208,6 +209,7 @@ fn both_ways(
 
 /// Restores through a long chain, then `server/examples/bench_store.rs`: it needs no other process.
 fn store(args: &Args) -> Result<()> {
+    packages::require(&[Tool { program: "b3sum", package: "b3sum" }])?;
     let place = target().join("bench");
     fs::create_dir_all(&place)?;
     let json = args.json.clone().unwrap_or_else(|| place.join("store.json"));
