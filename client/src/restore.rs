@@ -285,6 +285,7 @@ impl Restore {
         }
     }
 
+    /// The digests of a snapshot whose server is there, and who delivers.
     async fn holder_and_others(
         &self,
         found: Found,

@@ -110,8 +110,9 @@ pub struct Share {
 }
 
 /// At most what all have together; `None` when not all of them say.
-pub fn together<'a>(mirrored: impl Iterator<Item = &'a Mirrored>) -> Option<Share> {
-    let shares: Vec<_> = mirrored.map(|one| one.share.as_ref()).collect::<Option<_>>()?;
+pub fn together<'a>(mirrored: impl IntoIterator<Item = &'a Mirrored>) -> Option<Share> {
+    let shares: Vec<_> =
+        mirrored.into_iter().map(|one| one.share.as_ref()).collect::<Option<_>>()?;
     let content_bytes = shares.first()?.content_bytes;
     let held: u64 = shares.iter().map(|share| share.held_bytes).sum();
     Some(Share { held_bytes: held.min(content_bytes), content_bytes })
@@ -130,16 +131,15 @@ pub struct Elsewhere<'a> {
 
 /// What other servers have of a snapshot; `None` when nobody knows.
 pub fn elsewhere<'a>(mirrored: &'a [Mirrored], snapshot: &Snapshot) -> Option<Elsewhere<'a>> {
-    let of = mirrored.iter().filter(|one| one.snapshot.snapshot_id == snapshot.snapshot_id);
-    let of: Vec<_> = of.collect();
+    let is_of = |one: &&Mirrored| one.snapshot.snapshot_id == snapshot.snapshot_id;
+    let of: Vec<_> = mirrored.iter().filter(is_of).collect();
     let mut shares: Vec<_> =
         of.iter().filter_map(|one| Some((&one.server, one.share.as_ref()?))).collect();
     shares.sort_by_key(|(_, share)| std::cmp::Reverse(share.held_bytes));
     let (_, most) = *shares.first()?;
     let is_all = most.held_bytes >= most.content_bytes;
     // Who doesn't say may have the rest.
-    let at_most_bytes =
-        together(of.iter().copied()).map_or(most.content_bytes, |share| share.held_bytes);
+    let at_most_bytes = together(of).map_or(most.content_bytes, |share| share.held_bytes);
     let others = shares.iter().skip(1).filter(|(_, share)| !is_all && share.held_bytes > 0);
     let servers = shares.iter().take(1).chain(others).map(|(server, _)| *server).collect();
     Some(Elsewhere { servers, most, at_most_bytes })
@@ -227,7 +227,7 @@ mod tests {
         };
         let held = |held: &[Option<u64>]| {
             let all: Vec<_> = held.iter().map(|held| one(*held)).collect();
-            together(all.iter()).map(|share| share.held_bytes)
+            together(&all).map(|share| share.held_bytes)
         };
         assert_eq!(held(&[Some(30)]), Some(30));
         assert_eq!(held(&[Some(30), Some(60)]), Some(90));

@@ -65,7 +65,7 @@ fn seven_zip(image: &Path, to: &Path) {
 }
 
 fn libvhdi(images: &[PathBuf], to: &Path) {
-    fs::write(to, packages::libvhdi(images).unwrap()).unwrap();
+    fs::write(to, packages::libvhdi(images, "").unwrap()).unwrap();
 }
 
 #[test]

@@ -6,6 +6,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context, Result, ensure};
@@ -216,7 +217,7 @@ fn store(args: &Args) -> Result<()> {
     let work = tempfile::Builder::new().prefix("run-").tempdir_in(&place)?;
     let restore = chains::measure(&Programs::built_or(Profile::Release)?, work.path())?;
     drop(work);
-    example("bench_store", &place, &json)?;
+    measure_by("bench_store", &place, &json)?;
     let mut rows: Vec<serde_json::Value> = serde_json::from_slice(&fs::read(&json)?)?;
     rows.push(restore);
     fs::write(&json, serde_json::to_vec_pretty(&rows)?)?;
@@ -229,16 +230,21 @@ fn of_client(args: &Args, name: &str) -> Result<()> {
     let place = target().join("bench");
     fs::create_dir_all(&place)?;
     let json = args.json.clone().unwrap_or_else(|| place.join(format!("{name}.json")));
-    example(&format!("bench_{name}"), &place, &json)?;
+    measure_by(&format!("bench_{name}"), &place, &json)?;
     println!("\nfigures: {}", json.display());
     Ok(())
 }
 
-/// Runs an example that measures a library.
-fn example(name: &str, place: &Path, json: &Path) -> Result<()> {
+/// Runs an example. Without `-p`: with the features of the whole workspace it is built already.
+fn example(name: &str) -> Command {
     let mut command = cargo();
-    // Not `-p`: with the features of the whole workspace it is built already.
-    command.current_dir(workspace()).args(["run", "--release", "--quiet", "--example", name]);
+    command.args(["run", "--release", "--quiet", "--example", name]);
+    command
+}
+
+/// Runs an example that measures a library.
+fn measure_by(name: &str, place: &Path, json: &Path) -> Result<()> {
+    let mut command = example(name);
     command.arg("--").arg("--place").arg(place).arg("--json").arg(json);
     ensure!(command.status()?.success(), "the measurement failed");
     Ok(())
@@ -257,7 +263,7 @@ fn images(folder: &std::path::Path, size_mib: u64) -> Result<Images> {
         fs::create_dir_all(&place)?;
         println!("making the disk in {} (once)", place.display());
         let script = workspace().join("xtask/assets/make_disk.sh");
-        let mut make = std::process::Command::new("bash");
+        let mut make = Command::new("bash");
         make.arg(script).arg("-o").arg(&place).args(["-s", &size_mib.to_string()]);
         packages::output(&mut make)
             .context("make_disk.sh (needs e2fsprogs, gdisk, python3, openssl)")?;

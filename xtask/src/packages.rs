@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::Command,
+    sync::{Mutex, PoisonError},
 };
 
 use anyhow::{Context, Result, bail};
@@ -84,9 +85,9 @@ pub fn seven_zip(image: &Path, kind: &str) -> Result<Vec<u8>> {
 }
 
 /// libvhdi for Python.
-pub const LIBVHDI: &str = "libvhdi-python==20260901";
-/// Prints the disk that the last of the given files (oldest first) shows: ranges `start length`, or all of it.
-pub const LIBVHDI_READER: &str = r#"
+const LIBVHDI: &str = "libvhdi-python==20260901";
+/// Prints the disk that the last of the given files (oldest first) shows: ranges `start+length`, by commas, or all of it.
+const LIBVHDI_READER: &str = r#"
 import sys, pyvhdi
 names, ranges = sys.argv[2:], [tuple(map(int, r.split('+'))) for r in sys.argv[1].split(',') if r]
 files, parent = [], None
@@ -107,13 +108,14 @@ for start, length in ranges or [(0, parent.get_media_size())]:
         length -= len(data)
 "#;
 
-/// The disk that the last of some images (oldest first) shows, as libvhdi reads it, which is told the parents.
+/// The disk that the last of some images (oldest first) shows, as libvhdi reads it, which is told the parents: all
+/// of it, or ranges `start+length` in bytes, by commas.
 ///
 /// # Errors
 /// With what it says when it doesn't read all of it.
-pub fn libvhdi(images: &[impl AsRef<Path>]) -> Result<Vec<u8>> {
+pub fn libvhdi(images: &[impl AsRef<Path>], ranges: &str) -> Result<Vec<u8>> {
     let mut command = Command::new(python("libvhdi", &[LIBVHDI])?);
-    command.args(["-c", LIBVHDI_READER, ""]).args(images.iter().map(AsRef::as_ref));
+    command.args(["-c", LIBVHDI_READER, ranges]).args(images.iter().map(AsRef::as_ref));
     let output = command.output().context("libvhdi")?;
     match output.status.success() {
         true => Ok(output.stdout),
@@ -208,11 +210,13 @@ fn apt_get(arguments: &[&str]) -> Result<()> {
 }
 
 /// A Python environment `target/tools/<name>` with exactly these packages from PyPI (`name==version`); returns its
-/// interpreter. Made anew when the list changes.
+/// interpreter. Made anew when the list changes, by one thread at a time.
 ///
 /// # Errors
 /// When it can't be made.
 pub fn python(name: &str, packages: &[&str]) -> Result<std::path::PathBuf> {
+    static ONE: Mutex<()> = Mutex::new(());
+    let _alone = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = crate::site::target().join("tools").join(name);
     let (python, list) = (folder.join("bin/python"), folder.join("packages.txt"));
     let wanted = packages.join("\n");

@@ -55,7 +55,7 @@ pub(super) async fn find(reach: &Reach, wanted: &Snapshot) -> Result<Away, Resto
     mirrored.sort_by_key(|one| {
         std::cmp::Reverse(one.share.as_ref().map_or(0, |share| share.held_bytes))
     });
-    let share = tables::together(mirrored.iter());
+    let share = tables::together(&mirrored);
     let told: BTreeSet<&str> = mirrored
         .iter()
         .filter_map(|one| one.share.as_ref())

@@ -58,8 +58,9 @@ fn as_root_a_line_of_20_mbit_gets_zstd_and_noise_travels_as_it_is() {
         sites.network().slow(place, 20_000).unwrap();
     }
     let backup: Value = client.answer(&["backup"]).unwrap();
-    let (mostly, ..) = row("20 Mbit/s", "programs", &backup);
+    let (mostly, sent, wire) = row("20 Mbit/s", "programs", &backup);
     assert_eq!(mostly, "zstd");
+    assert!(wire * 3 < sent * 2, "{backup}");
     let by =
         |encoding: &str, bytes: &str| backup["packing"]["by"][encoding][bytes].as_u64().unwrap();
     // Windows and buffers take in so much before the line is seen to be slow.

@@ -121,7 +121,7 @@ impl Scene {
         let read = qemu.output().unwrap();
         assert!(!read.status.success(), "qemu-img read {}", file.display());
         for images in [&[&file][..], &[&child], &[&file, &child]] {
-            let error = packages::libvhdi(images).unwrap_err().to_string();
+            let error = packages::libvhdi(images, "").unwrap_err().to_string();
             assert!(error.contains("pyvhdi"), "{images:?}: {error}");
         }
     }

@@ -10,12 +10,11 @@ use std::{
     io::Read,
     path::{Path, PathBuf},
     process::{Command, Output},
-    sync::OnceLock,
 };
 
 use janus_server::image::Format;
 use vhdx::VhdxReader;
-use xtask::packages::{LIBVHDI, LIBVHDI_READER};
+use xtask::packages;
 
 pub fn assert_same(actual: &[u8], expected: &[u8], what: &str) {
     let difference = actual.iter().zip(expected).position(|(a, b)| a != b);
@@ -49,9 +48,7 @@ pub fn seven_zip(leaf: &Path) -> Command {
 pub const INSTALL_7Z: &str = "apt-get install p7zip-full (7-Zip 22 or newer)";
 
 pub fn libvhdi(files: &[PathBuf], ranges: &str) -> Vec<u8> {
-    let mut command = Command::new(python());
-    command.args(["-c", LIBVHDI_READER, ranges]).args(files);
-    run(&mut command, "").stdout
+    packages::libvhdi(files, ranges).unwrap()
 }
 
 /// What the crate vhdx-core makes of a chain of VHDXs (oldest first) with these sectors. It takes parents as they are given.
@@ -64,32 +61,4 @@ pub fn vhdx_core(files: &[PathBuf], sector_bytes: u32) -> Vec<u8> {
     let mut disk = Vec::new();
     reader.read_to_end(&mut disk).unwrap();
     disk
-}
-
-/// The Python of a virtual environment with libvhdi, made when it isn't there.
-fn python() -> PathBuf {
-    static PYTHON: OnceLock<PathBuf> = OnceLock::new();
-    PYTHON
-        .get_or_init(|| {
-            let tools = Path::new(env!("CARGO_TARGET_TMPDIR"));
-            let ready = tools.join(LIBVHDI);
-            if !ready.exists() {
-                make_environment(tools, &ready);
-            }
-            ready.join("bin/python")
-        })
-        .clone()
-}
-
-/// Makes it under another name first, so that an interrupted installation is never taken for a whole one.
-fn make_environment(tools: &Path, ready: &Path) {
-    fs::create_dir_all(tools).unwrap();
-    let partial = tempfile::tempdir_in(tools).unwrap();
-    let venv = partial.path().join("venv");
-    run(Command::new("python3").args(["-m", "venv"]).arg(&venv), "apt-get install python3-venv");
-    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", LIBVHDI];
-    run(Command::new(venv.join("bin/python")).args(pip), "");
-    if let Err(error) = fs::rename(&venv, ready) {
-        assert!(ready.exists(), "rename to {}: {error}", ready.display());
-    }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::site::{PROGRAMS_VARIABLE, Profile, Programs, cargo, workspace};
+use crate::site::{PROGRAMS_VARIABLE, Profile, Programs, cargo};
 
 const TEST: &str = "a_good_backup_beside_all_floods_ends";
 
@@ -12,7 +12,7 @@ const TEST: &str = "a_good_backup_beside_all_floods_ends";
 pub(super) fn run(json: &Path) -> Result<()> {
     let programs = Programs::built_or(Profile::Release)?;
     let mut test = cargo();
-    test.current_dir(workspace()).args(["test", "--workspace", "--release", "--test", "redteam"]);
+    test.args(["test", "--workspace", "--release", "--test", "redteam"]);
     test.args(["--", TEST, "--nocapture", "--test-threads", "1"]);
     test.env(PROGRAMS_VARIABLE, programs.folder());
     let output = test.output().context("run cargo")?;

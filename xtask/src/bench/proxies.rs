@@ -92,7 +92,7 @@ pub(super) fn run(programs: &Programs, rounds: u32, json: &Path) -> Result<()> {
 
 fn build_load() -> Result<PathBuf> {
     let mut build = cargo();
-    build.current_dir(workspace()).args(["build", "--release", "--workspace"]);
+    build.args(["build", "--release", "--workspace"]);
     build.args(["--features", "xtask/load", "--bin", "proxy-load"]);
     ensure!(build.status().context("run cargo")?.success(), "the build failed");
     Ok(target().join("release/proxy-load"))

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use crate::{
     disk,
     packages::{self, Tool},
-    site::{Plan, Programs, Site, cargo, free_ports, workspace},
+    site::{Plan, Programs, Site, free_ports},
 };
 
 const MIB: u64 = 1 << 20;
@@ -169,8 +169,7 @@ struct S3 {
 
 impl S3 {
     fn start() -> Result<Self> {
-        let mut command = cargo();
-        command.current_dir(workspace()).args(["run", "--release", "--quiet", "--example", "s3"]);
+        let mut command = super::example("s3");
         let mut server = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let mut said = String::new();
         let out = server.stdout.take().context("no output")?;

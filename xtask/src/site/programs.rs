@@ -37,16 +37,7 @@ impl Programs {
     /// When the build fails.
     pub fn build(profile: Profile) -> Result<Self> {
         let mut cargo = cargo();
-        cargo.current_dir(workspace()).args([
-            "build",
-            "-p",
-            "janus-server",
-            "-p",
-            "janus",
-            "-p",
-            "janus-client",
-            "--bins",
-        ]);
+        cargo.args(["build", "-p", "janus-server", "-p", "janus", "-p", "janus-client", "--bins"]);
         if profile == Profile::Release {
             cargo.arg("--release");
         }
@@ -117,7 +108,7 @@ impl Programs {
     }
 }
 
-/// A command that runs cargo as a user would. What `cargo run` and `cargo test` tell us about our own package would
+/// A command that runs cargo in the workspace, as a user would. What `cargo run` and `cargo test` tell us about our own package would
 /// else look like changed settings to build scripts, and ring would be built anew each time.
 pub fn cargo() -> Command {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -134,6 +125,7 @@ pub fn cargo() -> Command {
     {
         cargo.env_remove(key);
     }
+    cargo.current_dir(workspace());
     cargo
 }
 
