@@ -1,5 +1,7 @@
 //! Development commands: `cargo xtask demo|test|bench|dist|bindings`.
 
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 use xtask::{bench, bindings, demo, dist, site};
 
@@ -27,7 +29,18 @@ enum Command {
     Bindings(bindings::Args),
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        // Without a backtrace, which would stand where what failed is read.
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
     let args = Args::parse();
     site::stop_children_on_interrupt()?;
     match args.command {

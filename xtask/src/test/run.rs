@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsStr,
-    io::{BufRead, BufReader, PipeReader},
+    io::{BufRead, BufReader, Read},
     process::Command,
     sync::mpsc,
     thread,
@@ -12,6 +12,10 @@ use std::{
 use anyhow::{Context, Result};
 
 use xtask::measure;
+
+/// So much of how a failed test ended is told again at the end.
+const MESSAGE_LINES: usize = 5;
+const MESSAGE_BYTES: usize = 300;
 
 /// Tests, or checks, by outcome.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -43,7 +47,7 @@ pub(super) struct Ended {
     /// Whether it succeeded, and the sum of its `test result:` lines.
     pub outcome: Result<(bool, Counts)>,
     pub took: Took,
-    /// What it said, unless that was shown at once.
+    /// What it said.
     pub output: String,
 }
 
@@ -64,11 +68,8 @@ impl Job {
         self.end(false, |command, counts| {
             let mut child = command.stdout(std::process::Stdio::piped()).spawn()?;
             let stdout = child.stdout.take().context("stdout is piped")?;
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                counts.add(parse(&line).unwrap_or_default());
-                println!("{line}");
-            }
-            Ok((measure::wait_for_all(&mut child)?, String::new()))
+            let output = read(stdout, counts, |line| println!("{line}"));
+            Ok((measure::wait_for_all(&mut child)?, output))
         })
     }
 
@@ -81,7 +82,7 @@ impl Job {
             let mut child = beside.spawn()?;
             // It holds ends of the pipe, which would never end.
             drop(beside);
-            let output = read(&mut said, counts);
+            let output = read(&mut said, counts, |_| ());
             Ok((measure::wait_for_all(&mut child)?, output))
         })
     }
@@ -107,11 +108,12 @@ impl Job {
     }
 }
 
-fn read(said: &mut PipeReader, counts: &mut Counts) -> String {
+fn read(said: impl Read, counts: &mut Counts, show: impl Fn(&str)) -> String {
     let mut output = String::new();
     for line in BufReader::new(said).split(b'\n').map_while(Result::ok) {
         let line = String::from_utf8_lossy(&line);
         counts.add(parse(&line).unwrap_or_default());
+        show(&line);
         output.push_str(&line);
         output.push('\n');
     }
@@ -191,6 +193,31 @@ fn parse(line: &str) -> Option<Counts> {
     Some(Counts { passed: before("passed")?, failed: before("failed")? })
 }
 
+/// The tests that failed by libtest's `output`, with how each ended if that was kept, without the frames of backtraces.
+pub(super) fn failed_tests(output: &str) -> Vec<String> {
+    let Some((_, names)) = output.rsplit_once("\nfailures:\n") else { return Vec::new() };
+    let names = names.lines().map_while(|line| line.strip_prefix("    "));
+    names
+        .map(|name| {
+            let said = output.split_once(&format!("---- {name} stdout ----\n"));
+            let mut lines = vec![name];
+            lines.extend(said.into_iter().flat_map(|(_, said)| how_it_ended(said)));
+            lines.join("\n    ")
+        })
+        .collect()
+}
+
+/// The lines of the first panic or error in what a test said.
+fn how_it_ended(said: &str) -> impl Iterator<Item = &str> {
+    said.lines()
+        .take_while(|line| !line.starts_with("---- "))
+        .skip_while(|line| !line.contains(" panicked at ") && !line.starts_with("Error: "))
+        .take_while(|line| *line != "stack backtrace:" && !line.starts_with("note: "))
+        .take_while(|line| !line.is_empty())
+        .take(MESSAGE_LINES)
+        .map(|line| line.get(..MESSAGE_BYTES).unwrap_or(line))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -200,6 +227,41 @@ mod tests {
         let line = "test result: FAILED. 31 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s";
         assert_eq!(parse(line), Some(Counts { passed: 31, failed: 2 }));
         assert_eq!(parse("test names ... ok"), None);
+    }
+
+    #[test]
+    fn failed_tests_say_how_they_ended() {
+        let output = "\
+test a::works ... ok
+test a::panics ... FAILED
+test a::ends ... FAILED
+test a::shown ... FAILED
+
+failures:
+
+---- a::panics stdout ----
+a figure
+
+thread 'a::panics' (7) panicked at src/a.rs:3:5:
+assertion failed: 1 == 2
+stack backtrace:
+   0: main
+             at ./src/a.rs:3:5
+
+---- a::ends stdout ----
+Error: \"no disk\"
+
+
+failures:
+    a::panics
+    a::ends
+    a::shown
+
+test result: FAILED. 1 passed; 3 failed; 0 ignored
+";
+        let panics = "a::panics\n    thread 'a::panics' (7) panicked at src/a.rs:3:5:\n    assertion failed: 1 == 2";
+        assert_eq!(failed_tests(output), [panics, "a::ends\n    Error: \"no disk\"", "a::shown"]);
+        assert!(failed_tests("error: could not compile").is_empty());
     }
 
     fn job(name: &str, script: &str) -> Job {

@@ -10,7 +10,7 @@ use anyhow::Result;
 
 use super::{
     programs::{self, Target, TestProgram},
-    run::{Counts, Ended, Job, Lane, Took},
+    run::{self, Counts, Ended, Job, Lane, Took},
 };
 use xtask::{
     measure,
@@ -188,6 +188,7 @@ impl Runner {
                 let failed = counts.failed.max(1);
                 self.add(group, Counts { failed, ..counts });
                 self.failures.push(format!("{name}: {command:?}"));
+                self.failures.extend(run::failed_tests(&output));
             }
             Err(error) => self.fail(group, format!("{name}: {error:#}")),
         }
