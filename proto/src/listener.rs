@@ -11,7 +11,11 @@ mod addresses;
 mod budget;
 mod counted;
 mod frames;
+mod handshake;
+mod limits;
 mod stalls;
+
+pub use limits::{Limits, STALL, Windows};
 
 use std::{convert::Infallible, error::Error, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -20,12 +24,12 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     time::timeout,
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::{Service, ServiceExt};
 use tracing::{debug, info, warn};
@@ -38,18 +42,13 @@ use self::{
     stalls::{Outgoing, in_time},
 };
 use crate::{
-    channel::{
-        CONNECTION_WINDOW_BYTES, MAX_CONCURRENT_STREAMS, MAX_FRAME_BYTES, MAX_HEADER_BYTES,
-        Observed, STREAM_WINDOW_BYTES, Stream, gathered,
-    },
+    channel::{MAX_CONCURRENT_STREAMS, MAX_HEADER_BYTES, Observed, Stream, gathered},
     clock::unix_ms,
     error::{ErrorReason, status},
     shares::{Share, Shares},
-    tls::{Identity, Principal, Role, describe},
+    tls::{Identity, Principal, Role},
 };
 
-/// First byte of a TLS connection: a handshake record.
-const TLS_HANDSHAKE: u8 = 0x16;
 /// How long a refused peer gets to read why.
 const REFUSAL_TIME: Duration = Duration::from_secs(2);
 /// Streams that a caller has taken back before they were looked at: on one more its connection ends (CVE-2023-44487).
@@ -62,88 +61,6 @@ const OLD: Duration = Duration::from_secs(60);
 const DROP_TIME: Duration = Duration::from_secs(1);
 
 type BoxError = Box<dyn Error + Send + Sync>;
-
-/// Default of [`Limits::stall`]: a line of 64 kbit/s gets two pieces through.
-pub const STALL: Duration = Duration::from_secs(300);
-
-/// What a caller may send before it was read, and in which pieces.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Windows {
-    /// Largest HTTP/2 frame.
-    pub frame_bytes: u32,
-    /// Of one stream: its throughput on a long line is this divided by the round trip.
-    pub stream_bytes: u32,
-    /// Of all streams of a connection.
-    pub connection_bytes: u32,
-}
-
-impl Default for Windows {
-    fn default() -> Self {
-        Self {
-            frame_bytes: MAX_FRAME_BYTES,
-            stream_bytes: STREAM_WINDOW_BYTES,
-            connection_bytes: CONNECTION_WINDOW_BYTES,
-        }
-    }
-}
-
-/// Limits of a listener.
-#[derive(Debug, Clone)]
-pub struct Limits {
-    /// What is received ahead.
-    pub windows: Windows,
-    /// Open connections of peers that have proved who they are; more are closed at once, so that a caller goes to another server
-    /// instead of waiting.
-    pub max_connections: usize,
-    /// The same for peers without a certificate, where a [`Door`] lets them in …
-    pub max_strangers: usize,
-    /// … who must have done after this time.
-    pub stranger_time: Duration,
-    /// Handshakes that have begun; more connections are closed at once.
-    pub max_handshakes: usize,
-    /// The same of one address (of IPv6: of one /64).
-    pub max_handshakes_per_address: usize,
-    /// Handshakes that an address may begin in a second …
-    pub handshakes_per_second: u32,
-    /// … with so many saved up, for all those behind one address who come back after an interruption.
-    pub handshakes_saved: u32,
-    /// Connections of one caller; on more, each call is refused with TOO_MANY.
-    pub max_connections_per_caller: usize,
-    /// Open calls of one caller on all its connections; more are refused with TOO_MANY.
-    pub max_calls_per_caller: usize,
-    /// From the TCP accept to the end of the TLS handshake, and again from there to the first HTTP/2 frame.
-    pub handshake_timeout: Duration,
-    /// A caller must take each piece of an answer (1 MiB at most), and end each message that it sends, within this time.
-    pub stall: Duration,
-    /// A connection is pinged this often …
-    pub keepalive_interval: Duration,
-    /// … and dropped when an answer takes longer than this.
-    pub keepalive_timeout: Duration,
-    /// After shutdown begins, how long open calls may go on.
-    pub drain: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            windows: Windows::default(),
-            max_connections: 1024,
-            max_strangers: 64,
-            stranger_time: Duration::from_secs(15),
-            max_handshakes: 512,
-            max_handshakes_per_address: 64,
-            handshakes_per_second: 64,
-            handshakes_saved: 1024,
-            max_connections_per_caller: 64,
-            max_calls_per_caller: 128,
-            handshake_timeout: Duration::from_secs(5),
-            stall: STALL,
-            keepalive_interval: Duration::from_secs(20),
-            keepalive_timeout: Duration::from_secs(20),
-            drain: Duration::from_secs(10),
-        }
-    }
-}
 
 /// Address of the caller's end, in the extensions of each request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -438,7 +355,8 @@ impl Connection {
     {
         let _end_streams = self.executor.kill.clone().drop_guard();
         let Handshake { identity, acceptor, is_open, tcp, held } = peer;
-        let handshake = timeout(self.limits.handshake_timeout, self.handshake(tcp, acceptor));
+        let handshake =
+            timeout(self.limits.handshake_timeout, handshake::tls(tcp, acceptor, self.address));
         let tls = match self.shutdown.run_until_cancelled(handshake).await {
             None => return,
             Some(Err(_)) => {
@@ -499,41 +417,6 @@ impl Connection {
                 warn!(address = %self.address, principal = %caller, limit, "connection refused: the caller has too many");
                 let reason = format!("{caller} has {limit} connections here already");
                 self.refuse(stream, ErrorReason::TooMany, reason).await;
-            }
-        }
-    }
-
-    /// TLS, or `None` when the peer was refused (and told, and logged).
-    async fn handshake(
-        &self,
-        mut tcp: TcpStream,
-        acceptor: TlsAcceptor,
-    ) -> Option<TlsStream<TcpStream>> {
-        let address = self.address;
-        if let Err(error) = tcp.set_nodelay(true) {
-            debug!(%address, %error, "connection lost");
-            return None;
-        }
-        let mut first = [0];
-        match tcp.peek(&mut first).await {
-            Ok(1) if first[0] == TLS_HANDSHAKE => {}
-            Ok(1) => {
-                warn!(%address, "connection refused: no TLS (plain HTTP?)");
-                answer_plain(&mut tcp).await;
-                return None;
-            }
-            // A port scan or a TCP health check.
-            _ => {
-                debug!(%address, "connection closed without a word");
-                return None;
-            }
-        }
-        match acceptor.accept(tcp).into_fallible().await {
-            Ok(tls) => Some(tls),
-            Err((error, tcp)) => {
-                warn!(%address, reason = handshake_problem(&error), "connection refused in the TLS handshake");
-                linger(tcp).await;
-                None
             }
         }
     }
@@ -679,41 +562,4 @@ fn count(
     let refused =
         || status(ErrorReason::TooMany, format!("{name} has {} open calls here", calls.each()));
     calls.take(name).map(Some).ok_or_else(refused)
-}
-
-/// Tells a plain-HTTP caller what this port is.
-async fn answer_plain(tcp: &mut TcpStream) {
-    let text =
-        "This port speaks HTTP/2 over TLS with client certificates only: use an https:// URL.\n";
-    let answer = format!(
-        "HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{text}",
-        text.len()
-    );
-    if tcp.write_all(answer.as_bytes()).await.is_ok() {
-        linger(tcp).await;
-    }
-}
-
-/// Closes after the peer has: closing with unread bytes resets the connection, and the answer or alert is lost.
-async fn linger(mut tcp: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin) {
-    let until_closed = async {
-        tcp.shutdown().await?;
-        tokio::io::copy(&mut (&mut tcp).take(64 << 10), &mut tokio::io::sink()).await
-    };
-    let _ = timeout(REFUSAL_TIME, until_closed).await;
-}
-
-fn handshake_problem(error: &io::Error) -> String {
-    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-    match tls {
-        Some(rustls::Error::NoCertificatesPresented) => "the peer has no certificate".into(),
-        Some(error @ rustls::Error::InvalidCertificate(_)) => {
-            format!("the peer's certificate {}", describe(error))
-        }
-        Some(rustls::Error::AlertReceived(alert)) => {
-            format!("the peer refused our certificate ({alert:?})")
-        }
-        Some(other) => other.to_string(),
-        None => error.to_string(),
-    }
 }
