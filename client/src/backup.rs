@@ -450,7 +450,13 @@ impl Backup {
         {
             return (Some(disk), Err(error));
         }
-        send(run, session, disk, segments.clone(), &self.scan, &self.stop).await
+        let (url, packing) = (run.link.url(), &self.scan.packing);
+        packing.expect_line(self.gate.ways.memory().line(url, &run.server));
+        let sent = send(run, session, disk, segments.clone(), &self.scan, &self.stop).await;
+        if let Some(rate) = packing.line() {
+            self.gate.ways.memory().note_line(url, &run.server, rate);
+        }
+        sent
     }
 
     /// Takes the run over after its connection broke; returns what the server has received of this disk.

@@ -67,6 +67,7 @@ pub(super) struct Chooser {
     pause: u32,
     next_pause: u32,
     was_slow: bool,
+    has_decided: bool,
 }
 
 impl Chooser {
@@ -84,7 +85,24 @@ impl Chooser {
             pause: 0,
             next_pause: PAUSE.0,
             was_slow: false,
+            has_decided: false,
         }
+    }
+
+    /// Another line, which brought so many bytes a second through when it was used last.
+    pub(super) fn expect_line(&mut self, rate: Option<f64>) {
+        (self.trial, self.was_slow, self.has_decided) = (None, false, false);
+        if let Some(rate) = rate {
+            self.line = rate;
+            self.current = self.best();
+        }
+    }
+
+    /// What the line brings through, as far as that was seen. Of one that nothing waits for, at least so much. `None` also when it is
+    /// waited for and packing doesn't help: then a slow server may only look like a slow line.
+    pub(super) fn line(&self) -> Option<f64> {
+        let is_doubtful = self.was_slow && self.current == 0;
+        (self.has_decided && !is_doubtful).then_some(self.line)
     }
 
     pub(super) fn current(&self) -> Encoding {
@@ -115,6 +133,7 @@ impl Chooser {
 
     /// Decides after a stretch.
     pub(super) fn decide(&mut self, seen: Stretch) -> Encoding {
+        self.has_decided = true;
         let is_slow = seen.waiting >= WAITING && seen.line_rate > 0.0;
         let was_slow = std::mem::replace(&mut self.was_slow, is_slow);
         if let Some(trial) = self.trial.take() {
@@ -272,6 +291,36 @@ mod tests {
         assert_eq!(chooser.current(), Encoding::Zstd);
         let used = World::new(1000.0).play(&mut chooser, 30);
         assert_eq!(chooser.current(), Encoding::None, "{used:?}");
+    }
+
+    #[test]
+    fn what_a_line_was_is_where_the_next_backup_begins() {
+        let mut chooser = Chooser::new(CORES as usize);
+        assert_eq!(chooser.line(), None);
+        World::new(2.4).play(&mut chooser, 20);
+        let thin = chooser.line();
+        let begin = |rate| {
+            let mut chooser = Chooser::new(CORES as usize);
+            chooser.expect_line(rate);
+            assert_eq!(chooser.line(), None, "nothing was seen yet");
+            chooser
+        };
+        assert_eq!(begin(thin).current(), Encoding::Zstd);
+        assert_eq!(World::new(2.4).play(&mut begin(thin), 20), [0, 0, 20]);
+        let used = World::new(1000.0).play(&mut begin(thin), 30);
+        assert!(used[0] >= 25, "at home again: {used:?}");
+        let used = World { share: NOISE, ..World::new(2.4) }.play(&mut begin(thin), 30);
+        assert!(used[0] >= 25, "what doesn't shrink: {used:?}");
+
+        let mut slow_server = Chooser::new(CORES as usize);
+        World { server: 120.0, ..World::new(1000.0) }.play(&mut slow_server, 100);
+        assert_eq!(slow_server.line(), None);
+
+        World::new(1000.0).play(&mut chooser, 30);
+        let fast = chooser.line();
+        assert_eq!(begin(fast).current(), Encoding::None);
+        let used = World::new(2.4).play(&mut begin(fast), 20);
+        assert!(used[2] >= 16, "away from home: {used:?}");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What this machine remembers of its URLs: which one answered last, who it was, and how its host is woken up.
+//! What this machine remembers of its URLs: which one answered last, who it was, how its host is woken up, and how fast the lines are.
 //!
 //! A small file in the cache folder, replaced as a whole. It is worth some time, never a backup: one that is damaged, lost or
 //! of a newer version is as good as none. What was remembered of a URL that left the settings isn't used, and goes a month
@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use janus_proto::{clock::unix_ms, tls::Role};
+use janus_proto::{clock::unix_ms, ids::ServerId, tls::Role};
 use serde::{Deserialize, Serialize};
 
 const VERSION: u32 = 1;
@@ -20,6 +20,8 @@ const MAX_BYTES: u64 = 1 << 20;
 /// How long a URL is remembered that the settings don't name, and how many of them.
 const LEFT_KEPT_MS: i64 = 30 * 86_400_000;
 const LEFT_KEPT: usize = 64;
+/// What a line brings through differs by so much from one time to the next.
+const SAME_LINE: f64 = 0.2;
 
 /// What is known of one URL.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +34,9 @@ pub struct Known {
     /// Those of the servers behind a janus, by their names.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub behind: BTreeMap<String, String>,
+    /// Bytes a second that the line brought through, by the server they went to.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub lines: BTreeMap<String, u64>,
     /// Unix milliseconds since when the settings don't name it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub left_ms: Option<i64>,
@@ -117,6 +122,21 @@ impl Memory {
         let known = self.urls.entry(url.to_owned()).or_default();
         for (server, mac) in macs {
             self.is_new |= known.behind.insert(server.clone(), mac.clone()).as_ref() != Some(mac);
+        }
+    }
+
+    /// What the line to a server by way of a URL brought through, in bytes a second.
+    pub fn line(&self, url: &str, server: &ServerId) -> Option<f64> {
+        self.urls.get(url)?.lines.get(server.as_str()).map(|rate| *rate as f64)
+    }
+
+    /// A line brought so many bytes a second through. About as many as before are no news.
+    pub fn note_line(&mut self, url: &str, server: &ServerId, rate: f64) {
+        let Some(known) = self.urls.get_mut(url) else { return };
+        let before = known.lines.get(server.as_str()).map_or(0.0, |rate| *rate as f64);
+        if (rate - before).abs() > before * SAME_LINE {
+            known.lines.insert(server.to_string(), rate as u64);
+            self.is_new = true;
         }
     }
 
@@ -219,6 +239,27 @@ mod tests {
         let back = Memory::read(folder.path(), &urls(&["a", "b"]));
         assert_eq!(back.urls.len(), 2, "one run with other URLs costs nothing");
         assert!(back.left.is_empty() && back.urls.values().all(|known| known.left_ms.is_none()));
+    }
+
+    #[test]
+    fn the_rate_of_a_line_is_kept_by_url_and_server_while_the_same_host_answers() {
+        let folder = tempfile::tempdir().unwrap();
+        let (a, b) = ("a".parse().unwrap(), "b".parse().unwrap());
+        let url = "https://x:1";
+        let mut memory = Memory::read(folder.path(), &urls(&["x"]));
+        memory.note_line(url, &a, 1e6);
+        assert_eq!(memory.line(url, &a), None, "nobody answered there");
+        memory.note(url, &server("a"));
+        memory.note_line(url, &a, 1e6);
+        memory.write();
+        memory.note_line(url, &a, 1.1e6);
+        assert!(!memory.is_new && memory.line(url, &a) == Some(1e6), "about as many");
+        memory.note_line(url, &a, 2e6);
+        memory.write();
+        let mut same = Memory::read(folder.path(), &urls(&["x"]));
+        assert_eq!((same.line(url, &a), same.line(url, &b)), (Some(2e6), None));
+        same.note(url, &server("z"));
+        assert_eq!(same.line(url, &a), None, "another host");
     }
 
     #[test]

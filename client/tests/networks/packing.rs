@@ -67,6 +67,17 @@ fn as_root_a_line_of_20_mbit_gets_zstd_and_noise_travels_as_it_is() {
     assert!(by("none", "raw_bytes") < 16 * MIB, "{backup}");
     assert!(by("zstd", "wire_bytes") * 2 < by("zstd", "raw_bytes"), "{backup}");
 
+    // Less than buffers take in: the next backup there knows the line.
+    let mut content = fs::read(&path).unwrap();
+    content.copy_within((8 * MIB) as usize..(14 * MIB) as usize, 0);
+    fs::write(&path, &content).unwrap();
+    let server = backup["server"].as_str().unwrap();
+    let delta: Value = client.answer(&["backup", "--server", server]).unwrap();
+    let (mostly, sent, wire) = row("20 Mbit/s", "6 MiB that changed", &delta);
+    assert_eq!(mostly, "zstd");
+    assert!(sent > 5 * MIB && wire * 3 < sent * 2, "{delta}");
+    assert_eq!(delta["packing"]["by"]["none"]["raw_bytes"], 0, "{delta}");
+
     let to = sites.folder().join("back.raw");
     let restored = client.restore("disk", &to).unwrap();
     println!(
