@@ -235,6 +235,11 @@ impl DiskCache {
         known.map(|(server, _)| server.clone()).collect()
     }
 
+    /// Size that the disk had at the last backup, where that is another one than now.
+    pub fn resized_from(&self) -> Option<u64> {
+        self.shared.read().state.resized_from
+    }
+
     /// Where the change journal stood when T was the disk's content; empty: unknown, everything must be read.
     pub fn cursor(&self) -> Vec<u8> {
         self.shared.read().state.cursor.bytes().to_vec()

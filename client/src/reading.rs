@@ -115,6 +115,8 @@ pub struct Known<'a> {
     pub disk: &'a str,
     /// What the last committed run left, see [`Reading::memory`].
     pub memory: Option<Memory>,
+    /// Size of the disk at that run and now, where they differ: what it left is forgotten then.
+    pub resized: Option<(u64, u64)>,
     /// What hashes are of now, see [`Memory::kind`].
     pub kind: &'a str,
     /// Counts as zeros.
@@ -341,7 +343,10 @@ fn distrust(known: &Known<'_>, journals: &[Journalled<'_>], policy: Policy) -> O
     if journals.is_empty() {
         return Some(Distrust::NoJournal);
     }
-    let Some(memory) = &known.memory else { return Some(Distrust::NoCursor) };
+    let Some(memory) = &known.memory else {
+        let resized = |(old, new)| Distrust::Resized { old, new };
+        return Some(known.resized.map_or(Distrust::NoCursor, resized));
+    };
     if let Some((offset, at)) = memory.missed {
         let date = time::OffsetDateTime::from_unix_timestamp(at).map(|at| at.date().to_string());
         let (date, disk) = (date.unwrap_or_default(), known.disk.to_owned());

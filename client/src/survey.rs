@@ -113,6 +113,7 @@ impl Choice {
         let known = Known {
             disk: source.disk_id().as_str(),
             memory: cache.and_then(|cache| Memory::parse(&cache.cursor())),
+            resized: cache.and_then(DiskCache::resized_from).map(|old| (old, source.size_bytes())),
             kind: seal.map_or("", DiskSeal::kind),
             zeros,
             volumes: surveyed,

@@ -42,6 +42,8 @@ pub(super) struct State {
     pub(super) layers: Vec<PlacedLayer>,
     pub(super) servers: Servers,
     pub(super) cursor: Cursor,
+    /// Size of the disk when it was stored, where that is another one.
+    pub(super) resized_from: Option<u64>,
 }
 
 /// A layer and from which block on it no longer counts.
@@ -77,6 +79,7 @@ impl State {
             layers: Vec::new(),
             servers: Servers::new(),
             cursor: Cursor::default(),
+            resized_from: None,
         }
     }
 
@@ -116,6 +119,7 @@ impl State {
             Arc::make_mut(&mut known.changed).add_tail(first);
             known.stored = None;
         }
+        self.resized_from = Some(self.size_bytes);
         self.size_bytes = size_bytes;
         self.cursor = Cursor::default();
     }

@@ -31,7 +31,15 @@ fn nothing() -> Result<Changes, Distrust> {
 }
 
 fn known(memory: Option<Memory>, now: i64) -> Known<'static> {
-    Known { disk: "d", memory, kind: "", zeros: Ranges::new(), volumes: Vec::new(), now }
+    Known {
+        disk: "d",
+        memory,
+        resized: None,
+        kind: "",
+        zeros: Ranges::new(),
+        volumes: Vec::new(),
+        now,
+    }
 }
 
 /// What a first run leaves.

@@ -341,7 +341,15 @@ mod readings {
             Journalled { start: 0, len: SIZE, name: "d".into(), journal: Box::new(Says(changes)) };
         let memory = Some(Memory { skipped, ..Memory::default() });
         let zeros = bytes_of(kinds, Kind::Zeros);
-        let known = Known { disk: "d", memory, kind: "", zeros, volumes: Vec::new(), now: 0 };
+        let known = Known {
+            disk: "d",
+            memory,
+            resized: None,
+            kind: "",
+            zeros,
+            volumes: Vec::new(),
+            now: 0,
+        };
         Reading::plan(known, &[journal], Policy { audit_percent: 10, ..Policy::default() })
     }
 
