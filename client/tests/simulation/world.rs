@@ -119,7 +119,7 @@ impl World {
             machines.spawn(machine.run(paces.clone()));
         }
         drop(paces);
-        let chaos = Duration::from_secs(rng.random_range(60..150));
+        let chaos = Duration::from_secs(rng.random_range(40..120));
         let story = async {
             world.live_through(&mut rng, &pace, chaos).await;
             drop(pace);
