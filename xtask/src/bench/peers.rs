@@ -161,7 +161,7 @@ impl Run<'_> {
         if self.peer == Peer::Restic {
             command.stdin(File::open(live)?);
         }
-        let mut row = self.measured(what, command)?;
+        let mut row = self.measured(what, command, None)?;
         row.stored_bytes = Some(disk::allocated_below(&self.repository).saturating_sub(before));
         Ok(row)
     }
@@ -184,21 +184,28 @@ impl Run<'_> {
                 out.join("disk.img"),
             ),
         };
-        let row = self.measured("restore", command)?;
-        ensure!(restored.exists(), "{:?} restored nothing to {}", self.peer, restored.display());
+        // A restore of ours ends with a sync, too.
+        let row = self.measured("restore, synced", command, Some(&restored))?;
         assert_equal(self.images, &restored, true)?;
         Ok(row)
     }
 
-    fn measured(&self, what: &str, mut command: Command) -> Result<Row> {
+    fn measured(&self, what: &str, mut command: Command, written: Option<&Path>) -> Result<Row> {
         let log = File::create(self.home.join("log"))?;
         command.stdout(Stdio::null()).stderr(log);
         let started = Instant::now();
         let mut child =
             command.spawn().with_context(|| format!("run {}", self.program.display()))?;
-        let (status, used, took) = measure::wait(&mut child, started, Duration::MAX)?;
+        let (status, used, _) = measure::wait(&mut child, started, Duration::MAX)?;
         let said = std::fs::read_to_string(self.home.join("log")).unwrap_or_default();
         ensure!(status.success(), "{:?} {what}: {status}: {}", self.peer, said.trim());
+        if let Some(path) = written {
+            let synced = File::open(path).and_then(|file| file.sync_all());
+            synced.with_context(|| {
+                format!("{:?} restored nothing to {}", self.peer, path.display())
+            })?;
+        }
+        let took = started.elapsed();
         let name = format!("{:?}", self.peer).to_lowercase();
         let mut row = self.images.row(&name, what, took.as_secs_f64());
         row.cpu_seconds_per_gib.push((name.clone(), used.cpu_seconds / self.images.gib()));
