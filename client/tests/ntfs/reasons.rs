@@ -43,9 +43,8 @@ fn name(reason: &Distrust) -> &'static str {
     }
 }
 
-/// All but two. "unreadable" takes a server that tells a bitmap's name and not its bits: `nbd::tests` has one. "resized" is of a volume
-/// on a disk that stays as large, see `reading::tests`; of another disk nothing is remembered.
-const NAMES: [&str; 21] = [
+/// All but one. "unreadable" takes a server that tells a bitmap's name and not its bits: `nbd::tests` has one.
+const NAMES: [&str; 22] = [
     "no journal",
     "no cursor",
     "other kind",
@@ -56,6 +55,7 @@ const NAMES: [&str; 21] = [
     "bitmap gone",
     "inconsistent",
     "granularity",
+    "resized",
     "untracked",
     "recreated",
     "deleted",
@@ -235,7 +235,7 @@ fn of_an_image(told: &mut Told, site: &Site) {
     told.forecast_like(&client, |what| Distrust::Untracked { what }, "was turned off");
     fs::write(&image, &then).unwrap();
     qemu::run("qemu-img", &["resize", "-q", path, "80M"]);
-    told.forecast(&client, &Distrust::NoCursor);
+    told.forecast(&client, &Distrust::Resized { old: 64 * MIB, new: 80 * MIB });
     fs::write(&image, &then).unwrap();
     qemu::crash(&image, "write -q -P 2 40M 1M");
     told.forecast(&client, &Distrust::Inconsistent { name });
