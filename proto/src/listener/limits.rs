@@ -36,7 +36,7 @@ pub struct Limits {
     /// Open connections of peers that have proved who they are; more are closed at once, so that a caller goes to another server
     /// instead of waiting.
     pub max_connections: usize,
-    /// The same for peers without a certificate, where a [`Door`] lets them in …
+    /// The same for peers without a certificate, where a [`Door`](super::Door) lets them in …
     pub max_strangers: usize,
     /// … who must have done after this time.
     pub stranger_time: Duration,
