@@ -156,7 +156,13 @@ impl Backup {
             trace::note("backup_id", run.plan.backup_id);
             trace::note("server", &run.server);
             skipped.append(&mut run.skipped.clone());
-            match self.transfer(&mut run).await {
+            let line = self.gate.ways.memory().line(run.link.url(), &run.server);
+            self.scan.packing.expect_line(line);
+            let transferred = self.transfer(&mut run).await;
+            if let Some(rate) = self.scan.packing.line() {
+                self.gate.ways.memory().note_line(run.link.url(), &run.server, rate);
+            }
+            match transferred {
                 Ok(disks) => {
                     return Ok(BackupReport {
                         backup_id: run.plan.backup_id,
@@ -450,13 +456,7 @@ impl Backup {
         {
             return (Some(disk), Err(error));
         }
-        let (url, packing) = (run.link.url(), &self.scan.packing);
-        packing.expect_line(self.gate.ways.memory().line(url, &run.server));
-        let sent = send(run, session, disk, segments.clone(), &self.scan, &self.stop).await;
-        if let Some(rate) = packing.line() {
-            self.gate.ways.memory().note_line(url, &run.server, rate);
-        }
-        sent
+        send(run, session, disk, segments.clone(), &self.scan, &self.stop).await
     }
 
     /// Takes the run over after its connection broke; returns what the server has received of this disk.

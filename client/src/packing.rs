@@ -190,7 +190,7 @@ impl Packing {
 
     /// What this line brings through, in bytes a second, once enough has travelled to tell.
     pub fn line(&self) -> Option<f64> {
-        if self.wish == Wish::Auto { self.lock().chooser.line() } else { None }
+        self.lock().chooser.line()
     }
 
     /// Packs a message.

@@ -7,7 +7,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::FlockOperation;
 
 /// A program and the Debian package that brings it.
 #[derive(Debug, Clone, Copy)]
@@ -216,7 +215,7 @@ fn alone(what: &str) -> Result<File> {
     let tools = crate::site::target().join("tools");
     std::fs::create_dir_all(&tools)?;
     let lock = File::create(tools.join(format!("{what}.lock")))?;
-    rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+    lock.lock()?;
     Ok(lock)
 }
 
