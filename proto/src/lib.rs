@@ -12,6 +12,7 @@ pub mod pb {
 }
 
 mod cached;
+mod huge;
 mod outside;
 
 #[cfg(feature = "archive")]
