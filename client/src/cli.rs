@@ -81,7 +81,7 @@ pub fn loader() -> Loader<Settings> {
         ("pre_backup", "Program, with its arguments, that runs before a backup"),
         ("post_backup", "Program, with its arguments, that runs after it, also when it failed"),
         ("hook_seconds", "Longest time that each of both may take"),
-        ("hash_threads", "Threads that read and hash; 0: two for each core"),
+        ("hash_threads", "Threads that read and hash; 0: one for each core, and eight where reads wait for the disk"),
         ("skip_free", "Count free space of NTFS, ext4 and XFS as zeros"),
         ("skip_volumes", "Volumes to count as zeros: DISK/NUMBER"),
         ("full_compare_runs", "Everything is compared after so many backups; 0: not for that"),

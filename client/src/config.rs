@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     enroll::Files, frozen::Wish, link::Direct, nbd, notify::NotifySettings, packing,
-    reading::Policy, schedule::ScheduleSettings, survey::Choice, wake,
+    reading::Policy, scan::Threads, schedule::ScheduleSettings, survey::Choice, wake,
 };
 
 /// Settings as they stand in the file; see `client.example.toml`.
@@ -54,7 +54,7 @@ pub struct Settings {
     pub post_backup: Vec<String>,
     /// Longest time each of both may take.
     pub hook_seconds: u64,
-    /// Threads that read and hash; 0: two for each core.
+    /// Threads that read and hash; 0: one for each core, and eight where reads wait for the disk.
     pub hash_threads: usize,
     /// Count free space of NTFS, ext4 and XFS as zeros.
     pub skip_free: bool,
@@ -365,11 +365,10 @@ impl Settings {
     }
 
     /// Threads that read and hash.
-    pub fn threads(&self) -> usize {
+    pub fn threads(&self) -> Threads {
         match self.hash_threads {
-            // The disk works for one while another hashes.
-            0 => 2 * std::thread::available_parallelism().map_or(1, NonZero::get),
-            threads => threads.min(64),
+            0 => Threads::of_cores(std::thread::available_parallelism().map_or(1, NonZero::get)),
+            threads => Threads { near: threads.min(64), far: threads.min(64) },
         }
     }
 

@@ -15,7 +15,8 @@ use crate::{
     packing::Packing,
     reading::{Reading, Surveyed, Zeros},
     scan::{
-        Event, HashTable, Nothing, ScanError, ScanJob, Scanned, Segments, SessionContent, scan,
+        Event, HashTable, Nothing, ScanError, ScanJob, Scanned, Segments, SessionContent, Threads,
+        scan,
     },
     segment_bits::SegmentBits,
     transfer::disk::{CacheTable, count_below},
@@ -116,7 +117,7 @@ pub enum DryRunError {
 /// When the disk or its cache can't be read, or `stop` asks.
 pub fn forecast(
     disk: &Disk,
-    threads: usize,
+    threads: Threads,
     stop: &CancellationToken,
 ) -> Result<Forecast, DryRunError> {
     let reading = disk.reading.now(disk.cache.as_ref().and_then(DiskCache::cursor_digest));
@@ -132,7 +133,7 @@ pub fn forecast(
 fn read(
     disk: &Disk,
     reading: Arc<Reading>,
-    threads: usize,
+    threads: Threads,
     stop: &CancellationToken,
 ) -> Result<Forecast, DryRunError> {
     let servers = disk.cache.as_ref().map(DiskCache::servers).unwrap_or_default();

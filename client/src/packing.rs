@@ -2,8 +2,7 @@
 //!
 //! Threads that read pack what they find; the end that sends says how long it waited for the line, and packs what was found
 //! before the line turned out to be slow. Data that doesn't shrink travels as it is. Shared by all of a backup: what was learnt
-//! outlives a lost connection. What the line brought through is where the next backup begins: windows and buffers take in 12 MiB
-//! before a line is seen to be slow, more than most deltas have.
+//! outlives a lost connection. What the line brought through is where the next backup begins.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -186,6 +185,12 @@ impl Packing {
     /// What follows travels by another line, or by the first one; `rate` is what that brought through earlier, in bytes a second.
     pub fn expect_line(&self, rate: Option<f64>) {
         self.lock().chooser.expect_line(rate);
+    }
+
+    /// True while it is unknown whether the line is worth packing for: little should be on its way then, since what is can't be
+    /// packed any more.
+    pub fn is_new_to_line(&self) -> bool {
+        self.wish == Wish::Auto && self.lock().chooser.is_new_to_line()
     }
 
     /// What this line brings through, in bytes a second, once enough has travelled to tell.

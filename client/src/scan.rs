@@ -6,10 +6,11 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Condvar, Mutex, MutexGuard, PoisonError,
+        Condvar, Mutex, MutexGuard, Once, PoisonError,
         atomic::{AtomicU64, Ordering},
         mpsc::{RecvTimeoutError, SyncSender, sync_channel},
     },
+    thread::Scope,
     time::Duration,
 };
 
@@ -120,8 +121,25 @@ pub struct ScanJob<'a> {
     pub segments: Segments,
     /// How data is packed.
     pub packing: &'a Packing,
-    /// Worker threads, at least one.
-    pub threads: usize,
+    /// Worker threads.
+    pub threads: Threads,
+}
+
+/// How many threads read and hash. What is in memory keeps a core busy with each of them; a disk is kept busy by reads
+/// that wait in its queue while others' data is hashed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Threads {
+    /// From the start on; at least one.
+    pub near: usize,
+    /// Once a read waits for the disk.
+    pub far: usize,
+}
+
+impl Threads {
+    /// One for each core, and eight where reads wait, but no more than there are segments in flight.
+    pub fn of_cores(cores: usize) -> Self {
+        Self { near: cores, far: cores.max((8 * cores).min(WINDOW as usize)) }
+    }
 }
 
 /// One segment, scanned.
@@ -162,13 +180,14 @@ pub fn scan<E>(
         Segments::From(first) => segment_count(job.source.size_bytes()).saturating_sub(*first),
         Segments::List(list) => list.len() as u64,
     };
-    let next = AtomicU64::new(0);
     // As many places as the window: a worker never waits here.
     let (done, results) = sync_channel(WINDOW as usize);
+    let crew =
+        Crew { job, tickets, next: AtomicU64::new(0), window: &window, is_whole: Once::new() };
     std::thread::scope(|scope| {
-        for _ in 0..job.threads.max(1) {
-            let (done, next, window) = (done.clone(), &next, &window);
-            scope.spawn(move || work(job, tickets, next, window, &done));
+        for _ in 0..job.threads.near.max(1) {
+            let (crew, done) = (&crew, done.clone());
+            scope.spawn(move || crew.work(scope, &done));
         }
         drop(done);
         let _stop = StopOnDrop(&window);
@@ -200,25 +219,41 @@ pub fn scan<E>(
 
 type Ticket = (u64, Result<Box<Scanned>, ScanError>);
 
-fn work(
-    job: &ScanJob<'_>,
+/// What the worker threads share.
+struct Crew<'a> {
+    job: &'a ScanJob<'a>,
     tickets: u64,
-    next: &AtomicU64,
-    window: &Window,
-    done: &SyncSender<Ticket>,
-) {
-    let mut worker = worker::Worker::new(job);
-    loop {
-        let ticket = next.fetch_add(1, Ordering::Relaxed);
-        if ticket >= tickets || !window.wait_for(ticket) {
-            return;
+    next: AtomicU64,
+    window: &'a Window,
+    /// Done when those for reads that wait are there, too.
+    is_whole: Once,
+}
+
+impl Crew<'_> {
+    fn work<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, done: &SyncSender<Ticket>) {
+        let mut worker = worker::Worker::new(self.job);
+        loop {
+            let ticket = self.next.fetch_add(1, Ordering::Relaxed);
+            if ticket >= self.tickets || !self.window.wait_for(ticket) {
+                return;
+            }
+            let segment = match &self.job.segments {
+                Segments::From(first) => first + ticket,
+                Segments::List(list) => list[ticket as usize],
+            };
+            if !self.is_whole.is_completed() && worker.waits_for(segment) {
+                self.is_whole.call_once(|| self.complete(scope, done));
+            }
+            if done.send((ticket, worker.segment(segment))).is_err() {
+                return;
+            }
         }
-        let segment = match &job.segments {
-            Segments::From(first) => first + ticket,
-            Segments::List(list) => list[ticket as usize],
-        };
-        if done.send((ticket, worker.segment(segment))).is_err() {
-            return;
+    }
+
+    fn complete<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, done: &SyncSender<Ticket>) {
+        for _ in self.job.threads.near.max(1)..self.job.threads.far {
+            let done = done.clone();
+            scope.spawn(move || self.work(scope, &done));
         }
     }
 }

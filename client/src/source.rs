@@ -3,6 +3,7 @@
 use std::{
     fs::{File, OpenOptions},
     io,
+    ops::Range,
     os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
@@ -344,6 +345,11 @@ impl Source {
             Some(snapshot) => SourceError::Snapshot { path, snapshot, offset, source },
             None => SourceError::Read { path, offset, source },
         }
+    }
+
+    /// True when `range` can be read without waiting for a disk or a network, as far as is known.
+    pub fn is_near(&self, range: Range<u64>) -> bool {
+        self.medium().is_near(range)
     }
 
     /// The stretch that starts at `offset`: a hole or data, up to the end of the disk at most.

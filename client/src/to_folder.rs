@@ -25,7 +25,7 @@ use crate::{
     packing::Packing,
     progress::Progress,
     reading::Reading,
-    scan::{Event, Nothing, ScanError, ScanJob, Scanned, Segments, SessionContent, scan},
+    scan::{Event, Nothing, ScanError, ScanJob, Scanned, Segments, SessionContent, Threads, scan},
     seal::SealedDisk,
     segment_bits::SegmentBits,
 };
@@ -74,7 +74,7 @@ pub struct FolderJob {
     /// Unix milliseconds before anything of the disks was read or held still.
     pub taken_ms: i64,
     /// Threads that read and hash.
-    pub threads: usize,
+    pub threads: Threads,
     /// What is shown meanwhile.
     pub progress: Arc<Progress>,
     /// Asks it to stop.

@@ -69,6 +69,11 @@ impl DirectFile {
         &self.file
     }
 
+    /// True when most of these bytes are known to be in memory, so that a read of them doesn't wait for the disk.
+    pub fn is_in_memory(&self, offset: u64, len: usize) -> bool {
+        self.cached(offset, len) == Some(true)
+    }
+
     /// Fills `buffer` from byte `offset`. Past the cache when `buffer` starts where a page starts, as a [`Buffer`] does.
     ///
     /// # Errors
@@ -76,7 +81,7 @@ impl DirectFile {
     pub fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let is_aligned = buffer.as_ptr().addr().is_multiple_of(ALIGN);
         let done = match self.direct(offset, buffer.len(), LEAST_READ) {
-            Some(direct) if is_aligned && !self.is_cached(offset, buffer.len()) => {
+            Some(direct) if is_aligned && self.cached(offset, buffer.len()) == Some(false) => {
                 let whole = buffer.len() - buffer.len() % ALIGN;
                 self.read_direct(direct, &mut buffer[..whole], offset)?
             }
@@ -111,11 +116,13 @@ impl DirectFile {
         self.direct.as_ref().filter(|_| is_suitable && !self.refused.load(Ordering::Relaxed))
     }
 
-    /// True when the cache holds most of these bytes as they are, or can't say.
-    fn is_cached(&self, offset: u64, len: usize) -> bool {
+    /// Whether the cache holds most of these bytes as they are; `None` when it can't say.
+    fn cached(&self, offset: u64, len: usize) -> Option<bool> {
         let len = len as u64;
-        !self.is_device
-            && cached_bytes(&self.file, offset, len).is_none_or(|cached| cached > len / 2)
+        match self.is_device {
+            true => Some(false),
+            false => cached_bytes(&self.file, offset, len).map(|cached| cached > len / 2),
+        }
     }
 
     fn read_direct(&self, direct: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {

@@ -19,10 +19,10 @@ const CACHE_BYTES: u64 = 16 << 20;
 const SUM_BYTES: usize = 16;
 /// sled queues thousands of accesses before it evicts a page (measured: memory grows to the size of the payload), so
 /// the database is reopened after this much, unless opening is so slow that it would be felt: all who scan wait for it ...
-const WINDOW_BYTES: u64 = 8 << 20;
-const WINDOW_PER_OPEN: u32 = 50;
+const WINDOW_BYTES: u64 = 32 << 20;
+const WINDOW_PER_OPEN: u32 = 100;
 /// ... but then at the latest.
-const MAX_WINDOW_BYTES: u64 = 8 * WINDOW_BYTES;
+const MAX_WINDOW_BYTES: u64 = 2 * WINDOW_BYTES;
 /// A closed database's lock may outlive it for a moment in sled's own threads.
 const REOPEN_PATIENCE: Duration = Duration::from_secs(10);
 

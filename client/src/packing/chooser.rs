@@ -92,8 +92,8 @@ impl Chooser {
     /// Another line, which brought so many bytes a second through when it was used last.
     pub(super) fn expect_line(&mut self, rate: Option<f64>) {
         (self.trial, self.was_slow, self.has_decided) = (None, false, false);
-        if let Some(rate) = rate {
-            self.line = rate;
+        self.line = rate.unwrap_or_default();
+        if rate.is_some() {
             self.current = self.best();
         }
     }
@@ -103,6 +103,11 @@ impl Chooser {
     pub(super) fn line(&self) -> Option<f64> {
         let is_doubtful = self.was_slow && self.current == 0;
         (self.has_decided && !is_doubtful).then_some(self.line)
+    }
+
+    /// True while nothing at all is known of the line.
+    pub(super) fn is_new_to_line(&self) -> bool {
+        !self.has_decided && self.line == 0.0
     }
 
     pub(super) fn current(&self) -> Encoding {

@@ -62,7 +62,7 @@ fn job<'a>(source: &'a Source, table: &'a Table, content: SessionContent) -> Sca
         must: &none,
         segments: Segments::From(0),
         packing: &UNPACKED,
-        threads: 2,
+        threads: Threads { near: 1, far: 3 },
     }
 }
 

@@ -81,6 +81,13 @@ impl<'a> Worker<'a> {
         }
     }
 
+    /// True when the segment has data that must be fetched from a disk or over a network.
+    pub(super) fn waits_for(&mut self, segment: u64) -> bool {
+        let start = segment * SEGMENT_BYTES;
+        let end = (start + SEGMENT_BYTES).min(self.size_bytes);
+        !self.is_hole(start, end) && !self.job.source.is_near(start..end)
+    }
+
     pub(super) fn segment(&mut self, segment: u64) -> Result<Box<Scanned>, ScanError> {
         let must = (self.job.must)(segment);
         let reading = self.job.reading.segment(segment, self.size_bytes);

@@ -80,6 +80,10 @@ impl Medium for FileMedium {
         self.file.read_exact_at(buffer, offset)
     }
 
+    fn is_near(&self, range: Range<u64>) -> bool {
+        self.file.is_in_memory(range.start, (range.end - range.start) as usize)
+    }
+
     fn stretch(&self, offset: u64) -> Stretch {
         let all = Stretch { end: self.size_bytes, hole: false };
         if !self.tells_holes.load(Ordering::Relaxed) {

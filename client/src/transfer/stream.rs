@@ -12,7 +12,11 @@ use janus_proto::{
     ids::{SEGMENT_BLOCKS, block_count},
     pb::WriteBlocksRequest,
 };
-use tokio::{runtime::Handle, sync::mpsc};
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, watch},
+    time::timeout,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -21,12 +25,17 @@ use super::{Run, Session, TransferError, disk::DiskTransfer};
 use crate::{
     link::LinkError,
     packing::{Packing, Sent},
-    scan::{Event, HashTable, ScanError, ScanJob, Scanned, Segments, scan},
+    scan::{Event, HashTable, ScanError, ScanJob, Scanned, Segments, Threads, scan},
 };
 
 const WRITING: &str = "sending blocks";
 /// Messages between the scan and the network, 1 MiB each at most.
 const QUEUED: usize = 4;
+/// Messages on their way while nothing is known of the line: windows and socket buffers would take in 12 MiB before it was seen to be
+/// slow, more than most deltas have.
+const ON_A_NEW_LINE: u64 = 2;
+/// Longest wait for one of them; a server that doesn't count what it received is never waited for again.
+const COUNTED_WITHIN: Duration = Duration::from_secs(5);
 /// A stream on which nothing moves for this long is given up.
 const STALL: Duration = Duration::from_secs(90);
 
@@ -34,7 +43,7 @@ const STALL: Duration = Duration::from_secs(90);
 #[derive(Debug, Clone)]
 pub struct ScanSettings {
     /// Threads that read and hash.
-    pub threads: usize,
+    pub threads: Threads,
     /// How data is packed.
     pub packing: Arc<Packing>,
 }
@@ -52,12 +61,16 @@ pub async fn send(
     stop: &CancellationToken,
 ) -> (Option<DiskTransfer>, Result<(), TransferError>) {
     let (sender, receiver) = mpsc::channel(QUEUED);
+    let (count, counted) = watch::channel(0);
     let ended = CancellationToken::new();
     let life = Arc::new(Life::new());
     let mut writer = Writer {
         sender,
         ended: ended.clone(),
         life: life.clone(),
+        sent: 0,
+        counted,
+        is_counted: true,
         handle: Handle::current(),
         first: Some((session.id.to_string(), run.epoch)),
         settled: 0,
@@ -73,7 +86,7 @@ pub async fn send(
     });
     let request = run.address().request(ReceiverStream::new(receiver), None);
     let call = tokio::select! {
-        answer = write(run, request, &life) => answer.map_err(TransferError::from),
+        answer = write(run, request, &life, &count) => answer.map_err(TransferError::from),
         error = life.watch() => Err(error.into()),
         () = stop.cancelled() => Err(TransferError::Interrupted),
     };
@@ -101,6 +114,7 @@ async fn write(
     run: &Run,
     request: tonic::Request<ReceiverStream<WriteBlocksRequest>>,
     life: &Life,
+    count: &watch::Sender<u64>,
 ) -> Result<(), LinkError> {
     let mut answers = run
         .link
@@ -113,6 +127,7 @@ async fn write(
     while let Some(answer) = answers.message().await.map_err(LinkError::call(WRITING))? {
         life.note();
         life.acknowledged.fetch_max(answer.received_block, Ordering::Relaxed);
+        count.send_replace(answer.received_messages);
         tracing::trace!(
             received = answer.received_block,
             durable = answer.durable_block,
@@ -125,7 +140,7 @@ async fn write(
 fn scan_into(
     disk: &mut DiskTransfer,
     table: &dyn HashTable,
-    (segments, threads): (Segments, usize),
+    (segments, threads): (Segments, Threads),
     writer: &mut Writer,
 ) -> Result<(), ScanError> {
     let whole = matches!(segments, Segments::From(_));
@@ -166,6 +181,12 @@ struct Writer {
     sender: mpsc::Sender<WriteBlocksRequest>,
     ended: CancellationToken,
     life: Arc<Life>,
+    /// Messages of this stream so far.
+    sent: u64,
+    /// How many of them the server has received, as far as is known here.
+    counted: watch::Receiver<u64>,
+    /// As far as was seen, the server says so in time.
+    is_counted: bool,
     handle: Handle,
     /// Session and epoch, for the first message.
     first: Option<(String, u64)>,
@@ -205,9 +226,18 @@ impl Writer {
     fn send(&mut self, batch: Option<janus_proto::pb::BlockBatch>) -> Result<(), ScanError> {
         let (session_id, epoch) = self.first.take().unwrap_or_default();
         let message = WriteBlocksRequest { session_id, epoch, batch, settled_block: self.settled };
+        self.sent += 1;
+        let (sent, is_careful) = (self.sent, self.is_counted && self.packing.is_new_to_line());
         let sent = self.handle.block_on(async {
+            let few = self.counted.wait_for(|counted| counted + ON_A_NEW_LINE >= sent);
+            let send = async {
+                if is_careful {
+                    self.is_counted = timeout(COUNTED_WITHIN, few).await.is_ok();
+                }
+                self.sender.send(message).await.is_ok()
+            };
             tokio::select! {
-                sent = self.sender.send(message) => sent.is_ok(),
+                sent = send => sent,
                 () = self.ended.cancelled() => false,
             }
         });
