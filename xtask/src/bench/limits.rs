@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::Result;
+use memmap2::{Advice, MmapMut};
 use rustix::fs::OFlags;
 
 use super::{Images, Row};
@@ -18,6 +19,7 @@ use crate::disk;
 
 const PIECE: u64 = 1 << 20;
 const BLOCK: usize = 4096;
+const HUGE_PAGE: usize = 2 << 20;
 const ZERO: [u8; BLOCK] = [0; BLOCK];
 
 /// Times of the limits, in seconds.
@@ -62,7 +64,7 @@ pub(super) fn read_all(path: &Path) -> Result<()> {
 
 /// Hashes what isn't a hole in pieces of 1 MiB, each as one tree, which is the fastest way to use BLAKE3.
 fn hash_all(path: &Path) -> Result<()> {
-    on_threads(cores(), &File::open(path)?, PIECE, |bytes| {
+    on_threads((cores(), Pages::Small), &File::open(path)?, PIECE, |bytes| {
         if bytes.chunks(BLOCK).any(|block| block != &ZERO[..block.len()]) {
             std::hint::black_box(blake3::hash(bytes));
         }
@@ -71,22 +73,36 @@ fn hash_all(path: &Path) -> Result<()> {
 
 /// The same in pieces that stay in a core's cache, whatever they hold.
 pub(super) fn hash_pieces(path: &Path) -> Result<()> {
-    on_threads(cores(), &File::open(path)?, PIECE / 4, |bytes| {
+    on_threads((cores(), Pages::Small), &File::open(path)?, PIECE / 4, |bytes| {
         std::hint::black_box(blake3::hash(bytes));
     })
 }
 
+/// Pages that a disk reads into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pages {
+    /// Those of any program.
+    Small,
+    /// Huge ones: a disk is asked for one place in memory instead of 256.
+    Huge,
+}
+
 /// Reads what isn't a hole past the page cache, with two reads at a time for each core.
-pub(super) fn read_direct(path: &Path) -> Result<()> {
+pub(super) fn read_direct(path: &Path, pages: Pages) -> Result<()> {
     let flags = OFlags::DIRECT.bits().cast_signed();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-    on_threads(2 * cores(), &file, PIECE, |bytes| {
+    on_threads((2 * cores(), pages), &file, PIECE, |bytes| {
         std::hint::black_box(bytes);
     })
 }
 
 /// Reads what isn't a hole in pieces of `piece` bytes, on so many threads.
-fn on_threads(threads: usize, file: &File, piece: u64, work: impl Fn(&[u8]) + Sync) -> Result<()> {
+fn on_threads(
+    (threads, pages): (usize, Pages),
+    file: &File,
+    piece: u64,
+    work: impl Fn(&[u8]) + Sync,
+) -> Result<()> {
     let pieces: Vec<_> = disk::written_ranges(file)?
         .into_iter()
         .flat_map(|range| {
@@ -96,10 +112,12 @@ fn on_threads(threads: usize, file: &File, piece: u64, work: impl Fn(&[u8]) + Sy
     let next = AtomicUsize::new(0);
     let read = || -> Result<()> {
         // Past the page cache memory must start where a page does.
-        let mut memory = vec![0; piece as usize + BLOCK];
-        let start = memory.as_ptr().align_offset(BLOCK);
+        let mut memory = MmapMut::map_anon(HUGE_PAGE.max(piece as usize))?;
+        if pages == Pages::Huge {
+            memory.advise(Advice::HugePage)?;
+        }
         while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let bytes = &mut memory[start..][..(piece.end - piece.start) as usize];
+            let bytes = &mut memory[..(piece.end - piece.start) as usize];
             file.read_exact_at(bytes, piece.start)?;
             work(bytes);
         }
