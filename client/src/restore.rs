@@ -23,6 +23,7 @@ use crate::{
     catalog::Found,
     packing::Wish,
     progress::Progress,
+    scan::Threads,
     seal::{DiskSeal, Keys},
     snapshot::{Opened, SnapshotMedium, opened::Reach, select},
     tables::Share,
@@ -100,8 +101,8 @@ pub struct Restore {
     pub partial: Option<PathBuf>,
     /// How data may be packed.
     pub packing: Wish,
-    /// Threads that read and hash the target, and as many that check and write.
-    pub threads: usize,
+    /// Threads that read and hash the target, and those that check and write.
+    pub threads: Threads,
     /// What is shown meanwhile.
     pub progress: Arc<Progress>,
     /// Asks it to stop.
@@ -211,7 +212,7 @@ impl Restore {
         let work =
             Work { is_away, ..self.work(target, &counts, sources, segments.clone(), &digests) };
         let survey = Survey::new(target, &digests, size_bytes, segments, &counts);
-        let mut survey = survey.start(self.threads);
+        let mut survey = survey.start(self.threads.far);
         let worked = tokio::select! {
             biased;
             () = self.stop.cancelled() => Err(RestoreError::Interrupted),
@@ -275,7 +276,7 @@ impl Restore {
             segments,
             table: Table::new(digests.clone(), hash_bytes),
             queue: Queue::new(sources.len()),
-            writers: Writers::start(self.threads, target),
+            writers: Writers::start(self.threads.for_messages(), target),
             counts: counts.clone(),
             sources,
             is_away: false,
@@ -486,7 +487,8 @@ impl Restore {
         if !self.verify {
             return Ok(());
         }
-        let read_back = verify::read_back(target, size_bytes, digests, lost, counts, self.threads);
+        let read_back =
+            verify::read_back(target, size_bytes, digests, lost, counts, self.threads.far);
         let differs = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(RestoreError::Interrupted),

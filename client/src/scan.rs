@@ -140,6 +140,11 @@ impl Threads {
     pub fn of_cores(cores: usize) -> Self {
         Self { near: cores, far: cores.max((8 * cores).min(WINDOW as usize)) }
     }
+
+    /// Those for messages, of which several wait for each: some write while others check.
+    pub fn for_messages(self) -> usize {
+        self.far.min(2 * self.near)
+    }
 }
 
 /// One segment, scanned.

@@ -102,7 +102,7 @@ fn restore_to(
         verify: matches.get_flag("verify"),
         partial: matches.get_one::<String>("partial").map(PathBuf::from),
         packing: settings.encoding()?,
-        threads: settings.threads().far,
+        threads: settings.threads(),
         progress: Progress::new(0),
         stop: context.stop.clone(),
     };
