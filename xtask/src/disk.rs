@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 
 use crate::{noise::Noise, packages};
 
@@ -304,6 +304,33 @@ pub fn files_below(path: &Path) -> Result<Vec<PathBuf>> {
         files.extend(files_below(&entry?.path())?);
     }
     Ok(files)
+}
+
+/// Takes a file out of the page cache.
+///
+/// # Errors
+/// When it can't be opened or synced.
+pub fn forget(path: &Path) -> Result<()> {
+    let file = File::open(path)?;
+    file.sync_all()?;
+    Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
+}
+
+/// Takes all files below a folder out of the page cache.
+///
+/// # Errors
+/// As [`forget`].
+pub fn forget_below(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            forget_below(&entry.path())?;
+        } else if kind.is_file() {
+            forget(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// Bytes that all files below a folder take on disk; what can't be looked at counts as nothing.

@@ -1,5 +1,5 @@
-//! Rows of restores: the whole disk and a rollback by 1 %, from one server and from two, through one janus, beside copying the
-//! flattened image.
+//! Rows of restores: the whole disk and a rollback by 1 %, from one server and from two, through one janus or straight, beside copying
+//! the flattened image. What is restored or copied comes from the disk: nobody restores what was backed up a minute ago.
 
 use std::path::Path;
 
@@ -14,6 +14,8 @@ use crate::{
 struct Bench<'a> {
     client: Client,
     images: &'a Images,
+    /// What is below this is theirs.
+    servers: &'a Path,
     rows: Vec<Row>,
     /// Seconds of the copy.
     copy: f64,
@@ -43,17 +45,23 @@ pub(super) fn measure(
         std::fs::remove_file(&live)?;
     }
     let to = work.join("restored.raw");
+    disk::forget_below(work)?;
+    disk::forget(&images.base)?;
     let copy = limits::timed(|| {
         disk::copy(&images.base, &to)?;
         Ok(std::fs::File::open(&to)?.sync_all()?)
     })?;
     std::fs::remove_file(&to)?;
     let rows = vec![images.row("cp", "cp --sparse, synced", copy)];
-    let mut bench = Bench { client, images, rows, copy };
+    let mut bench = Bench { client, images, servers: site.folder(), rows, copy };
     let (server, base) = snapshots.first().context("no snapshot")?;
     let one = ["--server", server.as_str()];
     bench.restore("whole, one server", base, &to, &one)?;
     bench.restore("whole, two servers", base, &to, &[])?;
+    bench.client.settings.set("direct", "prefer");
+    bench.restore("whole, one server, straight", base, &to, &one)?;
+    bench.restore("whole, two servers, straight", base, &to, &[])?;
+    bench.client.settings.set("direct", "never");
     for (what, from) in [("1 % back, one server", &one[..]), ("1 % back, two servers", &[])] {
         disk::copy(&images.changed, &to)?;
         let more: Vec<_> = ["--force", "--in-place"].iter().chain(from).copied().collect();
@@ -71,6 +79,10 @@ impl Bench<'_> {
         let text = to.to_string_lossy();
         let mut arguments = vec!["restore", snapshot, "--to", &text, "--json"];
         arguments.extend(more);
+        disk::forget_below(self.servers)?;
+        if to.exists() {
+            disk::forget(to)?;
+        }
         let finished = self.client.run(&arguments)?;
         let answer: answers::Restore = finished.answer()?;
         ensure!(answer.verified_bytes == self.images.bytes, "{answer:?}");

@@ -7,7 +7,6 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
 use serde_json::json;
 
@@ -115,7 +114,7 @@ fn plain(programs: &Programs, work: &Path, bytes: u64) -> Result<Vec<Row>> {
         row.limit = Some(("read and hash".into(), limit / row.seconds));
         rows.push(row);
     }
-    forget(&image)?;
+    disk::forget(&image)?;
     // Disks of virtual machines save up what they are allowed while they are idle: the first to read gets that.
     limits::read_direct(&image, Pages::Small)?;
     for round in 1..=ROUNDS {
@@ -156,13 +155,6 @@ fn middle(rows: &[Row], what: &str) -> Option<Row> {
 fn limit_row(what: &str, seconds: f64, bytes: u64) -> Row {
     let what = what.to_owned();
     Row { what, seconds, read_bytes: bytes, sent_bytes: 0, cpu_seconds_per_gib: None, limit: None }
-}
-
-/// Takes a file out of the page cache.
-fn forget(path: &Path) -> Result<()> {
-    let file = File::open(path)?;
-    file.sync_all()?;
-    Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
 }
 
 /// An NTFS volume with a change journal, and what of it changes.
@@ -227,7 +219,7 @@ fn journal(programs: &Programs, work: &Path) -> Result<Vec<Row>> {
     let mut rows = vec![first];
     let mut measure = |bench: &mut Bench, what: &str, believe: bool| -> Result<()> {
         bench.client.settings.set("full_compare_runs", if believe { 0 } else { 1 });
-        forget(&image)?;
+        disk::forget(&image)?;
         let (row, taken) = bench.backup(&format!("NTFS: {what}"))?;
         let full = taken.reading["full_compare"].as_str();
         let heard = &taken.reading["journals"][0]["full_compare"];
