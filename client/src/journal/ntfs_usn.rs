@@ -112,7 +112,8 @@ struct Head {
     next_usn: u64,
     /// That record: its place and digest.
     last: (u64, u64),
-    /// File references whose last record doesn't close them.
+    /// File references whose last record doesn't close them, and those of all records after `last`: a roll-back to that one takes
+    /// back what they tell of, and their records with it.
     open: BTreeSet<u64>,
 }
 
@@ -249,7 +250,8 @@ impl<'a> Now<'a> {
     }
 }
 
-/// Files that are open, as records tell one after another: all that are so at the last record that has a time, or later.
+/// Files that are open, as records tell one after another: all that are so at the last record that has a time, and all that later ones
+/// speak of.
 struct Open {
     files: BTreeSet<u64>,
     /// Closed since that record.
@@ -258,11 +260,11 @@ struct Open {
 
 impl Open {
     fn follow(&mut self, record: &UsnRecord) {
+        self.files.insert(record.file);
         if record.closes() {
             self.closed.insert(record.file);
         } else {
             self.closed.remove(&record.file);
-            self.files.insert(record.file);
         }
         if record.has_time {
             for file in std::mem::take(&mut self.closed) {

@@ -386,7 +386,8 @@ impl<'a> History<'a> {
         if self.open.contains(&name) {
             // It is open and has a record already.
             self.say(format!("{name} overwritten again"));
-        } else if self.random.random_bool(0.25) {
+        } else if self.random.random_bool(0.25) && self.files[&name] & UNMADE == 0 {
+            // One that is made in this step has a record that closes it.
             self.say(format!("{name} stays open"));
             self.note(&name, OVERWRITE);
             self.open.insert(name);

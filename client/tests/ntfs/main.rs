@@ -40,34 +40,43 @@ fn every_allocated_cluster_that_differs_was_predicted_or_all_is_compared() {
     }
 }
 
-/// A record of ranges has no time: after a roll-back the same may stand in its place.
+/// A record of ranges has no time: after a roll-back the same may stand in its place, or that of another file.
 #[test]
-fn a_roll_back_is_noticed_though_the_last_record_stands_there_again() {
+fn a_roll_back_behind_records_without_a_time_is_noticed() {
     let mut library = Library::start();
-    let mut volume = Volume::new(16, 4096);
-    let usn = 1 << 18;
-    let make = vec![json!(["journal", 7, usn]), json!(["write", "/f", 0, 100_000, 1, true])];
-    let file = library.change(&mut volume, make, true).answers[1].as_u64().unwrap();
-    let records =
-        |usn: u64, reason: u32, version| json!(["records", usn, [[file, reason]], version]);
-    let made = library.change(&mut volume, vec![records(usn, 0x8000_0100, 3)], true);
-    let usn = made.answers[0].as_u64().unwrap();
-    let before = volume.bytes();
-    let mut overwrite = |volume: &mut Volume, seed| {
-        let write = json!(["write", "/f", 0, 50_000, seed, false]);
-        library.change(volume, vec![write, records(usn, 0x8000_0001, 4)], true);
-        volume.bytes()
-    };
-    let then = overwrite(&mut volume, 2);
-    let cursor = NtfsUsn::new(&volume.file()).changes(None).next.unwrap();
-    volume.put_back(&before);
-    let now = overwrite(&mut volume, 3);
-    let changes = NtfsUsn::new(&volume.file()).changes(Some(&cursor)).changes.unwrap();
-    let clusters = then.chunks(4096).zip(now.chunks(4096)).enumerate();
-    let differing: Vec<u64> =
-        clusters.filter(|(_, (then, now))| then != now).map(|(at, _)| at as u64 * 4096).collect();
-    assert!(differing.len() > 12, "{differing:?}");
-    assert_eq!(differing.iter().find(|at| !changes.changed.contains(**at)), None);
+    for after in ["/f", "/g"] {
+        let mut volume = Volume::new(16, 4096);
+        let usn = 1 << 18;
+        let make = |name: &str, seed: u32| json!(["write", name, 0, 100_000, seed, true]);
+        let made = vec![json!(["journal", 7, usn]), make("/f", 1), make("/g", 4)];
+        let made = library.change(&mut volume, made, true).answers;
+        let [f, g] = [&made[1], &made[2]].map(|answer| answer.as_u64().unwrap());
+        let records = |usn: u64, file: u64, reason: u32, version: u32| {
+            json!(["records", usn, [[file, reason]], version])
+        };
+        let made = library.change(&mut volume, vec![records(usn, f, 0x8000_0100, 3)], true);
+        let usn = made.answers[0].as_u64().unwrap();
+        let before = volume.bytes();
+        let mut overwrite = |volume: &mut Volume, name: &str, seed: u32| {
+            let file = if name == "/f" { f } else { g };
+            let write = json!(["write", name, 0, 50_000, seed, false]);
+            library.change(volume, vec![write, records(usn, file, 0x8000_0001, 4)], true);
+            volume.bytes()
+        };
+        let then = overwrite(&mut volume, "/f", 2);
+        let cursor = NtfsUsn::new(&volume.file()).changes(None).next.unwrap();
+        volume.put_back(&before);
+        let now = overwrite(&mut volume, after, 3);
+        let changes = NtfsUsn::new(&volume.file()).changes(Some(&cursor)).changes.unwrap();
+        let clusters = then.chunks(4096).zip(now.chunks(4096)).enumerate();
+        let differing: Vec<u64> = clusters
+            .filter(|(_, (then, now))| then != now)
+            .map(|(at, _)| at as u64 * 4096)
+            .collect();
+        assert!(differing.len() > 12, "{differing:?}");
+        let unread = differing.iter().find(|at| !changes.changed.contains(**at));
+        assert_eq!(unread, None, "{after} was written then");
+    }
 }
 
 #[test]
