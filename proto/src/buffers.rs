@@ -15,6 +15,8 @@ use crate::{direct::ALIGN, huge, model::MAX_BATCH_BYTES};
 /// Most buffers kept for later.
 const KEPT: usize = 32;
 
+const _: () = assert!(huge::HALF == MAX_BATCH_BYTES && huge::HALF.is_multiple_of(ALIGN));
+
 static POOL: Mutex<Vec<BytesMut>> = Mutex::new(Vec::new());
 
 /// [`MAX_BATCH_BYTES`] bytes; the memory goes back to a pool when it is dropped.
@@ -29,9 +31,6 @@ impl Buffer {
             pool.push(second);
             first
         });
-        debug_assert!(
-            memory.len() == MAX_BATCH_BYTES && memory.as_ptr().addr().is_multiple_of(ALIGN)
-        );
         Self(memory)
     }
 

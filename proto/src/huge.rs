@@ -3,8 +3,10 @@
 
 use bytes::BytesMut;
 
-/// A huge page of most processors: all that may be needed of the others is less.
+/// A huge page of x86-64, and of ARM with pages of 4 KiB.
 const PAGE: usize = 2 << 20;
+/// Bytes of a half.
+pub(crate) const HALF: usize = PAGE / 2;
 
 /// Two parts of one huge page, 1 MiB each, filled with zeros. Without huge pages they are the same, of small ones.
 pub(crate) fn halves() -> [BytesMut; 2] {
@@ -14,7 +16,7 @@ pub(crate) fn halves() -> [BytesMut; 2] {
     let mut first = memory.split_off(before);
     first.truncate(PAGE);
     advise(&mut first);
-    let second = first.split_off(PAGE / 2);
+    let second = first.split_off(HALF);
     [first, second]
 }
 
@@ -32,9 +34,9 @@ mod tests {
     #[test]
     fn halves_lie_beside_each_other_in_one_huge_page() {
         let [mut first, second] = halves();
-        assert_eq!((first.len(), second.len()), (PAGE / 2, PAGE / 2));
+        assert_eq!((first.len(), second.len()), (HALF, HALF));
         assert_eq!(first.as_ptr().addr() % PAGE, 0);
-        assert_eq!(second.as_ptr().addr() - first.as_ptr().addr(), PAGE / 2);
+        assert_eq!(second.as_ptr().addr() - first.as_ptr().addr(), HALF);
         assert!(first.iter().chain(&second[..]).all(|byte| *byte == 0));
         first.fill(7);
         assert!(second.iter().all(|byte| *byte == 0));

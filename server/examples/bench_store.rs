@@ -27,7 +27,10 @@ use janus_server::{
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
-use xtask::loopback::{Kind, SmallFileSystem};
+use xtask::{
+    disk,
+    loopback::{Kind, SmallFileSystem},
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -173,7 +176,7 @@ fn read(args: &Args, folder: &Path, change: Change) -> Vec<Value> {
     let mut best = [f64::INFINITY; 2];
     for _ in 0..3 {
         for (best, run) in best.iter_mut().zip([&base, &newest]) {
-            drop_cached(folder);
+            disk::forget(folder).unwrap();
             let opened = runs.open_snapshot(&runs.snapshot(run.snapshots[0].id).unwrap()).unwrap();
             *best = best.min(read_all(&opened, disk));
         }
@@ -200,13 +203,13 @@ fn verify(args: &Args, folder: &Path) -> Value {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let (mut ours, mut sum) = (f64::INFINITY, f64::INFINITY);
     for _ in 0..3 {
-        drop_cached(folder);
+        disk::forget(folder).unwrap();
         let started = Instant::now();
         let pace = Limit::new(0, CancellationToken::new(), || false);
         let found = check_image(&runs, &held, Way::Anew(threads), &pace).unwrap();
         assert!(found.is_none(), "{found:?}");
         ours = ours.min(started.elapsed().as_secs_f64());
-        drop_cached(folder);
+        disk::forget(folder).unwrap();
         let started = Instant::now();
         let said = std::process::Command::new("b3sum").arg(&image).output();
         assert!(said.expect("b3sum is installed").status.success());
@@ -227,7 +230,7 @@ fn start(folder: &Path, snapshots: u64, blocks: u64) -> Value {
         backup_of(&runs, &key, 64 * MIB, &[0], blocks, snapshot + 1);
     }
     drop(runs);
-    drop_cached(folder);
+    disk::forget(folder).unwrap();
     let began = Instant::now();
     let runs = open(folder);
     let cold = began.elapsed().as_secs_f64();
@@ -242,20 +245,6 @@ fn start(folder: &Path, snapshots: u64, blocks: u64) -> Value {
         "start with {snapshots} snapshots of {machines} machines, {mib} MiB: {cold:.2} s, {warm:.2} s from the cache"
     );
     json!({"what": "start", "snapshots": snapshots, "mib": mib, "cold_seconds": cold, "warm_seconds": warm})
-}
-
-/// Lets the system forget what it keeps of the files below a folder.
-fn drop_cached(folder: &Path) {
-    for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
-        match entry.file_type().unwrap().is_dir() {
-            true => drop_cached(&entry.path()),
-            false => {
-                let file = File::open(entry.path()).unwrap();
-                file.sync_all().unwrap();
-                rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
-            }
-        }
-    }
 }
 
 fn read_all(opened: &OpenedSnapshot, disk: u64) -> f64 {

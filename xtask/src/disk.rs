@@ -306,29 +306,15 @@ pub fn files_below(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Takes a file out of the page cache.
+/// Takes a file, or all files below a folder, out of the page cache.
 ///
 /// # Errors
-/// When it can't be opened or synced.
+/// When one can't be opened or synced.
 pub fn forget(path: &Path) -> Result<()> {
-    let file = File::open(path)?;
-    file.sync_all()?;
-    Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
-}
-
-/// Takes all files below a folder out of the page cache.
-///
-/// # Errors
-/// As [`forget`].
-pub fn forget_below(folder: &Path) -> Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let kind = entry.file_type()?;
-        if kind.is_dir() {
-            forget_below(&entry.path())?;
-        } else if kind.is_file() {
-            forget(&entry.path())?;
-        }
+    for path in files_below(path)? {
+        let file = File::open(path)?;
+        file.sync_all()?;
+        fadvise(&file, 0, None, Advice::DontNeed)?;
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! One thread's work: a segment in, its hashes and messages out.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use janus_proto::{
     buffers::Buffer,
@@ -83,16 +85,20 @@ impl<'a> Worker<'a> {
 
     /// True when the segment has data that must be fetched from a disk or over a network.
     pub(super) fn waits_for(&mut self, segment: u64) -> bool {
-        let start = segment * SEGMENT_BYTES;
-        let end = (start + SEGMENT_BYTES).min(self.size_bytes);
+        let Range { start, end } = self.range(segment);
         !self.is_hole(start, end) && !self.job.source.is_near(start..end)
+    }
+
+    /// The segment's bytes, as far as the disk goes.
+    fn range(&self, segment: u64) -> Range<u64> {
+        let start = segment * SEGMENT_BYTES;
+        start..(start + SEGMENT_BYTES).min(self.size_bytes)
     }
 
     pub(super) fn segment(&mut self, segment: u64) -> Result<Box<Scanned>, ScanError> {
         let must = (self.job.must)(segment);
         let reading = self.job.reading.segment(segment, self.size_bytes);
-        let start = segment * SEGMENT_BYTES;
-        let end = (start + SEGMENT_BYTES).min(self.size_bytes);
+        let Range { start, end } = self.range(segment);
         let mut scanned = Box::new(Scanned { segment, ..Scanned::default() });
         if must == SegmentBits::default()
             && let Some(theirs) = self.job.table.digest(segment)
@@ -192,7 +198,7 @@ impl<'a> Worker<'a> {
                 .map(|index| piece.first_block() + index as u64)
         });
         let end = pieces.last().map_or(0, |piece| piece.end);
-        let mut run: Option<std::ops::Range<u64>> = None;
+        let mut run: Option<Range<u64>> = None;
         let mut runs = Vec::new();
         for block in wanted {
             match &mut run {

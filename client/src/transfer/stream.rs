@@ -61,7 +61,6 @@ pub async fn send(
     stop: &CancellationToken,
 ) -> (Option<DiskTransfer>, Result<(), TransferError>) {
     let (sender, receiver) = mpsc::channel(QUEUED);
-    let (count, counted) = watch::channel(0);
     let ended = CancellationToken::new();
     let life = Arc::new(Life::new());
     let mut writer = Writer {
@@ -69,7 +68,7 @@ pub async fn send(
         ended: ended.clone(),
         life: life.clone(),
         sent: 0,
-        counted,
+        counted: life.counted.subscribe(),
         is_counted: true,
         handle: Handle::current(),
         first: Some((session.id.to_string(), run.epoch)),
@@ -86,7 +85,7 @@ pub async fn send(
     });
     let request = run.address().request(ReceiverStream::new(receiver), None);
     let call = tokio::select! {
-        answer = write(run, request, &life, &count) => answer.map_err(TransferError::from),
+        answer = write(run, request, &life) => answer.map_err(TransferError::from),
         error = life.watch() => Err(error.into()),
         () = stop.cancelled() => Err(TransferError::Interrupted),
     };
@@ -114,7 +113,6 @@ async fn write(
     run: &Run,
     request: tonic::Request<ReceiverStream<WriteBlocksRequest>>,
     life: &Life,
-    count: &watch::Sender<u64>,
 ) -> Result<(), LinkError> {
     let mut answers = run
         .link
@@ -127,7 +125,7 @@ async fn write(
     while let Some(answer) = answers.message().await.map_err(LinkError::call(WRITING))? {
         life.note();
         life.acknowledged.fetch_max(answer.received_block, Ordering::Relaxed);
-        count.send_replace(answer.received_messages);
+        life.counted.send_replace(answer.received_messages);
         tracing::trace!(
             received = answer.received_block,
             durable = answer.durable_block,
@@ -229,9 +227,9 @@ impl Writer {
         self.sent += 1;
         let (sent, is_careful) = (self.sent, self.is_counted && self.packing.is_new_to_line());
         let sent = self.handle.block_on(async {
-            let few = self.counted.wait_for(|counted| counted + ON_A_NEW_LINE >= sent);
             let send = async {
                 if is_careful {
+                    let few = self.counted.wait_for(|counted| counted + ON_A_NEW_LINE >= sent);
                     self.is_counted = timeout(COUNTED_WITHIN, few).await.is_ok();
                 }
                 self.sender.send(message).await.is_ok()
@@ -265,12 +263,14 @@ struct Life {
     moved_ms: AtomicU64,
     /// The server has told that blocks below this one are settled.
     acknowledged: AtomicU64,
+    /// Messages that it has told to have received.
+    counted: watch::Sender<u64>,
 }
 
 impl Life {
     fn new() -> Self {
         let (moved_ms, acknowledged) = (AtomicU64::new(0), AtomicU64::new(0));
-        Self { began: Instant::now(), moved_ms, acknowledged }
+        Self { began: Instant::now(), moved_ms, acknowledged, counted: watch::Sender::new(0) }
     }
 
     fn note(&self) {

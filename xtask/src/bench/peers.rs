@@ -185,7 +185,7 @@ impl Run<'_> {
             ),
         };
         // A restore of ours reads from the disk and ends with a sync, too.
-        disk::forget_below(&self.repository)?;
+        disk::forget(&self.repository)?;
         let row = self.measured("restore, synced", command, Some(&restored))?;
         assert_equal(self.images, &restored, true)?;
         Ok(row)

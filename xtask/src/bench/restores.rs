@@ -45,7 +45,7 @@ pub(super) fn measure(
         std::fs::remove_file(&live)?;
     }
     let to = work.join("restored.raw");
-    disk::forget_below(work)?;
+    disk::forget(work)?;
     disk::forget(&images.base)?;
     let copy = limits::timed(|| {
         disk::copy(&images.base, &to)?;
@@ -58,15 +58,14 @@ pub(super) fn measure(
     let one = ["--server", server.as_str()];
     bench.restore("whole, one server", base, &to, &one)?;
     bench.restore("whole, two servers", base, &to, &[])?;
-    bench.client.settings.set("direct", "prefer");
-    bench.restore("whole, one server, straight", base, &to, &one)?;
-    bench.restore("whole, two servers, straight", base, &to, &[])?;
-    bench.client.settings.set("direct", "never");
     for (what, from) in [("1 % back, one server", &one[..]), ("1 % back, two servers", &[])] {
         disk::copy(&images.changed, &to)?;
         let more: Vec<_> = ["--force", "--in-place"].iter().chain(from).copied().collect();
         bench.restore(what, base, &to, &more)?;
     }
+    bench.client.settings.set("direct", "prefer");
+    bench.restore("whole, one server, straight", base, &to, &one)?;
+    bench.restore("whole, two servers, straight", base, &to, &[])?;
     let folder = site.folder().to_owned();
     let rows = bench.rows;
     drop(site);
@@ -79,7 +78,7 @@ impl Bench<'_> {
         let text = to.to_string_lossy();
         let mut arguments = vec!["restore", snapshot, "--to", &text, "--json"];
         arguments.extend(more);
-        disk::forget_below(self.servers)?;
+        disk::forget(self.servers)?;
         if to.exists() {
             disk::forget(to)?;
         }
